@@ -1,0 +1,57 @@
+PYTHON ?= python3
+VENV ?= .venv
+# Two test processes of one thread each; on a larger machine: make test PYTEST_FLAGS='-n 8'
+PYTEST_FLAGS ?= -n 2
+OMP_NUM_THREADS ?= 1
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow lint ruff format-check types imports format clean
+
+help:
+	@echo 'make demo    install into $(VENV) and run the quick start'
+	@echo 'make test    what CI runs: lint and the fast tests'
+	@echo 'make slow    the slow tests'
+	@echo 'make lint    lint, format check, types, import layers'
+	@echo 'make format  reformat the code and apply the safe lint fixes'
+	@echo 'make clean   remove everything generated but $(VENV)'
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[test,dev,plot]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/plot_quickstart.py
+
+test: lint
+	$(PYTEST)
+
+slow: $(INSTALLED)
+	$(PYTEST) -m slow
+
+lint: ruff format-check types imports
+
+ruff: $(INSTALLED)
+	$(BIN)/ruff check .
+
+format-check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+imports: $(INSTALLED)
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info docs/_build docs/auto_examples
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -exec rm -rf {} +

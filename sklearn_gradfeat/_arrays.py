@@ -1,0 +1,150 @@
+"""Where numpy meets torch: reading samples, choosing device and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Preprocess: TypeAlias = Callable[[Tensor], Tensor]
+
+_PRECISIONS = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.float32,
+}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Turn ``device`` into a torch device; ``"auto"`` is cuda, then mps, then cpu."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={device!r} cannot be used here: {error}. "
+            "Pass device='auto' to take the best device that is present."
+        ) from error
+    return resolved
+
+
+def compute_dtype(precision: str, X: Any, device: torch.device) -> torch.dtype:
+    """Choose the dtype in which the head and the solver compute.
+
+    ``"auto"`` follows scikit-learn for rows (2-D input computes in float64 unless it is
+    of a narrower floating type) and torch for everything else (float32).
+    """
+    if precision == "auto":
+        wide = X.dtype.kind in "iub" or X.dtype.itemsize > 4
+        rows = X.ndim == 2 and X.dtype != np.uint8 and wide
+        return torch.float64 if rows and device.type != "mps" else torch.float32
+    if precision == "float64" and device.type == "mps":
+        raise ValueError(
+            "precision='float64' is not available on device 'mps'. "
+            "Pass device='cpu', or precision='float32'."
+        )
+    return _PRECISIONS[precision]
+
+
+def accumulation_device(device: torch.device) -> torch.device:
+    """Where float64 sums live: on ``device`` unless it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def is_lazy(X: Any) -> bool:
+    """Whether ``X`` is read batch by batch: it has a shape and rows but is no array.
+
+    Arrays, data frames, lists and tensors are converted as a whole; objects such as HDF5
+    or zarr data sets, or image folders with a ``shape``, are indexed when needed.
+    """
+    if isinstance(X, (np.ndarray, Tensor, list, tuple)) or hasattr(X, "__array__"):
+        return _is_stored_array(X)
+    return hasattr(X, "shape") and hasattr(X, "__getitem__") and len(X.shape) > 2
+
+
+def _is_stored_array(X: Any) -> bool:
+    """Whether ``X`` is an HDF5 or zarr array, which ``np.asarray`` would load whole."""
+    return type(X).__module__.split(".")[0] in {"h5py", "zarr"} and len(X.shape) > 2
+
+
+def tensor_to_numpy(X: Any) -> Any:
+    """View a torch tensor as a numpy array; anything else passes through."""
+    if not isinstance(X, Tensor):
+        return X
+    host = X.detach().cpu()
+    return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
+
+
+def to_tensor(array: npt.NDArray[Any]) -> Tensor:
+    """Copy an array of any layout, byte order or writability into a tensor."""
+    native = array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
+    return torch.from_numpy(native)
+
+
+class Samples:
+    """The rows of ``X`` as batches on a device, ready for the network.
+
+    Parameters
+    ----------
+    X : ndarray or lazy array-like of shape (n_samples, ...)
+        Validated input.
+    preprocess : callable or None
+        Applied to every batch in its own dtype before the cast to ``dtype``.
+    dtype : torch.dtype
+        Floating dtype of the batches.
+    device : torch.device
+        Where the batches go.
+    indices : bool
+        Whether the network takes integers as indices (it has an embedding), so that
+        they must reach it as int64 instead of as floating point numbers.
+    """
+
+    def __init__(
+        self,
+        X: Any,
+        preprocess: Preprocess | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        indices: bool = False,
+    ) -> None:
+        self.X = X
+        self.preprocess = preprocess
+        self.dtype = dtype
+        self.device = device
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return int(self.X.shape[0])
+
+    def batch(self, rows: slice) -> Tensor:
+        """Return the rows as one tensor of the network's dtype on its device."""
+        part = self.X[rows]
+        if is_lazy(self.X):
+            part = np.asarray(part)
+            if part.dtype.kind == "f" and not np.isfinite(part).all():
+                raise ValueError("Input X contains NaN or infinity.")
+        raw = to_tensor(part).to(self.device)
+        cooked = raw if self.preprocess is None else self.preprocess(raw)
+        if not isinstance(cooked, Tensor) or cooked.shape[:1] != raw.shape[:1]:
+            got = tuple(cooked.shape) if isinstance(cooked, Tensor) else type(cooked).__name__
+            raise ValueError(
+                f"preprocess must return a tensor with one row per sample: it was given a "
+                f"batch of shape {tuple(raw.shape)} and returned {got}."
+            )
+        keep = self.indices and not cooked.is_floating_point()
+        return cooked.to(self.device, torch.int64 if keep else self.dtype)
+
+
+def slices(n_samples: int, batch_size: int, stride: int = 1) -> Iterator[slice]:
+    """Yield slices of up to ``batch_size`` rows that cover every ``stride``-th row."""
+    span = batch_size * stride
+    for start in range(0, n_samples, span):
+        yield slice(start, min(start + span, n_samples), stride)

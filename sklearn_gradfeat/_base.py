@@ -1,0 +1,305 @@
+"""What every estimator of the package shares in ``fit`` and ``predict``."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, clone
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sklearn_gradfeat._arrays import (
+    Preprocess,
+    Samples,
+    accumulation_device,
+    compute_dtype,
+    resolve_device,
+)
+from sklearn_gradfeat._callbacks import CallbackSupportMixin, FitCallbacks
+from sklearn_gradfeat._input import validate_new_samples
+from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat._training import Model, Settings, train
+from sklearn_gradfeat.backbones import (
+    FrozenBackbone,
+    Network,
+    freeze,
+    on_host,
+    resolve_backbone,
+    seeded,
+)
+from sklearn_gradfeat.features import Features, compute_features, trunk_batches
+from sklearn_gradfeat.solvers import Solution
+from sklearn_gradfeat.tangent import LinearizedHead
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """The fitted way from samples to features: what a fitted estimator keeps of a backbone.
+
+    Parameters
+    ----------
+    backbone : FrozenBackbone
+        The network.
+    preprocess : callable or None
+        Applied to every batch.
+    dtype : torch.dtype
+        Dtype of the head and of the results.
+    half : bool
+        Whether the trunk runs in bfloat16.
+    takes_indices : bool
+        Whether integers reach the network as they are.
+    """
+
+    backbone: FrozenBackbone
+    preprocess: Preprocess | None
+    dtype: torch.dtype
+    half: bool
+    takes_indices: bool
+
+    def samples(self, X: Any) -> Samples:
+        """Return ``X`` as batches."""
+        device = self.backbone.example.device
+        return Samples(X, self.preprocess, self.dtype, device, self.takes_indices)
+
+    def features(
+        self, X: Any, network: Network, batch_size: int, verbose: bool, keep: bool
+    ) -> Features:
+        """Pass all samples through the network once."""
+
+        def activation(boundary: tuple[Tensor, ...]) -> Tensor:
+            with torch.no_grad():
+                return network.head(tuple(network.parameters.values()), boundary)
+
+        return compute_features(
+            self.samples(X),
+            network.trunk,
+            activation,
+            batch_size,
+            half=self.half,
+            verbose=verbose,
+            keep_boundary=keep,
+        )
+
+
+class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
+    """A linear model over the activations and the gradients of a frozen network."""
+
+    _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
+        "backbone": [None, str, nn.Module, callable],
+        "gradient_layers": [str, Interval(Integral, 1, None, closed="left"), list, tuple],
+        "activation_layer": [None, str],
+        "preprocess": [StrOptions({"auto"}), None, callable],
+        "features": [StrOptions({"full", "activation", "gradient"})],
+        "parametrization": [StrOptions({"ntk", "standard"})],
+        "alpha": [Interval(Real, 0, None, closed="left")],
+        "gradient_alpha": [None, Interval(Real, 0, None, closed="left")],
+        "fit_intercept": ["boolean"],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "warm_start": ["boolean"],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "device": [str, torch.device],
+        "precision": [StrOptions({"auto", "float64", "float32", "bfloat16"})],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __sklearn_clone__(self) -> Any:
+        """Return an unfitted estimator that shares the backbone instead of copying it."""
+        parameters = {
+            name: value if name == "backbone" else clone(value, safe=False)
+            for name, value in self.get_params(deep=False).items()
+        }
+        cloned = type(self)(**parameters)
+        for name in ("_metadata_request", "_sklearn_output_config"):
+            if name in self.__dict__:
+                setattr(cloned, name, copy.deepcopy(getattr(self, name)))
+        if hasattr(self, "_skl_callbacks"):
+            cloned._skl_callbacks = self._skl_callbacks
+        return cloned
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state with all tensors in host memory."""
+        state = dict(super().__getstate__())
+        if isinstance(state.get("backbone"), nn.Module):
+            state["backbone"] = on_host(state["backbone"])
+        return state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        return tags
+
+    def _build_extractor(self, X: Any) -> Extractor:
+        """Resolve the backbone for the samples at hand."""
+        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        device = resolve_device(self.device)
+        dtype = compute_dtype(self.precision, X, device)
+        resolved = resolve_backbone(self.backbone, tuple(X.shape[1:]), seed)
+        preprocess = resolved.preprocess if self.preprocess == "auto" else self.preprocess
+        samples = Samples(X, preprocess, dtype, device, resolved.takes_indices)
+        with seeded(seed):
+            backbone = freeze(resolved.module, samples.batch(slice(0, 2)), self.activation_layer)
+        half = self.precision == "bfloat16"
+        return Extractor(backbone, preprocess, dtype, half, resolved.takes_indices)
+
+    def _train(
+        self,
+        X: Any,
+        loss: Callable[[torch.device], Loss],
+        callbacks: FitCallbacks,
+        attributes: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Run both stages and return the fitted attributes, ``attributes`` among them."""
+        extractor = self._build_extractor(X)
+        backbone = extractor.backbone
+        gradient = self.features != "activation"
+        names = backbone.choose(self.gradient_layers) if gradient else []
+        network = backbone.network(names)
+        features = extractor.features(X, network, self.batch_size, bool(self.verbose), gradient)
+        settings = Settings(
+            self.features,
+            self.parametrization,
+            float(self.alpha),
+            float(self.alpha if self.gradient_alpha is None else self.gradient_alpha),
+            self.fit_intercept,
+            float(self.tol),
+            self.max_iter,
+        )
+        loss_on = loss(accumulation_device(backbone.example.device))
+        with tqdm(unit="iteration", disable=not self.verbose) as bar:
+
+            def monitor(
+                stage: str, iteration: int, value: float, model: Callable[[], Model]
+            ) -> bool:
+                bar.set_description(f"{stage}, objective {value:.6g}")
+                bar.update()
+                if stage != self.features:
+                    return False
+                return callbacks.iteration(
+                    iteration, lambda: attributes | _fitted(X, extractor, model())
+                )
+
+            model, solutions = train(
+                features,
+                network.head,
+                network.parameters,
+                loss_on,
+                settings,
+                self._warm_model(features.activation, network, loss_on.n_outputs),
+                monitor,
+            )
+        for stage, solution in solutions.items():
+            _warn_unless_converged(stage, solution, settings)
+        last = solutions[self.features]
+        return {
+            **attributes,
+            **_fitted(X, extractor, model),
+            "n_iter_": last.n_iter,
+            "n_passes_": last.n_passes,
+            "objective_path_": np.array(last.objective_path),
+        }
+
+    def _warm_model(self, activation: Tensor, network: Network, n_outputs: int) -> Model | None:
+        """Return the former solution if it can serve as the start."""
+        shape = (n_outputs, activation.shape[1])
+        if not self.warm_start or getattr(self, "coef_", np.empty(0)).shape != shape:
+            return None
+        former = self.gradient_coef_
+        if {n: v.shape for n, v in former.items()} != {
+            n: tuple(p.shape) for n, p in network.parameters.items()
+        }:
+            return None
+
+        def tensor(array: np.ndarray[Any, Any]) -> Tensor:
+            return torch.from_numpy(array.copy()).to(activation)
+
+        displacements = {name: tensor(value) for name, value in former.items()}
+        parts = (self.coef_, self.intercept_, self.omega_)
+        return Model(*map(tensor, parts), displacements)
+
+    def _logits(self, X: Any) -> np.ndarray[Any, Any]:
+        """Return the logits, of shape (n_samples, n_outputs)."""
+        X = validate_new_samples(self, X)
+        extractor: Extractor = self._extractor
+        try:
+            device = resolve_device(self.device)
+        except ValueError:  # unpickled on a machine that lacks the device it was fitted on
+            device = resolve_device("auto")
+        network = extractor.backbone.to(device).network(self.gradient_layers_)
+        head = LinearizedHead(network.head, network.parameters, "standard")
+        weights, intercept, omega = (
+            torch.tensor(array, device=device)
+            for array in (self.coef_, self.intercept_, self.omega_)
+        )
+        u = torch.cat(
+            [
+                weights.new_empty(0),
+                *(torch.tensor(v, device=device).reshape(-1) for v in self.gradient_coef_.values()),
+            ]
+        )
+        logits = np.empty((X.shape[0], len(intercept)), dtype=self.coef_.dtype)
+        batches = trunk_batches(
+            extractor.samples(X),
+            network.trunk or (lambda x: (x,)),
+            self.batch_size,
+            half=extractor.half,
+            verbose=bool(self.verbose),
+        )
+        for rows, boundary in batches:
+            part = intercept.expand(rows.stop - rows.start, -1)
+            if self.features != "gradient":
+                part = part + head.activation(boundary) @ weights.T
+            if len(u):
+                part = part + head.jvp(boundary, u) @ omega.T
+            logits[rows] = part.cpu().numpy()
+        return logits
+
+
+def _fitted(X: Any, extractor: Extractor, model: Model) -> dict[str, Any]:
+    """Return the attributes that predictions depend on."""
+    return {
+        "_extractor": extractor,
+        "sample_shape_": tuple(X.shape[1:]),
+        "gradient_layers_": list(model.displacements),
+        "coef_": _to_numpy(model.weights),
+        "intercept_": _to_numpy(model.intercept),
+        "omega_": _to_numpy(model.omega),
+        "gradient_coef_": {n: _to_numpy(t) for n, t in model.displacements.items()},
+    }
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Copy a tensor into an array of its own dtype."""
+    return np.array(tensor.detach().cpu().numpy())
+
+
+def _warn_unless_converged(stage: str, solution: Solution, settings: Settings) -> None:
+    """Warn with what was reached and what to try."""
+    reached = (
+        f"The fit of the {stage} features stopped after {solution.n_iter} iterations with a "
+        f"gradient of {solution.gradient_ratio:.1e} times its start, above tol={settings.tol:g}"
+    )
+    if solution.status == "max_iter":
+        warnings.warn(
+            f"{reached}. Increase max_iter={settings.max_iter}, alpha or tol.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    elif solution.status == "stalled":
+        warnings.warn(
+            f"{reached}, because rounding allows no further progress. Increase tol or alpha, "
+            "or set precision='float64'.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )

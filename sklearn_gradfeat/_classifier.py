@@ -1,0 +1,370 @@
+"""The classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.special import expit, log_expit, log_softmax, softmax
+from sklearn.base import ClassifierMixin, _fit_context
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import _check_sample_weight, column_or_1d
+
+from sklearn_gradfeat._base import BaseGradientFeature
+from sklearn_gradfeat._callbacks import FitCallbacks, with_callbacks
+from sklearn_gradfeat._input import restored_on_error, validate_samples
+from sklearn_gradfeat._losses import Bernoulli, Loss, Multinomial
+
+
+class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
+    """Logistic regression on the activations and gradients of a frozen network.
+
+    The model [1]_ is the first-order approximation of fine-tuning the upper layers of a
+    pretrained network together with its classifier. With the activation ``f(x)`` and its
+    Jacobian ``J(x)`` in the parameters θ₂ of the gradient layers, the logits are ::
+
+        W f(x) + b + Ω J(x) w₂
+
+    where ``Ω`` is a logistic regression on ``f`` that is fitted first. They are linear in
+    the unknowns ``W``, ``b`` and ``w₂``, so the training problem is convex and has one
+    optimum. Gradient features are never formed: ``J w₂`` is a Jacobian-vector product that
+    costs about as much as the gradient layers themselves, for 2 classes or 2000.
+
+    Parameters
+    ----------
+    backbone : None, str, torch.nn.Module or callable, default=None
+        The pretrained network. It is copied and frozen, never changed, and its clones in
+        grid searches share one copy.
+
+        - None: for rows of numbers, a wide random multi-layer perceptron.
+        - str: ``"resnet18"`` or ``"torchvision/resnet18"``, ``"timm/NAME"``: pretrained
+          weights with their own input transform, without the classifier.
+        - module: its output is the activation, of shape (n_samples, n_features) or
+          (n_samples, n_features, ...), which is averaged over the axes that follow.
+        - callable: returns a module; called once in every fit, under ``random_state``.
+
+    gradient_layers : {"last", "all"}, int, str or list of str, default="last"
+        The parameters θ₂: ``"last"`` is the topmost residual or transformer block, or the
+        topmost convolution of a plain network; k is the topmost k of these; anything else
+        is names or glob patterns of submodules or parameters.
+    activation_layer : str, default=None
+        The submodule whose output is the activation; None is the backbone itself.
+    preprocess : "auto", callable or None, default="auto"
+        Applied to each batch, a tensor of the dtype of ``X``, before the network.
+        ``"auto"`` is the transform of a named network, which takes uint8 images or floats
+        in [0, 1] of any size, grey or RGB, channels first or last; for any other backbone
+        it is nothing.
+    features : {"full", "activation", "gradient"}, default="full"
+        The terms of the model: both, ``W f`` alone, or ``Ω J w₂`` alone.
+    parametrization : {"ntk", "standard"}, default="ntk"
+        Scale of the displacements ``w₂`` under the penalty: the NTK parametrization
+        divides weights by the square root of their output channels and biases by √10.
+    alpha : float, default=1e-4
+        L2 penalty: ``alpha / 2`` times the squared norm of ``W``, on a loss that is a
+        weighted mean. scikit-learn's ``C`` is ``1 / (alpha * sample_weight.sum())``.
+    gradient_alpha : float, default=None
+        L2 penalty on ``w₂``; None means ``alpha``.
+    fit_intercept : bool, default=True
+        Whether to fit the intercept, which is not penalised.
+    class_weight : dict, "balanced", list of dict or None, default=None
+        Factors on the weights of the samples by class, as elsewhere in scikit-learn.
+    max_iter : int, default=100
+        Largest number of iterations of each of the two fits.
+    tol : float, default=1e-4
+        The fits stop when the norm of the gradient is ``tol`` times that at the start.
+    warm_start : bool, default=False
+        Whether to start from the former solution where it has the right shape. The
+        optimum is the same.
+    batch_size : int, default=256
+        Number of samples that pass through the network at once. It changes results by
+        rounding errors only.
+    device : str or torch.device, default="auto"
+        ``"auto"`` is cuda, then mps, then cpu.
+    precision : {"auto", "float64", "float32", "bfloat16"}, default="auto"
+        Precision of the network and of the results. ``"auto"`` is float64 for rows of
+        float64 or integers, and float32 for anything else. ``"bfloat16"`` runs the frozen
+        layers below the gradient layers under autocast and the rest in float32.
+    random_state : int, RandomState instance or None, default=None
+        Seeds the weights of ``backbone=None`` and of factories. Nothing else is random.
+    verbose : int, default=0
+        Whether to show progress bars.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,) or (n_labels,)
+        The classes; for multi-label problems the column numbers.
+    coef_ : ndarray of shape (n_outputs, n_features)
+        The weights ``W``, zeros if the model has none. ``n_outputs`` is 1 for two
+        classes, else the number of classes or labels.
+    intercept_ : ndarray of shape (n_outputs,)
+        The intercept ``b``.
+    omega_ : ndarray of shape (n_outputs, n_features)
+        The weights ``Ω`` of the logistic regression on the activations.
+    gradient_coef_ : dict of str to ndarray
+        The displacements ``w₂`` by parameter, in its own shape and units.
+    gradient_layers_ : list of str
+        The parameters θ₂. A batch norm is folded into the layer before it: its bias then
+        stands for the bias of the two, its scale is part of the layer's weight.
+    sample_shape_ : tuple of int
+        The shape of one sample.
+    n_features_in_ : int
+        Length of the second axis of ``X``.
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Names of the columns, where ``X`` has names that are all strings.
+    n_iter_ : int
+        Iterations of the last fit.
+    n_passes_ : int
+        Passes over the data that those took.
+    objective_path_ : ndarray of shape (n_iter_ + 1,)
+        The objective at the start and after every iteration. It never increases.
+
+    References
+    ----------
+    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning,
+       ICLR 2020, arXiv:2004.05529.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sklearn.preprocessing import StandardScaler
+    >>> from sklearn_gradfeat import GradientFeatureClassifier
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = make_pipeline(StandardScaler(), GradientFeatureClassifier(random_state=0))
+    >>> round(model.fit(X, y).score(X, y), 1)
+    1.0
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **BaseGradientFeature._parameter_constraints,
+        "class_weight": [None, dict, list, str],
+    }
+
+    def __init__(
+        self,
+        backbone=None,
+        *,
+        gradient_layers="last",
+        activation_layer=None,
+        preprocess="auto",
+        features="full",
+        parametrization="ntk",
+        alpha=1e-4,
+        gradient_alpha=None,
+        fit_intercept=True,
+        class_weight=None,
+        max_iter=100,
+        tol=1e-4,
+        warm_start=False,
+        batch_size=256,
+        device="auto",
+        precision="auto",
+        random_state=None,
+        verbose=0,
+    ):
+        self.backbone = backbone
+        self.gradient_layers = gradient_layers
+        self.activation_layer = activation_layer
+        self.preprocess = preprocess
+        self.features = features
+        self.parametrization = parametrization
+        self.alpha = alpha
+        self.gradient_alpha = gradient_alpha
+        self.fit_intercept = fit_intercept
+        self.class_weight = class_weight
+        self.max_iter = max_iter
+        self.tol = tol
+        self.warm_start = warm_start
+        self.batch_size = batch_size
+        self.device = device
+        self.precision = precision
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @with_callbacks
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y, sample_weight=None):
+        """Fit the linear model.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, ...)
+            Rows, images, or whatever the backbone takes.
+        y : array-like of shape (n_samples,) or (n_samples, n_labels)
+            Class of every sample; or, for multi-label problems, an indicator matrix of
+            zeros and ones.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights of the samples.
+
+        Returns
+        -------
+        self : GradientFeatureClassifier
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If a parameter, ``X`` or ``y`` cannot be used; the message names it.
+        """
+        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
+            X, y = validate_samples(self, X, y)
+            classes, targets = _encode(y)
+            multilabel = targets.ndim == 2
+            weights = self._weights(y, sample_weight)
+            metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
+            callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
+            attributes = {"classes_": classes, "_multilabel": multilabel}
+            fitted = self._train(
+                X,
+                lambda device: _loss(targets, weights, len(classes), device),
+                callbacks,
+                attributes,
+            )
+        self.__dict__.update(fitted)
+        callbacks.end()
+        return self
+
+    def decision_function(self, X):
+        """Return the logits.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, ...)
+            Samples of the shape that the estimator was fitted on.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,), (n_samples, n_classes) or (n_samples, n_labels)
+            One column only where there are two classes, the logit of ``classes_[1]``.
+        """
+        logits = self._logits(X)
+        return logits[:, 0] if logits.shape[1] == 1 else logits
+
+    def predict(self, X):
+        """Return the most probable class, or the labels that are more likely than not.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, ...)
+            Samples of the shape that the estimator was fitted on.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,) or (n_samples, n_labels)
+            Classes, or an indicator matrix.
+        """
+        logits = self._logits(X)
+        if self._multilabel:
+            return (logits > 0).astype(int)
+        if logits.shape[1] == 1:
+            return self.classes_[(logits[:, 0] > 0).astype(int)]
+        return self.classes_[logits.argmax(1)]
+
+    def predict_proba(self, X):
+        """Return probabilities.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, ...)
+            Samples of the shape that the estimator was fitted on.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_classes) or (n_samples, n_labels)
+            Probability of every class in the order of ``classes_``, adding up to one; or
+            of every label, each on its own.
+        """
+        logits = self._logits(X)
+        if self._multilabel:
+            return expit(logits)
+        if logits.shape[1] == 1:
+            return expit(np.hstack([-logits, logits]))
+        return softmax(logits, axis=1)
+
+    def predict_log_proba(self, X):
+        """Return the logarithm of :meth:`predict_proba`, exact however small.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, ...)
+            Samples of the shape that the estimator was fitted on.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_classes) or (n_samples, n_labels)
+            Logarithms of the probabilities.
+        """
+        logits = self._logits(X)
+        if self._multilabel:
+            return log_expit(logits)
+        if logits.shape[1] == 1:
+            return log_expit(np.hstack([-logits, logits]))
+        return log_softmax(logits, axis=1)
+
+    def _weights(self, y: npt.NDArray[Any], sample_weight: Any) -> npt.NDArray[np.float64]:
+        """Return the weight of every sample, adding up to one."""
+        weights = _check_sample_weight(
+            sample_weight, y, dtype=np.float64, ensure_non_negative=True
+        )
+        if self.class_weight is not None:
+            weights = weights * _class_weights(self.class_weight, y, weights)
+        total = weights.sum()
+        if not total > 0:
+            raise ValueError("sample_weight: the weights add up to zero, so there is no data.")
+        return weights / total
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
+
+def _encode(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the classes, and class indices or an indicator matrix."""
+    check_classification_targets(y)
+    kind = type_of_target(y)
+    if kind == "multilabel-indicator":
+        return np.arange(y.shape[1]), np.asarray(y, dtype=np.float64)
+    if kind == "multiclass-multioutput":
+        raise ValueError(
+            "y has several columns that are no indicators. Multi-label targets are a matrix "
+            "of zeros and ones; for several outputs use sklearn's MultiOutputClassifier."
+        )
+    classes, targets = np.unique(column_or_1d(y, warn=True), return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            "The classifier needs samples of at least 2 classes, but y contains one class: "
+            f"{classes[0]!r}."
+        )
+    return classes, targets
+
+
+def _loss(
+    targets: npt.NDArray[Any],
+    weights: npt.NDArray[np.float64],
+    n_classes: int,
+    device: torch.device,
+) -> Loss:
+    """Return the loss that fits the targets: one logit for two classes."""
+    w = torch.from_numpy(weights).to(device)
+    if targets.ndim == 1 and n_classes > 2:
+        return Multinomial(torch.from_numpy(targets).to(device, torch.int64), w, n_classes)
+    columns = targets.reshape(len(targets), -1).astype(np.float64)
+    return Bernoulli(torch.from_numpy(columns).to(device), w)
+
+
+def _class_weights(
+    class_weight: Any, y: npt.NDArray[Any], weights: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return the factor of every sample; "balanced" counts samples by their weight."""
+    if class_weight != "balanced" or y.ndim == 2:
+        return compute_sample_weight(class_weight, y)
+    _, members = np.unique(y, return_inverse=True)
+    totals = np.bincount(members, weights)
+    present = totals > 0
+    factors = np.zeros_like(totals)
+    factors[present] = weights.sum() / (present.sum() * totals[present])
+    return factors[members]

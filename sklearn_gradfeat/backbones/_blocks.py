@@ -1,0 +1,140 @@
+"""The blocks of a network, read off its graph.
+
+A block is what users call one: a residual or transformer block where the network has
+them, otherwise a single convolution or linear layer. Residual connections are found in
+the graph, so the Python around them may be of any style.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from sklearn_gradfeat.backbones._capture import (
+    MATRIX,
+    WEIGHTED,
+    Captured,
+    module_path,
+    operator_name,
+)
+
+_aten = torch.ops.aten
+_ADD, _CAT = _aten.add.Tensor, _aten.cat.default
+
+def blocks(captured: Captured) -> list[list[str]]:
+    """Return the parameter names of every block, from the input to the output."""
+    layers = _layers(captured)
+    regions = _residual_regions(captured)
+    paths = [_innermost(node, regions) for node, _ in layers]
+    known = {captured.classes[path] for path in paths if path is not None}
+    found: dict[str, None] = {}
+    for (_, name), path in zip(layers, paths, strict=True):
+        where = path or _of_known_class(name, captured, known) or name.rpartition(".")[0]
+        found.pop(where, None)
+        found[where] = None
+    return [_members(captured, path) for path in found]
+
+
+def _layers(captured: Captured) -> list[tuple[fx.Node, str]]:
+    """Return the nodes that apply a weight to the samples, with the weight's name.
+
+    Linear layers on pooled or flattened features do not count where there are others:
+    the top of a network of convolutions or of tokens is below its classifier.
+    """
+    names = {node: name for name, node in captured.parameters.items()}
+    found = [
+        (node, names[source])
+        for node in captured.used()
+        if node.op == "call_function"
+        for source in node.all_input_nodes
+        if source in names and captured.tensors[source].ndim > 1
+    ]
+    weighted = [pair for pair in found if operator_name(pair[0]) in WEIGHTED] or found
+    return [pair for pair in weighted if not _is_dense(pair[0], captured)] or weighted
+
+
+def _is_dense(node: fx.Node, captured: Captured) -> bool:
+    """Whether a node is a matrix product with one row per sample."""
+    if operator_name(node) not in MATRIX:
+        return False
+    value = node.meta["val"]
+    return bool(value.ndim == 2 and captured.is_batch_size(value.shape[0]))
+
+
+def _residual_regions(captured: Captured) -> list[tuple[set[fx.Node], str]]:
+    """Return what lies between the fork and the join of every skip connection.
+
+    Each comes with the path of the smallest submodule around it. Where paths meet in a
+    sum the join belongs to the block; a concatenation belongs to whatever comes next.
+    """
+    ancestors: dict[fx.Node, set[fx.Node]] = {}
+    regions = []
+    for node in captured.used():
+        above: set[fx.Node] = {node}
+        for source in node.all_input_nodes:
+            above |= ancestors[source]
+        ancestors[node] = above
+        if node.target not in (_ADD, _CAT):
+            continue
+        sources = [s for s in node.all_input_nodes if captured.input in ancestors[s]]
+        for first, second in zip(sources, sources[1:], strict=False):
+            region = {n for n in ancestors[first] ^ ancestors[second] if n.op == "call_function"}
+            if not region:
+                continue
+            if node.target is _ADD:
+                region.add(node)
+            path = _common_path([module_path(n) for n in region])
+            if path:
+                regions.append((region, path))
+    return regions
+
+
+def _common_path(paths: Sequence[str]) -> str:
+    """Return the longest path of a submodule that contains all of ``paths``."""
+    split = [path.split(".") for path in paths]
+    return ".".join(os.path.commonprefix(split))
+
+
+def _innermost(node: fx.Node, regions: list[tuple[set[fx.Node], str]]) -> str | None:
+    """Return the path of the smallest region around a node."""
+    around = [(len(region), path) for region, path in regions if node in region]
+    return min(around)[1] if around else None
+
+
+def _of_known_class(name: str, captured: Captured, known: set[type]) -> str | None:
+    """Return the outermost submodule around a parameter that is a block elsewhere."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        path = ".".join(parts[:end])
+        if captured.classes.get(path) in known - {torch.nn.Sequential, torch.nn.ModuleList}:
+            return path
+    return None
+
+
+def _members(captured: Captured, path: str) -> list[str]:
+    """Return the differentiable parameters of a block, with the biases folded into it."""
+    inside = [n for n in differentiable(captured) if n.startswith(f"{path}.") or not path]
+    nodes = {captured.parameters[n] for n in inside}
+    for name in differentiable(captured):
+        layers = captured.parameters[name].users
+        if name not in inside and any(
+            layer.args[1:2] and layer.args[1] in nodes and layer.args[2:3] == (captured.parameters[name],)
+            for layer in layers
+        ):
+            inside.append(name)
+    return inside
+
+
+def differentiable(captured: Captured) -> list[str]:
+    """Return the names of the parameters that may be chosen, in graph order."""
+    order = {node: i for i, node in enumerate(captured.graph.nodes)}
+    names = [n for n in captured.parameters if n not in captured.frozen]
+    return sorted(names, key=lambda n: order[captured.parameters[n]])
+
+
+def parameter_values(captured: Captured, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the values of parameters by name."""
+    return {name: captured.tensors[captured.parameters[name]] for name in names}

@@ -1,0 +1,89 @@
+"""Networks that cannot be captured: the head is the whole module, run as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sklearn_gradfeat.backbones._capture import ActivationModule, plain_attention
+
+_LAYERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
+    nn.ConvTranspose3d, nn.RNNBase, nn.MultiheadAttention,
+)  # fmt: skip
+
+
+class EagerHead:
+    """A module as a function of some of its parameters and a batch."""
+
+    def __init__(self, module: ActivationModule, names: list[str]) -> None:
+        self.module = module
+        self.names = [f"module.{name}" for name in names]
+
+    def __call__(self, *values: Tensor) -> tuple[Tensor]:
+        """Take the parameters, then the batch."""
+        *parameters, x = values
+        replaced = dict(zip(self.names, parameters, strict=True))
+        with plain_attention():
+            return (functional_call(self.module, replaced, (x,)),)
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """Return the parameters that may be chosen: all but those of batch norms."""
+    norms = {name for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    return [
+        name
+        for name, value in module.named_parameters()
+        if value.is_floating_point() and name.rpartition(".")[0] not in norms
+    ]
+
+
+def module_blocks(module: nn.Module, example: Tensor) -> list[list[str]]:
+    """Return the parameter names of every block, read off the tree of submodules.
+
+    A block is the smallest element of a ``Sequential`` or ``ModuleList`` around a layer
+    that has submodules of its own, or else the layer itself.
+    """
+    called: list[tuple[str, bool]] = []
+    hooks = [
+        layer.register_forward_hook(_recorder(name, called))
+        for name, layer in module.named_modules()
+        if isinstance(layer, _LAYERS)
+    ]
+    try:
+        with torch.no_grad(), plain_attention():
+            module(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    spatial = [name for name, dense in called if not dense] or [name for name, _ in called]
+    found: dict[str, None] = {}
+    for name in spatial or [""]:
+        path = _element(module, name)
+        found.pop(path, None)
+        found[path] = None
+    names = parameter_names(module)
+    return [[n for n in names if not path or n.startswith(f"{path}.")] for path in found]
+
+
+def _recorder(name: str, called: list[tuple[str, bool]]) -> Any:
+    """Return a hook that notes a layer and whether its input has one row per sample."""
+
+    def hook(layer: nn.Module, inputs: tuple[Any, ...], _output: object) -> None:
+        called.append((name, isinstance(layer, nn.Linear) and inputs[0].ndim == 2))
+
+    return hook
+
+
+def _element(module: nn.Module, name: str) -> str:
+    """Return the path of the smallest listed submodule with children around a layer."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        parent = module.get_submodule(".".join(parts[: end - 1]))
+        if type(parent) in (nn.Sequential, nn.ModuleList):
+            return ".".join(parts[:end])
+    return name

@@ -1,0 +1,220 @@
+"""One frozen network, ready to be linearised in some of its parameters."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import hashlib
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sklearn_gradfeat.backbones._blocks import blocks, differentiable
+from sklearn_gradfeat.backbones._capture import (
+    ActivationModule,
+    Captured,
+    CaptureError,
+    capture,
+    check_activation,
+    frozen_copy,
+    run_once,
+)
+from sklearn_gradfeat.backbones._eager import EagerHead, module_blocks, parameter_names
+from sklearn_gradfeat.backbones._fold import fold_batch_norms
+from sklearn_gradfeat.backbones._layers import choose_parameters
+from sklearn_gradfeat.backbones._partition import boundary, extract
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in two parts, with the parameters of the upper one that vary.
+
+    Attributes
+    ----------
+    trunk : callable or None
+        Maps a batch to the tuple of boundary tensors, each of shape (n_samples, ...).
+        None where the head is the whole network.
+    parameters : dict of str to tensor
+        The differentiated parameters at their pretrained values.
+    """
+
+    trunk: Callable[[Tensor], tuple[Tensor, ...]] | None
+    parameters: dict[str, Tensor]
+    _head: Callable[..., tuple[Tensor, ...]]
+
+    def head(self, parameters: tuple[Tensor, ...], boundary: tuple[Tensor, ...]) -> Tensor:
+        """Return the activation, of shape (n_samples, n_features)."""
+        return self._head(*parameters, *boundary)[0]
+
+
+class FrozenBackbone:
+    """A private copy of a backbone on one device, for samples of one shape.
+
+    It pickles as a module in host memory, whatever device it is on; the graph is captured
+    again when it is needed.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The network. It is copied, never changed.
+    example : tensor of shape (2 or more, ...)
+        A batch as the network receives it.
+    activation_layer : str or None
+        The submodule whose output is the activation.
+    """
+
+    def __init__(self, module: nn.Module, example: Tensor, activation_layer: str | None) -> None:
+        dtype = example.dtype if example.is_floating_point() else torch.float32
+        if activation_layer is not None:
+            _check_layer(module, activation_layer)
+        copied = frozen_copy(module, example.device, dtype)
+        self.module = ActivationModule(copied, activation_layer)
+        check_activation(run_once(self.module, example), len(example))
+        self.example = torch.zeros_like(example)
+        self._networks: dict[tuple[str, ...], Network] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the module and the example, in host memory."""
+        return {"module": on_host(self.module), "example": self.example.cpu()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the module; nothing is captured yet."""
+        self.__dict__.update(state, _networks={})
+
+    def to(self, device: torch.device) -> FrozenBackbone:
+        """Move to a device, in place."""
+        if self.example.device != device:
+            self.module.to(device)
+            self.example = self.example.to(device)
+            self.__dict__.pop("captured", None)
+            self._networks.clear()
+        return self
+
+    @functools.cached_property
+    def captured(self) -> Captured | CaptureError:
+        """The folded graph, or why there is none."""
+        try:
+            captured = capture(self.module, self.example)
+            fold_batch_norms(captured)
+        except CaptureError as refusal:
+            return refusal
+        return captured
+
+    def network(self, names: Sequence[str]) -> Network:
+        """Return the network split below the parameters ``names``.
+
+        Without any, the trunk is the whole network.
+        """
+        with _LOCK:
+            key = tuple(names)
+            if key not in self._networks:
+                captured = self.captured
+                self._networks[key] = (
+                    _eager_network(self.module, key)
+                    if isinstance(captured, CaptureError)
+                    else _split_network(captured, key)
+                )
+            return self._networks[key]
+
+    def choose(self, gradient_layers: str | int | Sequence[str]) -> list[str]:
+        """Return the names of the parameters that ``gradient_layers`` chooses."""
+        with _LOCK:
+            captured = self.captured
+        if isinstance(captured, CaptureError):
+            warnings.warn(
+                f"The backbone cannot be captured as a graph ({captured}). It works all the "
+                "same, but every pass over the data runs the whole network instead of the "
+                "layers above the gradient layers alone, and batch norms are not folded.",
+                UserWarning,
+                stacklevel=2,
+            )
+            module, example = self.module.module, self.example
+            names = parameter_names(module)
+            return choose_parameters(
+                gradient_layers, names, lambda: module_blocks(module, example), {}
+            )
+        gone = dict.fromkeys(captured.frozen, "follows no layer that it could be folded into")
+        gone |= {n: f"was folded into {into!r}" for n, into in captured.absorbed.items()}
+        names = differentiable(captured)
+        return choose_parameters(gradient_layers, names, lambda: blocks(captured), gone)
+
+
+def _check_layer(module: nn.Module, layer: str) -> None:
+    """Raise an error unless a module has a submodule of that name."""
+    names = [name for name, _ in module.named_modules() if name]
+    if layer not in names:
+        nearest = difflib.get_close_matches(layer, names, n=5, cutoff=0.0)
+        raise ValueError(
+            f"activation_layer={layer!r} is no submodule of the backbone. "
+            f"The nearest names are {', '.join(map(repr, nearest))}."
+        )
+
+
+def _split_network(captured: Captured, names: tuple[str, ...]) -> Network:
+    """Cut a graph below the chosen parameters."""
+    chosen = [captured.parameters[name] for name in names]
+    cut = boundary(captured, chosen) if chosen else [captured.output]
+    trunk = None if cut == [captured.input] else extract(captured, [captured.input], cut)
+    head = extract(captured, cut, [captured.output], chosen)
+    values = {name: captured.tensors[captured.parameters[name]] for name in names}
+    return Network(trunk, values, head)
+
+
+def _eager_network(module: ActivationModule, names: tuple[str, ...]) -> Network:
+    """Take the whole module as the head, or as the trunk where nothing is chosen."""
+    if not names:
+        return Network(EagerHead(module, []), {}, lambda activation: (activation,))
+    available = dict(module.module.named_parameters())
+    values = {name: available[name].detach() for name in names}
+    return Network(None, values, EagerHead(module, list(names)))
+
+
+def on_host(module: nn.Module) -> nn.Module:
+    """Return a module with its tensors in host memory: itself if they are there already."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return module
+    copies = {id(t): t.detach().cpu() for t in tensors}
+    for tensor in tensors:
+        if isinstance(tensor, nn.Parameter):
+            copies[id(tensor)] = nn.Parameter(copies[id(tensor)], tensor.requires_grad)
+    return copy.deepcopy(module, copies)
+
+
+_CACHE: weakref.WeakKeyDictionary[nn.Module, dict[Any, FrozenBackbone]]
+_CACHE = weakref.WeakKeyDictionary()
+_LOCK = threading.RLock()
+
+
+def freeze(module: nn.Module, example: Tensor, activation_layer: str | None) -> FrozenBackbone:
+    """Return the frozen copy of a module; clones and folds share one.
+
+    A module that was changed since, in place or not, gets a new copy.
+    """
+    kind = (tuple(example.shape[1:]), example.dtype, example.device, activation_layer)
+    with _LOCK:
+        stamp = digest(module)
+        known = _CACHE.setdefault(module, {})
+        for key in [key for key in known if key[-1] != stamp]:
+            del known[key]
+        if (*kind, stamp) not in known:
+            known[*kind, stamp] = FrozenBackbone(module, example, activation_layer)
+        return known[*kind, stamp]
+
+
+def digest(module: nn.Module) -> str:
+    """Return a hash of the names and values of all parameters and buffers."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
+            state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            state.update(flat.view(torch.uint8).numpy().data)
+    return state.hexdigest()

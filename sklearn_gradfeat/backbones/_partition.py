@@ -1,0 +1,181 @@
+"""A graph cut in two: the trunk, run once per sample, and the head, run in every pass.
+
+The head is whatever depends on a differentiated parameter. Between the two there is room:
+operators that are cheap, since they multiply with no weight, may run on either side, so the
+cut is placed where it stores the fewest bytes per sample: a minimum cut of the graph [1]_. Among cuts of equal
+size the one closest to the head is taken, which leaves the least to be computed again.
+
+References
+----------
+.. [1] L. Ford and D. Fulkerson, Maximal flow through a network, Canadian Journal of
+   Mathematics 8, 1956.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+from torch import SymInt, Tensor, fx
+
+from sklearn_gradfeat.backbones._capture import WEIGHTED, Captured, operator_name
+
+_INFINITE = 2**26
+
+
+def batch_axis(node: fx.Node, captured: Captured) -> int | None:
+    """Return the axis of a node's value that runs over samples, if it can be stored."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    axes = [i for i, size in enumerate(value.shape) if isinstance(size, SymInt)]
+    if len(axes) != 1 or not captured.is_batch_size(value.shape[axes[0]]):
+        return None
+    return axes[0]
+
+
+def boundary(captured: Captured, chosen: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return the nodes whose values are stored between trunk and head.
+
+    Parameters
+    ----------
+    captured : Captured
+        The network.
+    chosen : iterable of nodes
+        The placeholders of the differentiated parameters.
+
+    Returns
+    -------
+    list of nodes
+        In graph order. The input alone where no cut is possible.
+    """
+    used = captured.used()
+    head = _downstream(used, chosen)
+    if captured.output not in head:
+        raise ValueError(
+            "gradient_layers chooses only parameters that the activation does not depend on."
+        )
+    samples = _downstream(used, [captured.input])
+    between = [node for node in used if node in samples and node not in head]
+    edges = _edges(captured, between, head, samples)
+    source, sink = 2 * len(between), 2 * len(between) + 1
+    reaching = _sink_side(edges, source, sink)
+    cut = [n for i, n in enumerate(between) if 2 * i not in reaching and 2 * i + 1 in reaching]
+    storable = all(batch_axis(node, captured) is not None for node in cut)
+    return cut if cut and storable else [captured.input]
+
+
+def _downstream(used: list[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes with a value that depends on ``sources`` through tensors."""
+    reached = set(sources)
+    for node in used:
+        is_size = isinstance(node.meta.get("val"), (SymInt, int, float, bool))
+        if not is_size and not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _edges(
+    captured: Captured, between: list[fx.Node], head: set[fx.Node], samples: set[fx.Node]
+) -> dict[tuple[int, int], int]:
+    """Return the capacities of the flow problem.
+
+    Node i is split into an entry 2 i and an exit 2 i + 1, joined by an edge as wide as
+    its value. An entry on the trunk's side pulls everything above it there.
+    """
+    index = {node: i for i, node in enumerate(between)}
+    source, sink = 2 * len(between), 2 * len(between) + 1
+    edges: dict[tuple[int, int], int] = {}
+    for node, i in index.items():
+        edges[2 * i, 2 * i + 1] = _size(node, captured)
+        heavy = operator_name(node) in WEIGHTED and not samples.issuperset(node.all_input_nodes)
+        if node is captured.input or heavy:
+            edges[source, 2 * i] = _INFINITE
+        for above in node.all_input_nodes:
+            if above in index:
+                edges[2 * index[above] + 1, 2 * i] = _INFINITE
+                edges[2 * i, 2 * index[above]] = _INFINITE
+        if not head.isdisjoint(node.users):
+            edges[2 * i + 1, sink] = _INFINITE
+    return edges
+
+
+def _size(node: fx.Node, captured: Captured) -> int:
+    """Return the bytes per sample of a node's value."""
+    axis = batch_axis(node, captured)
+    if axis is None:
+        return _INFINITE
+    value = node.meta["val"]
+    static = [int(size) for i, size in enumerate(value.shape) if i != axis]
+    return min(int(np.prod(static, dtype=np.int64)) * value.element_size(), _INFINITE)
+
+
+def _sink_side(edges: dict[tuple[int, int], int], source: int, sink: int) -> set[int]:
+    """Return the vertices that can still reach the sink once the flow is maximal."""
+    (rows, columns), capacities = zip(*edges, strict=True), list(edges.values())
+    shape = (sink + 1, sink + 1)
+    graph = csr_array((np.array(capacities, np.int32), (rows, columns)), shape)
+    rest = (graph - maximum_flow(graph, source, sink).flow).tocoo()
+    into = defaultdict(list)
+    for row, column, left in zip(rest.row, rest.col, rest.data, strict=True):
+        if left > 0:
+            into[column].append(row)
+    reaching, queue = {sink}, deque([sink])
+    while queue:
+        for vertex in into[queue.popleft()]:
+            if vertex not in reaching:
+                reaching.add(vertex)
+                queue.append(vertex)
+    return reaching
+
+
+def extract(
+    captured: Captured,
+    inputs: list[fx.Node],
+    outputs: list[fx.Node],
+    chosen: Iterable[fx.Node] = (),
+) -> fx.GraphModule:
+    """Return the part of the graph between ``inputs`` and ``outputs`` as a module.
+
+    Its arguments are the ``chosen`` parameters, then the inputs, samples first; it
+    returns a tuple of the outputs, samples first. All other tensors become buffers.
+    """
+    graph, root = fx.Graph(), torch.nn.Module()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in [*chosen, *inputs]:
+        copies[node] = graph.placeholder(node.name)
+    sized = copies[inputs[0]]
+    for node in inputs:
+        if axis := batch_axis(node, captured):
+            copies[node] = graph.call_function(torch.transpose, (copies[node], 0, axis))
+    for node in _between(captured, set(copies), outputs):
+        if node in captured.tensors:
+            root.register_buffer(node.name, captured.tensors[node])
+            copies[node] = graph.get_attr(node.name)
+        elif captured.is_batch_size(node.meta.get("val")):
+            copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (sized, 0))
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node.target is torch.ops.aten.view.default:
+                # The strides seen at capture time depend on the kernels chosen then.
+                copies[node].target = torch.ops.aten.reshape.default
+    results = []
+    for node in outputs:
+        axis = batch_axis(node, captured)
+        swapped = (copies[node], 0, axis)
+        results.append(graph.call_function(torch.transpose, swapped) if axis else copies[node])
+    graph.output(tuple(results))
+    return fx.GraphModule(root, graph)
+
+
+def _between(captured: Captured, given: set[fx.Node], outputs: list[fx.Node]) -> list[fx.Node]:
+    """Return the nodes that have to be computed for ``outputs``, in graph order."""
+    needed = set(outputs) - given
+    for node in reversed(captured.graph.nodes):
+        if node in needed and not captured.is_batch_size(node.meta.get("val")):
+            needed.update(set(node.all_input_nodes) - given)
+    return [node for node in captured.graph.nodes if node in needed]

@@ -1,0 +1,86 @@
+"""What ``backbone=`` may be, turned into a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from sklearn_gradfeat.backbones._mlp import random_mlp
+from sklearn_gradfeat.backbones._named import load_named
+
+BackboneLike: TypeAlias = None | str | nn.Module | Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A module, what prepares its input, and whether it looks integers up."""
+
+    module: nn.Module
+    preprocess: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def takes_indices(self) -> bool:
+        """Whether integers must reach the module as they are."""
+        lookups = (nn.Embedding, nn.EmbeddingBag)
+        return any(isinstance(layer, lookups) for layer in self.module.modules())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator for a while, and give it back as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def resolve_backbone(
+    backbone: BackboneLike, sample_shape: tuple[int, ...], seed: int
+) -> Resolved:
+    """Turn ``backbone`` into a module.
+
+    Parameters
+    ----------
+    backbone : None, str, nn.Module or callable
+        As in :class:`GradientFeatureClassifier`.
+    sample_shape : tuple of int
+        The shape of one sample.
+    seed : int
+        Seeds random weights.
+
+    Returns
+    -------
+    Resolved
+
+    Raises
+    ------
+    ValueError, TypeError
+        If there is no such network, or none for samples of this shape.
+    OSError
+        If the weights of a named network cannot be downloaded.
+    """
+    if backbone is None:
+        if len(sample_shape) != 1:
+            raise ValueError(
+                "backbone=None builds a network for rows of numbers, X of shape (n_samples, "
+                f"n_features); the samples of X have shape {sample_shape}. Pass the name of a "
+                "torchvision network such as 'resnet18', 'timm/NAME', a torch module, or a "
+                "callable that returns one."
+            )
+        return Resolved(random_mlp(sample_shape[0], seed))
+    if isinstance(backbone, str):
+        return Resolved(*load_named(backbone))
+    if isinstance(backbone, nn.Module):
+        return Resolved(backbone)
+    with seeded(seed):
+        module = backbone()
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"The backbone factory must return a torch.nn.Module, it returned "
+            f"{type(module).__name__}."
+        )
+    return Resolved(module)

@@ -1,0 +1,135 @@
+"""Passing samples through the frozen trunk, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sklearn_gradfeat._arrays import Samples, slices
+
+Tensors: TypeAlias = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the linear model needs of the samples.
+
+    Attributes
+    ----------
+    activation : tensor of shape (n_samples, n_features)
+        The activations, on the computing device.
+    boundary : tuple of tensors of shape (n_samples, ...) or Samples
+        The input of the head, in host memory; or the samples themselves where the head is
+        the whole network, so that there is nothing worth keeping.
+    batch_size : int
+        Number of samples in a batch.
+    """
+
+    activation: Tensor
+    boundary: Tensors | Samples
+    batch_size: int
+
+    def batches(self, stride: int = 1) -> Iterator[tuple[slice, Tensors]]:
+        """Iterate over (rows, boundary tensors on the device) of every ``stride``-th sample."""
+        for rows in slices(len(self.activation), self.batch_size, stride):
+            if isinstance(self.boundary, Samples):
+                yield rows, (self.boundary.batch(rows),)
+            else:
+                yield rows, tuple(z[rows].to(self.activation.device) for z in self.boundary)
+
+
+def trunk_batches(
+    samples: Samples,
+    trunk: Callable[[Tensor], Tensors],
+    batch_size: int,
+    *,
+    half: bool = False,
+    verbose: bool = False,
+) -> Iterator[tuple[slice, Tensors]]:
+    """Iterate over (rows, boundary tensors), computed by the trunk.
+
+    Parameters
+    ----------
+    samples : Samples
+        The input.
+    trunk : callable
+        Maps a batch to boundary tensors.
+    batch_size : int
+        Number of samples in a batch.
+    half : bool, default=False
+        Run the trunk under bfloat16 autocast.
+    verbose : bool, default=False
+        Show a progress bar.
+    """
+    bar = tqdm(total=len(samples), desc="trunk", unit="sample", disable=not verbose)
+    with bar, torch.no_grad():
+        for rows in slices(len(samples), batch_size):
+            x = samples.batch(rows)
+            with _autocast(x.device, half):
+                boundary = trunk(x)
+            yield rows, tuple(z.to(samples.dtype) if z.is_floating_point() else z for z in boundary)
+            bar.update(len(x))
+
+
+def compute_features(
+    samples: Samples,
+    trunk: Callable[[Tensor], Tensors] | None,
+    activation: Callable[[Tensors], Tensor],
+    batch_size: int,
+    *,
+    half: bool = False,
+    verbose: bool = False,
+    keep_boundary: bool = True,
+) -> Features:
+    """Run the network over all samples and keep its activation and its boundary.
+
+    Parameters
+    ----------
+    samples : Samples
+        The input.
+    trunk : callable or None
+        Maps a batch to boundary tensors. None means that the head is the whole network.
+    activation : callable
+        Maps boundary tensors to activations of shape (n_samples, n_features).
+    batch_size : int
+        Number of samples in a batch.
+    half, verbose : bool, default=False
+        Run the trunk under bfloat16 autocast; show a progress bar.
+    keep_boundary : bool, default=True
+        Whether later passes over the head are to come.
+
+    Returns
+    -------
+    Features
+    """
+    n = len(samples)
+    kept: Tensors = ()
+    activations: Tensor | None = None
+    run = trunk or (lambda x: (x,))
+    for rows, boundary in trunk_batches(samples, run, batch_size, half=half, verbose=verbose):
+        features = activation(boundary)
+        if activations is None:
+            activations = features.new_empty((n, *features.shape[1:]))
+            if trunk is not None and keep_boundary:
+                kept = tuple(z.new_empty((n, *z.shape[1:]), device="cpu") for z in boundary)
+        activations[rows] = features
+        for store, z in zip(kept, boundary, strict=False):
+            store[rows] = z
+    assert activations is not None
+    if not torch.isfinite(activations).all():
+        raise ValueError(
+            "The backbone returned NaN or infinity for some samples. Check its weights, the "
+            "scale of X and `preprocess`; precision='float32' if it overflows in bfloat16."
+        )
+    return Features(activations, samples if trunk is None else kept, batch_size)
+
+
+def _autocast(device: torch.device, half: bool) -> AbstractContextManager[object]:
+    """Return the autocast context of the trunk."""
+    return torch.autocast(device.type, torch.bfloat16) if half else nullcontext()

@@ -1,0 +1,5 @@
+"""Minimisers of smooth convex objectives."""
+
+from sklearn_gradfeat.solvers._lbfgs import LinearObjective, Solution, minimize
+
+__all__ = ["LinearObjective", "Solution", "minimize"]

@@ -1,0 +1,187 @@
+"""Preconditioned limited-memory BFGS for a loss of a linear map [1]_.
+
+References
+----------
+.. [1] J. Nocedal and S. Wright, Numerical Optimization, 2nd edition, chapter 7,
+   Springer 2006.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat.solvers._line_search import Line, search
+
+_MEMORY = 10
+
+Status = Literal["converged", "max_iter", "stalled", "interrupted"]
+
+
+class LinearObjective(Protocol):
+    """``loss(A x) + Σ penalty x² / 2`` for a linear map ``A`` from x to logits."""
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of the logits."""
+
+    @property
+    def penalty(self) -> Tensor:
+        """Coefficients of the quadratic penalty, of the shape of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits ``A x``, of shape (n_samples, n_outputs), float64."""
+
+    def adjoint(self, cotangent: Tensor) -> Tensor:
+        """Return ``Aᵀ cotangent``, of the shape of x."""
+
+    def forward_adjoint(self, direction: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``D = A direction`` and ``Aᵀ loss'(logits + D)`` from a single pass."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What :func:`minimize` found.
+
+    Attributes
+    ----------
+    x : tensor
+        The minimiser.
+    objective_path : list of float
+        The objective at the start and after every iteration; it never increases.
+    n_iter : int
+        Number of iterations.
+    n_passes : int
+        Number of times the data was passed through the linear map or its adjoint.
+    status : str
+        ``"converged"``; ``"max_iter"``; ``"stalled"`` when rounding allows no more
+        progress; ``"interrupted"`` when the callback asked to stop.
+    gradient_ratio : float
+        Norm of the gradient, relative to the reference.
+    """
+
+    x: Tensor
+    objective_path: list[float]
+    n_iter: int
+    n_passes: int
+    status: Status
+    gradient_ratio: float
+
+
+class _Memory:
+    """Curvature pairs and the two-loop recursion around a preconditioner."""
+
+    def __init__(self, precondition: Callable[[Tensor], Tensor]) -> None:
+        self.precondition = precondition
+        self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
+
+    def add(self, step: Tensor, change: Tensor) -> None:
+        """Remember a step and the change of the gradient over it, if it is curved."""
+        curvature = float(step @ change)
+        floor = torch.finfo(step.dtype).eps * float(step.norm()) * float(change.norm())
+        if curvature > floor:
+            self.pairs.append((step, change, 1.0 / curvature))
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Return the quasi-Newton descent direction."""
+        q = -gradient
+        weights = []
+        for step, change, inverse in reversed(self.pairs):
+            weight = inverse * float(step @ q)
+            weights.append(weight)
+            q = q - weight * change
+        q = self.precondition(q)
+        for (step, change, inverse), weight in zip(self.pairs, reversed(weights), strict=True):
+            q = q + (weight - inverse * float(change @ q)) * step
+        return q
+
+
+def minimize(
+    objective: LinearObjective,
+    x: Tensor,
+    precondition: Callable[[Tensor], Tensor],
+    *,
+    tol: float,
+    max_iter: int,
+    reference: float | None = None,
+    callback: Callable[[int, float, Tensor], bool] | None = None,
+) -> Solution:
+    """Minimise a smooth convex objective of a linear map.
+
+    An iteration costs one pass over the data, and half a pass more when the unit step is
+    not good enough: the logits move along a known line, so its minimiser is found without
+    touching the data, and only the gradient there has to be computed anew.
+
+    Parameters
+    ----------
+    objective : LinearObjective
+        The objective.
+    x : tensor of shape (n,)
+        The start.
+    precondition : callable
+        Applies a symmetric positive definite approximation of the inverse Hessian.
+    tol : float
+        Stop when the norm of the gradient is at most ``tol * reference``.
+    max_iter : int
+        Stop after so many iterations.
+    reference : float, default=None
+        Norm that ``tol`` is relative to. None means that of the gradient at the start.
+    callback : callable, default=None
+        Called as ``callback(iteration, objective, x)``; returning True stops.
+
+    Returns
+    -------
+    Solution
+    """
+    loss, penalty = objective.loss, objective.penalty
+    logits = objective.forward(x)
+    gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
+    value = loss.value(logits) + float(penalty * x @ x) / 2
+    norm = float(gradient.norm())
+    reference = norm if reference is None else reference
+    path, passes, n_iter = [value], 1, 0
+    memory = _Memory(precondition)
+    status: Status = "converged"
+    while norm > tol * reference:
+        if n_iter == max_iter:
+            status = "max_iter"
+            break
+        direction = memory.direction(gradient)
+        change, adjoint = objective.forward_adjoint(direction, logits)
+        passes += 1
+        line = Line(
+            loss,
+            logits,
+            change,
+            linear=float(penalty * x @ direction),
+            quadratic=float(penalty * direction @ direction),
+        )
+        step, gain = search(line, value)
+        if gain >= 0:
+            if not memory.pairs:
+                status = "stalled"
+                break
+            memory.pairs.clear()
+            continue
+        logits = logits + step * change
+        if step != 1.0:
+            adjoint = objective.adjoint(loss.gradient(logits))
+            passes += 1
+        moved = x + step * direction
+        moved_gradient = adjoint + penalty * moved
+        memory.add(moved - x, moved_gradient - gradient)
+        x, gradient, value = moved, moved_gradient, value + gain
+        norm, n_iter = float(gradient.norm()), n_iter + 1
+        path.append(value)
+        if callback is not None and callback(n_iter, value, x):
+            status = "interrupted" if norm > tol * reference else "converged"
+            break
+    ratio = norm / reference if reference else 0.0
+    return Solution(x, path, n_iter, passes, status, ratio)
+

@@ -1,0 +1,86 @@
+"""Exact line search, free of passes because the model is linear.
+
+Along ``x + t p`` the logits are ``Z + t D`` with ``D = A p`` known, so a step costs a few
+operations on two (n_samples, n_outputs) arrays however expensive ``A`` is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scipy.optimize import brentq
+from torch import Tensor
+
+from sklearn_gradfeat._losses import Loss
+
+_LARGEST_STEP = 2.0**20
+_SLOPE_SHARE = 0.5
+_SUFFICIENT_DECREASE = 1e-4
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Line:
+    """The objective restricted to a line.
+
+    Parameters
+    ----------
+    loss : Loss
+        The loss of the logits.
+    logits, change : tensor of shape (n_samples, n_outputs), float64
+        Logits at the start of the line, and their change over a unit step.
+    linear, quadratic : float
+        The penalty along the line is ``linear * t + quadratic * t² / 2``.
+    """
+
+    loss: Loss
+    logits: Tensor
+    change: Tensor
+    linear: float
+    quadratic: float
+
+    def slope(self, step: float) -> float:
+        """Return the derivative of the objective at ``step``."""
+        gradient = self.loss.gradient(self.logits + step * self.change)
+        return float((gradient * self.change).sum()) + self.linear + step * self.quadratic
+
+    def gain(self, step: float, value: float, slopes: tuple[float, float]) -> float:
+        """Return the change of the objective over ``step``, accurate even when tiny.
+
+        A difference of two nearly equal values is all rounding; then the trapezium rule
+        on the two slopes, exact for a quadratic, takes its place.
+        """
+        trapezium = step * (slopes[0] + slopes[1]) / 2
+        if abs(slopes[0]) * step < _ROUNDING * abs(value):
+            return trapezium
+        moved = self.loss.value(self.logits + step * self.change)
+        rest = step * (self.linear + step * self.quadratic / 2)
+        return moved - self.loss.value(self.logits) + rest
+
+
+def search(line: Line, value: float) -> tuple[float, float]:
+    """Return the step and the change of the objective that it brings.
+
+    The unit step is kept when it descends enough (Wolfe conditions), since the caller has
+    paid for it already; any other step is the exact minimiser on the line.
+    """
+    start = line.slope(0.0)
+    if start >= 0:
+        return 0.0, 0.0
+    end = line.slope(1.0)
+    gain = line.gain(1.0, value, (start, end))
+    if abs(end) <= _SLOPE_SHARE * -start and gain <= _SUFFICIENT_DECREASE * start:
+        return 1.0, gain
+    step = _minimiser(line, end)
+    return step, line.gain(step, value, (start, line.slope(step)))
+
+
+def _minimiser(line: Line, unit_slope: float) -> float:
+    """Return the step at which the slope vanishes."""
+    low, high = 0.0, 1.0
+    while unit_slope < 0 and high < _LARGEST_STEP:
+        low, high = high, 2 * high
+        unit_slope = line.slope(high)
+    if unit_slope < 0:
+        return high
+    return float(brentq(line.slope, low, high, rtol=1e-6, xtol=1e-12))

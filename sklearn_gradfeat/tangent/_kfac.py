@@ -1,0 +1,206 @@
+"""Kronecker-factored curvature of the linear model, as a preconditioner [1]_ [2]_.
+
+For a layer with input rows ``a`` and output gradients ``g`` the curvature of its weight is
+approximated by ``E[g gᵀ] ⊗ E[a aᵀ]``. Parameters of any other kind get their exact
+diagonal. The curvature of the loss is its mean over the samples at the fitted ``Ω``, so
+the factors depend on the weighted samples alone, neither on their order nor on chance.
+
+References
+----------
+.. [1] J. Martens and R. Grosse, Optimizing Neural Networks with Kronecker-factored
+   Approximate Curvature, ICML 2015, arXiv:1503.05671.
+.. [2] R. Grosse and J. Martens, A Kronecker-factored approximate Fisher matrix for
+   convolution layers, ICML 2016, arXiv:1602.01407.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from sklearn_gradfeat.tangent._head import LinearizedHead
+from sklearn_gradfeat.tangent._patches import LayerCall, LayerRecorder
+from sklearn_gradfeat.tangent._products import Tensors
+
+# Enough samples for factors a few thousand wide; more only sharpens a preconditioner.
+MAX_SAMPLES = 2048
+# Directions of the curvature of the loss that are followed through the head.
+_MAX_COLUMNS = 16
+# Multiplications spent on the Gram matrix of the inputs of one layer.
+_MAX_WORK = 2**38
+# A wider factor keeps its diagonal alone: its eigenvectors would take minutes and gigabytes.
+_MAX_WIDTH = 8192
+# Numbers held at once when squares of per-sample gradients are summed.
+_MAX_PER_SAMPLE = 2**26
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues, and eigenvectors unless the matrix is kept as a diagonal."""
+
+    values: Tensor
+    vectors: Tensor | None
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Spectrum:
+        """Decompose symmetric positive semi-definite matrices, (..., n, n)."""
+        values, vectors = torch.linalg.eigh(matrix)
+        return cls(values.clamp(min=0), vectors)
+
+    def rotate(self, rows: Tensor) -> Tensor:
+        """Express the last axis in the eigenbasis."""
+        return rows if self.vectors is None else rows @ self.vectors
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Undo :meth:`rotate`."""
+        return rows if self.vectors is None else rows @ self.vectors.mT
+
+
+class KroneckerInverse:
+    """``(output ⊗ input + alpha)⁻¹`` on matrices of shape (..., n_outputs, n_inputs)."""
+
+    def __init__(self, output: Spectrum, inputs: Spectrum, alpha: float) -> None:
+        self.output, self.inputs = output, inputs
+        curvature = output.values[..., :, None] * inputs.values[..., None, :]
+        self.inverse = 1 / (curvature + damping(alpha, curvature))
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        """Apply the inverse."""
+        rotated = self.output.rotate(self.inputs.rotate(matrix).mT).mT
+        scaled = rotated * self.inverse
+        return self.inputs.restore(self.output.restore(scaled.mT).mT)
+
+
+def damping(alpha: float, curvature: Tensor) -> float:
+    """Return the penalty, or just enough to keep an unpenalised block invertible."""
+    return max(alpha, torch.finfo(curvature.dtype).eps * float(curvature.max()), 1e-30)
+
+
+class Factor:
+    """Gram matrices of the inputs and the output gradients of one layer, per group."""
+
+    def __init__(self, weight: Tensor, bias: int | None, groups: int) -> None:
+        self.bias, self.groups = bias, groups
+        n_inputs = weight[0].numel() + (bias is not None)
+        self.inputs = _empty_gram(weight, groups, n_inputs)
+        self.output = _empty_gram(weight, groups, weight.shape[0] // groups)
+
+    def add_inputs(self, rows: Tensor, weights: Tensor, scales: tuple[float, float]) -> None:
+        """Add rows of shape (groups, n_samples, positions, n_inputs)."""
+        rows = rows * scales[0]
+        if self.bias is not None:
+            rows = torch.cat([rows, torch.full_like(rows[..., :1], scales[1])], -1)
+        self.inputs += _gram(rows, weights) / rows.shape[2]
+
+    def add_output(self, rows: Tensor, weights: Tensor) -> None:
+        """Add gradients of shape (groups, n_samples, positions, n_outputs)."""
+        self.output += _gram(rows, weights)
+
+    def inverse(self, alpha: float) -> KroneckerInverse:
+        """Return the inverse of the block with the penalty ``alpha``."""
+        sides = (
+            Spectrum.of(gram) if gram.ndim == 3 else Spectrum(gram, None)
+            for gram in (self.output, self.inputs)
+        )
+        return KroneckerInverse(*sides, alpha)
+
+
+def _empty_gram(like: Tensor, groups: int, width: int) -> Tensor:
+    """Return zeros to sum a Gram matrix in, or its diagonal alone if it is too wide."""
+    return like.new_zeros((groups, width) if width > _MAX_WIDTH else (groups, width, width))
+
+
+def _gram(rows: Tensor, weights: Tensor) -> Tensor:
+    """Sum ``w r rᵀ`` over samples and positions; its diagonal alone if it is too wide."""
+    if rows.shape[1] != len(weights):
+        weights = weights.sum().expand(rows.shape[1]) / rows.shape[1]
+    weighted = (rows * weights[:, None, None]).flatten(1, 2)
+    flat = rows.flatten(1, 2)
+    return (weighted * flat).sum(1) if rows.shape[-1] > _MAX_WIDTH else weighted.mT @ flat
+
+
+def loss_columns(omega: Tensor, curvature: Tensor) -> Tensor:
+    """Return rows ``u`` with ``Σ u uᵀ ≈ Ωᵀ H Ω`` for the mean curvature ``H`` of the loss."""
+    values, vectors = torch.linalg.eigh(curvature)
+    root = (vectors * values.clamp(min=0).sqrt()).to(omega)
+    _, singular, right = torch.linalg.svd(root.T @ omega, full_matrices=False)
+    keep = min(_MAX_COLUMNS, int((singular > 1e-7 * singular.max()).sum()))
+    return singular[:keep, None] * right[:keep]
+
+
+def factors(
+    head: LinearizedHead,
+    batches: Iterable[tuple[slice, Tensors]],
+    columns: Tensor,
+    weights: Tensor,
+    n_samples: int,
+) -> tuple[dict[int, Factor], dict[int, Tensor]]:
+    """Return the factors of the layers and the diagonals of the other parameters."""
+    leaves = tuple(value.detach().requires_grad_() for value in head.values)
+    found: dict[int, Factor] = {}
+    diagonals: dict[int, Tensor] = {}
+    for rows, boundary in batches:
+        w = weights[rows]
+        with torch.enable_grad(), LayerRecorder(leaves) as recorder:
+            activation = head.head(leaves, boundary)
+        calls = recorder.calls
+        for call in calls:
+            _add_call(found, call, head, w, n_samples)
+        outputs = [call.output for call in calls]
+        for column in columns if calls else ():
+            grads = torch.autograd.grad(
+                activation, outputs, column.expand_as(activation),
+                retain_graph=True, materialize_grads=True,
+            )  # fmt: skip
+            for call, gradient in zip(calls, grads, strict=True):
+                found[call.weight].add_output(call.output_rows(gradient, len(w)), w)
+        covered = {*found, *(f.bias for f in found.values())}
+        rest = [i for i in range(len(leaves)) if i not in covered]
+        for i, square in zip(rest, _squares(head, rest, boundary, columns, w), strict=True):
+            diagonals[i] = diagonals.get(i, 0.0) + square
+    return found, diagonals
+
+
+def _add_call(
+    found: dict[int, Factor], call: LayerCall, head: LinearizedHead, w: Tensor, n_samples: int
+) -> None:
+    """Add the inputs of one call of a layer to its factor."""
+    value = head.values[call.weight]
+    factor = found.get(call.weight)
+    if factor is None:
+        factor = found[call.weight] = Factor(value, call.bias, call.groups)
+    width = value[0].numel() + 1
+    most = max(1, _MAX_WORK // (width**2 * n_samples))
+    inputs = call.input_rows(value.shape[2:], len(w), most)
+    scales = (head.scales[call.weight], 0.0 if call.bias is None else head.scales[call.bias])
+    factor.add_inputs(inputs, w, scales)
+
+
+def _squares(
+    head: LinearizedHead, rest: Sequence[int], boundary: Tensors, columns: Tensor, w: Tensor
+) -> list[Tensor]:
+    """Return the weighted sums of squared per-sample gradients, in scaled coordinates."""
+    if not rest:
+        return []
+
+    def output(chosen: Tensors, sample: Tensors, column: Tensor) -> Tensor:
+        values = list(head.values)
+        for i, value in zip(rest, chosen, strict=True):
+            values[i] = value
+        return head.head(tuple(values), tuple(z[None] for z in sample))[0] @ column
+
+    chosen = tuple(head.values[i] for i in rest)
+    size = max(1, _MAX_PER_SAMPLE // sum(value.numel() for value in chosen))
+    per_sample = vmap(grad(output), in_dims=(None, 0, None))
+    totals = [torch.zeros_like(value) for value in chosen]
+    for start in range(0, len(w), size):
+        part = slice(start, start + size)
+        for column in columns:
+            gradients = per_sample(chosen, tuple(z[part] for z in boundary), column)
+            for total, gradient in zip(totals, gradients, strict=True):
+                total += torch.einsum("n,n...->...", w[part], gradient**2)
+    return [head.scales[i] ** 2 * total for i, total in zip(rest, totals, strict=True)]
