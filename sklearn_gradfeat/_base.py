@@ -225,8 +225,8 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
             return torch.from_numpy(array.copy()).to(activation)
 
         displacements = {name: tensor(value) for name, value in former.items()}
-        parts = (self.coef_, self.intercept_, self.omega_)
-        return Model(*map(tensor, parts), displacements)
+        coef, intercept, omega = map(tensor, (self.coef_, self.intercept_, self.omega_))
+        return Model(coef, intercept, omega, displacements)
 
     def _logits(self, X: Any) -> np.ndarray[Any, Any]:
         """Return the logits, of shape (n_samples, n_outputs)."""
@@ -287,8 +287,9 @@ def _to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
 def _warn_unless_converged(stage: str, solution: Solution, settings: Settings) -> None:
     """Warn with what was reached and what to try."""
     reached = (
-        f"The fit of the {stage} features stopped after {solution.n_iter} iterations with a "
-        f"gradient of {solution.gradient_ratio:.1e} times its start, above tol={settings.tol:g}"
+        f"The fit of the {stage} features stopped after {solution.n_iter} iterations, where "
+        f"a Newton step promises to lower the objective by another {solution.norm**2 / 2:.1e}; "
+        f"tol={settings.tol:g} is not met"
     )
     if solution.status == "max_iter":
         warnings.warn(

@@ -17,6 +17,9 @@ except ImportError:  # scikit-learn < 1.9
         return method
 
 
+__all__ = ["CallbackSupportMixin", "FitCallbacks", "with_callbacks"]
+
+
 class FitCallbacks:
     """Reports the iterations of a fit to the callbacks of an estimator.
 

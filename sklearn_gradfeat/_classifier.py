@@ -74,7 +74,9 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
     max_iter : int, default=100
         Largest number of iterations of each of the two fits.
     tol : float, default=1e-4
-        The fits stop when the norm of the gradient is ``tol`` times that at the start.
+        Both fits stop when the norm of the gradient is ``tol`` times that of the model
+        that predicts nothing. The norm is in the metric of the preconditioner, where half
+        its square is the decrease of the objective that a Newton step promises.
     warm_start : bool, default=False
         Whether to start from the former solution where it has the right shape. The
         optimum is the same.
@@ -301,14 +303,15 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         if self._multilabel:
             return log_expit(logits)
         if logits.shape[1] == 1:
-            return log_expit(np.hstack([-logits, logits]))
-        return log_softmax(logits, axis=1)
+            logs = log_expit(np.hstack([-logits, logits]))
+        else:
+            logs = log_softmax(logits, axis=1)
+        logs[np.exp(logs) == 1] = 0  # as the probability, which has been rounded to one
+        return logs
 
     def _weights(self, y: npt.NDArray[Any], sample_weight: Any) -> npt.NDArray[np.float64]:
         """Return the weight of every sample, adding up to one."""
-        weights = _check_sample_weight(
-            sample_weight, y, dtype=np.float64, ensure_non_negative=True
-        )
+        weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
         if self.class_weight is not None:
             weights = weights * _class_weights(self.class_weight, y, weights)
         total = weights.sum()
@@ -358,7 +361,7 @@ def _loss(
 
 def _class_weights(
     class_weight: Any, y: npt.NDArray[Any], weights: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
+) -> npt.NDArray[Any]:
     """Return the factor of every sample; "balanced" counts samples by their weight."""
     if class_weight != "balanced" or y.ndim == 2:
         return compute_sample_weight(class_weight, y)

@@ -33,6 +33,9 @@ class Loss(Protocol):
     def mean_curvature(self, logits: Tensor) -> Tensor:
         """Return the weighted mean of the (n_outputs, n_outputs) Hessian blocks."""
 
+    def curvatures(self, logits: Tensor) -> Tensor:
+        """Return the weighted trace of the Hessian block of every sample."""
+
 
 @dataclass(frozen=True)
 class Multinomial:
@@ -61,9 +64,7 @@ class Multinomial:
         """Return ``w (p - onehot(y))``, of the rows that ``logits`` stand for."""
         rows = rows or slice(None)
         residual = torch.softmax(logits, 1)
-        residual.scatter_add_(
-            1, self.targets[rows, None], -torch.ones_like(residual[:, :1])
-        )
+        residual.scatter_add_(1, self.targets[rows, None], -torch.ones_like(residual[:, :1]))
         return residual * self.weights[rows, None]
 
     def mean_curvature(self, logits: Tensor) -> Tensor:
@@ -71,6 +72,11 @@ class Multinomial:
         p = torch.softmax(logits, 1)
         weighted = self.weights[:, None] * p
         return torch.diag(weighted.sum(0)) - weighted.T @ p
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        """Return the weighted ``Σ p (1 - p)`` of every sample."""
+        p = torch.softmax(logits, 1)
+        return self.weights * (p * (1 - p)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -107,3 +113,8 @@ class Bernoulli:
         """Return the diagonal matrix of the mean of ``p (1 - p)``."""
         p = torch.sigmoid(logits)
         return torch.diag(self.weights @ (p * (1 - p)))
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        """Return the weighted ``Σ p (1 - p)`` of every sample."""
+        p = torch.sigmoid(logits)
+        return self.weights * (p * (1 - p)).sum(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat.features import Features
-from sklearn_gradfeat.solvers import Solution, minimize
+from sklearn_gradfeat.solvers import Solution, minimize, preconditioned_norm
 from sklearn_gradfeat.tangent import (
     Head,
     LinearizedHead,
@@ -99,13 +99,12 @@ def train(
         nothing = {name: torch.zeros_like(p) for name, p in parameters.items()}
         return Model(parts.weights, bias, parts.weights, nothing)
 
-    start = None
-    if warm is not None:
-        start = _join(warm.omega, warm.intercept, zero[:0], settings)
+    # Both stages are solved to the same accuracy, relative to the start of the first.
+    reference = _norm_at_zero(first, zero)
     solution = _minimize(
         first,
-        zero,
-        start,
+        zero if warm is None else _join(warm.omega, warm.intercept, zero[:0], settings),
+        reference,
         settings,
         lambda n, value, x: monitor("activation", n, value, lambda: first_model(x)),
     )
@@ -133,8 +132,8 @@ def train(
 
     solutions[settings.features] = solution = _minimize(
         second,
-        vector(base),
-        None if warm is None else vector(warm),
+        vector(base if warm is None else warm),
+        reference,
         settings,
         lambda n, value, x: monitor(settings.features, n, value, lambda: second_model(x)),
     )
@@ -149,24 +148,24 @@ def _join(weights: Tensor, intercept: Tensor, u: Tensor, settings: Settings) -> 
 
 def _minimize(
     objective: TangentObjective,
-    cold: Tensor,
-    warm: Tensor | None,
+    start: Tensor,
+    reference: float,
     settings: Settings,
     callback: Callable[[int, float, Tensor], bool],
 ) -> Solution:
-    """Minimise from ``warm`` to the tolerance that a start at ``cold`` sets."""
-    logits = objective.forward(cold)
-    loss = objective.loss
-    reference = None
-    if warm is not None:
-        gradient = objective.adjoint(loss.gradient(logits)) + objective.penalty * cold
-        reference = float(gradient.norm())
+    """Minimise until the gradient is ``settings.tol`` times ``reference``."""
     return minimize(
         objective,
-        cold if warm is None else warm,
-        Preconditioner(objective, loss.mean_curvature(logits)),
-        tol=settings.tol,
+        start,
+        lambda logits: Preconditioner(objective, logits),
+        tolerance=settings.tol * reference,
         max_iter=settings.max_iter,
-        reference=reference,
         callback=callback,
     )
+
+
+def _norm_at_zero(objective: TangentObjective, zero: Tensor) -> float:
+    """Return the norm of the gradient of the model that predicts nothing."""
+    logits = objective.forward(zero)
+    gradient = objective.adjoint(objective.loss.gradient(logits))
+    return preconditioned_norm(gradient, Preconditioner(objective, logits))

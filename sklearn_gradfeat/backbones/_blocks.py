@@ -7,8 +7,8 @@ the graph, so the Python around them may be of any style.
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,7 @@ from sklearn_gradfeat.backbones._capture import (
 
 _aten = torch.ops.aten
 _ADD, _CAT = _aten.add.Tensor, _aten.cat.default
+
 
 def blocks(captured: Captured) -> list[list[str]]:
     """Return the parameter names of every block, from the input to the output."""
@@ -80,7 +81,7 @@ def _residual_regions(captured: Captured) -> list[tuple[set[fx.Node], str]]:
         if node.target not in (_ADD, _CAT):
             continue
         sources = [s for s in node.all_input_nodes if captured.input in ancestors[s]]
-        for first, second in zip(sources, sources[1:], strict=False):
+        for first, second in pairwise(sources):
             region = {n for n in ancestors[first] ^ ancestors[second] if n.op == "call_function"}
             if not region:
                 continue
@@ -94,8 +95,12 @@ def _residual_regions(captured: Captured) -> list[tuple[set[fx.Node], str]]:
 
 def _common_path(paths: Sequence[str]) -> str:
     """Return the longest path of a submodule that contains all of ``paths``."""
-    split = [path.split(".") for path in paths]
-    return ".".join(os.path.commonprefix(split))
+    common: list[str] = []
+    for parts in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
 
 
 def _innermost(node: fx.Node, regions: list[tuple[set[fx.Node], str]]) -> str | None:
@@ -121,7 +126,9 @@ def _members(captured: Captured, path: str) -> list[str]:
     for name in differentiable(captured):
         layers = captured.parameters[name].users
         if name not in inside and any(
-            layer.args[1:2] and layer.args[1] in nodes and layer.args[2:3] == (captured.parameters[name],)
+            layer.args[1:2]
+            and layer.args[1] in nodes
+            and layer.args[2:3] == (captured.parameters[name],)
             for layer in layers
         ):
             inside.append(name)

@@ -13,7 +13,6 @@ import torch
 from torch import SymInt, Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-
 MATRIX = {"linear", "addmm", "matmul", "mm", "bmm"}
 WEIGHTED = MATRIX | {
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
@@ -103,7 +102,8 @@ class ActivationModule(nn.Module):
                 raise ValueError(f"activation_layer={self.layer!r} is not used by the backbone.")
             output = seen[-1]
         check_activation(output, x.shape[0])
-        return output.flatten(2).mean(2) if output.ndim > 2 else output
+        activation: Tensor = output.flatten(2).mean(2) if output.ndim > 2 else output
+        return activation
 
 
 def check_activation(output: Any, n_samples: int) -> None:
@@ -147,7 +147,7 @@ def frozen_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
                 "statistics, so the features of a sample would depend on its neighbours. "
                 "Use track_running_stats=True, or another normalisation."
             )
-    return copied.eval().requires_grad_(False).to(device, dtype)
+    return copied.eval().to(device, dtype)
 
 
 @contextmanager

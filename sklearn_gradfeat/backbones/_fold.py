@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -30,7 +31,8 @@ def fold_batch_norms(captured: Captured) -> None:
     for node in list(captured.graph.nodes):
         if node.target is not _NORM:
             continue
-        _, scale, shift, *_ = node.args
+        arguments: tuple[Any, ...] = node.args
+        _, scale, shift, *_ = arguments
         layer = _foldable(captured, node)
         if layer is None:
             captured.frozen.update(names[p] for p in (scale, shift) if p in names)
@@ -49,17 +51,18 @@ def _foldable(captured: Captured, norm: fx.Node) -> fx.Node | None:
     matrix = layer.target is _LINEAR and layer.meta["val"].ndim == 2
     if not matrix and layer.target not in _CONVOLUTIONS:
         return None
-    own = layer.args[1:3]
+    own: tuple[Any, ...] = layer.args[1:3]
     alone = all(p is None or (p in captured.tensors and len(p.users) == 1) for p in own)
     return layer if alone else None
 
 
 def _fold(captured: Captured, names: dict[fx.Node, str], norm: fx.Node, layer: fx.Node) -> None:
     """Rewrite the graph and the tensors of one batch norm and its layer."""
-    _, scale, shift, mean, variance, _, eps = norm.args
-    weight, bias = layer.args[1], layer.args[2] if len(layer.args) > 2 else None
+    arguments: tuple[Any, ...] = norm.args
+    _, scale, shift, mean, variance, _, eps = arguments
+    weight, bias = _weight_and_bias(layer)
 
-    def value(node: object, default: float) -> Tensor:
+    def value(node: fx.Node | None, default: float) -> Tensor:
         reference = captured.tensors[mean]
         found = captured.tensors[node] if node is not None else torch.full_like(reference, default)
         return found.double() if found.device.type != "mps" else found
@@ -91,7 +94,7 @@ def _bias_node(
     """Return the placeholder of the bias that a layer without one receives."""
     if shift is not None and len(shift.users) == 1:
         return shift
-    weight = layer.args[1]
+    weight, _ = _weight_and_bias(layer)
     with captured.graph.inserting_before(captured.input):
         node = captured.graph.placeholder(f"{weight.name}_folded_bias")
     if weight in names:
@@ -99,3 +102,10 @@ def _bias_node(
         captured.parameters[name] = node
         names[node] = name
     return node
+
+
+def _weight_and_bias(layer: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """Return the placeholders of the parameters of a layer."""
+    weight, *bias = layer.args[1:3]
+    assert isinstance(weight, fx.Node)
+    return weight, bias[0] if bias and isinstance(bias[0], fx.Node) else None

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-_WIDTH = 512
+_WIDTH = 256
 _DEPTH = 2
 
 
@@ -28,7 +28,7 @@ def random_mlp(n_features: int, seed: int) -> nn.Sequential:
     Returns
     -------
     nn.Sequential
-        Linear layers and rectifiers, ending in a rectifier; 512 activations.
+        Linear layers and rectifiers, ending in a rectifier; 256 activations.
 
     References
     ----------

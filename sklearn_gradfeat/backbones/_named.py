@@ -56,6 +56,7 @@ def _load_torchvision(name: str, model: str) -> tuple[nn.Module, ImagePreprocess
 def _load_timm(name: str, model: str) -> tuple[nn.Module, ImagePreprocess]:
     try:
         import timm
+        from timm.data.config import resolve_model_data_config
     except ImportError as error:
         raise ImportError(
             f"backbone={name!r} needs timm. Install it with pip install 'sklearn-gradfeat[timm]'."
@@ -63,7 +64,7 @@ def _load_timm(name: str, model: str) -> tuple[nn.Module, ImagePreprocess]:
     if model.partition(".")[0] not in timm.list_models():
         raise ValueError(_unknown(name, model, [f"timm/{m}" for m in timm.list_models()]))
     network = _download(name, lambda: timm.create_model(model, pretrained=True, num_classes=0))
-    config = timm.data.resolve_model_data_config(network)
+    config = resolve_model_data_config(network)
     return network, ImagePreprocess(timm_transform(config))
 
 

@@ -77,6 +77,7 @@ class FrozenBackbone:
         copied = frozen_copy(module, example.device, dtype)
         self.module = ActivationModule(copied, activation_layer)
         check_activation(run_once(self.module, example), len(example))
+        self.module.requires_grad_(False)  # not before lazy modules have their parameters
         self.example = torch.zeros_like(example)
         self._networks: dict[tuple[str, ...], Network] = {}
 

@@ -2,8 +2,9 @@
 
 The head is whatever depends on a differentiated parameter. Between the two there is room:
 operators that are cheap, since they multiply with no weight, may run on either side, so the
-cut is placed where it stores the fewest bytes per sample: a minimum cut of the graph [1]_. Among cuts of equal
-size the one closest to the head is taken, which leaves the least to be computed again.
+cut is placed where it stores the fewest bytes per sample: a minimum cut of the graph [1]_.
+Among cuts of equal size the one closest to the head is taken, which leaves the least to be
+computed again.
 
 References
 ----------
@@ -13,6 +14,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterable
 
@@ -111,7 +113,7 @@ def _size(node: fx.Node, captured: Captured) -> int:
         return _INFINITE
     value = node.meta["val"]
     static = [int(size) for i, size in enumerate(value.shape) if i != axis]
-    return min(int(np.prod(static, dtype=np.int64)) * value.element_size(), _INFINITE)
+    return min(math.prod(static) * int(value.element_size()), _INFINITE)
 
 
 def _sink_side(edges: dict[tuple[int, int], int], source: int, sink: int) -> set[int]:

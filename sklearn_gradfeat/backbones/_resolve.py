@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sklearn_gradfeat.backbones._mlp import random_mlp
 from sklearn_gradfeat.backbones._named import load_named
 
-BackboneLike: TypeAlias = None | str | nn.Module | Callable[[], nn.Module]
+BackboneLike: TypeAlias = str | nn.Module | Callable[[], nn.Module] | None
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def resolve_backbone(
-    backbone: BackboneLike, sample_shape: tuple[int, ...], seed: int
-) -> Resolved:
+def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed: int) -> Resolved:
     """Turn ``backbone`` into a module.
 
     Parameters

@@ -1,5 +1,5 @@
 """Minimisers of smooth convex objectives."""
 
-from sklearn_gradfeat.solvers._lbfgs import LinearObjective, Solution, minimize
+from sklearn_gradfeat.solvers._lbfgs import LinearObjective, Solution, minimize, preconditioned_norm
 
-__all__ = ["LinearObjective", "Solution", "minimize"]
+__all__ = ["LinearObjective", "Solution", "minimize", "preconditioned_norm"]

@@ -8,6 +8,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,12 @@ from torch import Tensor
 from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat.solvers._line_search import Line, search
 
-_MEMORY = 10
+_MEMORY = 20
+# The preconditioner is made anew after so many iterations, or when a step so much longer
+# than it proposed shows that the curvature is no longer what it was. Old pairs would carry
+# rounding errors from one regime into the next, so they go with it.
+_REFRESH = 10
+_LONG_STEP = 2.0
 
 Status = Literal["converged", "max_iter", "stalled", "interrupted"]
 
@@ -62,8 +68,8 @@ class Solution:
     status : str
         ``"converged"``; ``"max_iter"``; ``"stalled"`` when rounding allows no more
         progress; ``"interrupted"`` when the callback asked to stop.
-    gradient_ratio : float
-        Norm of the gradient, relative to the reference.
+    norm : float
+        Norm of the gradient in the metric of the preconditioner.
     """
 
     x: Tensor
@@ -71,7 +77,7 @@ class Solution:
     n_iter: int
     n_passes: int
     status: Status
-    gradient_ratio: float
+    norm: float
 
 
 class _Memory:
@@ -79,14 +85,17 @@ class _Memory:
 
     def __init__(self, precondition: Callable[[Tensor], Tensor]) -> None:
         self.precondition = precondition
+        self.scale = 1.0
         self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
 
-    def add(self, step: Tensor, change: Tensor) -> None:
-        """Remember a step and the change of the gradient over it, if it is curved."""
+    def add(self, step: Tensor, change: Tensor, solved: Tensor) -> None:
+        """Remember a step, the change of the gradient, and that with the inverse applied."""
         curvature = float(step @ change)
         floor = torch.finfo(step.dtype).eps * float(step.norm()) * float(change.norm())
-        if curvature > floor:
+        metric = float(change @ solved)
+        if curvature > floor and metric > 0:
             self.pairs.append((step, change, 1.0 / curvature))
+            self.scale = curvature / metric
 
     def direction(self, gradient: Tensor) -> Tensor:
         """Return the quasi-Newton descent direction."""
@@ -96,7 +105,7 @@ class _Memory:
             weight = inverse * float(step @ q)
             weights.append(weight)
             q = q - weight * change
-        q = self.precondition(q)
+        q = self.scale * self.precondition(q)
         for (step, change, inverse), weight in zip(self.pairs, reversed(weights), strict=True):
             q = q + (weight - inverse * float(change @ q)) * step
         return q
@@ -105,11 +114,10 @@ class _Memory:
 def minimize(
     objective: LinearObjective,
     x: Tensor,
-    precondition: Callable[[Tensor], Tensor],
+    precondition: Callable[[Tensor], Callable[[Tensor], Tensor]],
     *,
-    tol: float,
+    tolerance: float,
     max_iter: int,
-    reference: float | None = None,
     callback: Callable[[int, float, Tensor], bool] | None = None,
 ) -> Solution:
     """Minimise a smooth convex objective of a linear map.
@@ -125,13 +133,15 @@ def minimize(
     x : tensor of shape (n,)
         The start.
     precondition : callable
-        Applies a symmetric positive definite approximation of the inverse Hessian.
-    tol : float
-        Stop when the norm of the gradient is at most ``tol * reference``.
+        Maps logits to a function that applies a symmetric positive definite approximation
+        of the inverse Hessian there. Called at the start, every ten iterations, and
+        whenever the curvature has dropped.
+    tolerance : float
+        Stop when the norm of the gradient, in the metric of the preconditioner, is no
+        larger. Half its square is the decrease that a Newton step promises, so it does
+        not depend on the units of the unknowns.
     max_iter : int
         Stop after so many iterations.
-    reference : float, default=None
-        Norm that ``tol`` is relative to. None means that of the gradient at the start.
     callback : callable, default=None
         Called as ``callback(iteration, objective, x)``; returning True stops.
 
@@ -143,12 +153,12 @@ def minimize(
     logits = objective.forward(x)
     gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
     value = loss.value(logits) + float(penalty * x @ x) / 2
-    norm = float(gradient.norm())
-    reference = norm if reference is None else reference
+    memory = _Memory(precondition(logits))
+    natural = memory.precondition(gradient)
+    norm = _norm(gradient, natural)
     path, passes, n_iter = [value], 1, 0
-    memory = _Memory(precondition)
     status: Status = "converged"
-    while norm > tol * reference:
+    while norm > tolerance:
         if n_iter == max_iter:
             status = "max_iter"
             break
@@ -175,13 +185,26 @@ def minimize(
             passes += 1
         moved = x + step * direction
         moved_gradient = adjoint + penalty * moved
-        memory.add(moved - x, moved_gradient - gradient)
-        x, gradient, value = moved, moved_gradient, value + gain
-        norm, n_iter = float(gradient.norm()), n_iter + 1
+        moved_natural = memory.precondition(moved_gradient)
+        memory.add(moved - x, moved_gradient - gradient, moved_natural - natural)
+        x, gradient, natural = moved, moved_gradient, moved_natural
+        value, n_iter = value + gain, n_iter + 1
         path.append(value)
+        norm = _norm(gradient, natural)
         if callback is not None and callback(n_iter, value, x):
-            status = "interrupted" if norm > tol * reference else "converged"
+            status = "interrupted" if norm > tolerance else "converged"
             break
-    ratio = norm / reference if reference else 0.0
-    return Solution(x, path, n_iter, passes, status, ratio)
+        if norm > tolerance and (n_iter % _REFRESH == 0 or step > _LONG_STEP):
+            memory = _Memory(precondition(logits))
+            natural = memory.precondition(gradient)
+    return Solution(x, path, n_iter, passes, status, norm)
 
+
+def preconditioned_norm(gradient: Tensor, precondition: Callable[[Tensor], Tensor]) -> float:
+    """Return the norm of a gradient in the metric of a preconditioner."""
+    return _norm(gradient, precondition(gradient))
+
+
+def _norm(gradient: Tensor, natural: Tensor) -> float:
+    """Return the same, for a gradient and its product with the preconditioner."""
+    return math.sqrt(max(0.0, float(gradient @ natural)))

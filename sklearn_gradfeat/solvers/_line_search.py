@@ -83,4 +83,4 @@ def _minimiser(line: Line, unit_slope: float) -> float:
         unit_slope = line.slope(high)
     if unit_slope < 0:
         return high
-    return float(brentq(line.slope, low, high, rtol=1e-6, xtol=1e-12))
+    return float(brentq(line.slope, low, high, rtol=1e-14, xtol=1e-15))

@@ -48,8 +48,12 @@ class Spectrum:
     @classmethod
     def of(cls, matrix: Tensor) -> Spectrum:
         """Decompose symmetric positive semi-definite matrices, (..., n, n)."""
-        values, vectors = torch.linalg.eigh(matrix)
-        return cls(values.clamp(min=0), vectors)
+        home = "cpu" if matrix.device.type == "mps" else matrix.device
+        try:
+            values, vectors = torch.linalg.eigh(matrix.to(home))
+        except torch.linalg.LinAlgError:
+            values, vectors = torch.linalg.eigh(matrix.to(home, torch.float64))
+        return cls(values.clamp(min=0).to(matrix), vectors.to(matrix))
 
     def rotate(self, rows: Tensor) -> Tensor:
         """Express the last axis in the eigenbasis."""
@@ -102,11 +106,11 @@ class Factor:
 
     def inverse(self, alpha: float) -> KroneckerInverse:
         """Return the inverse of the block with the penalty ``alpha``."""
-        sides = (
+        output, inputs = (
             Spectrum.of(gram) if gram.ndim == 3 else Spectrum(gram, None)
             for gram in (self.output, self.inputs)
         )
-        return KroneckerInverse(*sides, alpha)
+        return KroneckerInverse(output, inputs, alpha)
 
 
 def _empty_gram(like: Tensor, groups: int, width: int) -> Tensor:
@@ -125,11 +129,11 @@ def _gram(rows: Tensor, weights: Tensor) -> Tensor:
 
 def loss_columns(omega: Tensor, curvature: Tensor) -> Tensor:
     """Return rows ``u`` with ``Σ u uᵀ ≈ Ωᵀ H Ω`` for the mean curvature ``H`` of the loss."""
-    values, vectors = torch.linalg.eigh(curvature)
-    root = (vectors * values.clamp(min=0).sqrt()).to(omega)
-    _, singular, right = torch.linalg.svd(root.T @ omega, full_matrices=False)
+    values, vectors = torch.linalg.eigh(curvature.cpu().double())
+    root = (vectors * values.clamp(min=0).sqrt()).T @ omega.cpu().double()
+    _, singular, right = torch.linalg.svd(root, full_matrices=False)
     keep = min(_MAX_COLUMNS, int((singular > 1e-7 * singular.max()).sum()))
-    return singular[:keep, None] * right[:keep]
+    return (singular[:keep, None] * right[:keep]).to(omega)
 
 
 def factors(
@@ -202,5 +206,5 @@ def _squares(
         for column in columns:
             gradients = per_sample(chosen, tuple(z[part] for z in boundary), column)
             for total, gradient in zip(totals, gradients, strict=True):
-                total += torch.einsum("n,n...->...", w[part], gradient**2)
+                total.add_(torch.einsum("n,n...->...", w[part], gradient**2))
     return [head.scales[i] ** 2 * total for i, total in zip(rest, totals, strict=True)]

@@ -21,7 +21,6 @@ from sklearn_gradfeat.tangent._head import LinearizedHead
 from sklearn_gradfeat.tangent._products import Tensors
 
 
-
 class Batches(Protocol):
     """The boundary tensors of all samples, batch by batch."""
 
@@ -109,7 +108,7 @@ class TangentObjective:
 
     def split(self, x: Tensor) -> Parts:
         """View a flat vector as its parts; parts left out are empty."""
-        weights, intercept, u = x.split(self.sizes)
+        weights, intercept, u = torch.split(x, list(self.sizes))
         return Parts(weights.view(self.loss.n_outputs, -1), intercept, u)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +126,9 @@ class TangentObjective:
         u = self.like.new_zeros(self.sizes[2])
         if self.tangent is not None:
             for rows, boundary in self.tangent.batches():
-                u += self.tangent.head.vjp(boundary, self._narrow(cotangent[rows]) @ self.tangent.omega)
+                u += self.tangent.head.vjp(
+                    boundary, self._narrow(cotangent[rows]) @ self.tangent.omega
+                )
         return self._join(cotangent, u)
 
     def forward_adjoint(self, direction: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,13 +55,15 @@ class LayerCall:
                 window.append(slice(o * d, o * d + (length - 1) * s + 1, s))
             pieces.append(x[tuple(window)].flatten(2)[:, :, positions])
         patches = torch.stack(pieces, 2).unflatten(1, (self.groups, -1))
-        return patches.flatten(2, 3).permute(1, 0, 3, 2)
+        flat: Tensor = patches.flatten(2, 3).permute(1, 0, 3, 2)
+        return flat
 
     def output_rows(self, like_output: Tensor, n_samples: int) -> Tensor:
         """Return a tensor of the shape of the output as rows."""
         if self.kind == "linear":
             return _by_sample(like_output, n_samples)
-        return like_output.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2)
+        rows: Tensor = like_output.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2)
+        return rows
 
 
 class LayerRecorder(TorchFunctionMode):

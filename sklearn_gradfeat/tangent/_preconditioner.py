@@ -26,14 +26,16 @@ class Preconditioner:
     ----------
     objective : TangentObjective
         The objective; its penalties enter exactly.
-    curvature : tensor of shape (n_outputs, n_outputs)
-        Mean curvature of the loss in the logits.
+    logits : tensor of shape (n_samples, n_outputs)
+        Where the curvature of the loss is taken.
     """
 
-    def __init__(self, objective: TangentObjective, curvature: Tensor) -> None:
+    def __init__(self, objective: TangentObjective, logits: Tensor) -> None:
         like = objective.like
-        curvature = curvature.to(like)
-        weights = objective.loss.weights.to(like)
+        curvature = objective.loss.mean_curvature(logits).to(like)
+        shares = objective.loss.curvatures(logits)
+        # Samples count by their curvature: those that are already fitted hardly matter.
+        weights = (shares / shares.sum()).to(like)
         self.objective = objective
         self.affine = _affine_inverse(objective, curvature, weights)
         self.layers = (
@@ -85,8 +87,8 @@ class _LayerInverses:
         pieces = list(self.head.pieces(u))
         for i, inverse in self.diagonals.items():
             pieces[i] = pieces[i] * inverse
-        for i, (factor, inverse) in self.layers.items():
-            _solve(pieces, i, factor, inverse)
+        for i, (factor, layer) in self.layers.items():
+            _solve(pieces, i, factor, layer)
         return torch.cat([piece.reshape(-1) for piece in pieces])
 
 
