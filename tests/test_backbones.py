@@ -28,7 +28,7 @@ def tiny_net():
 
 
 def estimator(backbone, **parameters):
-    defaults = {"alpha": 1e-2, "max_iter": 40, "tol": 1e-2}
+    defaults = {"alpha": 0.1, "max_iter": 40, "tol": 1e-2}
     return GradientFeatureClassifier(backbone, **{**defaults, **parameters})
 
 
@@ -47,7 +47,9 @@ def same(first, second):
     return (
         np.array_equal(first.coef_, second.coef_)
         and np.array_equal(first.intercept_, second.intercept_)
-        and all(np.array_equal(first.gradient_coef_[n], v) for n, v in second.gradient_coef_.items())
+        and all(
+            np.array_equal(first.gradient_coef_[n], v) for n, v in second.gradient_coef_.items()
+        )
     )
 
 
@@ -179,7 +181,9 @@ def test_timm_transform(changes, size):
 @pytest.fixture(params=["plain", "torchvision", "timm"])
 def preprocess(request):
     if request.param == "plain":
-        return ImagePreprocess(lambda images: images / 255 if images.dtype == torch.uint8 else images)
+        return ImagePreprocess(
+            lambda images: images / 255 if images.dtype == torch.uint8 else images
+        )
     if request.param == "torchvision":
         return ImagePreprocess(torchvision.models.ResNet18_Weights.DEFAULT.transforms())
     return ImagePreprocess(timm_transform(CONFIG))
@@ -188,7 +192,9 @@ def preprocess(request):
 def smooth_images(channels=3):
     rows, columns = torch.meshgrid(torch.arange(36.0), torch.arange(40.0), indexing="ij")
     planes = [
-        torch.stack([127 + 120 * torch.sin(rows / (7 + n) + columns / 9 + c) for c in range(channels)])
+        torch.stack(
+            [127 + 120 * torch.sin(rows / (7 + n) + columns / 9 + c) for c in range(channels)]
+        )
         for n in range(2)
     ]
     return torch.stack(planes).to(torch.uint8)
@@ -240,7 +246,9 @@ def test_images_that_cannot_be_used(preprocess, shape, dtype, match):
 @pytest.mark.parametrize(("low", "high"), [(0.0, 255.0), (-1.0, 1.0), (0.0, 1.01)])
 def test_images_out_of_range(preprocess, low, high):
     images = torch.linspace(low, high, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
-    with pytest.raises(ValueError, match=rf"lie in \[0, 1\], X has values from {low:g} to {high:g}"):
+    with pytest.raises(
+        ValueError, match=rf"lie in \[0, 1\], X has values from {low:g} to {high:g}"
+    ):
         preprocess(images)
 
 
@@ -254,7 +262,7 @@ def net_of_the_moment():
 
 @pytest.mark.parametrize("result", [3, None, nn.Linear])
 def test_factory_that_returns_no_module(result):
-    with pytest.raises(TypeError, match="factory must return a torch.nn.Module, it returned"):
+    with pytest.raises(TypeError, match=r"factory must return a torch\.nn\.Module, it returned"):
         estimator(lambda: result).fit(X, Y)
 
 
@@ -405,9 +413,7 @@ def test_embedding(dtype):
     assert model.coef_.shape == (3, 5)
     assert model.predict_proba(IDS.astype(dtype)).shape == (24, 3)
     reference = estimator(Words()).fit(IDS, Y)
-    np.testing.assert_allclose(
-        model.predict_proba(IDS), reference.predict_proba(IDS), atol=1e-3
-    )
+    np.testing.assert_allclose(model.predict_proba(IDS), reference.predict_proba(IDS), atol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
@@ -446,9 +452,9 @@ class Branching(nn.Module):
 
 def test_module_that_cannot_be_captured():
     with pytest.warns(UserWarning, match="cannot be captured as a graph") as caught:
-        model = estimator(Branching(), precision="float64", tol=1e-6, max_iter=200).fit(X, Y)
+        model = estimator(Branching(), precision="float64", tol=1e-5, max_iter=200).fit(X, Y)
     assert len(caught) == 1
-    plain = estimator(tiny_net(), precision="float64", tol=1e-6, max_iter=200).fit(X, Y)
+    plain = estimator(tiny_net(), precision="float64", tol=1e-5, max_iter=200).fit(X, Y)
     assert model.gradient_layers_ == [f"net.{name}" for name in plain.gradient_layers_]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -21,11 +21,11 @@ from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat.solvers._line_search import Line, search
 
 _MEMORY = 20
-# The preconditioner is made anew after so many iterations, or when a step so much longer
-# than it proposed shows that the curvature is no longer what it was. Old pairs would carry
-# rounding errors from one regime into the next, so they go with it.
-_REFRESH = 10
-_LONG_STEP = 2.0
+# The preconditioner is made anew after so many iterations, or once the curvature of the loss
+# has changed by such a factor. Curvature pairs from before would carry rounding errors from
+# one regime into the next, so they go with it.
+_REFRESH = 30
+_CHANGE = 2.0
 
 Status = Literal["converged", "max_iter", "stalled", "interrupted"]
 
@@ -134,8 +134,8 @@ def minimize(
         The start.
     precondition : callable
         Maps logits to a function that applies a symmetric positive definite approximation
-        of the inverse Hessian there. Called at the start, every ten iterations, and
-        whenever the curvature has dropped.
+        of the inverse Hessian there. Called at the start and
+        whenever it has become too old.
     tolerance : float
         Stop when the norm of the gradient, in the metric of the preconditioner, is no
         larger. Half its square is the decrease that a Newton step promises, so it does
@@ -154,6 +154,7 @@ def minimize(
     gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
     value = loss.value(logits) + float(penalty * x @ x) / 2
     memory = _Memory(precondition(logits))
+    age, curvature = 0, float(loss.curvatures(logits).sum())
     natural = memory.precondition(gradient)
     norm = _norm(gradient, natural)
     path, passes, n_iter = [value], 1, 0
@@ -194,8 +195,9 @@ def minimize(
         if callback is not None and callback(n_iter, value, x):
             status = "interrupted" if norm > tolerance else "converged"
             break
-        if norm > tolerance and (n_iter % _REFRESH == 0 or step > _LONG_STEP):
-            memory = _Memory(precondition(logits))
+        age, now = age + 1, float(loss.curvatures(logits).sum())
+        if norm > tolerance and (age == _REFRESH or not 1 / _CHANGE < now / curvature < _CHANGE):
+            memory, age, curvature = _Memory(precondition(logits)), 0, now
             natural = memory.precondition(gradient)
     return Solution(x, path, n_iter, passes, status, norm)
 

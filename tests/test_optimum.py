@@ -1,0 +1,151 @@
+"""The optimum of stage two, against scikit-learn and dense solvers on explicit features."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from sklearn_gradfeat import GradientFeatureClassifier
+from tests.networks import NETWORKS, build
+from tests.oracles import dense_jacobian, dense_optimum, ntk_scales
+
+rng = np.random.RandomState(0)
+N = 40
+X = rng.randn(N, 2, 5, 5)
+TARGETS = {
+    "binary": rng.randint(0, 2, N),
+    "multinomial": rng.randint(0, 3, N),
+    "multilabel": rng.randint(0, 2, (N, 3)),
+}
+WEIGHTS = rng.randint(1, 4, N).astype(float)
+TIGHT = {"tol": 1e-11, "max_iter": 3000, "precision": "float64"}
+
+
+def fit(kind, target, **options):
+    module, names = build(kind)
+    model = GradientFeatureClassifier(module, gradient_layers=names, **{**TIGHT, **options})
+    return model.fit(X, TARGETS[target], sample_weight=WEIGHTS), module
+
+
+def explicit(model, module):
+    """Activations, and rows Ωᵀ J of every output in NTK units, float64."""
+    names = model.gradient_layers_
+    J = dense_jacobian(module, names, X) * ntk_scales(module, names)
+    import torch
+
+    with torch.no_grad():
+        f = module(torch.tensor(X))
+    f = (f.flatten(2).mean(2) if f.ndim > 2 else f).numpy()
+    return f, np.einsum("cd,ndp->ncp", model.omega_, J)
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped", "normed", "transformer"])
+def test_binary_optimum_is_logistic_regression_on_explicit_features(kind):
+    alpha = 0.02
+    model, module = fit(kind, "binary", alpha=alpha)
+    f, g = explicit(model, module)
+    features = np.hstack([f, g[:, 0]])
+    C = 1 / (alpha * WEIGHTS.sum())
+    oracle = LogisticRegression(C=C, tol=1e-10, max_iter=10000, solver="newton-cholesky")
+    oracle.fit(features, TARGETS["binary"], sample_weight=WEIGHTS)
+    expected = oracle.decision_function(features)
+    np.testing.assert_allclose(model.decision_function(X), expected, rtol=1e-6, atol=1e-7)
+    d = f.shape[1]
+    np.testing.assert_allclose(model.coef_, oracle.coef_[:, :d], rtol=1e-5, atol=1e-7)
+    moved = np.concatenate([v.ravel() for v in model.gradient_coef_.values()])
+    u = moved / ntk_scales(module, model.gradient_layers_)
+    np.testing.assert_allclose(u, oracle.coef_[0, d:], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("target", ["multinomial", "multilabel"])
+@pytest.mark.parametrize("kind", ["plain", "normed"])
+def test_optimum_matches_a_dense_solve(kind, target):
+    alpha, gradient_alpha = 0.01, 0.003
+    model, module = fit(kind, target, alpha=alpha, gradient_alpha=gradient_alpha)
+    f, g = explicit(model, module)
+    value, logits = dense_optimum(
+        f, g, TARGETS[target], WEIGHTS, alpha, gradient_alpha, 3, target
+    )
+    assert model.objective_path_[-1] == pytest.approx(value, rel=1e-8)
+    got = model.decision_function(X)
+    if target == "multinomial":
+        got, logits = got - got.mean(1, keepdims=True), logits - logits.mean(1, keepdims=True)
+    np.testing.assert_allclose(got, logits, atol=2e-4)
+
+
+@pytest.mark.parametrize("target", ["binary", "multinomial"])
+def test_stage_one_is_logistic_regression(target):
+    model, module = fit("plain", target, features="activation", alpha=0.01)
+    import torch
+
+    with torch.no_grad():
+        f = module(torch.tensor(X)).flatten(2).mean(2).numpy()
+    oracle = LogisticRegression(C=1 / (0.01 * WEIGHTS.sum()), tol=1e-10, max_iter=10000)
+    oracle.fit(f, TARGETS[target], sample_weight=WEIGHTS)
+    np.testing.assert_allclose(model.predict_proba(X), oracle.predict_proba(f), atol=1e-5)
+    np.testing.assert_array_equal(model.coef_, model.omega_)
+
+
+def test_gradient_features_alone():
+    model, module = fit("plain", "binary", features="gradient", gradient_alpha=0.01)
+    _, g = explicit(model, module)
+    oracle = LogisticRegression(C=1 / (0.01 * WEIGHTS.sum()), tol=1e-10, max_iter=10000)
+    oracle.fit(g[:, 0], TARGETS["binary"], sample_weight=WEIGHTS)
+    np.testing.assert_allclose(model.decision_function(X), oracle.decision_function(g[:, 0]), atol=1e-5)
+    assert not model.coef_.any()
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_objective_never_increases_and_standard_parametrization_works(kind):
+    model, _ = fit(kind, "multinomial", parametrization="standard", tol=1e-6)
+    assert (np.diff(model.objective_path_) <= 0).all()
+    assert len(model.objective_path_) == model.n_iter_ + 1
+    assert {k: v.shape for k, v in model.gradient_coef_.items()} == {
+        n: tuple(p.shape)
+        for n, p in model._extractor.backbone.network(model.gradient_layers_).parameters.items()
+    }
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([1, 7, 40]))
+def test_order_repetition_and_batch_size_do_not_matter(seed, batch_size):
+    options = {"alpha": 0.05, "precision": "float64", "tol": 1e-9, "max_iter": 500}
+    module, names = build("normed")
+    y = TARGETS["multinomial"]
+    weights = np.random.RandomState(seed).randint(1, 3, N)
+    order = np.random.RandomState(seed).permutation(weights.sum())
+    weighted = GradientFeatureClassifier(module, gradient_layers=names, **options)
+    weighted.fit(X, y, sample_weight=weights)
+    repeated = GradientFeatureClassifier(
+        module, gradient_layers=names, batch_size=batch_size, **options
+    )
+    repeated.fit(X.repeat(weights, 0)[order], y.repeat(weights)[order])
+    np.testing.assert_allclose(weighted.predict_proba(X), repeated.predict_proba(X), atol=1e-6)
+
+
+def test_same_predictions_without_a_split(monkeypatch):
+    from sklearn_gradfeat.backbones import _network
+
+    split, _ = fit("transformer", "multinomial", alpha=0.05)
+
+    def refuse(*args):
+        raise _network.CaptureError("refused for the test")
+
+    monkeypatch.setattr(_network, "capture", refuse)
+    with pytest.warns(UserWarning, match="refused for the test") as record:
+        whole, _ = fit("transformer", "multinomial", alpha=0.05)
+    assert len([w for w in record if w.category is UserWarning]) == 1
+    assert whole.gradient_layers_ == split.gradient_layers_
+    np.testing.assert_allclose(whole.predict_proba(X), split.predict_proba(X), atol=1e-7)
+
+
+def test_convergence_warning_says_what_to_do():
+    with pytest.warns(ConvergenceWarning, match="Increase max_iter=2, alpha or tol"):
+        fit("plain", "multinomial", max_iter=2, alpha=1e-4)
+
+
+def test_warns_when_rounding_stops_it():
+    with pytest.warns(ConvergenceWarning, match="precision='float64'"):
+        fit("plain", "binary", precision="float32", tol=1e-14, alpha=0.01)
