@@ -20,11 +20,9 @@ from torch import Tensor
 from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat.solvers._line_search import Line, search
 
-_MEMORY = 20
-# The preconditioner is made anew after so many iterations, or once the curvature of the loss
-# has changed by such a factor. Curvature pairs from before would carry rounding errors from
-# one regime into the next, so they go with it.
-_REFRESH = 30
+_MEMORY = 30
+# The preconditioner is made anew once the curvature of the loss has changed by such a factor.
+# Curvature pairs from before would carry rounding errors over, so they go with it.
 _CHANGE = 2.0
 
 Status = Literal["converged", "max_iter", "stalled", "interrupted"]
@@ -122,8 +120,8 @@ def minimize(
 ) -> Solution:
     """Minimise a smooth convex objective of a linear map.
 
-    An iteration costs one pass over the data, and half a pass more when the unit step is
-    not good enough: the logits move along a known line, so its minimiser is found without
+    An iteration costs one pass over the data, and one more, of the adjoint alone, when the
+    unit step is not good enough: the logits move along a known line, so its minimiser is found without
     touching the data, and only the gradient there has to be computed anew.
 
     Parameters
@@ -135,7 +133,7 @@ def minimize(
     precondition : callable
         Maps logits to a function that applies a symmetric positive definite approximation
         of the inverse Hessian there. Called at the start and
-        whenever it has become too old.
+        whenever the curvature of the loss has changed.
     tolerance : float
         Stop when the norm of the gradient, in the metric of the preconditioner, is no
         larger. Half its square is the decrease that a Newton step promises, so it does
@@ -154,7 +152,7 @@ def minimize(
     gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
     value = loss.value(logits) + float(penalty * x @ x) / 2
     memory = _Memory(precondition(logits))
-    age, curvature = 0, float(loss.curvatures(logits).sum())
+    curvature = float(loss.curvatures(logits).sum())
     natural = memory.precondition(gradient)
     norm = _norm(gradient, natural)
     path, passes, n_iter = [value], 1, 0
@@ -195,9 +193,9 @@ def minimize(
         if callback is not None and callback(n_iter, value, x):
             status = "interrupted" if norm > tolerance else "converged"
             break
-        age, now = age + 1, float(loss.curvatures(logits).sum())
-        if norm > tolerance and (age == _REFRESH or not 1 / _CHANGE < now / curvature < _CHANGE):
-            memory, age, curvature = _Memory(precondition(logits)), 0, now
+        now = float(loss.curvatures(logits).sum())
+        if norm > tolerance and not 1 / _CHANGE < now / curvature < _CHANGE:
+            memory, curvature = _Memory(precondition(logits)), now
             natural = memory.precondition(gradient)
     return Solution(x, path, n_iter, passes, status, norm)
 

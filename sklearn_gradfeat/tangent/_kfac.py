@@ -3,7 +3,8 @@
 For a layer with input rows ``a`` and output gradients ``g`` the curvature of its weight is
 approximated by ``E[g gᵀ] ⊗ E[a aᵀ]``. Parameters of any other kind get their exact
 diagonal. The curvature of the loss is its mean over the samples at the fitted ``Ω``, so
-the factors depend on the weighted samples alone, neither on their order nor on chance.
+the factors depend on the weighted samples alone, neither on their order nor on chance; of
+more than 2048 samples, every k-th is taken.
 
 References
 ----------
@@ -24,7 +25,7 @@ from torch.func import grad, vmap
 
 from sklearn_gradfeat.tangent._head import LinearizedHead
 from sklearn_gradfeat.tangent._patches import LayerCall, LayerRecorder
-from sklearn_gradfeat.tangent._products import Tensors
+from sklearn_gradfeat.tangent._products import Tensors, differentiable_attention
 
 # Enough samples for factors a few thousand wide; more only sharpens a preconditioner.
 MAX_SAMPLES = 2048
@@ -149,7 +150,7 @@ def factors(
     diagonals: dict[int, Tensor] = {}
     for rows, boundary in batches:
         w = weights[rows]
-        with torch.enable_grad(), LayerRecorder(leaves) as recorder:
+        with differentiable_attention(), torch.enable_grad(), LayerRecorder(leaves) as recorder:
             activation = head.head(leaves, boundary)
         calls = recorder.calls
         for call in calls:
@@ -204,7 +205,8 @@ def _squares(
     for start in range(0, len(w), size):
         part = slice(start, start + size)
         for column in columns:
-            gradients = per_sample(chosen, tuple(z[part] for z in boundary), column)
+            with differentiable_attention():
+                gradients = per_sample(chosen, tuple(z[part] for z in boundary), column)
             for total, gradient in zip(totals, gradients, strict=True):
                 total.add_(torch.einsum("n,n...->...", w[part], gradient**2))
     return [head.scales[i] ** 2 * total for i, total in zip(rest, totals, strict=True)]

@@ -6,7 +6,9 @@ a tuple of per-sample tensors; its activation has shape (n_samples, n_features).
 
 from __future__ import annotations
 
+import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -24,7 +26,7 @@ _FORWARD_MODE = threading.RLock()
 
 
 @contextmanager
-def _differentiable_attention() -> Iterator[None]:
+def differentiable_attention() -> Iterator[None]:
     """Keep to the attention kernel that has a forward derivative."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -33,6 +35,14 @@ def _differentiable_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Let torch load its forward derivatives, which warns of torch's own deprecations."""
+    with _FORWARD_MODE, warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def jvp(head: Head, parameters: Tensors, boundary: Tensors, tangents: Tensors) -> Tensor:
@@ -45,7 +55,8 @@ def jvp_with_primal(
     head: Head, parameters: Tensors, boundary: Tensors, tangents: Tensors
 ) -> tuple[Tensor, Tensor]:
     """Return the activation and ``J t`` from one evaluation of the head."""
-    with _FORWARD_MODE, _differentiable_attention(), forward_ad.dual_level():
+    _load_forward_mode()
+    with _FORWARD_MODE, differentiable_attention(), forward_ad.dual_level():
         duals = tuple(map(forward_ad.make_dual, parameters, tangents))
         primal, tangent = forward_ad.unpack_dual(head(duals, boundary))
     if tangent is None:
@@ -60,7 +71,7 @@ def jvp_by_double_backward(
 
     ``Jᵀ v`` is linear in ``v``, so its vector-Jacobian product with ``t`` is ``J t``.
     """
-    with torch.enable_grad(), _differentiable_attention():
+    with torch.enable_grad(), differentiable_attention():
         leaves = tuple(p.detach().requires_grad_() for p in parameters)
         primal = head(leaves, boundary)
         dummy = torch.zeros_like(primal, requires_grad=True)
@@ -71,7 +82,7 @@ def jvp_by_double_backward(
 
 def vjp(head: Head, parameters: Tensors, boundary: Tensors, cotangent: Tensor) -> Tensors:
     """Return ``Jᵀ cotangent``, one tensor per parameter."""
-    with torch.enable_grad(), _differentiable_attention():
+    with torch.enable_grad(), differentiable_attention():
         leaves = tuple(p.detach().requires_grad_() for p in parameters)
         return _grad(head(leaves, boundary), leaves, cotangent)
 
