@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def compute_dtype(precision: str, X: Any, device: torch.device) -> torch.dtype:
     """
     if precision == "auto":
         wide = X.dtype.kind in "iub" or X.dtype.itemsize > 4
-        rows = X.ndim == 2 and X.dtype != np.uint8 and wide
+        rows = len(X.shape) == 2 and X.dtype != np.uint8 and wide
         return torch.float64 if rows and device.type != "mps" else torch.float32
     if precision == "float64" and device.type == "mps":
         raise ValueError(
@@ -65,6 +66,8 @@ def is_lazy(X: Any) -> bool:
     Arrays, data frames, lists and tensors are converted as a whole; objects such as HDF5
     or zarr data sets, or image folders with a ``shape``, are indexed when needed.
     """
+    if sp.issparse(X):
+        return False
     if isinstance(X, (np.ndarray, Tensor, list, tuple)) or hasattr(X, "__array__"):
         return _is_stored_array(X)
     return hasattr(X, "shape") and hasattr(X, "__getitem__") and len(X.shape) > 2
@@ -85,8 +88,12 @@ def tensor_to_numpy(X: Any) -> Any:
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
     """Copy an array of any layout, byte order or writability into a tensor."""
-    native = array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
-    return torch.from_numpy(native)
+    dtype = np.dtype(np.float64) if array.dtype == np.longdouble else array.dtype.newbyteorder("=")
+    native = array.astype(dtype, order="C", copy=True)
+    try:
+        return torch.from_numpy(native)
+    except TypeError as error:
+        raise ValueError(f"X must hold numbers, its dtype is {array.dtype}.") from error
 
 
 class Samples:

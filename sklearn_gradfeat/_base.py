@@ -149,10 +149,12 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         preprocess = resolved.preprocess if self.preprocess == "auto" else self.preprocess
         samples = Samples(X, preprocess, dtype, device, resolved.takes_indices)
         with seeded(seed):
-            backbone = freeze(resolved.module, samples.batch(slice(0, 2)), self.activation_layer)
+            example = samples.batch(slice(0, 2))
+            backbone = freeze(resolved.module, example, dtype, self.activation_layer)
         half = self.precision == "bfloat16"
         return Extractor(backbone, preprocess, dtype, half, resolved.takes_indices)
 
+    @torch.inference_mode(False)
     def _train(
         self,
         X: Any,
@@ -228,6 +230,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         coef, intercept, omega = map(tensor, (self.coef_, self.intercept_, self.omega_))
         return Model(coef, intercept, omega, displacements)
 
+    @torch.inference_mode(False)
     def _logits(self, X: Any) -> np.ndarray[Any, Any]:
         """Return the logits, of shape (n_samples, n_outputs)."""
         X = validate_new_samples(self, X)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin, _fit_context
+from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, column_or_1d
@@ -142,7 +143,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
 
     _parameter_constraints = {  # noqa: RUF012
         **BaseGradientFeature._parameter_constraints,
-        "class_weight": [None, dict, list, str],
+        "class_weight": [None, dict, list, StrOptions({"balanced"})],
     }
 
     def __init__(
@@ -340,7 +341,7 @@ def _encode(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     if len(classes) < 2:
         raise ValueError(
             "The classifier needs samples of at least 2 classes, but y contains one class: "
-            f"{classes[0]!r}."
+            f"{classes[0]}."
         )
     return classes, targets
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import scipy.sparse as sp
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from sklearn_gradfeat._arrays import is_lazy, tensor_to_numpy
 
@@ -48,7 +47,11 @@ def validate_samples(estimator: Any, X: Any, y: Any = "no_validation") -> tuple[
         check = {"allow_nd": True, "ensure_min_samples": 2, "multi_output": True}
         X, y = validate_data(estimator, X, _dense(y), **check)
     else:
-        y = np.asarray(_dense(y))
+        if y is None:
+            raise ValueError(
+                f"{type(estimator).__name__} requires y to be passed, but the target y is None."
+            )
+        y = check_array(_dense(y), ensure_2d=False, dtype=None, input_name="y")
         if len(y) != X.shape[0]:
             raise ValueError(
                 f"Found input variables with inconsistent numbers of samples: "
@@ -72,6 +75,7 @@ def validate_new_samples(estimator: Any, X: Any) -> Any:
             f"fitted with samples of shape {expected}."
         )
     if is_lazy(X):
+        _check_axes(X)
         return X
     X = validate_data(estimator, X, allow_nd=True, reset=False)
     if X.shape[1:] != expected:
@@ -89,6 +93,11 @@ def _dense(y: Any) -> Any:
 
 def _check_axes(X: Any) -> None:
     """Refuse samples with an empty axis, which scikit-learn only does for rows."""
+    if X.shape[0] == 0:
+        raise ValueError(
+            f"Found array with 0 sample(s) (shape={tuple(X.shape)}) while a minimum of 1 is "
+            "required."
+        )
     if 0 in X.shape:
         raise ValueError(
             f"Found array with 0 feature(s) (shape={tuple(X.shape)}) while a minimum of 1 is "

@@ -51,7 +51,10 @@ def plain():
 
 def grouped():
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 6, 3, groups=2, padding=1, dilation=2), nn.GELU()
+        nn.Conv2d(2, 4, 3),
+        nn.Tanh(),
+        nn.Conv2d(4, 6, 3, groups=2, padding=1, dilation=2),
+        nn.GELU(),
     )
 
 

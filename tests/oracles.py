@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp, softmax
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def dense_jacobian(module, names, X):

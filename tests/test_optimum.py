@@ -65,9 +65,7 @@ def test_optimum_matches_a_dense_solve(kind, target):
     alpha, gradient_alpha = 0.01, 0.003
     model, module = fit(kind, target, alpha=alpha, gradient_alpha=gradient_alpha)
     f, g = explicit(model, module)
-    value, logits = dense_optimum(
-        f, g, TARGETS[target], WEIGHTS, alpha, gradient_alpha, 3, target
-    )
+    value, logits = dense_optimum(f, g, TARGETS[target], WEIGHTS, alpha, gradient_alpha, 3, target)
     assert model.objective_path_[-1] == pytest.approx(value, rel=1e-8)
     got = model.decision_function(X)
     if target == "multinomial":
@@ -93,7 +91,9 @@ def test_gradient_features_alone():
     _, g = explicit(model, module)
     oracle = LogisticRegression(C=1 / (0.01 * WEIGHTS.sum()), tol=1e-10, max_iter=10000)
     oracle.fit(g[:, 0], TARGETS["binary"], sample_weight=WEIGHTS)
-    np.testing.assert_allclose(model.decision_function(X), oracle.decision_function(g[:, 0]), atol=1e-5)
+    np.testing.assert_allclose(
+        model.decision_function(X), oracle.decision_function(g[:, 0]), atol=1e-5
+    )
     assert not model.coef_.any()
 
 

@@ -17,7 +17,7 @@ X = np.random.RandomState(0).randn(6, 2, 5, 5)
 
 def linearized(kind, parametrization="standard"):
     module, names = build(kind)
-    network = FrozenBackbone(module, torch.tensor(X[:2]), None).network(names)
+    network = FrozenBackbone(module, torch.tensor(X[:2]), torch.float64, None).network(names)
     boundary = network.trunk(torch.tensor(X))
     return LinearizedHead(network.head, network.parameters, parametrization), boundary, module
 
@@ -49,7 +49,9 @@ def test_products_match_dense_jacobian(kind):
     np.testing.assert_allclose(head.vjp(boundary, torch.tensor(g)), expected, rtol=1e-9, atol=1e-11)
     tangent, pulled = head.jvp_then_vjp(boundary, torch.tensor(u), lambda t: t**2)
     np.testing.assert_allclose(tangent, J @ u, rtol=1e-9, atol=1e-11)
-    np.testing.assert_allclose(pulled, np.einsum("nd,ndp->p", (J @ u) ** 2, J), rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(
+        pulled, np.einsum("nd,ndp->p", (J @ u) ** 2, J), rtol=1e-8, atol=1e-10
+    )
     head._forward_mode = False
     np.testing.assert_allclose(head.jvp(boundary, torch.tensor(u)), J @ u, rtol=1e-9, atol=1e-11)
 
@@ -134,7 +136,10 @@ def test_curvature_with_one_position_is_exact_in_the_diagonal(kind):
 def test_patches_times_weight_is_the_convolution(options):
     from sklearn_gradfeat.tangent._patches import LayerRecorder
 
-    for conv, x in ((torch.nn.Conv1d, torch.randn(3, 4, 9)), (torch.nn.Conv2d, torch.randn(3, 4, 7, 8))):
+    for conv, x in (
+        (torch.nn.Conv1d, torch.randn(3, 4, 9)),
+        (torch.nn.Conv2d, torch.randn(3, 4, 7, 8)),
+    ):
         layer = conv(4, 6, 3, bias=False, **options)
         with LayerRecorder([layer.weight]) as recorder:
             output = layer(x)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -129,12 +131,19 @@ def check_activation(output: Any, n_samples: int) -> None:
         )
 
 
+def has_lazy_parameters(module: nn.Module) -> bool:
+    """Whether some parameters have no shape until the module is first called."""
+    return any(map(nn.parameter.is_lazy, chain(module.parameters(), module.buffers())))
+
+
 def frozen_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return a copy in evaluation mode; the original stays as it is in every respect."""
     module = getattr(module, "_orig_mod", module)
     try:
-        copied = copy.deepcopy(module)
-    except RuntimeError as error:
+        # Parameters that are yet to be drawn can be pickled, but not copied.
+        lazy = has_lazy_parameters(module)
+        copied = pickle.loads(pickle.dumps(module)) if lazy else copy.deepcopy(module)
+    except (RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError) as error:
         raise ValueError(
             f"The backbone cannot be copied ({error}). Pass a factory that builds it instead."
         ) from error

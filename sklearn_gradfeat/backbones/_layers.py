@@ -45,6 +45,11 @@ def choose_parameters(
         gradient_layers = 1
     if isinstance(gradient_layers, (str, Sequence)):
         patterns = [gradient_layers] if isinstance(gradient_layers, str) else gradient_layers
+        if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(
+                f"gradient_layers={gradient_layers!r}: a list holds one or more names or glob "
+                "patterns of submodules or parameters."
+            )
         chosen = {name for pattern in patterns for name in _match(pattern, names, gone)}
     else:
         found = [block for block in blocks() if block]

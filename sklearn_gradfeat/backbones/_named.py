@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from http.client import HTTPException
 
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 
 from sklearn_gradfeat.backbones._images import ImagePreprocess
@@ -75,12 +75,38 @@ def timm_transform(config: dict[str, object]) -> transforms.Compose:
     mode = transforms.InterpolationMode(config["interpolation"])
     return transforms.Compose(
         [
-            transforms.Resize([int(side / share) for side in size], mode, antialias=True),
+            _TimmResize(size, share, str(config.get("crop_mode", "center")), mode),
             transforms.CenterCrop(size),
             transforms.ConvertImageDtype(),
             transforms.Normalize(config["mean"], config["std"]),
         ]
     )
+
+
+class _TimmResize:
+    """Resize as timm does: squash both sides, or keep the ratio and cover the target."""
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        share: float,
+        crop_mode: str,
+        mode: transforms.InterpolationMode,
+    ) -> None:
+        self.target = [int(side / share) for side in size]
+        self.squash, self.mode = crop_mode == "squash", mode
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Resize images of shape (n_samples, channels, height, width)."""
+        sides = self.target
+        if not self.squash:
+            ratio = max(t / s for t, s in zip(self.target, images.shape[-2:], strict=True))
+            sides = [round(s * ratio) for s in images.shape[-2:]]
+            if self.target[0] == self.target[1]:
+                short = min(images.shape[-2:])
+                sides = [int(self.target[0] * s / short) for s in images.shape[-2:]]
+        resized: Tensor = transforms.functional.resize(images, sides, self.mode, antialias=True)
+        return resized
 
 
 def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
@@ -95,7 +121,7 @@ def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _unknown(name: str, model: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(model, known, n=5, cutoff=0.3)
+    nearest = difflib.get_close_matches(model, known, n=5, cutoff=0.0)
     return (
         f"backbone={name!r} is not known. The closest names are "
         f"{', '.join(map(repr, nearest))}. Any torch module can be passed as well."

@@ -11,6 +11,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from types import NoneType
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from sklearn_gradfeat.backbones._capture import (
     capture,
     check_activation,
     frozen_copy,
+    has_lazy_parameters,
     run_once,
 )
 from sklearn_gradfeat.backbones._eager import EagerHead, module_blocks, parameter_names
@@ -66,12 +69,15 @@ class FrozenBackbone:
         The network. It is copied, never changed.
     example : tensor of shape (2 or more, ...)
         A batch as the network receives it.
+    dtype : torch.dtype
+        Floating dtype of the parameters.
     activation_layer : str or None
         The submodule whose output is the activation.
     """
 
-    def __init__(self, module: nn.Module, example: Tensor, activation_layer: str | None) -> None:
-        dtype = example.dtype if example.is_floating_point() else torch.float32
+    def __init__(
+        self, module: nn.Module, example: Tensor, dtype: torch.dtype, activation_layer: str | None
+    ) -> None:
         if activation_layer is not None:
             _check_layer(module, activation_layer)
         copied = frozen_copy(module, example.device, dtype)
@@ -194,28 +200,42 @@ _CACHE = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()
 
 
-def freeze(module: nn.Module, example: Tensor, activation_layer: str | None) -> FrozenBackbone:
+def freeze(
+    module: nn.Module, example: Tensor, dtype: torch.dtype, activation_layer: str | None
+) -> FrozenBackbone:
     """Return the frozen copy of a module; clones and folds share one.
 
-    A module that was changed since, in place or not, gets a new copy.
+    A module that was changed since, in place or not, gets a new copy; so does one whose
+    parameters are yet to be drawn.
     """
-    kind = (tuple(example.shape[1:]), example.dtype, example.device, activation_layer)
+    if has_lazy_parameters(module):
+        return FrozenBackbone(module, example, dtype, activation_layer)
+    kind = (tuple(example.shape[1:]), example.dtype, dtype, example.device, activation_layer)
     with _LOCK:
         stamp = digest(module)
         known = _CACHE.setdefault(module, {})
         for key in [key for key in known if key[-1] != stamp]:
             del known[key]
         if (*kind, stamp) not in known:
-            known[*kind, stamp] = FrozenBackbone(module, example, activation_layer)
+            known[*kind, stamp] = FrozenBackbone(module, example, dtype, activation_layer)
         return known[*kind, stamp]
 
 
 def digest(module: nn.Module) -> str:
-    """Return a hash of the names and values of all parameters and buffers."""
+    """Return a hash of everything that the function of a module depends on.
+
+    Parameters, buffers, and the plain attributes of every submodule; not the mode.
+    """
     state = hashlib.blake2b(digest_size=16)
-    for name, value in module.state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
-            state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            state.update(flat.view(torch.uint8).numpy().data)
+    for name, layer in module.named_modules():
+        plain = {
+            key: value
+            for key, value in vars(layer).items()
+            if isinstance(value, (bool, int, float, str, tuple, NoneType)) and key != "training"
+        }
+        state.update(f"{name} {id(type(layer))} {sorted(plain.items())}".encode())
+    for name, value in chain(module.named_parameters(), module.named_buffers()):
+        state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        state.update(flat.view(torch.uint8).numpy().data)
     return state.hexdigest()

@@ -121,8 +121,8 @@ def minimize(
     """Minimise a smooth convex objective of a linear map.
 
     An iteration costs one pass over the data, and one more, of the adjoint alone, when the
-    unit step is not good enough: the logits move along a known line, so its minimiser is found without
-    touching the data, and only the gradient there has to be computed anew.
+    unit step is not good enough: the logits move along a known line, so its minimiser is
+    found without touching the data, and only the gradient there has to be computed anew.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ class Spectrum:
         home = "cpu" if matrix.device.type == "mps" else matrix.device
         try:
             values, vectors = torch.linalg.eigh(matrix.to(home))
-        except torch.linalg.LinAlgError:
+        except RuntimeError:  # no convergence in float32
             values, vectors = torch.linalg.eigh(matrix.to(home, torch.float64))
         return cls(values.clamp(min=0).to(matrix), vectors.to(matrix))
 
@@ -134,7 +134,8 @@ def loss_columns(omega: Tensor, curvature: Tensor) -> Tensor:
     root = (vectors * values.clamp(min=0).sqrt()).T @ omega.cpu().double()
     _, singular, right = torch.linalg.svd(root, full_matrices=False)
     keep = min(_MAX_COLUMNS, int((singular > 1e-7 * singular.max()).sum()))
-    return (singular[:keep, None] * right[:keep]).to(omega)
+    columns: Tensor = singular[:keep, None] * right[:keep]
+    return columns.to(omega)
 
 
 def factors(
@@ -152,6 +153,8 @@ def factors(
         w = weights[rows]
         with differentiable_attention(), torch.enable_grad(), LayerRecorder(leaves) as recorder:
             activation = head.head(leaves, boundary)
+        if not activation.requires_grad:
+            raise ValueError("The activation does not depend on the gradient layers.")
         calls = recorder.calls
         for call in calls:
             _add_call(found, call, head, w, n_samples)
@@ -200,13 +203,25 @@ def _squares(
 
     chosen = tuple(head.values[i] for i in rest)
     size = max(1, _MAX_PER_SAMPLE // sum(value.numel() for value in chosen))
-    per_sample = vmap(grad(output), in_dims=(None, 0, None))
+    per_sample = grad(output)
     totals = [torch.zeros_like(value) for value in chosen]
     for start in range(0, len(w), size):
         part = slice(start, start + size)
         for column in columns:
             with differentiable_attention():
-                gradients = per_sample(chosen, tuple(z[part] for z in boundary), column)
+                gradients = _each(per_sample, chosen, tuple(z[part] for z in boundary), column)
             for total, gradient in zip(totals, gradients, strict=True):
                 total.add_(torch.einsum("n,n...->...", w[part], gradient**2))
     return [head.scales[i] ** 2 * total for i, total in zip(rest, totals, strict=True)]
+
+
+def _each(
+    gradient: Callable[..., Tensors], chosen: Tensors, boundary: Tensors, column: Tensor
+) -> Tensors:
+    """Return the gradients of every sample, one by one where the head cannot be batched."""
+    try:
+        batched: Tensors = vmap(gradient, in_dims=(None, 0, None))(chosen, boundary, column)
+        return batched
+    except RuntimeError:
+        single = [gradient(chosen, sample, column) for sample in zip(*boundary, strict=True)]
+        return tuple(map(torch.stack, zip(*single, strict=True)))
