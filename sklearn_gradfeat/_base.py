@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,76 +18,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sklearn_gradfeat._arrays import (
-    Preprocess,
     Samples,
     accumulation_device,
     compute_dtype,
     resolve_device,
 )
 from sklearn_gradfeat._callbacks import CallbackSupportMixin, FitCallbacks
+from sklearn_gradfeat._extractor import Extractor
 from sklearn_gradfeat._input import validate_new_samples
 from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat._training import Model, Settings, train
 from sklearn_gradfeat.backbones import (
-    FrozenBackbone,
     Network,
     freeze,
     on_host,
     resolve_backbone,
     seeded,
 )
-from sklearn_gradfeat.features import Features, compute_features, trunk_batches
+from sklearn_gradfeat.features import trunk_batches
 from sklearn_gradfeat.solvers import Solution
 from sklearn_gradfeat.tangent import LinearizedHead
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """The fitted way from samples to features: what a fitted estimator keeps of a backbone.
-
-    Parameters
-    ----------
-    backbone : FrozenBackbone
-        The network.
-    preprocess : callable or None
-        Applied to every batch.
-    dtype : torch.dtype
-        Dtype of the head and of the results.
-    half : bool
-        Whether the trunk runs in bfloat16.
-    takes_indices : bool
-        Whether integers reach the network as they are.
-    """
-
-    backbone: FrozenBackbone
-    preprocess: Preprocess | None
-    dtype: torch.dtype
-    half: bool
-    takes_indices: bool
-
-    def samples(self, X: Any) -> Samples:
-        """Return ``X`` as batches."""
-        device = self.backbone.example.device
-        return Samples(X, self.preprocess, self.dtype, device, self.takes_indices)
-
-    def features(
-        self, X: Any, network: Network, batch_size: int, verbose: bool, keep: bool
-    ) -> Features:
-        """Pass all samples through the network once."""
-
-        def activation(boundary: tuple[Tensor, ...]) -> Tensor:
-            with torch.no_grad():
-                return network.head(tuple(network.parameters.values()), boundary)
-
-        return compute_features(
-            self.samples(X),
-            network.trunk,
-            activation,
-            batch_size,
-            half=self.half,
-            verbose=verbose,
-            keep_boundary=keep,
-        )
 
 
 class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):

@@ -86,58 +86,98 @@ def train(
         The model, and how each stage ended: ``"activation"`` and, unless that is all
         there is, the value of ``settings.features``.
     """
-    activation = features.activation
-    like = activation.new_empty(0)
-    common = (settings.alpha, settings.fit_intercept, len(activation), like, loss.weights.device)
-    first = TangentObjective(loss, activation, None, *common)
-    zero = like.new_zeros(sum(first.sizes))
-    intercept = like.new_zeros(loss.n_outputs)
-
-    def first_model(x: Tensor) -> Model:
-        parts = first.split(x)
-        bias = parts.intercept if settings.fit_intercept else intercept
-        nothing = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        return Model(parts.weights, bias, parts.weights, nothing)
-
-    # Both stages are solved to the same accuracy, relative to the start of the first.
-    reference = _norm_at_zero(first, zero)
-    solution = _minimize(
-        first,
-        zero if warm is None else _join(warm.omega, warm.intercept, zero[:0], settings),
-        reference,
-        settings,
-        lambda n, value, x: monitor("activation", n, value, lambda: first_model(x)),
-    )
+    stages = _Stages(features, head, parameters, loss, settings)
+    base, solution, reference = stages.fit_activation(warm, monitor)
     solutions = {"activation": solution}
-    base = first_model(solution.x)
     if settings.features == "activation":
         return base, solutions
+    model, solution = stages.fit_gradient(base, warm, reference, monitor)
+    return model, {**solutions, settings.features: solution}
 
-    linearized = LinearizedHead(head, parameters, settings.parametrization)
-    term = TangentTerm(linearized, features.batches, base.omega, settings.gradient_alpha)
-    full = settings.features == "full"
-    second = TangentObjective(loss, activation if full else None, term, *common)
 
-    def second_model(x: Tensor) -> Model:
-        parts = second.split(x)
-        weights = parts.weights if full else torch.zeros_like(base.weights)
-        bias = parts.intercept if settings.fit_intercept else intercept
-        moved = dict(zip(parameters, linearized.displacements(parts.u), strict=True))
-        return Model(weights, bias, base.omega, moved)
+class _Stages:
+    """Both stages on the same samples."""
 
-    def vector(model: Model) -> Tensor:
-        u = linearized.flatten(tuple(model.displacements[name] for name in parameters))
-        weights = model.weights if full else model.weights[:, :0]
-        return _join(weights, model.intercept, u, settings)
+    def __init__(
+        self,
+        features: Features,
+        head: Head,
+        parameters: dict[str, Tensor],
+        loss: Loss,
+        settings: Settings,
+    ) -> None:
+        self.features, self.loss, self.settings = features, loss, settings
+        self.head, self.parameters = head, parameters
+        self.like = features.activation.new_empty(0)
 
-    solutions[settings.features] = solution = _minimize(
-        second,
-        vector(base if warm is None else warm),
-        reference,
-        settings,
-        lambda n, value, x: monitor(settings.features, n, value, lambda: second_model(x)),
-    )
-    return second_model(solution.x), solutions
+    def objective(self, activation: Tensor | None, tangent: TangentTerm | None) -> TangentObjective:
+        """Return the objective of a model with these terms."""
+        return TangentObjective(
+            self.loss,
+            activation,
+            tangent,
+            self.settings.alpha,
+            self.settings.fit_intercept,
+            len(self.features.activation),
+            self.like,
+            self.loss.weights.device,
+        )
+
+    def intercept(self, free: Tensor) -> Tensor:
+        """Return the intercept, zeros where it is not part of the model."""
+        return free if self.settings.fit_intercept else self.like.new_zeros(self.loss.n_outputs)
+
+    def fit_activation(self, warm: Model | None, monitor: Monitor) -> tuple[Model, Solution, float]:
+        """Fit the output weights; return them with the norm that tolerances refer to."""
+        objective = self.objective(self.features.activation, None)
+        zero = self.like.new_zeros(sum(objective.sizes))
+        nothing = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+
+        def model(x: Tensor) -> Model:
+            parts = objective.split(x)
+            return Model(parts.weights, self.intercept(parts.intercept), parts.weights, nothing)
+
+        start = zero
+        if warm is not None:
+            start = _join(warm.omega, warm.intercept, zero[:0], self.settings)
+        reference = _norm_at_zero(objective, zero)
+        solution = _minimize(
+            objective,
+            start,
+            reference,
+            self.settings,
+            lambda n, value, x: monitor("activation", n, value, lambda: model(x)),
+        )
+        return model(solution.x), solution, reference
+
+    def fit_gradient(
+        self, base: Model, warm: Model | None, reference: float, monitor: Monitor
+    ) -> tuple[Model, Solution]:
+        """Fit the linear model to the accuracy of the first stage, starting from it."""
+        kind = self.settings.features
+        linearized = LinearizedHead(self.head, self.parameters, self.settings.parametrization)
+        gradient_alpha = self.settings.gradient_alpha
+        term = TangentTerm(linearized, self.features.batches, base.omega, gradient_alpha)
+        full = kind == "full"
+        objective = self.objective(self.features.activation if full else None, term)
+
+        def model(x: Tensor) -> Model:
+            parts = objective.split(x)
+            weights = parts.weights if full else torch.zeros_like(base.weights)
+            moved = dict(zip(self.parameters, linearized.displacements(parts.u), strict=True))
+            return Model(weights, self.intercept(parts.intercept), base.omega, moved)
+
+        start = base if warm is None else warm
+        u = linearized.flatten(tuple(start.displacements[name] for name in self.parameters))
+        weights = start.weights if full else start.weights[:, :0]
+        solution = _minimize(
+            objective,
+            _join(weights, start.intercept, u, self.settings),
+            reference,
+            self.settings,
+            lambda n, value, x: monitor(kind, n, value, lambda: model(x)),
+        )
+        return model(solution.x), solution
 
 
 def _join(weights: Tensor, intercept: Tensor, u: Tensor, settings: Settings) -> Tensor:
