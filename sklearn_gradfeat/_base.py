@@ -243,9 +243,10 @@ def _warn_unless_converged(stage: str, solution: Solution, settings: Settings) -
         f"a Newton step promises to lower the objective by another {solution.norm**2 / 2:.1e}; "
         f"tol={settings.tol:g} is not met"
     )
+    penalties = "alpha" if stage == "activation" else "alpha, gradient_alpha"
     if solution.status == "max_iter":
         warnings.warn(
-            f"{reached}. Increase max_iter={settings.max_iter}, alpha or tol.",
+            f"{reached}. Increase max_iter={settings.max_iter}, {penalties} or tol.",
             ConvergenceWarning,
             stacklevel=2,
         )

@@ -142,7 +142,7 @@ def test_same_predictions_without_a_split(monkeypatch):
 
 
 def test_convergence_warning_says_what_to_do():
-    with pytest.warns(ConvergenceWarning, match="Increase max_iter=2, alpha or tol"):
+    with pytest.warns(ConvergenceWarning, match="Increase max_iter=2, alpha.* or tol"):
         fit("plain", "multinomial", max_iter=2, alpha=1e-4)
 
 
