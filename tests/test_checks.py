@@ -7,8 +7,14 @@ from torch import nn
 from sklearn_gradfeat import GradientFeatureClassifier
 
 
-def factory():
-    return nn.Sequential(nn.LazyLinear(24), nn.Tanh(), nn.Linear(24, 12), nn.Tanh())
+class Factory:
+    """A factory whose name is the same in every process, as test names must be."""
+
+    def __call__(self):
+        return nn.Sequential(nn.LazyLinear(24), nn.Tanh(), nn.Linear(24, 12), nn.Tanh())
+
+    def __repr__(self):
+        return "Factory()"
 
 
 @parametrize_with_checks(
@@ -16,7 +22,7 @@ def factory():
         GradientFeatureClassifier(),
         GradientFeatureClassifier(features="activation"),
         GradientFeatureClassifier(features="gradient"),
-        GradientFeatureClassifier(factory),
+        GradientFeatureClassifier(Factory()),
         GradientFeatureClassifier(precision="float32"),
     ]
 )
