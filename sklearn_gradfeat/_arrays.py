@@ -23,18 +23,15 @@ _PRECISIONS = {
 def resolve_device(device: str | torch.device) -> torch.device:
     """Turn ``device`` into a torch device; ``"auto"`` is cuda, then mps, then cpu."""
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
+        return torch.empty(0, device=device).device  # with its index
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device={device!r} cannot be used here: {error}. "
             "Pass device='auto' to take the best device that is present."
         ) from error
-    return resolved
 
 
 def compute_dtype(precision: str, X: Any, device: torch.device) -> torch.dtype:
@@ -138,7 +135,10 @@ class Samples:
             part = np.asarray(part)
             if part.dtype.kind == "f" and not np.isfinite(part).all():
                 raise ValueError("Input X contains NaN or infinity.")
-        raw = to_tensor(part).to(self.device)
+        raw = to_tensor(part)
+        if self.device.type == "mps" and raw.dtype == torch.float64:
+            raw = raw.float()  # the device has no float64
+        raw = raw.to(self.device)
         cooked = raw if self.preprocess is None else self.preprocess(raw)
         if not isinstance(cooked, Tensor) or cooked.shape[:1] != raw.shape[:1]:
             got = tuple(cooked.shape) if isinstance(cooked, Tensor) else type(cooked).__name__

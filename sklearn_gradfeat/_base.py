@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -188,7 +189,10 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
             device = resolve_device(self.device)
         except ValueError:  # unpickled on a machine that lacks the device it was fitted on
             device = resolve_device("auto")
-        network = extractor.backbone.to(device).network(self.gradient_layers_)
+        if device.type == "mps" and extractor.dtype == torch.float64:
+            device = torch.device("cpu")
+        backbone = extractor.backbone.to(device)
+        network = backbone.network(self.gradient_layers_)
         head = LinearizedHead(network.head, network.parameters, "standard")
         weights, intercept, omega = (
             torch.tensor(array, device=device)
@@ -202,7 +206,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         )
         logits = np.empty((X.shape[0], len(intercept)), dtype=self.coef_.dtype)
         batches = trunk_batches(
-            extractor.samples(X),
+            replace(extractor, backbone=backbone).samples(X),
             network.trunk or (lambda x: (x,)),
             self.batch_size,
             half=extractor.half,
@@ -210,7 +214,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         )
         for rows, boundary in batches:
             part = intercept.expand(rows.stop - rows.start, -1)
-            if self.features != "gradient":
+            if self.coef_.any():
                 part = part + head.activation(boundary) @ weights.T
             if len(u):
                 part = part + head.jvp(boundary, u) @ omega.T

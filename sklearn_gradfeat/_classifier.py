@@ -331,6 +331,8 @@ def _encode(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     check_classification_targets(y)
     kind = type_of_target(y)
     if kind == "multilabel-indicator":
+        if not np.isin(y, (0, 1)).all():
+            raise ValueError("y: multi-label targets are a matrix of zeros and ones.")
         return np.arange(y.shape[1]), np.asarray(y, dtype=np.float64)
     if kind == "multiclass-multioutput":
         raise ValueError(

@@ -101,7 +101,7 @@ class Bernoulli:
 
     def value(self, logits: Tensor) -> float:
         """Return the weighted mean of the summed binary cross-entropies."""
-        losses = -torch.nn.functional.logsigmoid(-logits) - self.targets * logits
+        losses = -torch.nn.functional.logsigmoid((2 * self.targets - 1) * logits)
         return float(self.weights @ losses.sum(1))
 
     def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -205,7 +206,12 @@ def _minimize(
 
 
 def _norm_at_zero(objective: TangentObjective, zero: Tensor) -> float:
-    """Return the norm of the gradient of the model that predicts nothing."""
+    """Return the norm of the gradient of the model that predicts nothing.
+
+    Where that model is the optimum, its gradient is rounding noise, and no yardstick.
+    """
     logits = objective.forward(zero)
     gradient = objective.adjoint(objective.loss.gradient(logits))
-    return preconditioned_norm(gradient, Preconditioner(objective, logits))
+    norm = preconditioned_norm(gradient, Preconditioner(objective, logits))
+    noise = torch.finfo(zero.dtype).eps * 100 * math.sqrt(objective.loss.value(logits))
+    return norm if norm > noise else math.inf

@@ -570,3 +570,26 @@ def test_shapes_and_precisions_share_a_module():
     assert wider.sample_shape_ == (1, 10, 10)
     assert double.coef_.dtype == np.float64
     assert same(first, estimator(tiny_net()).fit(X, Y))
+
+
+def test_changed_attributes_and_hooks_are_seen_by_a_refit():
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 8)
+            self.act, self.factors = torch.relu, [1.0]
+
+        def forward(self, x):
+            return self.act(self.linear(x)) * self.factors[0]
+
+    rng = np.random.RandomState(0)
+    X, y = rng.randn(40, 3), rng.randint(0, 2, 40)
+    module = Module()
+    options = {"alpha": 0.1, "tol": 1e-2}
+    first = GradientFeatureClassifier(module, **options).fit(X, y).decision_function(X)
+    module.act, module.factors = torch.sin, [3.0]
+    second = GradientFeatureClassifier(module, **options).fit(X, y).decision_function(X)
+    module.linear.register_forward_hook(lambda _m, _i, output: output * 3)
+    third = GradientFeatureClassifier(module, **options).fit(X, y).decision_function(X)
+    assert np.abs(first - second).max() > 1e-3
+    assert np.abs(second - third).max() > 1e-3

@@ -621,3 +621,45 @@ def test_fits_the_same_in_inference_mode(fitted):
     outside = estimator(net).fit(X, Y)
     assert np.array_equal(outside.coef_, fitted.coef_)
     assert np.array_equal(inside.coef_, fitted.coef_)
+
+
+@pytest.mark.parametrize("shift", [lambda Y: 2 * Y - 1, lambda Y: 2 * Y, lambda Y: Y + 1])
+def test_multilabel_targets_are_zeros_and_ones(shift):
+    Y = np.random.RandomState(0).randint(0, 2, (30, 3))
+    with pytest.raises(ValueError, match="zeros and ones"):
+        GradientFeatureClassifier(random_state=0).fit(
+            np.random.RandomState(1).randn(30, 4), shift(Y)
+        )
+
+
+def test_constant_samples_without_information():
+    X, y = np.ones((30, 3)), np.arange(30) % 3
+    model = GradientFeatureClassifier(random_state=0).fit(X, y)  # no ConvergenceWarning
+    np.testing.assert_allclose(model.predict_proba(X), 1 / 3, atol=1e-6)
+
+
+def test_gradient_features_without_intercept_and_zero_weights_between():
+    rng = np.random.RandomState(0)
+    X = rng.randn(2200, 3)
+    y = (X[:, 0] > 0).astype(int)
+    model = GradientFeatureClassifier(
+        features="gradient", fit_intercept=False, random_state=0, alpha=0.1, tol=1e-2
+    )
+    model.fit(X, y, sample_weight=np.tile([0.0, 1.0], 1100))
+    assert model.score(X, y) > 0.9
+
+
+def test_attention_settings_survive_threads():
+    import torch
+
+    from sklearn_gradfeat._attention import differentiable_attention
+
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    first, second = differentiable_attention(), differentiable_attention()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
+    after = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    assert after == before

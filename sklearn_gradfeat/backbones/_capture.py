@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from sklearn_gradfeat._attention import plain_attention
 
 MATRIX = {"linear", "addmm", "matmul", "mm", "bmm"}
 WEIGHTED = MATRIX | {
@@ -157,17 +158,6 @@ def frozen_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
                 "Use track_running_stats=True, or another normalisation."
             )
     return copied.eval().to(device, dtype)
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Avoid the fused transformer layers of inference, which have no derivative."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def run_once(module: Callable[[Tensor], Tensor], example: Tensor) -> Tensor:

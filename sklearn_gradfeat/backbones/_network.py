@@ -6,13 +6,14 @@ import copy
 import difflib
 import functools
 import hashlib
+import pickle
 import threading
+import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from types import NoneType
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ class FrozenBackbone:
         self.module.requires_grad_(False)  # not before lazy modules have their parameters
         self.example = torch.zeros_like(example)
         self._networks: dict[tuple[str, ...], Network] = {}
+        self._elsewhere: dict[torch.device, FrozenBackbone] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the module and the example, in host memory."""
@@ -93,16 +95,19 @@ class FrozenBackbone:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the module; nothing is captured yet."""
-        self.__dict__.update(state, _networks={})
+        self.__dict__.update(state, _networks={}, _elsewhere={})
 
     def to(self, device: torch.device) -> FrozenBackbone:
-        """Move to a device, in place."""
-        if self.example.device != device:
-            self.module.to(device)
-            self.example = self.example.to(device)
-            self.__dict__.pop("captured", None)
-            self._networks.clear()
-        return self
+        """Return the backbone on a device: itself, or a copy that is made once."""
+        if self.example.device == device:
+            return self
+        with _LOCK:
+            if device not in self._elsewhere:
+                moved = FrozenBackbone.__new__(FrozenBackbone)
+                module = copy.deepcopy(self.module).to(device)
+                moved.__setstate__({"module": module, "example": self.example.to(device)})
+                self._elsewhere[device] = moved
+            return self._elsewhere[device]
 
     @functools.cached_property
     def captured(self) -> Captured | CaptureError:
@@ -198,6 +203,7 @@ def on_host(module: nn.Module) -> nn.Module:
 _CACHE: weakref.WeakKeyDictionary[nn.Module, dict[Any, FrozenBackbone]]
 _CACHE = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()
+_HASHED_APART = {"training", "_parameters", "_buffers", "_modules"}
 
 
 def freeze(
@@ -224,16 +230,16 @@ def freeze(
 def digest(module: nn.Module) -> str:
     """Return a hash of everything that the function of a module depends on.
 
-    Parameters, buffers, and the plain attributes of every submodule; not the mode.
+    Parameters, buffers, and the attributes of every submodule, hooks among them; not the
+    mode. A module with an attribute that cannot be pickled never has the same hash twice.
     """
     state = hashlib.blake2b(digest_size=16)
     for name, layer in module.named_modules():
-        plain = {
-            key: value
-            for key, value in vars(layer).items()
-            if isinstance(value, (bool, int, float, str, tuple, NoneType)) and key != "training"
-        }
-        state.update(f"{name} {id(type(layer))} {sorted(plain.items())}".encode())
+        held = sorted((k, v) for k, v in vars(layer).items() if k not in _HASHED_APART)
+        try:
+            state.update(pickle.dumps((name, id(type(layer)), held)))
+        except Exception:  # whatever an attribute's own pickling may raise
+            return uuid.uuid4().hex
     for name, value in chain(module.named_parameters(), module.named_buffers()):
         state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)

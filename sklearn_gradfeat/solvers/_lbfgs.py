@@ -194,7 +194,7 @@ def minimize(
             status = "interrupted" if norm > tolerance else "converged"
             break
         now = float(loss.curvatures(logits).sum())
-        if norm > tolerance and not 1 / _CHANGE < now / curvature < _CHANGE:
+        if norm > tolerance and not curvature / _CHANGE <= now <= curvature * _CHANGE:
             memory, curvature = _Memory(precondition(logits)), now
             natural = memory.precondition(gradient)
     return Solution(x, path, n_iter, passes, status, norm)
@@ -207,4 +207,10 @@ def preconditioned_norm(gradient: Tensor, precondition: Callable[[Tensor], Tenso
 
 def _norm(gradient: Tensor, natural: Tensor) -> float:
     """Return the same, for a gradient and its product with the preconditioner."""
-    return math.sqrt(max(0.0, float(gradient @ natural)))
+    square = float(gradient @ natural)
+    if not math.isfinite(square):
+        raise FloatingPointError(
+            "The gradient of the objective is not finite. Scale X so that the activations of "
+            "the backbone are of moderate size, or increase alpha."
+        )
+    return math.sqrt(max(0.0, square))

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
+from sklearn_gradfeat._attention import differentiable_attention
 from sklearn_gradfeat.tangent._head import LinearizedHead
 from sklearn_gradfeat.tangent._patches import LayerCall, LayerRecorder
-from sklearn_gradfeat.tangent._products import Tensors, differentiable_attention
+from sklearn_gradfeat.tangent._products import Tensors
 
 # Enough samples for factors a few thousand wide; more only sharpens a preconditioner.
 MAX_SAMPLES = 2048
@@ -34,7 +35,7 @@ _MAX_COLUMNS = 16
 # Multiplications spent on the Gram matrix of the inputs of one layer.
 _MAX_WORK = 2**38
 # A wider factor keeps its diagonal alone: its eigenvectors would take minutes and gigabytes.
-_MAX_WIDTH = 8192
+MAX_WIDTH = 8192
 # Numbers held at once when squares of per-sample gradients are summed.
 _MAX_PER_SAMPLE = 2**26
 
@@ -82,7 +83,8 @@ class KroneckerInverse:
 
 def damping(alpha: float, curvature: Tensor) -> float:
     """Return the penalty, or just enough to keep an unpenalised block invertible."""
-    return max(alpha, torch.finfo(curvature.dtype).eps * float(curvature.max()), 1e-30)
+    largest = float(curvature.max()) if curvature.numel() else 0.0
+    return max(alpha, torch.finfo(curvature.dtype).eps * largest, 1e-30)
 
 
 class Factor:
@@ -116,7 +118,7 @@ class Factor:
 
 def _empty_gram(like: Tensor, groups: int, width: int) -> Tensor:
     """Return zeros to sum a Gram matrix in, or its diagonal alone if it is too wide."""
-    return like.new_zeros((groups, width) if width > _MAX_WIDTH else (groups, width, width))
+    return like.new_zeros((groups, width) if width > MAX_WIDTH else (groups, width, width))
 
 
 def _gram(rows: Tensor, weights: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ def _gram(rows: Tensor, weights: Tensor) -> Tensor:
         weights = weights.sum().expand(rows.shape[1]) / rows.shape[1]
     weighted = (rows * weights[:, None, None]).flatten(1, 2)
     flat = rows.flatten(1, 2)
-    return (weighted * flat).sum(1) if rows.shape[-1] > _MAX_WIDTH else weighted.mT @ flat
+    return (weighted * flat).sum(1) if rows.shape[-1] > MAX_WIDTH else weighted.mT @ flat
 
 
 def loss_columns(omega: Tensor, curvature: Tensor) -> Tensor:

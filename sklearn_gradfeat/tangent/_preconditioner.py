@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.tangent._kfac import (
     MAX_SAMPLES,
+    MAX_WIDTH,
     Factor,
     KroneckerInverse,
     Spectrum,
@@ -35,7 +36,8 @@ class Preconditioner:
         curvature = objective.loss.mean_curvature(logits).to(like)
         shares = objective.loss.curvatures(logits)
         # Samples count by their curvature: those that are already fitted hardly matter.
-        weights = (shares / shares.sum()).to(like)
+        total = shares.sum()
+        weights = (shares / total if total > 0 else objective.loss.weights).to(like)
         self.objective = objective
         self.affine = _affine_inverse(objective, curvature, weights)
         self.layers = (
@@ -64,8 +66,10 @@ def _affine_inverse(
         rows = objective.features
     if objective.fit_intercept:
         rows = torch.cat([rows, torch.ones_like(weights)[:, None]], 1)
-    gram = (weights[:, None] * rows).T @ rows
-    return KroneckerInverse(Spectrum.of(curvature), Spectrum.of(gram), objective.alpha)
+    weighted = weights[:, None] * rows
+    wide = rows.shape[1] > MAX_WIDTH
+    inputs = Spectrum((weighted * rows).sum(0), None) if wide else Spectrum.of(weighted.T @ rows)
+    return KroneckerInverse(Spectrum.of(curvature), inputs, objective.alpha)
 
 
 class _LayerInverses:
@@ -74,11 +78,11 @@ class _LayerInverses:
     def __init__(self, tangent: TangentTerm, curvature: Tensor, weights: Tensor) -> None:
         self.head = tangent.head
         stride = math.ceil(len(weights) / MAX_SAMPLES)
-        share = weights / weights[::stride].sum()
+        part = weights[::stride]
+        total = part.sum()
+        share = weights / total if total > 0 else torch.full_like(weights, 1 / len(part))
         columns = loss_columns(tangent.omega, curvature)
-        found, diagonals = factors(
-            self.head, tangent.batches(stride), columns, share, len(weights[::stride])
-        )
+        found, diagonals = factors(self.head, tangent.batches(stride), columns, share, len(part))
         self.layers = {i: (f, f.inverse(tangent.alpha)) for i, f in found.items()}
         self.diagonals = {i: 1 / (d + damping(tangent.alpha, d)) for i, d in diagonals.items()}
 

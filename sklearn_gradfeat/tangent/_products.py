@@ -9,32 +9,20 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sklearn_gradfeat._attention import differentiable_attention
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Head: TypeAlias = Callable[[Tensors, Tensors], Tensor]
 
 # Forward-mode levels are global to the process, so two threads must not open one at once.
 _FORWARD_MODE = threading.RLock()
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Keep to the attention kernel that has a forward derivative."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @functools.cache

@@ -1,0 +1,64 @@
+"""Attention in a form that has derivatives, in all threads at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_LOCK = threading.Lock()
+
+
+def _shared(
+    open_setting: Callable[[], AbstractContextManager[None]],
+) -> Callable[[], AbstractContextManager[None]]:
+    """Make a setting of the whole process safe to enter from several threads.
+
+    The first to enter makes the setting, the last to leave takes it back.
+    """
+    inside: list[AbstractContextManager[None]] = []
+
+    @contextmanager
+    def setting() -> Iterator[None]:
+        with _LOCK:
+            if not inside:
+                opened = open_setting()
+                opened.__enter__()
+                inside.append(opened)
+            else:
+                inside.append(inside[0])
+        try:
+            yield
+        finally:
+            with _LOCK:
+                last = inside.pop()
+                if not inside:
+                    last.__exit__(None, None, None)
+
+    return setting
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+plain_attention = _shared(_without_fast_path)
+"""Avoid the fused transformer layers of inference, which cannot be taken apart."""
+
+_math_attention = _shared(lambda: sdpa_kernel(SDPBackend.MATH))
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Keep to the attention kernel that has a forward derivative."""
+    with plain_attention(), _math_attention():
+        yield
