@@ -213,5 +213,6 @@ def _norm_at_zero(objective: TangentObjective, zero: Tensor) -> float:
     logits = objective.forward(zero)
     gradient = objective.adjoint(objective.loss.gradient(logits))
     norm = preconditioned_norm(gradient, Preconditioner(objective, logits))
-    noise = torch.finfo(zero.dtype).eps * 100 * math.sqrt(objective.loss.value(logits))
+    eps = torch.finfo(zero.dtype).eps
+    noise = 100 * eps * math.sqrt(objective.loss.value(logits) / max(objective.alpha, eps))
     return norm if norm > noise else math.inf
