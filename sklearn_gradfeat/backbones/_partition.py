@@ -118,9 +118,10 @@ def _size(node: fx.Node, captured: Captured) -> int:
 
 def _sink_side(edges: dict[tuple[int, int], int], source: int, sink: int) -> set[int]:
     """Return the vertices that can still reach the sink once the flow is maximal."""
-    (rows, columns), capacities = zip(*edges, strict=True), list(edges.values())
-    shape = (sink + 1, sink + 1)
-    graph = csr_array((np.array(capacities, np.int32), (rows, columns)), shape)
+    # maximum_flow takes 32-bit integers alone, in older versions for the indices too.
+    rows, columns = np.array(list(edges), np.int32).T
+    capacities = np.array(list(edges.values()), np.int32)
+    graph = csr_array((capacities, (rows, columns)), (sink + 1, sink + 1))
     rest = (graph - maximum_flow(graph, source, sink).flow).tocoo()
     into = defaultdict(list)
     for row, column, left in zip(rest.row, rest.col, rest.data, strict=True):
