@@ -280,12 +280,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
             Probability of every class in the order of ``classes_``, adding up to one; or
             of every label, each on its own.
         """
-        logits = self._logits(X)
-        if self._multilabel:
-            return expit(logits)
-        if logits.shape[1] == 1:
-            return expit(np.hstack([-logits, logits]))
-        return softmax(logits, axis=1)
+        return self._probabilities(self._logits(X))
 
     def predict_log_proba(self, X):
         """Return the logarithm of :meth:`predict_proba`, exact however small.
@@ -307,8 +302,16 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
             logs = log_expit(np.hstack([-logits, logits]))
         else:
             logs = log_softmax(logits, axis=1)
-        logs[np.exp(logs) == 1] = 0  # as the probability, which has been rounded to one
+        logs[self._probabilities(logits) == 1] = 0  # the logarithm of what was rounded to one
         return logs
+
+    def _probabilities(self, logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the probabilities of logits."""
+        if self._multilabel:
+            return expit(logits)
+        if logits.shape[1] == 1:
+            return expit(np.hstack([-logits, logits]))
+        return softmax(logits, axis=1)
 
     def _weights(self, y: npt.NDArray[Any], sample_weight: Any) -> npt.NDArray[np.float64]:
         """Return the weight of every sample, adding up to one."""
