@@ -36,6 +36,8 @@ _MAX_COLUMNS = 16
 _MAX_WORK = 2**38
 # A wider factor keeps its diagonal alone: its eigenvectors would take minutes and gigabytes.
 MAX_WIDTH = 8192
+# Up to this width the decomposition takes under a second in float64 too.
+_MAX_FLOAT64 = 2048
 # Numbers held at once when squares of per-sample gradients are summed.
 _MAX_PER_SAMPLE = 2**26
 
@@ -51,10 +53,11 @@ class Spectrum:
     def of(cls, matrix: Tensor) -> Spectrum:
         """Decompose symmetric positive semi-definite matrices, (..., n, n)."""
         home = "cpu" if matrix.device.type == "mps" else matrix.device
-        try:
-            values, vectors = torch.linalg.eigh(matrix.to(home))
-        except RuntimeError:  # no convergence in float32
-            values, vectors = torch.linalg.eigh(matrix.to(home, torch.float64))
+        # In float32 the decomposition of a nearly singular matrix may fail, even silently.
+        wide = matrix.shape[-1] > _MAX_FLOAT64
+        values, vectors = torch.linalg.eigh(
+            matrix.to(home, matrix.dtype if wide else torch.float64)
+        )
         return cls(values.clamp(min=0).to(matrix), vectors.to(matrix))
 
     def rotate(self, rows: Tensor) -> Tensor:
