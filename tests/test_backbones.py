@@ -13,32 +13,8 @@ from torch import nn
 from sklearn_gradfeat import GradientFeatureClassifier
 from sklearn_gradfeat.backbones._images import ImagePreprocess
 from sklearn_gradfeat.backbones._named import load_named, timm_transform
+from tests.tiny import X, Y, estimator, tiny_net
 
-
-def tiny_net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3),
-        nn.ReLU(),
-        nn.Conv2d(4, 6, 3),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
-
-
-def estimator(backbone, **parameters):
-    defaults = {"alpha": 0.1, "max_iter": 40, "tol": 1e-2}
-    return GradientFeatureClassifier(backbone, **{**defaults, **parameters})
-
-
-def data(n=24):
-    y = np.arange(n) % 3
-    noise = np.random.default_rng(0).normal(size=(n, 1, 8, 8))
-    return (noise + 0.5 * y[:, None, None, None]).astype(np.float32), y
-
-
-X, Y = data()
 IMAGES = np.random.default_rng(1).integers(0, 256, (24, 3, 8, 8)).astype(np.uint8)
 
 

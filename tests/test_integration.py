@@ -23,35 +23,8 @@ from sklearn.utils.fixes import parse_version
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
+from tests.tiny import NET, X, Y, estimator, tiny_net
 
-
-def tiny_net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3),
-        nn.ReLU(),
-        nn.Conv2d(4, 6, 3),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
-
-
-NET = tiny_net()
-
-
-def estimator(backbone=NET, **parameters):
-    defaults = {"alpha": 0.1, "max_iter": 40, "tol": 1e-2}
-    return GradientFeatureClassifier(backbone, **{**defaults, **parameters})
-
-
-def data(n=24):
-    y = np.arange(n) % 3
-    noise = np.random.default_rng(0).normal(size=(n, 1, 8, 8))
-    return (noise + 0.5 * y[:, None, None, None]).astype(np.float32), y
-
-
-X, Y = data()
 BINARY = (Y > 0).astype(int)
 LABELS = np.stack([Y == 0, Y > 0, np.arange(24) % 2 == 0, Y != 1], 1).astype(int)
 has_callbacks = pytest.mark.skipif(
