@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -34,22 +35,26 @@ def resolve_device(device: str | torch.device) -> torch.device:
         ) from error
 
 
-def compute_dtype(precision: str, X: Any, device: torch.device) -> torch.dtype:
-    """Choose the dtype in which the head and the solver compute.
+def compute_dtypes(
+    precision: str, X: Any, device: torch.device, indices: bool
+) -> tuple[torch.dtype, torch.dtype]:
+    """Choose the dtypes of the trunk, and of the head with the solver and the results.
 
-    ``"auto"`` follows scikit-learn for rows (2-D input computes in float64 unless it is
-    of a narrower floating type) and torch for everything else (float32).
+    ``"auto"`` follows scikit-learn for rows of numbers (float64 unless they are of a narrower
+    floating type) and torch for everything else (float32). The head of a network for rows is
+    small, so it computes in float64 in any case.
     """
-    if precision == "auto":
-        wide = X.dtype.kind in "iub" or X.dtype.itemsize > 4
-        rows = len(X.shape) == 2 and X.dtype != np.uint8 and wide
-        return torch.float64 if rows and device.type != "mps" else torch.float32
     if precision == "float64" and device.type == "mps":
         raise ValueError(
             "precision='float64' is not available on device 'mps'. "
             "Pass device='cpu', or precision='float32'."
         )
-    return _PRECISIONS[precision]
+    rows = len(X.shape) == 2 and X.dtype != np.uint8 and not indices
+    if precision == "auto":
+        wide = rows and (X.dtype.kind in "iub" or X.dtype.itemsize > 4) and device.type != "mps"
+        precision = "float64" if wide else "float32"
+    trunk = _PRECISIONS[precision]
+    return trunk, torch.float64 if rows and device.type != "mps" else trunk
 
 
 def accumulation_device(device: torch.device) -> torch.device:
@@ -151,7 +156,12 @@ class Samples:
 
 
 def slices(n_samples: int, batch_size: int, stride: int = 1) -> Iterator[slice]:
-    """Yield slices of up to ``batch_size`` rows that cover every ``stride``-th row."""
-    span = batch_size * stride
-    for start in range(0, n_samples, span):
-        yield slice(start, min(start + span, n_samples), stride)
+    """Yield slices of about equally many of every ``stride``-th row, ``batch_size`` at most.
+
+    Matrix products round the rows of a very small last batch in another way than its others.
+    """
+    n_rows = math.ceil(n_samples / stride)
+    n_batches = math.ceil(n_rows / batch_size)
+    for k in range(n_batches):
+        start, stop = (stride * (i * n_rows // n_batches) for i in (k, k + 1))
+        yield slice(start, min(stop, n_samples), stride)

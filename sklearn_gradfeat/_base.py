@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,14 +20,16 @@ from tqdm.auto import tqdm
 from sklearn_gradfeat._arrays import (
     Samples,
     accumulation_device,
-    compute_dtype,
+    compute_dtypes,
     resolve_device,
 )
 from sklearn_gradfeat._callbacks import CallbackSupportMixin, FitCallbacks
 from sklearn_gradfeat._extractor import Extractor
 from sklearn_gradfeat._input import validate_new_samples
 from sklearn_gradfeat._losses import Loss
-from sklearn_gradfeat._training import Model, Settings, train
+from sklearn_gradfeat._model import Model
+from sklearn_gradfeat._prediction import predict_logits
+from sklearn_gradfeat._training import Settings, train
 from sklearn_gradfeat.backbones import (
     Network,
     freeze,
@@ -36,9 +37,7 @@ from sklearn_gradfeat.backbones import (
     resolve_backbone,
     seeded,
 )
-from sklearn_gradfeat.features import trunk_batches
 from sklearn_gradfeat.solvers import Solution
-from sklearn_gradfeat.tangent import LinearizedHead
 
 
 class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
@@ -94,15 +93,26 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         """Resolve the backbone for the samples at hand."""
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         device = resolve_device(self.device)
-        dtype = compute_dtype(self.precision, X, device)
         resolved = resolve_backbone(self.backbone, tuple(X.shape[1:]), seed)
+        indices = resolved.takes_indices
+        trunk_dtype, dtype = compute_dtypes(self.precision, X, device, indices)
         preprocess = resolved.preprocess if self.preprocess == "auto" else self.preprocess
-        samples = Samples(X, preprocess, dtype, device, resolved.takes_indices)
         with seeded(seed):
-            example = samples.batch(slice(0, 2))
-            backbone = freeze(resolved.module, example, dtype, self.activation_layer)
-        half = self.precision == "bfloat16"
-        return Extractor(backbone, preprocess, dtype, half, resolved.takes_indices)
+            example = Samples(X, preprocess, trunk_dtype, device, indices).batch(slice(0, 2))
+            backbone = freeze(resolved.module, example, trunk_dtype, self.activation_layer)
+        return Extractor(backbone, preprocess, dtype, self.precision == "bfloat16", indices)
+
+    def _settings(self) -> Settings:
+        """Return the parameters that training depends on."""
+        return Settings(
+            self.features,
+            self.parametrization,
+            float(self.alpha),
+            float(self.alpha if self.gradient_alpha is None else self.gradient_alpha),
+            self.fit_intercept,
+            float(self.tol),
+            self.max_iter,
+        )
 
     @torch.inference_mode(False)
     def _train(
@@ -114,21 +124,14 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
     ) -> dict[str, Any]:
         """Run both stages and return the fitted attributes, ``attributes`` among them."""
         extractor = self._build_extractor(X)
-        backbone = extractor.backbone
         gradient = self.features != "activation"
-        names = backbone.choose(self.gradient_layers) if gradient else []
-        network = backbone.network(names)
+        names = extractor.backbone.choose(self.gradient_layers) if gradient else []
+        network = extractor.network(names)
         features = extractor.features(X, network, self.batch_size, bool(self.verbose), gradient)
-        settings = Settings(
-            self.features,
-            self.parametrization,
-            float(self.alpha),
-            float(self.alpha if self.gradient_alpha is None else self.gradient_alpha),
-            self.fit_intercept,
-            float(self.tol),
-            self.max_iter,
-        )
-        loss_on = loss(accumulation_device(backbone.example.device))
+        settings = self._settings()
+        loss_on = loss(accumulation_device(features.activation.device))
+        warm = self._warm_model(features.activation, network, loss_on.n_outputs)
+        attributes |= {"_extractor": extractor, "sample_shape_": tuple(X.shape[1:])}
         with tqdm(unit="iteration", disable=not self.verbose) as bar:
 
             def monitor(
@@ -138,25 +141,17 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
                 bar.update()
                 if stage != self.features:
                     return False
-                return callbacks.iteration(
-                    iteration, lambda: attributes | _fitted(X, extractor, model())
-                )
+                return callbacks.iteration(iteration, lambda: attributes | _fitted(model()))
 
             model, solutions = train(
-                features,
-                network.head,
-                network.parameters,
-                loss_on,
-                settings,
-                self._warm_model(features.activation, network, loss_on.n_outputs),
-                monitor,
+                features, network.head, network.parameters, loss_on, settings, warm, monitor
             )
         for stage, solution in solutions.items():
             _warn_unless_converged(stage, solution, settings)
         last = solutions[self.features]
         return {
             **attributes,
-            **_fitted(X, extractor, model),
+            **_fitted(model),
             "n_iter_": last.n_iter,
             "n_passes_": last.n_passes,
             "objective_path_": np.array(last.objective_path),
@@ -167,77 +162,28 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         shape = (n_outputs, activation.shape[1])
         if not self.warm_start or getattr(self, "coef_", np.empty(0)).shape != shape:
             return None
-        former = self.gradient_coef_
-        if {n: v.shape for n, v in former.items()} != {
+        if {n: v.shape for n, v in self.gradient_coef_.items()} != {
             n: tuple(p.shape) for n, p in network.parameters.items()
         }:
             return None
-
-        def tensor(array: np.ndarray[Any, Any]) -> Tensor:
-            return torch.from_numpy(array.copy()).to(activation)
-
-        displacements = {name: tensor(value) for name, value in former.items()}
-        coef, intercept, omega = map(tensor, (self.coef_, self.intercept_, self.omega_))
-        return Model(coef, intercept, omega, displacements)
+        return Model.of(self, activation.device, activation.dtype)
 
     @torch.inference_mode(False)
     def _logits(self, X: Any) -> np.ndarray[Any, Any]:
         """Return the logits, of shape (n_samples, n_outputs)."""
         X = validate_new_samples(self, X)
-        extractor: Extractor = self._extractor
         try:
             device = resolve_device(self.device)
         except ValueError:  # unpickled on a machine that lacks the device it was fitted on
             device = resolve_device("auto")
-        if device.type == "mps" and extractor.dtype == torch.float64:
-            device = torch.device("cpu")
-        backbone = extractor.backbone.to(device)
-        network = backbone.network(self.gradient_layers_)
-        head = LinearizedHead(network.head, network.parameters, "standard")
-        weights, intercept, omega = (
-            torch.tensor(array, device=device)
-            for array in (self.coef_, self.intercept_, self.omega_)
-        )
-        u = torch.cat(
-            [
-                weights.new_empty(0),
-                *(torch.tensor(v, device=device).reshape(-1) for v in self.gradient_coef_.values()),
-            ]
-        )
-        logits = np.empty((X.shape[0], len(intercept)), dtype=self.coef_.dtype)
-        batches = trunk_batches(
-            replace(extractor, backbone=backbone).samples(X),
-            network.trunk or (lambda x: (x,)),
-            self.batch_size,
-            half=extractor.half,
-            verbose=bool(self.verbose),
-        )
-        for rows, boundary in batches:
-            part = intercept.expand(rows.stop - rows.start, -1)
-            if self.coef_.any():
-                part = part + head.activation(boundary) @ weights.T
-            if len(u):
-                part = part + head.jvp(boundary, u) @ omega.T
-            logits[rows] = part.cpu().numpy()
-        return logits
+        extractor = self._extractor.on(device)
+        model = Model.of(self, device, extractor.dtype)
+        return predict_logits(extractor, model, X, self.batch_size, bool(self.verbose))
 
 
-def _fitted(X: Any, extractor: Extractor, model: Model) -> dict[str, Any]:
-    """Return the attributes that predictions depend on."""
-    return {
-        "_extractor": extractor,
-        "sample_shape_": tuple(X.shape[1:]),
-        "gradient_layers_": list(model.displacements),
-        "coef_": _to_numpy(model.weights),
-        "intercept_": _to_numpy(model.intercept),
-        "omega_": _to_numpy(model.omega),
-        "gradient_coef_": {n: _to_numpy(t) for n, t in model.displacements.items()},
-    }
-
-
-def _to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Copy a tensor into an array of its own dtype."""
-    return np.array(tensor.detach().cpu().numpy())
+def _fitted(model: Model) -> dict[str, Any]:
+    """Return the attributes that hold a model."""
+    return {**model.attributes(), "gradient_layers_": list(model.displacements)}
 
 
 def _warn_unless_converged(stage: str, solution: Solution, settings: Settings) -> None:

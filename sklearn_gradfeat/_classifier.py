@@ -6,18 +6,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.class_weight import compute_sample_weight
-from sklearn.utils.multiclass import check_classification_targets, type_of_target
-from sklearn.utils.validation import _check_sample_weight, column_or_1d
 
 from sklearn_gradfeat._base import BaseGradientFeature
 from sklearn_gradfeat._callbacks import FitCallbacks, with_callbacks
 from sklearn_gradfeat._input import restored_on_error, validate_samples
-from sklearn_gradfeat._losses import Bernoulli, Loss, Multinomial
+from sklearn_gradfeat._targets import classification_loss, encode, sample_weights
 
 
 class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
@@ -89,7 +85,8 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
     precision : {"auto", "float64", "float32", "bfloat16"}, default="auto"
         Precision of the network and of the results. ``"auto"`` is float64 for rows of
         float64 or integers, and float32 for anything else. ``"bfloat16"`` runs the frozen
-        layers below the gradient layers under autocast and the rest in float32.
+        layers below the gradient layers under autocast and the rest in float32. For rows of
+        numbers the gradient layers and the results are float64 in any case.
     random_state : int, RandomState instance or None, default=None
         Seeds the weights of ``backbone=None`` and of factories. Nothing else is random.
     verbose : int, default=0
@@ -214,15 +211,15 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         """
         with restored_on_error(self, "n_features_in_", "feature_names_in_"):
             X, y = validate_samples(self, X, y)
-            classes, targets = _encode(y)
+            classes, targets = encode(y)
             multilabel = targets.ndim == 2
-            weights = self._weights(y, sample_weight)
+            weights = sample_weights(y, sample_weight, self.class_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
             callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
             attributes = {"classes_": classes, "_multilabel": multilabel}
             fitted = self._train(
                 X,
-                lambda device: _loss(targets, weights, len(classes), device),
+                lambda device: classification_loss(targets, weights, len(classes), device),
                 callbacks,
                 attributes,
             )
@@ -313,67 +310,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
             return expit(np.hstack([-logits, logits]))
         return softmax(logits, axis=1)
 
-    def _weights(self, y: npt.NDArray[Any], sample_weight: Any) -> npt.NDArray[np.float64]:
-        """Return the weight of every sample, adding up to one."""
-        weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
-        if self.class_weight is not None:
-            weights = weights * _class_weights(self.class_weight, y, weights)
-        total = weights.sum()
-        if not total > 0:
-            raise ValueError("sample_weight: the weights add up to zero, so there is no data.")
-        return weights / total
-
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
         return tags
-
-
-def _encode(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return the classes, and class indices or an indicator matrix."""
-    check_classification_targets(y)
-    kind = type_of_target(y)
-    if kind == "multilabel-indicator":
-        if not np.isin(y, (0, 1)).all():
-            raise ValueError("y: multi-label targets are a matrix of zeros and ones.")
-        return np.arange(y.shape[1]), np.asarray(y, dtype=np.float64)
-    if kind == "multiclass-multioutput":
-        raise ValueError(
-            "y has several columns that are no indicators. Multi-label targets are a matrix "
-            "of zeros and ones; for several outputs use sklearn's MultiOutputClassifier."
-        )
-    classes, targets = np.unique(column_or_1d(y, warn=True), return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(
-            "The classifier needs samples of at least 2 classes, but y contains one class: "
-            f"{classes[0]}."
-        )
-    return classes, targets
-
-
-def _loss(
-    targets: npt.NDArray[Any],
-    weights: npt.NDArray[np.float64],
-    n_classes: int,
-    device: torch.device,
-) -> Loss:
-    """Return the loss that fits the targets: one logit for two classes."""
-    w = torch.from_numpy(weights).to(device)
-    if targets.ndim == 1 and n_classes > 2:
-        return Multinomial(torch.from_numpy(targets).to(device, torch.int64), w, n_classes)
-    columns = targets.reshape(len(targets), -1).astype(np.float64)
-    return Bernoulli(torch.from_numpy(columns).to(device), w)
-
-
-def _class_weights(
-    class_weight: Any, y: npt.NDArray[Any], weights: npt.NDArray[np.float64]
-) -> npt.NDArray[Any]:
-    """Return the factor of every sample; "balanced" counts samples by their weight."""
-    if class_weight != "balanced" or y.ndim == 2:
-        return compute_sample_weight(class_weight, y)
-    _, members = np.unique(y, return_inverse=True)
-    totals = np.bincount(members, weights)
-    present = totals > 0
-    factors = np.zeros_like(totals)
-    factors[present] = weights.sum() / (present.sum() * totals[present])
-    return factors[members]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sklearn_gradfeat._arrays import Preprocess, Samples
 from sklearn_gradfeat.backbones import FrozenBackbone, Network
-from sklearn_gradfeat.features import Features, compute_features
+from sklearn_gradfeat.features import Features, compute_features, trunk_batches
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Extractor:
     Parameters
     ----------
     backbone : FrozenBackbone
-        The network.
+        The network, in the dtype of its trunk.
     preprocess : callable or None
         Applied to every batch.
     dtype : torch.dtype
@@ -37,10 +38,33 @@ class Extractor:
     half: bool
     takes_indices: bool
 
-    def samples(self, X: Any) -> Samples:
-        """Return ``X`` as batches."""
+    def on(self, device: torch.device) -> Extractor:
+        """Return the extractor on a device; one without float64 computes in float32."""
+        if device.type != "mps":
+            return replace(self, backbone=self.backbone.to(device, self.backbone.dtype))
+        backbone = self.backbone.to(device, torch.float32)
+        return replace(self, backbone=backbone, dtype=torch.float32)
+
+    def network(self, names: Sequence[str]) -> Network:
+        """Return the network split below the parameters ``names``, each part in its dtype."""
         device = self.backbone.example.device
-        return Samples(X, self.preprocess, self.dtype, device, self.takes_indices)
+        network = self.backbone.to(device, self.dtype).network(names)
+        if network.trunk is None:
+            return network
+        return replace(network, trunk=self.backbone.network(names).trunk)
+
+    def batches(
+        self, X: Any, network: Network, batch_size: int, verbose: bool
+    ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """Iterate over (rows, boundary tensors) of ``X``."""
+        return trunk_batches(
+            self._samples(X, network),
+            network.trunk,
+            batch_size,
+            dtype=self.dtype,
+            half=self.half,
+            verbose=verbose,
+        )
 
     def features(
         self, X: Any, network: Network, batch_size: int, verbose: bool, keep: bool
@@ -51,12 +75,12 @@ class Extractor:
             with torch.no_grad():
                 return network.head(tuple(network.parameters.values()), boundary)
 
-        return compute_features(
-            self.samples(X),
-            network.trunk,
-            activation,
-            batch_size,
-            half=self.half,
-            verbose=verbose,
-            keep_boundary=keep,
-        )
+        batches = self.batches(X, network, batch_size, verbose)
+        inputs = None if network.trunk else self._samples(X, network)
+        return compute_features(X.shape[0], batches, activation, batch_size, inputs, keep)
+
+    def _samples(self, X: Any, network: Network) -> Samples:
+        """Return ``X`` as batches for the trunk, or for the head where that is all there is."""
+        dtype = self.backbone.dtype if network.trunk else self.dtype
+        device = self.backbone.example.device
+        return Samples(X, self.preprocess, dtype, device, self.takes_indices)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat._model import Model
 from sklearn_gradfeat.features import Features
 from sklearn_gradfeat.solvers import Solution, minimize, preconditioned_norm
 from sklearn_gradfeat.tangent import (
@@ -33,20 +34,6 @@ class Settings:
     fit_intercept: bool
     tol: float
     max_iter: int
-
-
-@dataclass(frozen=True)
-class Model:
-    """A linear model, with the displacements in the units of the parameters.
-
-    ``weights`` and ``omega`` have shape (n_outputs, n_features), ``intercept`` has shape
-    (n_outputs,), and ``displacements`` those of the parameters that they displace.
-    """
-
-    weights: Tensor
-    intercept: Tensor
-    omega: Tensor
-    displacements: dict[str, Tensor]
 
 
 Monitor: TypeAlias = Callable[[str, int, float, Callable[[], Model]], bool]

@@ -86,28 +86,33 @@ class FrozenBackbone:
         check_activation(run_once(self.module, example), len(example))
         self.module.requires_grad_(False)  # not before lazy modules have their parameters
         self.example = torch.zeros_like(example)
+        self.dtype = dtype
         self._networks: dict[tuple[str, ...], Network] = {}
-        self._elsewhere: dict[torch.device, FrozenBackbone] = {}
+        self._others: dict[tuple[torch.device, torch.dtype], FrozenBackbone] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the module and the example, in host memory."""
-        return {"module": on_host(self.module), "example": self.example.cpu()}
+        host = {"module": on_host(self.module), "example": self.example.cpu()}
+        return {**host, "dtype": self.dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the module; nothing is captured yet."""
-        self.__dict__.update(state, _networks={}, _elsewhere={})
+        self.__dict__.update(state, _networks={}, _others={})
 
-    def to(self, device: torch.device) -> FrozenBackbone:
-        """Return the backbone on a device: itself, or a copy that is made once."""
-        if self.example.device == device:
+    def to(self, device: torch.device, dtype: torch.dtype) -> FrozenBackbone:
+        """Return the backbone on a device in a dtype: itself, or a copy that is made once."""
+        if (self.example.device, self.dtype) == (device, dtype):
             return self
         with _LOCK:
-            if device not in self._elsewhere:
+            if (device, dtype) not in self._others:
                 moved = FrozenBackbone.__new__(FrozenBackbone)
-                module = copy.deepcopy(self.module).to(device)
-                moved.__setstate__({"module": module, "example": self.example.to(device)})
-                self._elsewhere[device] = moved
-            return self._elsewhere[device]
+                module = copy.deepcopy(self.module).to(device, dtype)
+                example = self.example.to(device)
+                if example.is_floating_point():
+                    example = example.to(dtype)
+                moved.__setstate__({"module": module, "example": example, "dtype": dtype})
+                self._others[device, dtype] = moved
+            return self._others[device, dtype]
 
     @functools.cached_property
     def captured(self) -> Captured | CaptureError:

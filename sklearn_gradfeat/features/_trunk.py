@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -46,9 +46,10 @@ class Features:
 
 def trunk_batches(
     samples: Samples,
-    trunk: Callable[[Tensor], Tensors],
+    trunk: Callable[[Tensor], Tensors] | None,
     batch_size: int,
     *,
+    dtype: torch.dtype,
     half: bool = False,
     verbose: bool = False,
 ) -> Iterator[tuple[slice, Tensors]]:
@@ -58,10 +59,12 @@ def trunk_batches(
     ----------
     samples : Samples
         The input.
-    trunk : callable
-        Maps a batch to boundary tensors.
+    trunk : callable or None
+        Maps a batch to boundary tensors. None means that the head is the whole network.
     batch_size : int
         Number of samples in a batch.
+    dtype : torch.dtype
+        Floating dtype of the boundary tensors.
     half : bool, default=False
         Run the trunk under bfloat16 autocast.
     verbose : bool, default=False
@@ -72,52 +75,48 @@ def trunk_batches(
         for rows in slices(len(samples), batch_size):
             x = samples.batch(rows)
             with _autocast(x.device, half):
-                boundary = trunk(x)
-            yield rows, tuple(z.to(samples.dtype) if z.is_floating_point() else z for z in boundary)
+                boundary = (x,) if trunk is None else trunk(x)
+            yield rows, tuple(z.to(dtype) if z.is_floating_point() else z for z in boundary)
             bar.update(len(x))
 
 
 def compute_features(
-    samples: Samples,
-    trunk: Callable[[Tensor], Tensors] | None,
+    n_samples: int,
+    batches: Iterable[tuple[slice, Tensors]],
     activation: Callable[[Tensors], Tensor],
     batch_size: int,
-    *,
-    half: bool = False,
-    verbose: bool = False,
-    keep_boundary: bool = True,
+    inputs: Samples | None,
+    keep_boundary: bool,
 ) -> Features:
     """Run the network over all samples and keep its activation and its boundary.
 
     Parameters
     ----------
-    samples : Samples
-        The input.
-    trunk : callable or None
-        Maps a batch to boundary tensors. None means that the head is the whole network.
+    n_samples : int
+        Number of samples.
+    batches : iterable of (slice, tuple of tensors)
+        The boundary tensors of every sample, batch by batch.
     activation : callable
         Maps boundary tensors to activations of shape (n_samples, n_features).
     batch_size : int
-        Number of samples in a batch.
-    half, verbose : bool, default=False
-        Run the trunk under bfloat16 autocast; show a progress bar.
-    keep_boundary : bool, default=True
+        Number of samples in a batch of later passes.
+    inputs : Samples or None
+        The samples where they are what the head takes, so that they need not be kept.
+    keep_boundary : bool
         Whether later passes over the head are to come.
 
     Returns
     -------
     Features
     """
-    n = len(samples)
     kept: Tensors = ()
     activations: Tensor | None = None
-    run = trunk or (lambda x: (x,))
-    for rows, boundary in trunk_batches(samples, run, batch_size, half=half, verbose=verbose):
+    for rows, boundary in batches:
         features = activation(boundary)
         if activations is None:
-            activations = features.new_empty((n, *features.shape[1:]))
-            if trunk is not None and keep_boundary:
-                kept = tuple(z.new_empty((n, *z.shape[1:]), device="cpu") for z in boundary)
+            activations = features.new_empty((n_samples, *features.shape[1:]))
+            if inputs is None and keep_boundary:
+                kept = tuple(z.new_empty((n_samples, *z.shape[1:]), device="cpu") for z in boundary)
         activations[rows] = features
         for store, z in zip(kept, boundary, strict=False):
             store[rows] = z
@@ -127,7 +126,7 @@ def compute_features(
             "The backbone returned NaN or infinity for some samples. Check its weights, the "
             "scale of X and `preprocess`; precision='float32' if it overflows in bfloat16."
         )
-    return Features(activations, samples if trunk is None else kept, batch_size)
+    return Features(activations, inputs or kept, batch_size)
 
 
 def _autocast(device: torch.device, half: bool) -> AbstractContextManager[object]:

@@ -14,6 +14,7 @@ from sklearn_gradfeat.tangent._products import (
     jvp,
     jvp_by_double_backward,
     jvp_then_vjp,
+    jvp_with_primal,
     vjp,
 )
 
@@ -75,6 +76,16 @@ class LinearizedHead:
                 self._forward_mode = False
         return jvp_by_double_backward(self.head, self.values, boundary, tangents)
 
+    def activation_and_jvp(self, boundary: Tensors, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the activation and ``J u``, from one pass where possible."""
+        if self._forward_mode:
+            try:
+                with torch.no_grad():
+                    return jvp_with_primal(self.head, self.values, boundary, self.displacements(u))
+            except NotImplementedError:
+                self._forward_mode = False
+        return self.activation(boundary), self.jvp(boundary, u)
+
     def vjp(self, boundary: Tensors, cotangent: Tensor) -> Tensor:
         """Return ``Jᵀ cotangent`` as a flat vector."""
         return self._flat(vjp(self.head, self.values, boundary, cotangent))
@@ -110,9 +121,9 @@ class LinearizedHead:
 
     def flatten(self, displacements: Tensors) -> Tensor:
         """Return the flat vector ``u`` of given displacements."""
-        return torch.cat(
-            [d.reshape(-1) / scale for d, scale in zip(displacements, self.scales, strict=True)]
-        )
+        pairs = zip(displacements, self.scales, strict=True)
+        pieces = [d.reshape(-1) / scale for d, scale in pairs]
+        return torch.cat(pieces) if pieces else torch.empty(0)
 
     def _flat(self, gradients: Tensors) -> Tensor:
         """Return gradients in the displacements as one gradient in ``u``."""

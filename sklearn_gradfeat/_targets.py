@@ -1,0 +1,79 @@
+"""Targets and weights of a classification problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import _check_sample_weight, column_or_1d
+
+from sklearn_gradfeat._losses import Bernoulli, Loss, Multinomial
+
+
+def encode(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the classes, and class indices or an indicator matrix."""
+    check_classification_targets(y)
+    kind = type_of_target(y)
+    if kind == "multilabel-indicator":
+        if not np.isin(y, (0, 1)).all():
+            raise ValueError("y: multi-label targets are a matrix of zeros and ones.")
+        return np.arange(y.shape[1]), np.asarray(y, dtype=np.float64)
+    if kind == "multiclass-multioutput":
+        raise ValueError(
+            "y has several columns that are no indicators. Multi-label targets are a matrix "
+            "of zeros and ones; for several outputs use sklearn's MultiOutputClassifier."
+        )
+    classes, targets = np.unique(column_or_1d(y, warn=True), return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            "The classifier needs samples of at least 2 classes, but y contains one class: "
+            f"{classes[0]}."
+        )
+    return classes, targets
+
+
+def classification_loss(
+    targets: npt.NDArray[Any],
+    weights: npt.NDArray[np.float64],
+    n_classes: int,
+    device: torch.device,
+) -> Loss:
+    """Return the loss that fits the targets: one logit for two classes."""
+    w = torch.from_numpy(weights).to(device)
+    if targets.ndim == 1 and n_classes > 2:
+        return Multinomial(torch.from_numpy(targets).to(device, torch.int64), w, n_classes)
+    columns = targets.reshape(len(targets), -1).astype(np.float64)
+    return Bernoulli(torch.from_numpy(columns).to(device), w)
+
+
+def sample_weights(
+    y: npt.NDArray[Any], sample_weight: Any, class_weight: Any
+) -> npt.NDArray[np.float64]:
+    """Return the weight of every sample, adding up to one."""
+    weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
+    if class_weight is not None:
+        weights = weights * _class_weights(class_weight, y, weights)
+    total = weights.sum()
+    if not total > 0:
+        raise ValueError("sample_weight: the weights add up to zero, so there is no data.")
+    normalized: npt.NDArray[np.float64] = weights / total
+    return normalized
+
+
+def _class_weights(
+    class_weight: Any, y: npt.NDArray[Any], weights: npt.NDArray[np.float64]
+) -> npt.NDArray[Any]:
+    """Return the factor of every sample; "balanced" counts samples by their weight."""
+    if class_weight != "balanced" or y.ndim == 2:
+        factors: npt.NDArray[Any] = compute_sample_weight(class_weight, y)
+        return factors
+    _, members = np.unique(y, return_inverse=True)
+    totals = np.bincount(members, weights)
+    present = totals > 0
+    factors = np.zeros_like(totals)
+    factors[present] = weights.sum() / (present.sum() * totals[present])
+    return factors[members]
