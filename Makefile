@@ -9,12 +9,13 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint ruff format-check types imports format clean
+.PHONY: help demo test slow docs lint ruff format-check types imports format clean
 
 help:
 	@echo 'make demo    install into $(VENV) and run the quick start'
 	@echo 'make test    what CI runs: lint and the fast tests'
 	@echo 'make slow    the slow tests'
+	@echo 'make docs    build the documentation into docs/_build/html'
 	@echo 'make lint    lint, format check, types, import layers'
 	@echo 'make format  reformat the code and apply the safe lint fixes'
 	@echo 'make clean   remove everything generated but $(VENV)'
@@ -32,6 +33,13 @@ test: lint
 
 slow: $(INSTALLED)
 	$(PYTEST) -m slow
+
+docs: $(VENV)/.installed-docs
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+
+$(VENV)/.installed-docs: $(INSTALLED)
+	$(BIN)/python -m pip install -e '.[docs]'
+	touch $@
 
 lint: ruff format-check types imports
 
@@ -52,6 +60,6 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info docs/_build docs/auto_examples
+	rm -rf build dist *.egg-info docs/_build docs/auto_examples docs/generated
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -112,13 +112,13 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         The shape of one sample.
     n_features_in_ : int
         Length of the second axis of ``X``.
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
         Names of the columns, where ``X`` has names that are all strings.
     n_iter_ : int
         Iterations of the last fit.
     n_passes_ : int
         Passes over the data that those took.
-    objective_path_ : ndarray of shape (n_iter_ + 1,)
+    objective_path_ : ndarray of shape (`n_iter_` + 1,)
         The objective at the start and after every iteration. It never increases.
 
     References

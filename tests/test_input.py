@@ -461,9 +461,19 @@ def test_data_frame():
 def test_rows_of_numbers_compute_in_float64():
     rows = X.reshape(24, -1)[:, :3]
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
-    for dtype, expected in [(np.float64, np.float64), (np.int64, np.float64), (np.float32,) * 2]:
+    for dtype in (np.float64, np.int64, np.float32):
         model = estimator(net, features="activation").fit(rows.astype(dtype), Y)
-        assert model.coef_.dtype == expected
+        assert model.coef_.dtype == np.float64
+    assert estimator(features="activation").fit(X, Y).coef_.dtype == np.float32
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_rows_are_predicted_alone_as_in_company(precision):
+    rows = X.reshape(24, -1)[:, :3]
+    model = GradientFeatureClassifier(precision=precision, random_state=0, alpha=0.1).fit(rows, Y)
+    together = model.decision_function(rows)
+    alone = np.vstack([model.decision_function(row[None]) for row in rows])
+    np.testing.assert_allclose(alone, together, rtol=1e-7, atol=1e-7)
 
 
 def test_input_is_not_changed():
@@ -488,7 +498,7 @@ def test_lazy_is_read_in_batches(fitted):
 
     model = estimator(batch_size=7).fit(Counting(X), Y)
     proba = model.predict_proba(Counting(X))
-    assert Counting.largest == 7
+    assert Counting.largest == 6  # four batches of 24 samples, all of one size
     np.testing.assert_allclose(proba, fitted.predict_proba(X), atol=1e-3)
 
 
