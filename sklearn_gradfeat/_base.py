@@ -94,7 +94,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         device = resolve_device(self.device)
         resolved = resolve_backbone(self.backbone, tuple(X.shape[1:]), seed)
-        indices = resolved.takes_indices
+        indices = resolved.takes_indices and X.dtype.kind in "iu"
         trunk_dtype, dtype = compute_dtypes(self.precision, X, device, indices)
         preprocess = resolved.preprocess if self.preprocess == "auto" else self.preprocess
         with seeded(seed):

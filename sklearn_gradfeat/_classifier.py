@@ -71,9 +71,9 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
     max_iter : int, default=100
         Largest number of iterations of each of the two fits.
     tol : float, default=1e-4
-        Both fits stop when the norm of the gradient is ``tol`` times that of the model
-        that predicts nothing. The norm is in the metric of the preconditioner, where half
-        its square is the decrease of the objective that a Newton step promises.
+        Both fits stop when the decrease of the objective that a Newton step promises, half
+        the squared norm of the gradient in the metric of the preconditioner, is ``tol``
+        times that at the model that predicts nothing.
     warm_start : bool, default=False
         Whether to start from the former solution where it has the right shape. The
         optimum is the same.

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from sklearn_gradfeat._extractor import Extractor
 from sklearn_gradfeat._model import Model, to_numpy
+from sklearn_gradfeat.features import NOT_FINITE
 from sklearn_gradfeat.tangent import LinearizedHead
 
 # Matrix products round the rows of a smaller batch in another way.
@@ -37,6 +38,11 @@ def predict_logits(
     Returns
     -------
     ndarray of shape (n_samples, n_outputs)
+
+    Raises
+    ------
+    ValueError
+        If the backbone returns NaN or infinity.
     """
     n_samples = X.shape[0]
     rows_of_numbers = len(X.shape) == 2 and not extractor.takes_indices
@@ -57,4 +63,6 @@ def predict_logits(
         elif gradient:
             part = part + head.jvp(boundary, u) @ model.omega.T
         logits[rows] = to_numpy(part)
+    if not np.isfinite(logits).all():
+        raise ValueError(NOT_FINITE)
     return logits[:n_samples]

@@ -181,12 +181,12 @@ def _minimize(
     settings: Settings,
     callback: Callable[[int, float, Tensor], bool],
 ) -> Solution:
-    """Minimise until the gradient is ``settings.tol`` times ``reference``."""
+    """Minimise until a Newton step promises ``settings.tol`` of what it did at the start."""
     return minimize(
         objective,
         start,
         lambda logits: Preconditioner(objective, logits),
-        tolerance=settings.tol * reference,
+        tolerance=math.sqrt(settings.tol) * reference,
         max_iter=settings.max_iter,
         callback=callback,
     )

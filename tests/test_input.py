@@ -333,7 +333,7 @@ def interrupted(batch):
         (ValueError, {"alpha": -1}, (X, Y)),
         (ValueError, {"gradient_layers": "none"}, (X, Y)),
         (ValueError, {"backbone": Then(lambda z: z / 0)}, (X, Y)),
-        (ConvergenceWarning, {"max_iter": 1, "tol": 1e-9}, (X, (Y > 0).astype(int))),
+        (ConvergenceWarning, {"max_iter": 1, "tol": 1e-18}, (X, (Y > 0).astype(int))),
         (KeyboardInterrupt, {"preprocess": interrupted}, (X[:, :, :, :7], Y)),
     ],
 )
@@ -433,6 +433,7 @@ def test_precision(fitted, precision):
     assert model.coef_.dtype == (np.float64 if precision == "float64" else np.float32)
     atol = 0.05 if precision == "bfloat16" else 1e-3
     np.testing.assert_allclose(model.predict_proba(X), fitted.predict_proba(X), atol=atol)
+    assert precision == "float32" or not np.array_equal(model.coef_, fitted.coef_)
 
 
 def test_bfloat16_tensor(fitted):
@@ -625,7 +626,7 @@ def test_gradient_features_without_intercept_and_zero_weights_between():
     X = rng.randn(2200, 3)
     y = (X[:, 0] > 0).astype(int)
     model = GradientFeatureClassifier(
-        features="gradient", fit_intercept=False, random_state=0, alpha=0.1, tol=1e-2
+        features="gradient", fit_intercept=False, random_state=0, alpha=0.1, tol=1e-4
     )
     model.fit(X, y, sample_weight=np.tile([0.0, 1.0], 1100))
     assert model.score(X, y) > 0.9

@@ -48,7 +48,7 @@ def test_pipeline():
     rows, y = load_iris(return_X_y=True)
     model = make_pipeline(
         StandardScaler(),
-        GradientFeatureClassifier(features="activation", alpha=1e-2, tol=1e-2, random_state=0),
+        GradientFeatureClassifier(features="activation", alpha=1e-2, tol=1e-4, random_state=0),
     )
     assert model.fit(rows[::2], y[::2]).score(rows[1::2], y[1::2]) > 0.9
     model.set_params(gradientfeatureclassifier__features="full")
@@ -221,7 +221,7 @@ def test_pickle(trip, features):
 
 def test_pickle_of_rows():
     rows, y = load_iris(return_X_y=True)
-    model = GradientFeatureClassifier(features="activation", tol=1e-2, alpha=0.1, random_state=0)
+    model = GradientFeatureClassifier(features="activation", tol=1e-4, alpha=0.1, random_state=0)
     model.fit(rows, y)
     assert np.array_equal(through_pickle(model).predict_proba(rows), model.predict_proba(rows))
 
@@ -251,7 +251,7 @@ def test_multi_label(convert):
 
 
 def test_multi_label_is_several_binary_problems_in_the_activations():
-    tight = {"features": "activation", "precision": "float64", "tol": 1e-8, "max_iter": 500}
+    tight = {"features": "activation", "precision": "float64", "tol": 1e-16, "max_iter": 500}
     together = estimator(**tight).fit(X, LABELS).decision_function(X)
     for column, labels in zip(together.T, LABELS.T, strict=True):
         alone = estimator(**tight).fit(X, labels).decision_function(X)
@@ -353,7 +353,7 @@ class Recorder:
 @pytest.mark.parametrize("features", ["full", "activation", "gradient"])
 def test_callback_sees_every_iteration(features):
     recorder = Recorder()
-    model = estimator(features=features, tol=1e-3).set_callbacks(recorder).fit(X, Y)
+    model = estimator(features=features, tol=1e-6).set_callbacks(recorder).fit(X, Y)
     iterations = [name for name in recorder.ended if name != "fit"]
     assert model.n_iter_ > 1
     assert len(iterations) == len(set(iterations)) == model.n_iter_
@@ -362,14 +362,14 @@ def test_callback_sees_every_iteration(features):
     assert np.array_equal(recorder.scores[-1], model.predict_proba(X))
     assert not np.array_equal(recorder.scores[0], recorder.scores[-1])
     assert len(model.objective_path_) == model.n_iter_ + 1
-    silent = estimator(features=features, tol=1e-3).fit(X, Y)
+    silent = estimator(features=features, tol=1e-6).fit(X, Y)
     assert np.array_equal(model.coef_, silent.coef_)
 
 
 @has_callbacks
 def test_callback_may_stop():
     recorder = Recorder(stop_after=2)
-    model = estimator(tol=1e-4).set_callbacks(recorder).fit(X, Y)
+    model = estimator(tol=1e-8).set_callbacks(recorder).fit(X, Y)
     assert model.n_iter_ == 2
     assert np.array_equal(recorder.scores[-1], model.predict_proba(X))
 
@@ -425,7 +425,7 @@ def test_verbose(capsys):
 
 
 def test_warm_start():
-    tight = {"alpha": 1e-2, "precision": "float64", "tol": 1e-7, "max_iter": 500}
+    tight = {"alpha": 1e-2, "precision": "float64", "tol": 1e-14, "max_iter": 500}
     warm = estimator(warm_start=True, **tight).fit(X, Y)
     first = warm.n_iter_
     warm.fit(X, Y)
@@ -452,7 +452,7 @@ def test_warm_start():
     ids=str,
 )
 def test_warm_start_after_a_change_of_the_model(change):
-    tight = {"precision": "float64", "tol": 1e-6, "max_iter": 500}
+    tight = {"precision": "float64", "tol": 1e-12, "max_iter": 500}
     warm = estimator(warm_start=True, **tight).fit(X, Y).set_params(**change).fit(X, Y)
     cold = estimator(**tight, **change).fit(X, Y)
     np.testing.assert_allclose(warm.predict_proba(X), cold.predict_proba(X), atol=1e-4)
@@ -477,7 +477,7 @@ def test_fit_is_deterministic(fitted):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 24])
 def test_batch_size(batch_size):
-    tight = {"precision": "float64", "tol": 1e-6, "max_iter": 500}
+    tight = {"precision": "float64", "tol": 1e-12, "max_iter": 500}
     whole = estimator(**tight).fit(X, Y)
     parts = estimator(batch_size=batch_size, **tight).fit(X, Y)
     np.testing.assert_allclose(parts.predict_proba(X), whole.predict_proba(X), atol=1e-5)
@@ -497,7 +497,7 @@ def test_one_sample_to_predict(fitted):
 
 def test_penalty_has_the_meaning_of_scikit_learn():
     activation = torch.no_grad()(NET)(torch.from_numpy(X)).double().numpy()
-    model = estimator(features="activation", precision="float64", tol=1e-9, max_iter=500)
+    model = estimator(features="activation", precision="float64", tol=1e-18, max_iter=500)
     model.set_params(alpha=1e-2).fit(X, Y)
     reference = LogisticRegression(C=1 / (1e-2 * 24), tol=1e-10, max_iter=5000).fit(activation, Y)
     np.testing.assert_allclose(

@@ -36,7 +36,7 @@ def classifier(features):
         features=features,
         alpha=0.1,
         gradient_alpha=1e-4,
-        tol=1e-2,
+        tol=1e-4,
     )
 
 

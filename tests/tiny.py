@@ -23,7 +23,7 @@ NET = tiny_net()
 
 
 def estimator(backbone=NET, **parameters):
-    defaults = {"alpha": 0.1, "max_iter": 40, "tol": 1e-2}
+    defaults = {"alpha": 0.1, "max_iter": 40, "tol": 1e-4}
     return GradientFeatureClassifier(backbone, **{**defaults, **parameters})
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
+import io
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from sklearn_gradfeat._attention import plain_attention
 
@@ -132,34 +131,6 @@ def check_activation(output: Any, n_samples: int) -> None:
         )
 
 
-def has_lazy_parameters(module: nn.Module) -> bool:
-    """Whether some parameters have no shape until the module is first called."""
-    return any(map(nn.parameter.is_lazy, chain(module.parameters(), module.buffers())))
-
-
-def frozen_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return a copy in evaluation mode; the original stays as it is in every respect."""
-    module = getattr(module, "_orig_mod", module)
-    try:
-        # Parameters that are yet to be drawn can be pickled, but not copied.
-        lazy = has_lazy_parameters(module)
-        copied = pickle.loads(pickle.dumps(module)) if lazy else copy.deepcopy(module)
-    except (RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError) as error:
-        raise ValueError(
-            f"The backbone cannot be copied ({error}). Pass a factory that builds it instead."
-        ) from error
-    for name, layer in copied.named_modules():
-        if isinstance(layer, _NormBase) and layer.running_mean is None:
-            if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
-                continue
-            raise ValueError(
-                f"Layer {name!r} of the backbone normalises over the batch without running "
-                "statistics, so the features of a sample would depend on its neighbours. "
-                "Use track_running_stats=True, or another normalisation."
-            )
-    return copied.eval().to(device, dtype)
-
-
 def run_once(module: Callable[[Tensor], Tensor], example: Tensor) -> Tensor:
     """Call the module on an example; an error says what it was given."""
     try:
@@ -193,14 +164,27 @@ def capture(module: ActivationModule, example: Tensor) -> Captured:
     """
     batch = torch.export.Dim("batch", min=2)
     try:
-        with torch.no_grad(), plain_attention(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), plain_attention(), _quiet():
             program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
             # Functional form: no operator writes into its input. Nothing is decomposed.
             program = program.run_decompositions({})
     except Exception as error:
         raise CaptureError(str(error).strip().split("\n")[0] or type(error).__name__) from error
     return _read(program, module)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing the graph that it refuses: the caller gets an exception."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Captured:

@@ -43,17 +43,22 @@ class ImagePreprocess:
         return self.transform(images)
 
 
-def channels_first(batch: Tensor) -> Tensor:
-    """Return images as (n_samples, channels, height, width) with 1 or 3 channels."""
-    if batch.ndim == 3:
-        return batch[:, None]
-    shape = tuple(batch.shape[1:])
-    if batch.ndim != 4:
+def check_images(shape: tuple[int, ...]) -> None:
+    """Raise an error unless samples of this shape may be images."""
+    if len(shape) not in (2, 3):
         raise ValueError(
             "A named backbone takes images: X of shape (n_samples, channels, height, width), "
             "(n_samples, height, width, channels) or (n_samples, height, width). "
             f"The samples of X have shape {shape}."
         )
+
+
+def channels_first(batch: Tensor) -> Tensor:
+    """Return images as (n_samples, channels, height, width) with 1 or 3 channels."""
+    shape = tuple(batch.shape[1:])
+    check_images(shape)
+    if batch.ndim == 3:
+        return batch[:, None]
     first, last = shape[0] in _CHANNELS, shape[2] in _CHANNELS
     if first and last:
         raise ValueError(

@@ -70,8 +70,8 @@ def _match(pattern: str, names: Sequence[str], gone: dict[str, str]) -> list[str
     lost = [name for name in gone if _covers(pattern, name)]
     if lost:
         raise ValueError(
-            f"gradient_layers={pattern!r} matches only parameters of batch norms that cannot "
-            f"be chosen: {lost[0]!r} {gone[lost[0]]}."
+            f"gradient_layers={pattern!r} matches only parameters that cannot be chosen: "
+            f"{lost[0]!r} {gone[lost[0]]}."
         )
     candidates = dict.fromkeys(part for name in names for part in _ancestors(name))
     nearest = difflib.get_close_matches(pattern, candidates, n=5, cutoff=0.0)

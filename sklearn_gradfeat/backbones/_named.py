@@ -63,6 +63,8 @@ def _load_timm(name: str, model: str) -> tuple[nn.Module, ImagePreprocess]:
         ) from error
     if model.partition(".")[0] not in timm.list_models():
         raise ValueError(_unknown(name, model, [f"timm/{m}" for m in timm.list_models()]))
+    if "." in model and model not in timm.list_pretrained():
+        raise ValueError(_unknown(name, model, [f"timm/{m}" for m in timm.list_pretrained()]))
     network = _download(name, lambda: timm.create_model(model, pretrained=True, num_classes=0))
     config = resolve_model_data_config(network)
     return network, ImagePreprocess(timm_transform(config))

@@ -26,10 +26,9 @@ from sklearn_gradfeat.backbones._capture import (
     CaptureError,
     capture,
     check_activation,
-    frozen_copy,
-    has_lazy_parameters,
     run_once,
 )
+from sklearn_gradfeat.backbones._copy import frozen_copy, has_lazy_parameters, unwrapped
 from sklearn_gradfeat.backbones._eager import EagerHead, module_blocks, parameter_names
 from sklearn_gradfeat.backbones._fold import fold_batch_norms
 from sklearn_gradfeat.backbones._layers import choose_parameters
@@ -79,6 +78,7 @@ class FrozenBackbone:
     def __init__(
         self, module: nn.Module, example: Tensor, dtype: torch.dtype, activation_layer: str | None
     ) -> None:
+        module = unwrapped(module)
         if activation_layer is not None:
             _check_layer(module, activation_layer)
         copied = frozen_copy(module, example.device, dtype)
@@ -148,7 +148,8 @@ class FrozenBackbone:
             warnings.warn(
                 f"The backbone cannot be captured as a graph ({captured}). It works all the "
                 "same, but every pass over the data runs the whole network instead of the "
-                "layers above the gradient layers alone, and batch norms are not folded.",
+                "layers above the gradient layers alone, and batch norms are not folded, so the "
+                "penalty is on other weights.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -157,7 +158,11 @@ class FrozenBackbone:
             return choose_parameters(
                 gradient_layers, names, lambda: module_blocks(module, example), {}
             )
-        gone = dict.fromkeys(captured.frozen, "follows no layer that it could be folded into")
+        every = [name for name, _ in self.module.module.named_parameters()]
+        gone = dict.fromkeys(every, "lies above the activation, or does not change it")
+        gone |= dict.fromkeys(
+            captured.frozen, "belongs to a batch norm after no layer that it could be folded into"
+        )
         gone |= {n: f"was folded into {into!r}" for n, into in captured.absorbed.items()}
         names = differentiable(captured)
         return choose_parameters(gradient_layers, names, lambda: blocks(captured), gone)

@@ -107,13 +107,14 @@ def _edges(
 
 
 def _size(node: fx.Node, captured: Captured) -> int:
-    """Return the bytes per sample of a node's value."""
+    """Return the bytes per sample of a node's value, in whatever precision it is captured."""
     axis = batch_axis(node, captured)
     if axis is None:
         return _INFINITE
     value = node.meta["val"]
     static = [int(size) for i, size in enumerate(value.shape) if i != axis]
-    return min(math.prod(static) * int(value.element_size()), _INFINITE)
+    width = 4 if value.is_floating_point() else value.element_size()
+    return min(math.prod(static) * width, _INFINITE)
 
 
 def _sink_side(edges: dict[tuple[int, int], int], source: int, sink: int) -> set[int]:

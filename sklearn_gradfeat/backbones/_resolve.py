@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from sklearn_gradfeat.backbones._images import check_images
 from sklearn_gradfeat.backbones._mlp import random_mlp
 from sklearn_gradfeat.backbones._named import load_named
 
@@ -71,6 +72,7 @@ def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed
             )
         return Resolved(random_mlp(sample_shape[0], seed))
     if isinstance(backbone, str):
+        check_images(sample_shape)
         return Resolved(*load_named(backbone))
     if isinstance(backbone, nn.Module):
         return Resolved(backbone)

@@ -1,5 +1,10 @@
 """The trunk's output for any number of samples, each computed once."""
 
-from sklearn_gradfeat.features._trunk import Features, compute_features, trunk_batches
+from sklearn_gradfeat.features._trunk import (
+    NOT_FINITE,
+    Features,
+    compute_features,
+    trunk_batches,
+)
 
-__all__ = ["Features", "compute_features", "trunk_batches"]
+__all__ = ["NOT_FINITE", "Features", "compute_features", "trunk_batches"]

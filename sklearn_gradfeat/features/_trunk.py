@@ -15,6 +15,11 @@ from sklearn_gradfeat._arrays import Samples, slices
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 
+NOT_FINITE = (
+    "The backbone returned NaN or infinity for some samples. Check its weights, the scale of X "
+    "and `preprocess`; set precision='float32' if it overflows in bfloat16."
+)
+
 
 @dataclass(frozen=True)
 class Features:
@@ -122,10 +127,7 @@ def compute_features(
             store[rows] = z
     assert activations is not None
     if not torch.isfinite(activations).all():
-        raise ValueError(
-            "The backbone returned NaN or infinity for some samples. Check its weights, the "
-            "scale of X and `preprocess`; precision='float32' if it overflows in bfloat16."
-        )
+        raise ValueError(NOT_FINITE)
     return Features(activations, inputs or kept, batch_size)
 
 

@@ -1,0 +1,56 @@
+"""Kronecker-factored inverses against dense ones."""
+
+import pytest
+import torch
+
+from sklearn_gradfeat.tangent import _kfac
+from sklearn_gradfeat.tangent._kfac import KroneckerInverse, Spectrum
+
+ALPHA = 0.01
+
+
+def decaying(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, 2 * n, dtype=torch.float64, generator=generator)
+    rows *= torch.logspace(0, -3, n, dtype=torch.float64)[:, None]
+    return rows @ rows.T / n
+
+
+def flattened(matrix, rank):
+    """The matrix with all but its largest eigenvalues replaced by their mean."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values[:-rank] = values[:-rank].mean()
+    return (vectors * values) @ vectors.T
+
+
+@pytest.mark.parametrize(("largest", "rank"), [(100, None), (25, 12), (10, 12)])
+def test_inverse_against_dense_solve(monkeypatch, largest, rank):
+    monkeypatch.setattr(_kfac, "_MAX_EXACT", largest)
+    monkeypatch.setattr(_kfac, "_RANK", rank)
+    monkeypatch.setattr(_kfac, "_ITERATIONS", 60)
+    output, inputs = decaying(20, 0), decaying(30, 1)
+    matrix = torch.randn(20, 30, dtype=torch.float64)
+    solved = KroneckerInverse(Spectrum.of(output), Spectrum.of(inputs), ALPHA)(matrix)
+    kept = [m if len(m) <= largest else flattened(m, rank) for m in (output, inputs)]
+    dense = torch.kron(*kept) + ALPHA * torch.eye(600, dtype=torch.float64)
+    expected = torch.linalg.solve(dense, matrix.reshape(-1)).view(20, 30)
+    torch.testing.assert_close(solved, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_batches_of_matrices():
+    output = torch.stack([decaying(4, 0), decaying(4, 1)])
+    inputs = torch.stack([decaying(5, 2), decaying(5, 3)])
+    matrix = torch.randn(2, 4, 5, dtype=torch.float64)
+    together = KroneckerInverse(Spectrum.of(output), Spectrum.of(inputs), ALPHA)(matrix)
+    for i in range(2):
+        alone = KroneckerInverse(Spectrum.of(output[i]), Spectrum.of(inputs[i]), ALPHA)(matrix[i])
+        torch.testing.assert_close(together[i], alone)
+
+
+def test_leading_part_in_float32(monkeypatch):
+    monkeypatch.setattr(_kfac, "_RANK", 40)
+    wide = decaying(300, 4)
+    found, basis = _kfac._leading(wide.float())
+    values = torch.linalg.eigvalsh(wide)[-20:]
+    torch.testing.assert_close(found[-20:].double(), values, rtol=1e-2, atol=0)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(40), atol=1e-5, rtol=0)
