@@ -65,7 +65,7 @@ def test_reparametrized_weights_are_plain_ones(normalize):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_torchscript_is_refused():
-    with pytest.raises(TypeError, match="TorchScript module.* Pass the torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"TorchScript module.* Pass the torch.nn.Module"):
         estimator(torch.jit.trace(tiny_net(), torch.from_numpy(X))).fit(X, Y)
 
 
@@ -137,5 +137,5 @@ def test_full_classification_network_by_its_pooling():
     cut = estimator(headless, **options).fit(images, Y[:12])
     assert by_name.gradient_layers_ == cut.gradient_layers_
     np.testing.assert_allclose(by_name.predict_proba(images), cut.predict_proba(images), rtol=1e-5)
-    with pytest.raises(ValueError, match="'fc.weight' lies above the activation"):
+    with pytest.raises(ValueError, match=r"'fc\.weight' lies above the activation"):
         estimator(whole, activation_layer="avgpool", gradient_layers="fc").fit(images, Y[:12])

@@ -3,8 +3,8 @@
 For a layer with input rows ``a`` and output gradients ``g`` the curvature of its weight is
 approximated by ``E[g gᵀ] ⊗ E[a aᵀ]``. Parameters of any other kind get their exact
 diagonal. The curvature of the loss is its mean over the samples at the fitted ``Ω``, so
-the factors depend on the weighted samples alone, neither on their order nor on chance; of
-more than 1024 samples, every k-th is taken.
+the factors depend on the weighted samples alone, not on chance. Of many samples every k-th is
+taken: a few hundred do as well as thousands.
 
 References
 ----------
@@ -16,6 +16,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,109 +28,18 @@ from sklearn_gradfeat._attention import differentiable_attention
 from sklearn_gradfeat.tangent._head import LinearizedHead
 from sklearn_gradfeat.tangent._patches import LayerCall, LayerRecorder
 from sklearn_gradfeat.tangent._products import Tensors
+from sklearn_gradfeat.tangent._spectrum import KroneckerInverse, Spectrum
 
-# More samples only sharpen a preconditioner: with 256 as with 2048, the same iterations.
-MAX_SAMPLES = 1024
+# Samples enough for a preconditioner, and rows of a Gram matrix as a multiple of its width.
+_MIN_SAMPLES, _MAX_SAMPLES = 256, 1024
+_ROWS_PER_COLUMN = 2
+_MIN_POSITIONS = 4
 # Directions of the curvature of the loss that are followed through the head.
 _MAX_COLUMNS = 16
-# Multiplications spent on the Gram matrix of the inputs of one layer.
-_MAX_WORK = 2**38
 # A wider factor keeps its diagonal alone: the matrix would take gigabytes.
 MAX_WIDTH = 8192
-# Up to this width the full decomposition takes a few seconds; above, the leading part alone.
-_MAX_EXACT = 2048
-_RANK = 1024
-_ITERATIONS = 3
 # Numbers held at once when squares of per-sample gradients are summed.
 _MAX_PER_SAMPLE = 2**26
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvalues and eigenvectors of symmetric positive semi-definite matrices.
-
-    Attributes
-    ----------
-    values : tensor of shape (..., n_values)
-        The largest eigenvalues.
-    vectors : tensor of shape (..., n, n_values) or None
-        Their eigenvectors; None for a diagonal matrix.
-    rest : tensor of shape (...) or None
-        The mean of the eigenvalues that are left out.
-    """
-
-    values: Tensor
-    vectors: Tensor | None
-    rest: Tensor | None = None
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> Spectrum:
-        """Decompose matrices of shape (..., n, n)."""
-        home = "cpu" if matrix.device.type == "mps" else matrix.device
-        n = matrix.shape[-1]
-        if n <= _MAX_EXACT:
-            # In float32 the decomposition of a nearly singular matrix may fail, even silently.
-            values, vectors = torch.linalg.eigh(matrix.to(home, torch.float64))
-            return cls(values.clamp(min=0).to(matrix), vectors.to(matrix))
-        values, vectors = _leading(matrix.to(home))
-        trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-        rest = (trace - values.sum(-1).to(trace)) / (n - values.shape[-1])
-        return cls(values.to(matrix), vectors.to(matrix), rest.clamp(min=0))
-
-    def project(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the last axis in the eigenbasis, and what the basis leaves out."""
-        if self.vectors is None:
-            return rows, None
-        projected = rows @ self.vectors
-        return projected, None if self.rest is None else rows - projected @ self.vectors.mT
-
-    def restore(self, rows: Tensor) -> Tensor:
-        """Return the last axis from the eigenbasis."""
-        return rows if self.vectors is None else rows @ self.vectors.mT
-
-
-def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest eigenvalues with their eigenvectors, by subspace iteration."""
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[-1], _RANK, generator=generator, dtype=matrix.dtype)
-    basis = start.to(matrix.device).expand(*matrix.shape[:-1], _RANK)
-    for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ basis).Q
-    values, vectors = torch.linalg.eigh((basis.mT @ matrix @ basis).double())
-    return values.clamp(min=0), basis @ vectors.to(basis)
-
-
-class KroneckerInverse:
-    """``(output ⊗ inputs + alpha)⁻¹`` on matrices of shape (..., n_outputs, n_inputs)."""
-
-    def __init__(self, output: Spectrum, inputs: Spectrum, alpha: float) -> None:
-        self.output, self.inputs = output, inputs
-        curvature = output.values[..., :, None] * inputs.values[..., None, :]
-        self.damping = damping(alpha, curvature)
-
-    def __call__(self, matrix: Tensor) -> Tensor:
-        """Apply the inverse."""
-        projected, rest = self.inputs.project(matrix)
-        solved = self.inputs.restore(self._solve(projected, self.inputs.values))
-        if rest is None or self.inputs.rest is None:
-            return solved
-        return solved + self._solve(rest, self.inputs.rest[..., None])
-
-    def _solve(self, matrix: Tensor, eigenvalues: Tensor) -> Tensor:
-        """Apply the inverse to columns that are eigenvectors of the input side."""
-        projected, rest = self.output.project(matrix.mT)
-        curvature = eigenvalues[..., :, None] * self.output.values[..., None, :]
-        solved = self.output.restore(projected / (curvature + self.damping))
-        if rest is not None and self.output.rest is not None:
-            outside = eigenvalues * self.output.rest[..., None]
-            solved = solved + rest / (outside[..., :, None] + self.damping)
-        return solved.mT
-
-
-def damping(alpha: float, curvature: Tensor) -> float:
-    """Return the penalty, or just enough to keep an unpenalised block invertible."""
-    largest = float(curvature.max()) if curvature.numel() else 0.0
-    return max(alpha, torch.finfo(curvature.dtype).eps * largest, 1e-30)
 
 
 class Factor:
@@ -168,11 +78,15 @@ def _empty_gram(like: Tensor, groups: int, width: int) -> Tensor:
 
 def _gram(rows: Tensor, weights: Tensor) -> Tensor:
     """Sum ``w r rᵀ`` over samples and positions; its diagonal alone if it is too wide."""
-    if rows.shape[1] != len(weights):
-        weights = weights.sum().expand(rows.shape[1]) / rows.shape[1]
-    weighted = (rows * weights[:, None, None]).flatten(1, 2)
+    weighted = (rows * _by_row(rows, weights)[:, None, None]).flatten(1, 2)
     flat = rows.flatten(1, 2)
     return (weighted * flat).sum(1) if rows.shape[-1] > MAX_WIDTH else weighted.mT @ flat
+
+
+def _by_row(rows: Tensor, weights: Tensor) -> Tensor:
+    """Return the weights of the samples, or equal ones where rows do not tell the sample."""
+    n_rows = rows.shape[1]
+    return weights if n_rows == len(weights) else weights.sum().expand(n_rows) / n_rows
 
 
 def loss_columns(omega: Tensor, curvature: Tensor) -> Tensor:
@@ -190,29 +104,34 @@ def factors(
     batches: Iterable[tuple[slice, Tensors]],
     columns: Tensor,
     weights: Tensor,
-    n_samples: int,
 ) -> tuple[dict[int, Factor], dict[int, Tensor]]:
     """Return the factors of the layers and the diagonals of the other parameters."""
     leaves = tuple(value.detach().requires_grad_() for value in head.values)
     found: dict[int, Factor] = {}
     diagonals: dict[int, Tensor] = {}
+    n_samples = len(weights)
     for rows, boundary in batches:
         w = weights[rows]
-        with differentiable_attention(), torch.enable_grad(), LayerRecorder(leaves) as recorder:
-            activation = head.head(leaves, boundary)
+        with torch.enable_grad():
+            activation, calls = _record(head, leaves, boundary)
         if not activation.requires_grad:
             raise ValueError("The activation does not depend on the gradient layers.")
-        calls = recorder.calls
-        for call in calls:
-            _add_call(found, call, head, w, n_samples)
         outputs = [call.output for call in calls]
+        chosen: list[_Positions] = []
         for column in columns if calls else ():
             grads = torch.autograd.grad(
                 activation, outputs, column.expand_as(activation),
                 retain_graph=True, materialize_grads=True,
             )  # fmt: skip
-            for call, gradient in zip(calls, grads, strict=True):
-                found[call.weight].add_output(call.output_rows(gradient, len(w)), w)
+            rows_out = [c.output_rows(g, len(w)) for c, g in zip(calls, grads, strict=True)]
+            if not chosen:  # the first column is the strongest
+                chosen = [_strongest(r, w) for r in rows_out]
+                for call, positions in zip(calls, chosen, strict=True):
+                    width = head.values[call.weight][0].numel()
+                    _add_inputs(found, call, head, w, positions.most(width, n_samples))
+            n_rows = n_samples * len(columns)
+            for call, gradient, positions in zip(calls, rows_out, chosen, strict=True):
+                found[call.weight].add_output(positions.of(gradient, n_rows), w)
         covered = {*found, *(f.bias for f in found.values())}
         rest = [i for i in range(len(leaves)) if i not in covered]
         for i, square in zip(rest, _squares(head, rest, boundary, columns, w), strict=True):
@@ -220,19 +139,69 @@ def factors(
     return found, diagonals
 
 
-def _add_call(
-    found: dict[int, Factor], call: LayerCall, head: LinearizedHead, w: Tensor, n_samples: int
+@dataclass(frozen=True)
+class _Positions:
+    """Positions of a layer by their influence, strongest first, and shares of the whole."""
+
+    order: Tensor
+    share: Tensor
+
+    def most(self, width: int, n_rows: int) -> Tensor:
+        """Return enough positions for a Gram matrix, given the rows at each of them."""
+        enough = max(_MIN_POSITIONS, math.ceil(_ROWS_PER_COLUMN * width / n_rows))
+        return self.order[:enough]
+
+    def of(self, rows: Tensor, n_rows: int) -> Tensor:
+        """Return rows at the strongest positions, scaled to stand for all of them."""
+        chosen = self.most(rows.shape[-1], n_rows)
+        share = float(self.share[: len(chosen)].sum())
+        return rows[:, :, chosen] / math.sqrt(share) if share > 0 else rows[:, :, chosen]
+
+
+def _strongest(rows: Tensor, w: Tensor) -> _Positions:
+    """Order the positions of gradients, (groups, n_samples, positions, n_outputs), by size.
+
+    The gradient of a class token, say, is all there is; most positions may not matter.
+    """
+    energy = (rows**2).sum((0, 3)).T @ _by_row(rows, w)
+    total = energy.sum()
+    share, order = torch.sort(energy / total if total > 0 else energy, descending=True, stable=True)
+    return _Positions(order, share)
+
+
+def _add_inputs(
+    found: dict[int, Factor],
+    call: LayerCall,
+    head: LinearizedHead,
+    w: Tensor,
+    positions: Tensor,
 ) -> None:
     """Add the inputs of one call of a layer to its factor."""
     value = head.values[call.weight]
     factor = found.get(call.weight)
     if factor is None:
         factor = found[call.weight] = Factor(value, call.bias, call.groups)
-    width = value[0].numel() + 1
-    most = max(1, _MAX_WORK // (width**2 * n_samples))
-    inputs = call.input_rows(value.shape[2:], len(w), most)
     scales = (head.scales[call.weight], 0.0 if call.bias is None else head.scales[call.bias])
-    factor.add_inputs(inputs, w, scales)
+    factor.add_inputs(call.input_rows(value.shape[2:], len(w), positions), w, scales)
+
+
+def enough_samples(head: LinearizedHead, boundary: Tensors) -> int:
+    """Return how many samples give every Gram matrix enough rows, from a few of them."""
+    n_samples = len(boundary[0])
+    most = _MIN_SAMPLES
+    for call in _record(head, head.values, boundary)[1]:
+        n_positions = call.output_rows(call.output, n_samples).shape[2]
+        n_columns = head.values[call.weight][0].numel()
+        most = max(most, math.ceil(_ROWS_PER_COLUMN * n_columns / n_positions))
+    return min(most, _MAX_SAMPLES)
+
+
+def _record(
+    head: LinearizedHead, values: Tensors, boundary: Tensors
+) -> tuple[Tensor, list[LayerCall]]:
+    """Return the activation, and every application of a layer with one of the values."""
+    with differentiable_attention(), LayerRecorder(values) as recorder:
+        return head.head(values, boundary), recorder.calls
 
 
 def _squares(

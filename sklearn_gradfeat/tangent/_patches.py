@@ -39,12 +39,10 @@ class LayerCall:
         """Number of groups of a convolution, one for a linear layer."""
         return int(self.options[3]) if len(self.options) > 3 else 1
 
-    def input_rows(self, kernel: Sequence[int], n_samples: int, most: int) -> Tensor:
-        """Return the rows that meet the weight, at no more than ``most`` positions."""
+    def input_rows(self, kernel: Sequence[int], n_samples: int, positions: Tensor) -> Tensor:
+        """Return the rows that meet the weight at some positions."""
         if self.kind == "linear":
-            rows = _by_sample(self.inputs, n_samples)
-            return rows[:, :, _positions(rows.shape[2], most)]
-        positions = _positions(self.output[0, 0].numel(), most).to(self.inputs.device)
+            return _by_sample(self.inputs, n_samples)[:, :, positions]
         stride, padding, dilation, _ = _complete(self.options, len(kernel))
         x = _pad(self.inputs, kernel, padding, dilation)
         pieces = []
@@ -86,13 +84,6 @@ class LayerRecorder(TorchFunctionMode):
             # Whatever works in place on the output must not reach the recorded one.
             return output.clone()
         return output
-
-
-def _positions(n_positions: int, most: int) -> Tensor:
-    """Choose positions without chance and without a regular stride."""
-    if n_positions <= most:
-        return torch.arange(n_positions)
-    return torch.randperm(n_positions, generator=torch.Generator().manual_seed(0))[:most]
 
 
 def _by_sample(rows: Tensor, n_samples: int) -> Tensor:

@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from sklearn_gradfeat.tangent._kfac import (
-    MAX_SAMPLES,
     MAX_WIDTH,
     Factor,
-    KroneckerInverse,
-    Spectrum,
-    damping,
+    enough_samples,
     factors,
     loss_columns,
 )
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
+from sklearn_gradfeat.tangent._spectrum import KroneckerInverse, Spectrum, damping
 
 
 class Preconditioner:
@@ -77,12 +75,13 @@ class _LayerInverses:
 
     def __init__(self, tangent: TangentTerm, curvature: Tensor, weights: Tensor) -> None:
         self.head = tangent.head
-        stride = math.ceil(len(weights) / MAX_SAMPLES)
+        _, few = next(iter(tangent.batches(math.ceil(len(weights) / 2))))
+        stride = math.ceil(len(weights) / enough_samples(tangent.head, few))
         part = weights[::stride]
         total = part.sum()
         share = weights / total if total > 0 else torch.full_like(weights, 1 / len(part))
         columns = loss_columns(tangent.omega, curvature)
-        found, diagonals = factors(self.head, tangent.batches(stride), columns, share, len(part))
+        found, diagonals = factors(self.head, tangent.batches(stride), columns, share)
         self.layers = {i: (f, f.inverse(tangent.alpha)) for i, f in found.items()}
         self.diagonals = {i: 1 / (d + damping(tangent.alpha, d)) for i, d in diagonals.items()}
 

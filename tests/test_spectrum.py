@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sklearn_gradfeat.tangent import _kfac
-from sklearn_gradfeat.tangent._kfac import KroneckerInverse, Spectrum
+from sklearn_gradfeat.tangent import _spectrum
+from sklearn_gradfeat.tangent._spectrum import KroneckerInverse, Spectrum
 
 ALPHA = 0.01
 
@@ -25,9 +25,9 @@ def flattened(matrix, rank):
 
 @pytest.mark.parametrize(("largest", "rank"), [(100, None), (25, 12), (10, 12)])
 def test_inverse_against_dense_solve(monkeypatch, largest, rank):
-    monkeypatch.setattr(_kfac, "_MAX_EXACT", largest)
-    monkeypatch.setattr(_kfac, "_RANK", rank)
-    monkeypatch.setattr(_kfac, "_ITERATIONS", 60)
+    monkeypatch.setattr(_spectrum, "_MAX_EXACT", largest)
+    monkeypatch.setattr(_spectrum, "_RANK", rank)
+    monkeypatch.setattr(_spectrum, "_ITERATIONS", 60)
     output, inputs = decaying(20, 0), decaying(30, 1)
     matrix = torch.randn(20, 30, dtype=torch.float64)
     solved = KroneckerInverse(Spectrum.of(output), Spectrum.of(inputs), ALPHA)(matrix)
@@ -48,9 +48,9 @@ def test_batches_of_matrices():
 
 
 def test_leading_part_in_float32(monkeypatch):
-    monkeypatch.setattr(_kfac, "_RANK", 40)
+    monkeypatch.setattr(_spectrum, "_RANK", 40)
     wide = decaying(300, 4)
-    found, basis = _kfac._leading(wide.float())
+    found, basis = _spectrum._leading(wide.float())
     values = torch.linalg.eigvalsh(wide)[-20:]
     torch.testing.assert_close(found[-20:].double(), values, rtol=1e-2, atol=0)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(40), atol=1e-5, rtol=0)

@@ -1,0 +1,101 @@
+"""Inverses of Kronecker products of symmetric matrices, through their eigenvalues."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Up to this width the full decomposition takes a few seconds; above, the leading part alone.
+_MAX_EXACT = 2048
+_RANK = 1024
+_ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues and eigenvectors of symmetric positive semi-definite matrices.
+
+    Attributes
+    ----------
+    values : tensor of shape (..., n_values)
+        The largest eigenvalues.
+    vectors : tensor of shape (..., n, n_values) or None
+        Their eigenvectors; None for a diagonal matrix.
+    rest : tensor of shape (...) or None
+        The mean of the eigenvalues that are left out.
+    """
+
+    values: Tensor
+    vectors: Tensor | None
+    rest: Tensor | None = None
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Spectrum:
+        """Decompose matrices of shape (..., n, n)."""
+        home = "cpu" if matrix.device.type == "mps" else matrix.device
+        n = matrix.shape[-1]
+        if n <= _MAX_EXACT:
+            # In float32 the decomposition of a nearly singular matrix may fail, even silently.
+            values, vectors = torch.linalg.eigh(matrix.to(home, torch.float64))
+            return cls(values.clamp(min=0).to(matrix), vectors.to(matrix))
+        values, vectors = _leading(matrix.to(home))
+        trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+        rest = (trace - values.sum(-1).to(trace)) / (n - values.shape[-1])
+        return cls(values.to(matrix), vectors.to(matrix), rest.clamp(min=0))
+
+    def project(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the last axis in the eigenbasis, and what the basis leaves out."""
+        if self.vectors is None:
+            return rows, None
+        projected = rows @ self.vectors
+        return projected, None if self.rest is None else rows - projected @ self.vectors.mT
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Return the last axis from the eigenbasis."""
+        return rows if self.vectors is None else rows @ self.vectors.mT
+
+
+def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues with their eigenvectors, by subspace iteration."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[-1], _RANK, generator=generator, dtype=matrix.dtype)
+    basis = start.to(matrix.device).expand(*matrix.shape[:-1], _RANK)
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    values, vectors = torch.linalg.eigh((basis.mT @ matrix @ basis).double())
+    return values.clamp(min=0), basis @ vectors.to(basis)
+
+
+class KroneckerInverse:
+    """``(output ⊗ inputs + alpha)⁻¹`` on matrices of shape (..., n_outputs, n_inputs)."""
+
+    def __init__(self, output: Spectrum, inputs: Spectrum, alpha: float) -> None:
+        self.output, self.inputs = output, inputs
+        curvature = output.values[..., :, None] * inputs.values[..., None, :]
+        self.damping = damping(alpha, curvature)
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        """Apply the inverse."""
+        projected, rest = self.inputs.project(matrix)
+        solved = self.inputs.restore(self._solve(projected, self.inputs.values))
+        if rest is None or self.inputs.rest is None:
+            return solved
+        return solved + self._solve(rest, self.inputs.rest[..., None])
+
+    def _solve(self, matrix: Tensor, eigenvalues: Tensor) -> Tensor:
+        """Apply the inverse to columns that are eigenvectors of the input side."""
+        projected, rest = self.output.project(matrix.mT)
+        curvature = eigenvalues[..., :, None] * self.output.values[..., None, :]
+        solved = self.output.restore(projected / (curvature + self.damping))
+        if rest is not None and self.output.rest is not None:
+            outside = eigenvalues * self.output.rest[..., None]
+            solved = solved + rest / (outside[..., :, None] + self.damping)
+        return solved.mT
+
+
+def damping(alpha: float, curvature: Tensor) -> float:
+    """Return the penalty, or just enough to keep an unpenalised block invertible."""
+    largest = float(curvature.max()) if curvature.numel() else 0.0
+    return max(alpha, torch.finfo(curvature.dtype).eps * largest, 1e-30)
