@@ -47,14 +47,14 @@ def decode(path: str, color: str, size: tuple[int, int] | None) -> npt.NDArray[n
     """
     try:
         with Image.open(path) as image:
-            _refuse_bomb(image)
+            _refuse_bomb(image.width, image.height)
             image.load()
             pixels = _flat(_upright(image), MODES[color])
+        return np.asarray(pixels if size is None else cover(pixels, size))
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {path}") from None
     except Exception as error:  # what Pillow's many decoders raise is not documented
         raise OSError(f"{path} cannot be read as an image: {error}") from error
-    return np.asarray(pixels if size is None else cover(pixels, size))
 
 
 def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -67,18 +67,19 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if height * image.width >= width * image.height:
         sides = (height, int(height * image.width / image.height))
     if sides != (image.height, image.width):
+        _refuse_bomb(*sides[::-1])  # a line of one pixel by 10000 covers a square with gigabytes
         image = image.resize(sides[::-1], Image.Resampling.BILINEAR)
     top, left = round((sides[0] - height) / 2), round((sides[1] - width) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def _refuse_bomb(image: Image.Image) -> None:
+def _refuse_bomb(width: int, height: int) -> None:
     """Refuse what Pillow only warns of, up to twice its limit."""
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
+    if limit is not None and width * height > limit:
         raise ValueError(
-            f"it has {image.width} × {image.height} pixels, more than "
-            f"PIL.Image.MAX_IMAGE_PIXELS = {limit}; raise that limit if you trust the file"
+            f"it would take {width} × {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = "
+            f"{limit}; raise that limit if you trust the file"
         )
 
 

@@ -226,7 +226,7 @@ def test_first_frame(tmp_path):
 # --- size ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sides", [(40, 61), (61, 40), (33, 33), (7, 5), (32, 50)])
+@pytest.mark.parametrize("sides", [(40, 61), (61, 40), (33, 33), (7, 5), (32, 50), (3, 200)])
 def test_a_square_is_what_torchvision_makes_of_it(tmp_path, sides):
     pixels = RNG.integers(0, 256, (*sides, 3), dtype=np.uint8)
     expected = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32)])(
@@ -320,8 +320,14 @@ def test_decompression_bomb_is_refused(tmp_path, monkeypatch, share):
 def test_what_pillow_only_warns_of_is_refused(tmp_path, monkeypatch):
     path = written(tmp_path / "bomb.png", np.zeros((10, 10, 3), np.uint8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
-    with pytest.raises(OSError, match=r"10 × 10 pixels.*MAX_IMAGE_PIXELS = 99.*trust"):
+    with pytest.raises(OSError, match=r"take 10 × 10 pixels.*MAX_IMAGE_PIXELS = 99.*trust"):
         read(path, size=4)
+
+
+def test_a_line_that_would_fill_the_memory(tmp_path):
+    path = written(tmp_path / "line.png", np.zeros((1, 10000, 3), np.uint8))
+    with pytest.raises(OSError, match=r"line\.png cannot be read .*2240000 × 224 pixels"):
+        read(path, size=224)
 
 
 def test_broken_files_are_left_out(tmp_path):
