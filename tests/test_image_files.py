@@ -568,14 +568,15 @@ def test_no_thread_outlives_a_failing_network(folder):
     assert not reading_threads()
 
 
-def samples_of(X):
-    return Samples(X, None, torch.float32, torch.device("cpu"))
+def batches_of(X, batch_size):
+    samples = Samples(X, None, torch.float32, torch.device("cpu"))
+    return trunk_batches(samples, None, batch_size, dtype=torch.float32)
 
 
 def test_one_batch_is_decoded_ahead(folder, decoded):
     X, _ = tiny_images(folder)
     ready = []
-    for rows, _ in trunk_batches(samples_of(X), lambda x: (x,), batch_size=3):
+    for rows, _ in batches_of(X, 3):
         deadline = time.monotonic() + 10
         while len(decoded) < min(rows.stop + 3, 12) and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -589,7 +590,7 @@ def test_memory_is_that_of_a_few_batches(tmp_path):
     X = ImageFiles([path] * 200, n_threads=2)
     batch = 4 * 64 * 64 * 3
     tracemalloc.start()
-    for _ in trunk_batches(samples_of(X), lambda x: (x,), batch_size=4):
+    for _ in batches_of(X, 4):
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
