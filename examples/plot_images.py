@@ -11,19 +11,19 @@ The features of EfficientNet-Lite0, trained on ImageNet, for the images of a fol
 
 # %%
 import argparse
+import shutil
 import sys
+import tempfile
 import time
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import interpolate
 
-from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat import GradientFeatureClassifier, ImageFiles
 
 parser = argparse.ArgumentParser(description="Gradient features of EfficientNet-Lite0.")
 parser.add_argument("--data", type=Path, help="folder or zip file; default: the digits")
@@ -34,33 +34,24 @@ parser.add_argument("--gradient-alpha", type=float, default=1e-4)
 parser.add_argument("--size", type=int, default=96, help="side of the images in the network")
 
 # %%
-# The first images of every class, in the order of their names; all of one size.
+# The first images of every class, in the order of their names. Nothing is decoded before the
+# network needs it, so it does not matter how many there are.
 
 
-def read_images(data, split, n_images):
-    archive = zipfile.ZipFile(data) if data.is_file() else None
-    names = archive.namelist() if archive else [str(p) for p in data.glob(f"{split}/*/*.jpg")]
-    found = {}
-    for name in sorted(names):
-        parts = Path(name).parts[-3:]
-        if len(parts) == 3 and parts[0] == split and name.endswith(".jpg"):
-            found.setdefault(parts[1], []).append(name)
-    if not found:
-        sys.exit(print(f"{data} holds no {split}/<class>/*.jpg, so there is nothing to show."))
-    images, labels = [], []
-    for label, paths in found.items():
-        for path in paths[: max(1, n_images // len(found))]:
-            with archive.open(path) if archive else open(path, "rb") as file:
-                images.append(np.asarray(Image.open(file).convert("RGB")))
-            labels.append(label)
-    return np.stack(images), np.array(labels)
+def read_images(folder, n_images):
+    images, labels = ImageFiles.from_folder(folder, size=arguments.size, channels="first")
+    classes = np.unique(labels)
+    n_each = max(1, n_images // len(classes))
+    rows = np.concatenate([np.flatnonzero(labels == label)[:n_each] for label in classes])
+    return images[rows], labels[rows]
 
 
 def enlarged_digits(n_train, n_test):
     images, labels = load_digits(return_X_y=True)
-    grey = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    grey = torch.from_numpy(images.reshape(-1, 1, 8, 8) * (255 / 16))
+    large = interpolate(grey, (arguments.size,) * 2, mode="bilinear").byte().expand(-1, 3, -1, -1)
     return train_test_split(
-        np.repeat(grey[..., None], 3, axis=3), labels, train_size=n_train, test_size=n_test,
+        large.numpy(), labels, train_size=n_train, test_size=n_test,
         stratify=labels, random_state=0,
     )  # fmt: skip
 
@@ -72,23 +63,25 @@ if arguments.data is None:
 elif not arguments.data.exists():
     sys.exit(print(f"There is no {arguments.data}, so there is nothing to show."))
 else:
-    X_train, y_train = read_images(arguments.data, "train", arguments.n_train)
-    X_test, y_test = read_images(arguments.data, "test", arguments.n_test)
+    folder = arguments.data
+    if folder.is_file():
+        unpacked = tempfile.TemporaryDirectory()
+        folder = Path(unpacked.name)
+        shutil.unpack_archive(arguments.data, folder)
+    try:
+        X_train, y_train = read_images(folder / "train", arguments.n_train)
+        X_test, y_test = read_images(folder / "test", arguments.n_test)
+    except FileNotFoundError as error:
+        sys.exit(print(f"{error} There is nothing to show."))
 print(f"{len(X_train)} images to fit, {len(X_test)} to score, shape {X_train.shape[1:]}\n")
 
 # %%
 # A module brings no input transform, so ``preprocess`` does what it was trained with. It is a
-# class, not a closure, so that a fitted estimator can be pickled.
+# function of a module, not a lambda, so that a fitted estimator can be pickled.
 
 
-@dataclass
-class Preprocess:
-    size: int
-
-    def __call__(self, batch):
-        images = batch.permute(0, 3, 1, 2).float()
-        images = interpolate(images, (self.size,) * 2, mode="bilinear", antialias=True)
-        return (images - 127) / 128
+def preprocess(batch):
+    return (batch.float() - 127) / 128
 
 
 try:
@@ -108,7 +101,7 @@ backbone = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weigh
 print(f"\n{'features':10}  accuracy  iterations  passes  seconds")
 for features in ("activation", "gradient", "full"):
     model = GradientFeatureClassifier(
-        backbone, activation_layer="_avg_pooling", preprocess=Preprocess(arguments.size),
+        backbone, activation_layer="_avg_pooling", preprocess=preprocess,
         features=features, alpha=arguments.alpha, gradient_alpha=arguments.gradient_alpha,
     )  # fmt: skip
     start = time.perf_counter()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 Preprocess: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -63,29 +64,63 @@ def accumulation_device(device: torch.device) -> torch.device:
 
 
 def is_lazy(X: Any) -> bool:
-    """Whether ``X`` is read batch by batch: it has a shape and rows but is no array.
+    """Whether ``X`` is read batch by batch: it looks like an array of images but is none.
 
-    Arrays, data frames, lists and tensors are converted as a whole; objects such as HDF5
-    or zarr data sets, or image folders with a ``shape``, are indexed when needed.
+    That takes a numpy ``dtype``, a ``shape`` of more than two dimensions, and slices: HDF5 and
+    zarr data sets, :class:`ImageFiles`, items of a torch ``Dataset``. What is in memory, or
+    has rows, is converted as a whole, as scikit-learn does.
     """
-    if sp.issparse(X):
+    if isinstance(X, (np.ndarray, Tensor)) or sp.issparse(X) or not hasattr(X, "__getitem__"):
         return False
-    if isinstance(X, (np.ndarray, Tensor, list, tuple)) or hasattr(X, "__array__"):
-        return _is_stored_array(X)
-    return hasattr(X, "shape") and hasattr(X, "__getitem__") and len(X.shape) > 2
+    return isinstance(getattr(X, "dtype", None), np.dtype) and len(getattr(X, "shape", ())) > 2
 
 
-def _is_stored_array(X: Any) -> bool:
-    """Whether ``X`` is an HDF5 or zarr array, which ``np.asarray`` would load whole."""
-    return type(X).__module__.split(".")[0] in {"h5py", "zarr"} and len(X.shape) > 2
+def without_torch(X: Any) -> Any:
+    """Turn tensors, lists of tensors and map-style datasets into what numpy can read.
 
-
-def tensor_to_numpy(X: Any) -> Any:
-    """View a torch tensor as a numpy array; anything else passes through."""
+    Tensors become arrays without a copy where they can, a dataset of images stays on disk.
+    Anything else passes through.
+    """
+    if isinstance(X, Dataset):
+        items = _DatasetItems(X)
+        return items if is_lazy(items) else items[:]
+    if isinstance(X, (list, tuple)) and any(isinstance(item, Tensor) for item in X):
+        return [without_torch(item) for item in X]
     if not isinstance(X, Tensor):
         return X
     host = X.detach().cpu()
     return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
+
+
+class _DatasetItems:
+    """The items of a map-style dataset as a lazy array."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        if not hasattr(dataset, "__len__"):
+            raise TypeError("X is a torch Dataset without a length; it must be a map-style one.")
+        self._dataset = dataset
+        first = self._item(0) if len(dataset) else np.empty(0)
+        self.shape = (len(dataset), *first.shape)
+        self.dtype = first.dtype
+
+    def _item(self, row: int) -> npt.NDArray[Any]:
+        item = self._dataset[row]
+        if isinstance(item, (tuple, list, dict)):
+            raise TypeError(
+                f"Item {row} of X is a {type(item).__name__}. Pass a Dataset whose items are the "
+                "inputs alone, as tensors or arrays, and the targets as y."
+            )
+        return np.asarray(without_torch(item))
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[Any]:
+        items = []
+        for row in range(*rows.indices(self.shape[0])):
+            items.append(self._item(row))
+            if items[-1].shape != self.shape[1:]:
+                raise ValueError(
+                    f"Item {row} of X has shape {items[-1].shape}, the first has {self.shape[1:]}."
+                )
+        return np.array(items).reshape(len(items), *self.shape[1:])
 
 
 def to_tensor(array: npt.NDArray[Any]) -> Tensor:
@@ -135,12 +170,19 @@ class Samples:
 
     def batch(self, rows: slice) -> Tensor:
         """Return the rows as one tensor of the network's dtype on its device."""
+        return self.prepare(self.read(rows))
+
+    def read(self, rows: slice) -> Tensor:
+        """Return the rows as they are, in host memory."""
         part = self.X[rows]
         if is_lazy(self.X):
             part = np.asarray(part)
             if part.dtype.kind == "f" and not np.isfinite(part).all():
                 raise ValueError("Input X contains NaN or infinity.")
-        raw = to_tensor(part)
+        return to_tensor(part)
+
+    def prepare(self, raw: Tensor) -> Tensor:
+        """Bring what was read to the device, through ``preprocess``."""
         if self.device.type == "mps" and raw.dtype == torch.float64:
             raw = raw.float()  # the device has no float64
         raw = raw.to(self.device)

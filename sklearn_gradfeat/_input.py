@@ -9,7 +9,7 @@ from typing import Any
 import scipy.sparse as sp
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
-from sklearn_gradfeat._arrays import is_lazy, tensor_to_numpy
+from sklearn_gradfeat._arrays import is_lazy, without_torch
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def validate_samples(estimator: Any, X: Any, y: Any = "no_validation") -> tuple[
     (X, y)
         An ndarray, or ``X`` itself where it is lazy; and an ndarray.
     """
-    X, y = tensor_to_numpy(X), tensor_to_numpy(y)
+    X, y = without_torch(X), without_torch(y)
     if not is_lazy(X):
         check = {"allow_nd": True, "ensure_min_samples": 2, "multi_output": True}
         X, y = validate_data(estimator, X, _dense(y), **check)
@@ -66,7 +66,7 @@ def validate_samples(estimator: Any, X: Any, y: Any = "no_validation") -> tuple[
 def validate_new_samples(estimator: Any, X: Any) -> Any:
     """Validate samples to predict against those that the estimator was fitted on."""
     check_is_fitted(estimator)
-    X = tensor_to_numpy(X)
+    X = without_torch(X)
     expected = estimator.sample_shape_
     shape = getattr(X, "shape", ())
     if len(shape) > 1 and len(expected) + len(shape) > 3 and tuple(shape[1:]) != expected:

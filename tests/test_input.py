@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, DataConversionWarning, NotFittedError
+from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
@@ -26,6 +28,19 @@ class Lazy:
 
     def __getitem__(self, rows):
         return self._array[rows]
+
+
+class Items(torch.utils.data.Dataset):
+    """A map-style dataset, which need not say where it ends."""
+
+    def __init__(self, item, length=24):
+        self._item, self._length = item, length
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, row):
+        return self._item(row % 24)
 
 
 class Then(nn.Module):
@@ -501,6 +516,80 @@ def test_lazy_is_read_in_batches(fitted):
     proba = model.predict_proba(Counting(X))
     assert Counting.largest == 6  # four batches of 24 samples, all of one size
     np.testing.assert_allclose(proba, fitted.predict_proba(X), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        torch.from_numpy,
+        lambda X: torch.from_numpy(X).requires_grad_(),
+        lambda X: list(torch.from_numpy(X).requires_grad_()),
+        list,
+        lambda X: Items(lambda row: X[row]),
+        lambda X: Items(lambda row: torch.from_numpy(X[row]).requires_grad_()),
+        lambda X: torch.utils.data.Subset(Items(lambda row: X[row]), range(24)),
+        Lazy,
+    ],
+    ids=[
+        "tensor",
+        "grad",
+        "list-of-tensors",
+        "list",
+        "dataset",
+        "tensor-dataset",
+        "subset",
+        "lazy",
+    ],
+)
+def test_in_a_grid_search(fitted, convert):
+    unusual = convert(X.copy())
+    grid = GridSearchCV(estimator(), {"alpha": [0.1, 10.0]}, cv=2, error_score="raise")
+    search = grid.fit(unusual, Y)
+    expected = clone(grid).fit(X, Y).cv_results_["mean_test_score"]
+    assert np.array_equal(search.cv_results_["mean_test_score"], expected)
+    assert np.array_equal(fitted.predict(unusual), fitted.predict(X))
+
+
+def test_memory_map_in_a_grid_search(tmp_path):
+    grid = GridSearchCV(estimator(), {"alpha": [0.1]}, cv=2, error_score="raise")
+    mapped = grid.fit(memory_map(tmp_path, X), Y)
+    assert mapped.best_score_ == clone(grid).fit(X, Y).best_score_
+
+
+def test_dataset_is_read_in_batches(fitted):
+    read = []
+    dataset = Items(lambda row: read.append(row) or X[row])
+    model = estimator(batch_size=7)
+    model.fit(dataset, Y)
+    assert read == [0, 0, 1, *range(24)]  # the shape, an example, and all
+    assert np.array_equal(model.predict(X), fitted.predict(X))
+
+
+def test_dataset_of_rows():
+    rows = X.reshape(24, -1)[:, :3]
+    model = estimator(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), features="activation")
+    expected = clone(model).fit(rows, Y).coef_
+    assert np.array_equal(model.fit(Items(lambda row: rows[row]), Y).coef_, expected)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(X)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "match"),
+    [
+        (Items(lambda row: (X[row], Y[row])), TypeError, "Item 0 of X is a tuple.*inputs alone"),
+        (Items(lambda row: {"image": X[row]}), TypeError, "Item 0 of X is a dict"),
+        (Items(lambda row: X[row, :, : 8 - row // 5]), ValueError, r"Item 5 of X .*\(1, 7, 8\)"),
+        (Items(lambda row: X[row], 0), ValueError, "0 sample"),
+        (Stream(), TypeError, "without a length"),
+    ],
+)
+def test_bad_dataset(dataset, error, match):
+    with pytest.raises(error, match=match):
+        estimator().fit(dataset, Y[: len(dataset)] if hasattr(dataset, "__len__") else Y)
 
 
 def test_lazy_nan_at_predict(fitted):

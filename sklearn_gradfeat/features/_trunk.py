@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat._arrays import Samples, slices
+from sklearn_gradfeat._arrays import Samples, is_lazy, slices
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 
@@ -42,11 +43,12 @@ class Features:
 
     def batches(self, stride: int = 1) -> Iterator[tuple[slice, Tensors]]:
         """Iterate over (rows, boundary tensors on the device) of every ``stride``-th sample."""
-        for rows in slices(len(self.activation), self.batch_size, stride):
-            if isinstance(self.boundary, Samples):
-                yield rows, (self.boundary.batch(rows),)
-            else:
-                yield rows, tuple(z[rows].to(self.activation.device) for z in self.boundary)
+        spans = slices(len(self.activation), self.batch_size, stride)
+        if isinstance(self.boundary, Samples):
+            yield from ((rows, (x,)) for rows, x in _batches(self.boundary, spans))
+            return
+        for rows in spans:
+            yield rows, tuple(z[rows].to(self.activation.device) for z in self.boundary)
 
 
 def trunk_batches(
@@ -77,8 +79,7 @@ def trunk_batches(
     """
     bar = tqdm(total=len(samples), desc="trunk", unit="sample", disable=not verbose)
     with bar, torch.no_grad():
-        for rows in slices(len(samples), batch_size):
-            x = samples.batch(rows)
+        for rows, x in _batches(samples, slices(len(samples), batch_size)):
             with _autocast(x.device, half):
                 boundary = (x,) if trunk is None else trunk(x)
             yield rows, tuple(z.to(dtype) if z.is_floating_point() else z for z in boundary)
@@ -129,6 +130,31 @@ def compute_features(
     if not torch.isfinite(activations).all():
         raise ValueError(NOT_FINITE)
     return Features(activations, inputs or kept, batch_size)
+
+
+def _batches(samples: Samples, spans: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """Iterate over (rows, batch); of a lazy X the next batch is read while this one is used."""
+    if not is_lazy(samples.X):
+        yield from ((rows, samples.batch(rows)) for rows in spans)
+        return
+    todo = list(spans)
+    thread, ahead = _read_in_thread(samples, todo[0])
+    try:
+        for number, rows in enumerate(todo, 1):
+            raw = ahead.result()
+            if number < len(todo):
+                thread, ahead = _read_in_thread(samples, todo[number])
+            yield rows, samples.prepare(raw)
+    finally:
+        thread.shutdown()  # waits, so that no thread outlives a fit that fails
+
+
+def _read_in_thread(samples: Samples, rows: slice) -> tuple[ThreadPoolExecutor, Future[Tensor]]:
+    """Read a batch in a thread of its own, which ends with it."""
+    thread = ThreadPoolExecutor(1, "read-ahead")
+    future = thread.submit(samples.read, rows)
+    thread.shutdown(wait=False)
+    return thread, future
 
 
 def _autocast(device: torch.device, half: bool) -> AbstractContextManager[object]:

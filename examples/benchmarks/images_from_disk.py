@@ -1,0 +1,127 @@
+"""Images per second from disk by number of threads, and how much of it hides behind the network.
+
+One pass of a random ResNet18 is timed three times: over decoded images, decoding alone, and over
+the files, where the next batch is decoded while the network runs. What is hidden is the share of
+the decoding time by which the last is shorter than the other two together.
+
+    python examples/benchmarks/images_from_disk.py --data photos --output images_from_disk.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import joblib
+import numpy as np
+import PIL
+import torch
+import torchvision
+
+import sklearn_gradfeat
+from sklearn_gradfeat import GradientFeatureClassifier, ImageFiles
+
+
+def scale(batch):
+    """Bring uint8 images to about the range of ImageNet's."""
+    return (batch.float() - 116) / 58
+
+
+def timed(function, *arguments, repeats):
+    """Return the median of the seconds that a call takes."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function(*arguments)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
+def decoding(files, size, threads, repeats):
+    """Return one row for each number of threads."""
+    rows = []
+    for n_threads in threads:
+        X = ImageFiles(files, size=size, n_threads=n_threads)
+        seconds = timed(np.asarray, X, repeats=repeats)
+        rows.append({"threads": n_threads, "images_per_second": len(X) / seconds})
+    return rows
+
+
+def hiding(files, size, batch_size, repeats):
+    """Return what of the decoding hides behind the network."""
+    X = ImageFiles(files, size=size, channels="first")
+    network = torchvision.models.resnet18()
+    network.fc = torch.nn.Identity()
+    model = GradientFeatureClassifier(
+        network, preprocess=scale, features="activation", max_iter=1, tol=1, batch_size=batch_size
+    )
+    images = np.asarray(X)
+    model.fit(images, np.arange(len(X)) % 2)
+    decode = timed(np.asarray, X, repeats=repeats)
+    compute = timed(model.predict, images, repeats=repeats)
+    both = timed(model.predict, X, repeats=repeats)
+    hidden = (decode + compute - both) / decode
+    return {"decode": decode, "network": compute, "both": both, "hidden": hidden}
+
+
+def environment():
+    """Return what the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pillow": PIL.__version__,
+        "sklearn_gradfeat": sklearn_gradfeat.__version__,
+        "platform": platform.platform(),
+        "cpu_count": joblib.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def table(result):
+    """Return the result as Markdown tables."""
+    lines = ["| threads | images/s |", "|---:|---:|"]
+    lines += [f"| {r['threads']} | {r['images_per_second']:.0f} |" for r in result["decoding"]]
+    lines += ["", "| decode, s | network, s | both, s | hidden |", "|---:|---:|---:|---:|"]
+    h = result["hiding"]
+    lines.append(
+        f"| {h['decode']:.2f} | {h['network']:.2f} | {h['both']:.2f} | {100 * h['hidden']:.0f} % |"
+    )
+    return "\n".join(lines)
+
+
+def main():
+    """Run what was asked for, write JSON, print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of <class>/*.jpg")
+    parser.add_argument("--n-images", type=int, default=1000)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("images_from_disk.json"))
+    arguments = parser.parse_args()
+    if arguments.data is None or not arguments.data.is_dir():
+        sys.exit(print("--data is no folder of <class>/*.jpg, so there is nothing to measure."))
+    X, _ = ImageFiles.from_folder(arguments.data, size=arguments.size)
+    files = list(X.paths[:: max(1, len(X) // arguments.n_images)][: arguments.n_images])
+    cores = joblib.cpu_count()
+    threads = sorted({1, 2, cores, 2 * cores})
+    result = {
+        "environment": environment(),
+        "n_images": len(files),
+        "size": arguments.size,
+        "decoding": decoding(files, arguments.size, threads, arguments.repeats),
+        "hiding": hiding(files, arguments.size, arguments.batch_size, arguments.repeats),
+    }
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
