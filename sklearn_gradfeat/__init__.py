@@ -1,6 +1,18 @@
 """Gradients as features, as a scikit-learn estimator."""
 
 from sklearn_gradfeat._classifier import GradientFeatureClassifier
+from sklearn_gradfeat.displays import (
+    FeatureComparisonDisplay,
+    LayerContributionDisplay,
+    ObjectiveDisplay,
+    SaliencyDisplay,
+)
 
-__all__ = ["GradientFeatureClassifier"]
+__all__ = [
+    "FeatureComparisonDisplay",
+    "GradientFeatureClassifier",
+    "LayerContributionDisplay",
+    "ObjectiveDisplay",
+    "SaliencyDisplay",
+]
 __version__ = "0.1.0"
