@@ -78,12 +78,10 @@ def relative_displacements(extractor: Extractor, model: Model, groups: Groups) -
     return ratios
 
 
-class InputGradients:
-    """Derivatives of single logits in the input of the network.
+class InputTerm:
+    """One term of the logits as a function of the network's input, with its derivative.
 
-    ``Ω J(x) w₂`` is the derivative of ``Ω f`` along ``w₂``, hence the inner product of
-    ``w₂`` and the gradient of ``Ω f``; its own gradient is a second backward pass. That
-    needs no forward mode. Trunk and head both run in the precision of the head here.
+    Trunk and head both run in the precision of the head here.
 
     Parameters
     ----------
@@ -92,19 +90,24 @@ class InputGradients:
     model : Model
         The linear model, on the device of the extractor.
     term : {"gradient", "activation", "full"}
-        The terms of the logits that are followed.
+        ``Ω J(x) w₂``, ``W f(x)``, or their sum.
     """
 
     @torch.inference_mode(False)
     def __init__(self, extractor: Extractor, model: Model, term: str) -> None:
-        self.extractor, self.model, self.term = extractor, model, term
+        self.extractor, self.model = extractor, model
+        self.weights = None if term == "gradient" else model.weights
+        self.moves: Tensors = ()
+        if term != "activation":
+            self.moves = tuple(model.displacements.values())
         device = extractor.backbone.example.device
         backbone = extractor.backbone.to(device, extractor.dtype)
         self.network: Network = backbone.network(list(model.displacements))
+        self.linearized = LinearizedHead(self.network.head, self.network.parameters, "standard")
 
     @torch.inference_mode(False)
     def inputs(self, X: Any) -> Tensor:
-        """Return the samples as the network receives them."""
+        """Return samples as the network receives them."""
         extractor = self.extractor
         device = extractor.backbone.example.device
         return Samples(
@@ -112,40 +115,44 @@ class InputGradients:
         ).batch(slice(None))
 
     @torch.inference_mode(False)
-    def __call__(self, x: Tensor, outputs: Tensor, signs: Tensor) -> Tensor:
-        """Return the gradient of one logit of every sample, in the shape of ``x``.
+    def values(self, x: Tensor) -> Tensor:
+        """Return the term, of shape (n_samples, n_outputs)."""
+        with torch.no_grad():
+            boundary = self._boundary(x)
+        values = torch.zeros_like(self.model.intercept)
+        if self.weights is not None:
+            values = values + self.linearized.activation(boundary) @ self.weights.T
+        if self.moves:
+            tangent = self.linearized.jvp(boundary, self.linearized.flatten(self.moves))
+            values = values + tangent @ self.model.omega.T
+        return values
 
-        Parameters
-        ----------
-        x : tensor of shape (n_samples, ...)
-            Input of the network, floating point.
-        outputs : tensor of shape (n_samples,)
-            The index of the logit of every sample.
-        signs : tensor of shape (n_samples,)
-            What the logit is multiplied by.
+    @torch.inference_mode(False)
+    def gradient(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
+        """Return the derivative of one logit of every sample in its input, shaped like ``x``.
+
+        ``Ω J(x) w₂`` is the derivative of ``Ω f`` along ``w₂``, hence the inner product of
+        ``w₂`` with the gradient of ``Ω f`` in the parameters; so its own derivative takes
+        a second backward pass, and no forward mode.
         """
+        values = self.linearized.values
         with torch.enable_grad(), differentiable_attention():
             x = x.detach().clone().requires_grad_()
-            total = self._total(x, outputs, signs)
-            if not total.requires_grad:
-                return torch.zeros_like(x)
+            leaves = [value.detach().requires_grad_() for value in values]
+            activation = self.network.head(tuple(leaves), self._boundary(x))
+            total = 0 * activation.sum()
+            if self.weights is not None:
+                total = total + (activation * self.weights[list(outputs)]).sum()
+            if self.moves:
+                logits = (activation * self.model.omega[list(outputs)]).sum()
+                pulled = torch.autograd.grad(
+                    logits, leaves, create_graph=True, materialize_grads=True
+                )
+                pairs = zip(pulled, self.moves, strict=True)
+                total = total + torch.stack([(g * move).sum() for g, move in pairs]).sum()
             (gradient,) = torch.autograd.grad(total, x, materialize_grads=True)
         return gradient
 
-    def _total(self, x: Tensor, outputs: Tensor, signs: Tensor) -> Tensor:
-        """Return the sum of the logits over the samples, without intercepts."""
-        trunk = self.network.trunk
-        boundary: Tensors = (x,) if trunk is None else trunk(x)
-        values = [value.detach().requires_grad_() for value in self.network.parameters.values()]
-        activation = self.network.head(tuple(values), boundary)
-        total = activation.new_zeros(())
-        if self.term != "gradient":
-            total = total + (signs * (activation * self.model.weights[outputs]).sum(1)).sum()
-        if self.term != "activation" and values:
-            logits = signs * (activation * self.model.omega[outputs]).sum(1)
-            pulled = torch.autograd.grad(
-                logits.sum(), values, create_graph=True, materialize_grads=True
-            )
-            moves = self.model.displacements.values()
-            total = total + sum((p * move).sum() for p, move in zip(pulled, moves, strict=True))
-        return total
+    def _boundary(self, x: Tensor) -> Tensors:
+        """Return the input of the head."""
+        return (x,) if self.network.trunk is None else self.network.trunk(x)

@@ -139,7 +139,7 @@ class LayerContributionDisplay:
         right.bar_label(self.bars_[1], [_percentage(share) for share in shares], padding=3)
         for axes in self.axes_:
             axes.margins(x=0.18)  # room for the numbers
-        right.xaxis.set_major_formatter("{x:.3g}")
+        right.xaxis.set_major_formatter(lambda share, _position: _percentage(share))
         return self
 
 

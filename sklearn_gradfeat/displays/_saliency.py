@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 from torch import Tensor
 
-from sklearn_gradfeat._attribution import InputGradients
+from sklearn_gradfeat._attribution import InputTerm
 from sklearn_gradfeat._base import BaseGradientFeature
 from sklearn_gradfeat._input import validate_new_samples
 from sklearn_gradfeat._model import to_numpy
@@ -25,21 +24,19 @@ class SaliencyDisplay:
 
     Use :meth:`from_estimator`. All parameters are kept as attributes.
 
-    The derivative is in the image as the network receives it, after ``preprocess``: that is
-    what is drawn, resized and cropped, whatever ``X`` was. It goes through the whole
-    network, the frozen layers below the gradient layers included, in the precision of the
-    gradient layers.
+    Pixels are those of the image as the network receives it, after ``preprocess``: that is
+    what is drawn, resized and cropped, whatever ``X`` was. The maps see the whole network,
+    the frozen layers below the gradient layers included, in the precision of the latter.
 
     Parameters
     ----------
     images : ndarray of shape (n_samples, height, width, n_channels)
         The images as the network receives them.
     saliency : ndarray of shape (n_samples, height, width)
-        A number for every pixel: for ``method="gradient"`` the norm of the derivative over
-        the channels, for ``"integrated"`` the sum of its contributions, which has a sign.
+        A number for every pixel, see ``method`` of :meth:`from_estimator`.
     targets : array-like of shape (n_samples,)
         The class, label or output of every image, shown above it.
-    method : {"gradient", "integrated"}
+    method : {"gradient", "occlusion"}, default="gradient"
         What the numbers are.
 
     Attributes
@@ -52,11 +49,6 @@ class SaliencyDisplay:
         Images above, maps below.
     figure_ : matplotlib Figure
         Their figure.
-
-    References
-    ----------
-    .. [1] M. Sundararajan, A. Taly, Q. Yan, Axiomatic Attribution for Deep Networks,
-       ICML 2017, arXiv:1703.01365.
     """
 
     def __init__(
@@ -81,7 +73,7 @@ class SaliencyDisplay:
         target: Any = None,
         term: str = "gradient",
         method: str = "gradient",
-        n_steps: int = 32,
+        patch: int | None = None,
         ax: Any = None,
     ) -> SaliencyDisplay:
         """Compute and draw the saliency of a few images.
@@ -99,13 +91,14 @@ class SaliencyDisplay:
             logit of the second.
         term : {"gradient", "activation", "full"}, default="gradient"
             The term of the logit: ``Ω J(x) w₂``, ``W f(x)``, or their sum.
-        method : {"gradient", "integrated"}, default="gradient"
-            The derivative at the image, or integrated gradients [1]_: its mean on the
-            way there from an image of zeros, times the image. These add up to the
-            difference that the image makes to the term. Zero is the mean colour for
-            networks whose ``preprocess`` subtracts it, and black for others.
-        n_steps : int, default=32
-            Points on that way; the sum is as exact as they are many.
+        method : {"gradient", "occlusion"}, default="gradient"
+            ``"gradient"`` is the norm over the channels of the derivative in a pixel. With
+            rectifiers the gradient term jumps where one of them switches, and a derivative
+            does not see jumps. ``"occlusion"`` does: it is how much larger the term is than
+            with a patch around the pixel replaced by the mean colour of the image.
+        patch : int, default=None
+            Side of a patch; None is an eighth of the shorter side of the image. Patches
+            tile the image, and each takes one pass through the network.
         ax : matplotlib Axes or array-like of axes, default=None
             See :meth:`plot`.
 
@@ -114,27 +107,23 @@ class SaliencyDisplay:
         SaliencyDisplay
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
-        if method not in ("gradient", "integrated"):
-            raise ValueError(f"method must be 'gradient' or 'integrated', got {method!r}.")
+        if method not in ("gradient", "occlusion"):
+            raise ValueError(f"method must be 'gradient' or 'occlusion', got {method!r}.")
         fitted, X = unwrap(estimator, X)
         _check_term(fitted, term)
         X = validate_new_samples(fitted, X)
-        extractor, model = fitted._extractor_and_model()
-        gradients = InputGradients(extractor, model, term)
-        x = gradients.inputs(X)
+        model_term = InputTerm(*fitted._extractor_and_model(), term)
+        x = model_term.inputs(X)
         axis = _channel_axis(x)
         columns, signs, targets = _outputs(fitted, X, target)
-        outputs, factors = torch.tensor(columns).to(x.device), torch.tensor(signs).to(x)
         if method == "gradient":
-            saliency = gradients(x, outputs, factors).norm(dim=axis)
+            saliency = to_numpy(model_term.gradient(x, columns).norm(dim=axis))
         else:
-            mean = torch.zeros_like(x)
-            for step in range(n_steps):
-                mean += gradients(x * ((step + 0.5) / n_steps), outputs, factors) / n_steps
-            saliency = (x * mean).sum(axis)
+            drops = _occlusion(model_term, x.movedim(axis, -1), patch, axis)
+            saliency = drops[np.arange(len(x)), ..., columns] * signs[:, None, None]
         display = cls(
             images=to_numpy(x.movedim(axis, -1)),
-            saliency=to_numpy(saliency),
+            saliency=saliency,
             targets=targets,
             method=method,
         )
@@ -157,7 +146,7 @@ class SaliencyDisplay:
         self.axes_ = grid_of_axes(self, ax, (2, n_images), (1.0 + 1.7 * n_images, 3.8))
         self.figure_ = self.axes_[0, 0].figure
         largest = float(np.abs(self.saliency).max())
-        signed = self.method == "integrated"
+        signed = self.method == "occlusion"
         style = {"cmap": "RdBu_r" if signed else "magma", "vmax": largest}
         style["vmin"] = -largest if signed else 0.0
         above = [
@@ -173,8 +162,9 @@ class SaliencyDisplay:
             axes.set_title(str(name))
         for axes in self.axes_.flat:
             axes.set(xticks=[], yticks=[])
-        label = "contribution" if signed else "norm of derivative"
-        self.colorbar_ = self.figure_.colorbar(below[0], ax=list(self.axes_[1]), label=label)
+        label = "effect on the logit" if signed else "norm of derivative"
+        style = {"label": label, "aspect": 12, "pad": 0.01}
+        self.colorbar_ = self.figure_.colorbar(below[0], ax=list(self.axes_[1]), **style)
         return self
 
 
@@ -201,24 +191,40 @@ def _channel_axis(x: Tensor) -> int:
     return 3 if shape[0] > _MOST_CHANNELS >= shape[2] else 1
 
 
+def _occlusion(term: InputTerm, images: Tensor, patch: int | None, axis: int) -> npt.NDArray[Any]:
+    """Return what every patch adds to the logits, (n_samples, height, width, n_outputs)."""
+    n_samples, height, width, _ = images.shape
+    side = max(1, min(height, width) // 8) if patch is None else patch
+    whole = term.values(images.movedim(-1, axis))
+    mean = images.mean(dim=(1, 2), keepdim=True)
+    effects = np.empty((n_samples, height, width, whole.shape[1]), to_numpy(whole).dtype)
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            rows, columns = slice(top, top + side), slice(left, left + side)
+            covered = images.clone()
+            covered[:, rows, columns] = mean
+            change = to_numpy(whole - term.values(covered.movedim(-1, axis)))
+            effects[:, rows, columns] = change[:, None, None]
+    return effects
+
+
 def _outputs(
     fitted: BaseGradientFeature, X: Any, target: Any
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], list[Any]]:
+) -> tuple[list[int], npt.NDArray[Any], list[Any]]:
     """Return for every sample the column of its logit, its sign and its name."""
     logits = fitted._logits(X)
     n_samples, n_outputs = logits.shape
     classes = list(getattr(fitted, "classes_", range(n_outputs)))
     binary = n_outputs == 1 and len(classes) == 2
     if target is None:
-        chosen = (logits[:, 0] > 0).astype(np.int64) if binary else logits.argmax(axis=1)
+        chosen = list(logits[:, 0] > 0) if binary else list(logits.argmax(axis=1))
     elif target in classes:
-        chosen = np.full(n_samples, classes.index(target))
+        chosen = [classes.index(target)] * n_samples
     else:
         raise ValueError(f"target={target!r} is none of {', '.join(map(repr, classes))}.")
-    names = [classes[i] for i in chosen]
-    if binary:
-        return np.zeros(n_samples, np.int64), np.where(chosen == 1, 1.0, -1.0), names
-    return chosen, np.ones(n_samples), names
+    names = [classes[int(i)] for i in chosen]
+    signs = np.where(chosen, 1.0, -1.0) if binary else np.ones(n_samples)
+    return [0 if binary else int(i) for i in chosen], signs, names
 
 
 def _visible(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
