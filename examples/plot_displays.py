@@ -60,7 +60,7 @@ network = nn.Sequential(
     nn.Conv2d(32, 32, 3, padding=1), nn.LeakyReLU(),
     nn.AdaptiveAvgPool2d(1), nn.Flatten(),
 )  # fmt: skip
-train(network, nn.Linear(32, 5), X[first], y[first], epochs=15)
+train(network, nn.Linear(32, 5), X[first], y[first], epochs=10)
 
 # %%
 # A model for every kind of features, and fine-tuning
@@ -69,15 +69,15 @@ train(network, nn.Linear(32, 5), X[first], y[first], epochs=15)
 
 models = {
     features: GradientFeatureClassifier(
-        network, features=features, gradient_layers=2, alpha=1e-3, gradient_alpha=1e-5,
-        max_iter=300,
+        network, features=features, gradient_layers=2, alpha=1e-3, gradient_alpha=1e-4,
+        tol=1e-3, max_iter=200,
     ).fit(X_train, y_train)
     for features in ("activation", "gradient", "full")
 }  # fmt: skip
 print(models["full"])
 
 tuned, classifier = copy.deepcopy(network), nn.Linear(32, 5)
-train(tuned, classifier, X_train, y_train - 5, epochs=60)
+train(tuned, classifier, X_train, y_train - 5, epochs=100)
 predictions = {name: model.predict(X_test) for name, model in models.items()}
 with torch.no_grad():
     predictions["fine-tuned"] = classifier(tuned(torch.from_numpy(X_test))).argmax(1).numpy() + 5

@@ -347,7 +347,8 @@ def test_occlusion_is_the_loss_of_a_patch(models, term):
     np.testing.assert_allclose(
         display.saliency[:, 3:6, 6:8], np.broadcast_to(effect, (3, 3, 2)), atol=1e-6
     )
-    assert display.colorbar_.ax.get_ylabel() == "effect on the logit"
+    name = "logit" if term == "full" else f"{term} term"
+    assert display.colorbar_.ax.get_ylabel() == f"effect on the\n{name}"
 
 
 def test_every_image_gets_its_predicted_class(models):

@@ -133,12 +133,12 @@ class LayerContributionDisplay:
             right.barh(rows[: len(shares)], np.nan_to_num(shares, posinf=0.0), color="C1"),
         )
         left.set_yticks(rows, list(spreads))
-        left.set_xlabel("Standard deviation of the part of the logits")
+        left.set_xlabel("Standard deviation in the logits")
         right.set_xlabel("‖w₂‖ / ‖θ₂‖")
         left.bar_label(self.bars_[0], [f"{v:.2g}" for v in spreads.values()], padding=3)
         right.bar_label(self.bars_[1], [_percentage(share) for share in shares], padding=3)
         for axes in self.axes_:
-            axes.margins(x=0.18)  # room for the numbers
+            axes.margins(x=0.3)  # room for the numbers
         right.xaxis.set_major_formatter(lambda share, _position: _percentage(share))
         return self
 
@@ -150,4 +150,6 @@ def _spread(part: npt.NDArray[Any]) -> float:
 
 def _percentage(share: float) -> str:
     """Return a share as text."""
-    return f"{100 * share:.2g} %" if np.isfinite(share) else "∞"
+    if not np.isfinite(share):
+        return "∞"
+    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"

@@ -38,6 +38,8 @@ class SaliencyDisplay:
         The class, label or output of every image, shown above it.
     method : {"gradient", "occlusion"}, default="gradient"
         What the numbers are.
+    term : {"gradient", "activation", "full"}, default="gradient"
+        The term of the logit that they are about.
 
     Attributes
     ----------
@@ -58,11 +60,13 @@ class SaliencyDisplay:
         saliency: npt.NDArray[Any],
         targets: Any,
         method: str = "gradient",
+        term: str = "gradient",
     ) -> None:
         self.images = images
         self.saliency = saliency
         self.targets = targets
         self.method = method
+        self.term = term
 
     @classmethod
     def from_estimator(
@@ -126,6 +130,7 @@ class SaliencyDisplay:
             saliency=saliency,
             targets=targets,
             method=method,
+            term=term,
         )
         return display.plot(ax)
 
@@ -162,9 +167,12 @@ class SaliencyDisplay:
             axes.set_title(str(name))
         for axes in self.axes_.flat:
             axes.set(xticks=[], yticks=[])
-        label = "effect on the logit" if signed else "norm of derivative"
-        style = {"label": label, "aspect": 12, "pad": 0.01}
-        self.colorbar_ = self.figure_.colorbar(below[0], ax=list(self.axes_[1]), **style)
+        name = "logit" if self.term == "full" else f"{self.term} term"
+        label = f"{'effect on' if signed else 'derivative of'} the\n{name}"
+        place = {"shrink": 0.45, "anchor": (0.0, 0.0), "pad": 0.05 / n_images}
+        self.colorbar_ = self.figure_.colorbar(
+            below[0], ax=list(self.axes_.flat), label=label, aspect=12, **place
+        )
         return self
 
 
