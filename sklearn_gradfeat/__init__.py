@@ -2,6 +2,19 @@
 
 from sklearn_gradfeat._classifier import GradientFeatureClassifier
 from sklearn_gradfeat._image_files import ImageFiles
+from sklearn_gradfeat.displays import (
+    FeatureComparisonDisplay,
+    LayerContributionDisplay,
+    ObjectiveDisplay,
+    SaliencyDisplay,
+)
 
-__all__ = ["GradientFeatureClassifier", "ImageFiles"]
+__all__ = [
+    "FeatureComparisonDisplay",
+    "GradientFeatureClassifier",
+    "ImageFiles",
+    "LayerContributionDisplay",
+    "ObjectiveDisplay",
+    "SaliencyDisplay",
+]
 __version__ = "0.1.0"

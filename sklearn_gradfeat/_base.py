@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -29,6 +29,7 @@ from sklearn_gradfeat._input import validate_new_samples
 from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat._model import Model
 from sklearn_gradfeat._prediction import predict_logits
+from sklearn_gradfeat._repr import PrintedByName
 from sklearn_gradfeat._training import Settings, train
 from sklearn_gradfeat.backbones import (
     Network,
@@ -40,7 +41,7 @@ from sklearn_gradfeat.backbones import (
 from sklearn_gradfeat.solvers import Solution
 
 
-class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
+class BaseGradientFeature(CallbackSupportMixin, PrintedByName):
     """A linear model over the activations and the gradients of a frozen network."""
 
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
@@ -172,13 +173,18 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
     def _logits(self, X: Any) -> np.ndarray[Any, Any]:
         """Return the logits, of shape (n_samples, n_outputs)."""
         X = validate_new_samples(self, X)
+        extractor, model = self._extractor_and_model()
+        return predict_logits(extractor, model, X, self.batch_size, bool(self.verbose))
+
+    @torch.inference_mode(False)
+    def _extractor_and_model(self) -> tuple[Extractor, Model]:
+        """Return what was fitted, on the device to compute on."""
         try:
             device = resolve_device(self.device)
         except ValueError:  # unpickled on a machine that lacks the device it was fitted on
             device = resolve_device("auto")
         extractor = self._extractor.on(device)
-        model = Model.of(self, device, extractor.dtype)
-        return predict_logits(extractor, model, X, self.batch_size, bool(self.verbose))
+        return extractor, Model.of(self, device, extractor.dtype)
 
 
 def _fitted(model: Model) -> dict[str, Any]:
