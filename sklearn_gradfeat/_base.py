@@ -29,6 +29,7 @@ from sklearn_gradfeat._input import validate_new_samples
 from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat._model import Model
 from sklearn_gradfeat._prediction import predict_logits
+from sklearn_gradfeat._serving import ServingMixin
 from sklearn_gradfeat._training import Settings, train
 from sklearn_gradfeat.backbones import (
     Network,
@@ -40,7 +41,7 @@ from sklearn_gradfeat.backbones import (
 from sklearn_gradfeat.solvers import Solution
 
 
-class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
+class BaseGradientFeature(ServingMixin, CallbackSupportMixin, BaseEstimator):
     """A linear model over the activations and the gradients of a frozen network."""
 
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012

@@ -2,6 +2,7 @@
 
 from sklearn_gradfeat.backbones._network import FrozenBackbone, Network, freeze, on_host
 from sklearn_gradfeat.backbones._resolve import BackboneLike, Resolved, resolve_backbone, seeded
+from sklearn_gradfeat.backbones._stored import stored_weights, with_weights
 
 __all__ = [
     "BackboneLike",
@@ -12,4 +13,6 @@ __all__ = [
     "on_host",
     "resolve_backbone",
     "seeded",
+    "stored_weights",
+    "with_weights",
 ]
