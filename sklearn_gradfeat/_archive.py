@@ -84,7 +84,7 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
         )
     try:
         document = json.loads(metadata[_DOCUMENT])
-        written = document["format"]
+        written = int(document["format"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: its header cannot be read.") from error
     if written > FORMAT:

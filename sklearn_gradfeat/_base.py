@@ -79,11 +79,19 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, BaseEstimator):
         return cloned
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state with all tensors in host memory."""
+        """Return the state with all tensors in host memory, those of the backbone once."""
         state = dict(super().__getstate__())
         if isinstance(state.get("backbone"), nn.Module):
             state["backbone"] = on_host(state["backbone"])
+            if "_extractor" in state:
+                state["_extractor"] = state["_extractor"].sharing(state["backbone"])
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state; the frozen network is independent of the backbone again."""
+        super().__setstate__(state)
+        if isinstance(self.backbone, nn.Module) and hasattr(self, "_extractor"):
+            self._extractor = self._extractor.apart()
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -10,8 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sklearn_gradfeat.backbones._capture import frozen_copy, has_lazy_parameters, run_once
-from sklearn_gradfeat.backbones._network import FrozenBackbone
+from sklearn_gradfeat.backbones._capture import (
+    ActivationModule,
+    frozen_copy,
+    has_lazy_parameters,
+    run_once,
+)
+from sklearn_gradfeat.backbones._network import FrozenBackbone, on_host
 
 _SHOWN = 3
 
@@ -56,6 +62,42 @@ def with_weights(
         for name, array in weights.items():
             tensors[name].copy_(torch.from_numpy(array))
     return copied
+
+
+def sharing(backbone: FrozenBackbone, module: nn.Module) -> FrozenBackbone:
+    """Return the backbone in host memory, with tensors of ``module`` where they equal its own.
+
+    A pickle of the two holds such tensors once. See :func:`apart`.
+    """
+    module = getattr(module, "_orig_mod", module)
+    own = on_host(backbone.module)
+    if not has_lazy_parameters(module):
+        others = _tensors(module)
+        same = {
+            id(tensor): others[name]
+            for name, tensor in _tensors(own.module).items()
+            if name in others and _equal(tensor, others[name])
+        }
+        own = copy.deepcopy(own, same)
+    return _with_module(backbone, own)
+
+
+def apart(backbone: FrozenBackbone) -> FrozenBackbone:
+    """Return the backbone with tensors of its own."""
+    return _with_module(backbone, copy.deepcopy(backbone.module).requires_grad_(False))
+
+
+def _with_module(backbone: FrozenBackbone, module: ActivationModule) -> FrozenBackbone:
+    """Return a backbone in host memory that has another module."""
+    other = FrozenBackbone.__new__(FrozenBackbone)
+    state = {"module": module, "example": backbone.example.cpu(), "dtype": backbone.dtype}
+    other.__setstate__(state)
+    return other
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    alike = type(a) is type(b) and (a.dtype, a.device) == (b.dtype, b.device)
+    return alike and torch.equal(a, b)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
