@@ -2,6 +2,7 @@
 
 from sklearn_gradfeat._classifier import GradientFeatureClassifier
 from sklearn_gradfeat._image_files import ImageFiles
+from sklearn_gradfeat._loading import load
 from sklearn_gradfeat.displays import (
     FeatureComparisonDisplay,
     LayerContributionDisplay,
@@ -16,5 +17,6 @@ __all__ = [
     "LayerContributionDisplay",
     "ObjectiveDisplay",
     "SaliencyDisplay",
+    "load",
 ]
 __version__ = "0.1.0"

@@ -30,6 +30,7 @@ from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat._model import Model
 from sklearn_gradfeat._prediction import predict_logits
 from sklearn_gradfeat._repr import PrintedByName
+from sklearn_gradfeat._serving import ServingMixin
 from sklearn_gradfeat._training import Settings, train
 from sklearn_gradfeat.backbones import (
     Network,
@@ -41,7 +42,7 @@ from sklearn_gradfeat.backbones import (
 from sklearn_gradfeat.solvers import Solution
 
 
-class BaseGradientFeature(CallbackSupportMixin, PrintedByName):
+class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     """A linear model over the activations and the gradients of a frozen network."""
 
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
@@ -79,11 +80,19 @@ class BaseGradientFeature(CallbackSupportMixin, PrintedByName):
         return cloned
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state with all tensors in host memory."""
+        """Return the state with all tensors in host memory, those of the backbone once."""
         state = dict(super().__getstate__())
         if isinstance(state.get("backbone"), nn.Module):
             state["backbone"] = on_host(state["backbone"])
+            if "_extractor" in state:
+                state["_extractor"] = state["_extractor"].sharing(state["backbone"])
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state; the frozen network is independent of the backbone again."""
+        super().__setstate__(state)
+        if isinstance(self.backbone, nn.Module) and hasattr(self, "_extractor"):
+            self._extractor = self._extractor.apart()
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

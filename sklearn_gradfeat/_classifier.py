@@ -9,9 +9,11 @@ import numpy.typing as npt
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.utils._param_validation import StrOptions
+from torch import nn
 
 from sklearn_gradfeat._base import BaseGradientFeature
 from sklearn_gradfeat._callbacks import FitCallbacks, with_callbacks
+from sklearn_gradfeat._export import TwoClasses
 from sklearn_gradfeat._input import restored_on_error, validate_samples
 from sklearn_gradfeat._targets import classification_loss, encode, sample_weights
 
@@ -309,6 +311,11 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         if logits.shape[1] == 1:
             return expit(np.hstack([-logits, logits]))
         return softmax(logits, axis=1)
+
+    def _output(self):
+        if self._multilabel:
+            return nn.Sigmoid()
+        return TwoClasses() if len(self.coef_) == 1 else nn.Softmax(dim=1)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

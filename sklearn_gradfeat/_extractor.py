@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sklearn_gradfeat._arrays import Preprocess, Samples
-from sklearn_gradfeat.backbones import FrozenBackbone, Network
+from sklearn_gradfeat.backbones import FrozenBackbone, Network, apart, sharing
 from sklearn_gradfeat.features import Features, compute_features, trunk_batches
 
 
@@ -44,6 +44,14 @@ class Extractor:
             return replace(self, backbone=self.backbone.to(device, self.backbone.dtype))
         backbone = self.backbone.to(device, torch.float32)
         return replace(self, backbone=backbone, dtype=torch.float32)
+
+    def sharing(self, module: nn.Module) -> Extractor:
+        """Return the extractor with tensors of ``module`` where they are equal, for pickles."""
+        return replace(self, backbone=sharing(self.backbone, module))
+
+    def apart(self) -> Extractor:
+        """Return the extractor with tensors of its own."""
+        return replace(self, backbone=apart(self.backbone))
 
     def network(self, names: Sequence[str]) -> Network:
         """Return the network split below the parameters ``names``, each part in its dtype."""

@@ -2,14 +2,19 @@
 
 from sklearn_gradfeat.backbones._network import FrozenBackbone, Network, freeze, on_host
 from sklearn_gradfeat.backbones._resolve import BackboneLike, Resolved, resolve_backbone, seeded
+from sklearn_gradfeat.backbones._stored import apart, sharing, stored_weights, with_weights
 
 __all__ = [
     "BackboneLike",
     "FrozenBackbone",
     "Network",
     "Resolved",
+    "apart",
     "freeze",
     "on_host",
     "resolve_backbone",
     "seeded",
+    "sharing",
+    "stored_weights",
+    "with_weights",
 ]

@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._blocks import blocks, differentiable
 from sklearn_gradfeat.backbones._capture import (
@@ -55,6 +55,11 @@ class Network:
     def head(self, parameters: tuple[Tensor, ...], boundary: tuple[Tensor, ...]) -> Tensor:
         """Return the activation, of shape (n_samples, n_features)."""
         return self._head(*parameters, *boundary)[0]
+
+    @property
+    def graph(self) -> fx.GraphModule | None:
+        """The head as a graph, if the network could be captured."""
+        return self._head if isinstance(self._head, fx.GraphModule) else None
 
 
 class FrozenBackbone:

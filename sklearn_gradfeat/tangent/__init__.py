@@ -1,5 +1,6 @@
 """The linear model over a frozen head: products, objective, curvature."""
 
+from sklearn_gradfeat.tangent._graph import UntraceableError, linearized_graph
 from sklearn_gradfeat.tangent._head import LinearizedHead
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
 from sklearn_gradfeat.tangent._preconditioner import Preconditioner
@@ -12,4 +13,6 @@ __all__ = [
     "TangentObjective",
     "TangentTerm",
     "Tensors",
+    "UntraceableError",
+    "linearized_graph",
 ]

@@ -1,0 +1,155 @@
+"""One file without pickle: arrays in the safetensors format, and a JSON document in its header.
+
+Nothing in such a file can be executed, so reading one from a stranger is safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
+
+FORMAT = 1
+_DOCUMENT, _DIGEST = "sklearn_gradfeat", "digest"
+
+
+class NotStorableError(TypeError):
+    """A value that neither JSON nor an array can hold."""
+
+
+def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays: Arrays) -> None:
+    """Write a file, which replaces one of that name once it is complete.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file.
+    document : dict
+        What JSON can hold.
+    arrays : dict of str to ndarray
+        Arrays of numbers or booleans.
+    """
+    text = json.dumps({"format": FORMAT, **document})
+    metadata = {_DOCUMENT: text, _DIGEST: digest(arrays, text)}
+    target = Path(path)
+    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with unfinished.open("xb") as stream:
+            stream.write(save(arrays, metadata))
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
+    """Read a file that :func:`write_archive` wrote.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file.
+
+    Returns
+    -------
+    (document, arrays)
+
+    Raises
+    ------
+    ValueError
+        If it is no such file, is damaged, or is of a newer format.
+    """
+    try:
+        with safe_open(path, framework="numpy") as archive:
+            metadata = archive.metadata() or {}
+            arrays = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no file of a saved model ({error}).") from error
+    if _DOCUMENT not in metadata:
+        raise ValueError(
+            f"{path} is a safetensors file, but not of a model that was saved by sklearn-gradfeat."
+        )
+    try:
+        document = json.loads(metadata[_DOCUMENT])
+        written = int(document["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: its header cannot be read.") from error
+    if written > FORMAT:
+        raise ValueError(
+            f"{path} has format {written}, written by {document.get('versions')}. This version of "
+            f"sklearn-gradfeat reads formats up to {FORMAT}: upgrade it."
+        )
+    if metadata.get(_DIGEST) != digest(arrays, metadata[_DOCUMENT]):
+        raise ValueError(f"{path} is damaged: its contents do not match their digest.")
+    return document, arrays
+
+
+def digest(arrays: Mapping[str, npt.NDArray[Any]], text: str = "") -> str:
+    """Return a hash of arrays with their names, and of a text."""
+    state = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, array in sorted(arrays.items()):
+        state.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return state.hexdigest()
+
+
+def pack(value: Any, name: str, arrays: Arrays) -> Any:
+    """Return what JSON can hold of a value; its arrays go to ``arrays``, named after ``name``.
+
+    Raises
+    ------
+    NotStorableError
+        If neither can hold it.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        items = [pack(item, f"{name}.{i}", arrays) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, dict):
+        keys = [pack(key, name, arrays) for key in value]
+        items = [pack(item, f"{name}.{key}", arrays) for key, item in value.items()]
+        return {"dict": [list(pair) for pair in zip(keys, items, strict=True)]}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.itemsize <= 8:
+        arrays[name] = value.astype(value.dtype.newbyteorder("="), copy=False)
+        return {"array": name}
+    if isinstance(value, np.ndarray) and all(isinstance(item, str) for item in value.flat):
+        return {"strings": value.tolist(), "dtype": value.dtype.str}
+    raise NotStorableError(f"{name} is {value!r}, of type {type(value).__name__}")
+
+
+def unpack(value: Any, arrays: Arrays) -> Any:
+    """Return the value that :func:`pack` was given."""
+    match value:
+        case list():
+            result: Any = [unpack(item, arrays) for item in value]
+        case {"tuple": items}:
+            result = tuple(unpack(items, arrays))
+        case {"dict": pairs}:
+            result = {unpack(key, arrays): unpack(item, arrays) for key, item in pairs}
+        case {"device": device}:
+            result = torch.device(device)
+        case {"array": name}:
+            result = arrays[name]
+        case {"strings": strings, "dtype": dtype}:
+            result = np.array(strings, dtype=dtype)
+        case _:
+            result = value
+    return result

@@ -1,0 +1,137 @@
+"""What a file holds of a fitted estimator."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+from sklearn_gradfeat._archive import Arrays, NotStorableError, digest, pack, write_archive
+from sklearn_gradfeat._extractor import Extractor
+from sklearn_gradfeat._model import Model
+from sklearn_gradfeat._prediction import predict_logits
+from sklearn_gradfeat.backbones import stored_weights
+
+WEIGHTS = "backbone."
+_PACKAGE = __name__.partition(".")[0]
+_NOTED = (_PACKAGE, "torch", "sklearn", "numpy")
+_CODE = ("backbone", "preprocess")
+_NOT_STORED = {"_extractor", "_metadata_request", "_skl_callbacks", "_sklearn_output_config"}
+
+
+def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
+    """Write a fitted estimator to a file.
+
+    Parameters
+    ----------
+    estimator : estimator
+        Fitted.
+    path : str or path-like
+        The file. One of that name is replaced once the new one is complete.
+
+    Raises
+    ------
+    ValueError
+        If a parameter or an attribute can be stored by pickle only.
+    """
+    check_is_fitted(estimator)
+    kind = type(estimator)
+    if kind.__module__.partition(".")[0] != _PACKAGE:
+        raise TypeError(
+            f"save() knows the estimators of {_PACKAGE}, and {kind.__qualname__} is none of "
+            "them. Use joblib or pickle."
+        )
+    arrays: Arrays = {}
+    parameters = estimator.get_params(deep=False)
+    attributes = {
+        name: value
+        for name, value in vars(estimator).items()
+        if name not in parameters and name not in _NOT_STORED
+    }
+    code = {name: describe(parameters.pop(name)) for name in _CODE if callable(parameters[name])}
+    document = {
+        "estimator": kind.__name__,
+        "versions": {name: import_module(name).__version__ for name in _NOTED},
+        "parameters": _packed(parameters, "parameters", arrays),
+        "code": code,
+        "attributes": _packed(attributes, "attributes", arrays),
+        "extractor": _extractor(estimator._extractor),
+        "backbone": _backbone(estimator, arrays),
+        "probe": pack(probe(estimator), "probe", arrays),
+    }
+    write_archive(path, document, arrays)
+
+
+def probe(estimator: Any) -> npt.NDArray[Any]:
+    """Return the logits for two samples that any machine can make up, to compare networks by.
+
+    They are computed on the CPU and past ``preprocess``, in the precision of the trunk.
+    """
+    device = torch.device("cpu")
+    extractor: Extractor = estimator._extractor.on(device)
+    extractor = replace(extractor, preprocess=None, half=False)
+    example = extractor.backbone.example
+    samples = torch.zeros_like(example)
+    if example.is_floating_point():
+        wave = torch.arange(example.numel(), dtype=torch.float64).sin()
+        samples = (0.5 + 0.5 * wave).reshape(example.shape).to(example.dtype)
+    model = Model.of(estimator, device, extractor.dtype)
+    return predict_logits(extractor, model, samples.numpy(), len(samples), False)
+
+
+def describe(code: Any) -> str:
+    """Return the name of a module's class, or of a callable or its class."""
+    named = code if hasattr(code, "__qualname__") else type(code)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _packed(values: dict[str, Any], kind: str, arrays: Arrays) -> dict[str, Any]:
+    """Return parameters or attributes as JSON can hold them."""
+    try:
+        return {name: pack(value, f"{kind}.{name}", arrays) for name, value in values.items()}
+    except NotStorableError as error:
+        raise ValueError(
+            f"The model can be stored by pickle only: {error}. Set a parameter to a plain value "
+            "before saving, as in set_params(random_state=None); a fitted model does not need it."
+        ) from error
+
+
+def _extractor(extractor: Extractor) -> dict[str, Any]:
+    """Return the description of an extractor, without its backbone."""
+    preprocess = extractor.preprocess
+    return {
+        "dtype": _name(extractor.dtype),
+        "half": extractor.half,
+        "takes_indices": extractor.takes_indices,
+        "preprocess": None if preprocess is None else describe(preprocess),
+    }
+
+
+def _backbone(estimator: Any, arrays: Arrays) -> dict[str, Any]:
+    """Return the description of the backbone; unless it has a name, its weights are stored."""
+    backbone = estimator._extractor.backbone
+    weights = stored_weights(backbone)
+    if not isinstance(estimator.backbone, str):
+        arrays.update({f"{WEIGHTS}{name}": array for name, array in weights.items()})
+    example: Tensor = backbone.example
+    return {
+        "module": isinstance(estimator.backbone, nn.Module),
+        "digest": digest(weights),
+        "dtype": _name(backbone.dtype),
+        "example": {
+            "shape": list(example.shape),
+            "stride": list(example.stride()),
+            "dtype": _name(example.dtype),
+        },
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
