@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +33,9 @@ from sklearn_gradfeat.backbones._eager import EagerHead, module_blocks, paramete
 from sklearn_gradfeat.backbones._fold import fold_batch_norms
 from sklearn_gradfeat.backbones._layers import choose_parameters
 from sklearn_gradfeat.backbones._partition import boundary, extract
+
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ def _eager_network(module: ActivationModule, names: tuple[str, ...]) -> Network:
     return Network(None, values, EagerHead(module, list(names)))
 
 
-def on_host(module: nn.Module) -> nn.Module:
+def on_host(module: Module) -> Module:
     """Return a module with its tensors in host memory: itself if they are there already."""
     tensors = [*module.parameters(), *module.buffers()]
     if all(tensor.device.type == "cpu" for tensor in tensors):
