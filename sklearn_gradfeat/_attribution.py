@@ -53,8 +53,11 @@ def logit_parts(
     for rows, boundary in extractor.batches(X, network, batch_size, verbose=False):
         activation[rows] = to_numpy(head.activation(boundary) @ model.weights.T)
         for group, names in groups.items():
-            moves = [d if n in names else d * 0 for n, d in model.displacements.items()]
-            tangent = head.jvp(boundary, head.flatten(tuple(moves)))
+            moves = tuple(
+                move if name in names else torch.zeros_like(move)
+                for name, move in model.displacements.items()
+            )
+            tangent = head.jvp(boundary, head.flatten(moves))
             parts[group][rows] = to_numpy(tangent @ model.omega.T)
     return activation, parts
 

@@ -91,8 +91,8 @@ class SaliencyDisplay:
             A few images; for a pipeline, before its steps.
         target : object, default=None
             A class of ``classes_``, or the number of a label or output, for all images;
-            None is the predicted one of each. Of two classes the first has the negative
-            logit of the second.
+            None is the one with the largest logit in each. Of two classes the first has
+            the negative logit of the second.
         term : {"gradient", "activation", "full"}, default="gradient"
             The term of the logit: ``Ω J(x) w₂``, ``W f(x)``, or their sum.
         method : {"gradient", "occlusion"}, default="gradient"
