@@ -1,7 +1,8 @@
 """Losses of linear models: value, gradient and curvature in the logits.
 
-Every loss is a weighted sum over samples with weights that add up to one, so that its
-value is a weighted mean. All arithmetic is float64.
+The logits of a regression are its predictions. Every loss is a weighted sum over samples
+with weights that add up to one, so that its value is a weighted mean. All arithmetic is
+float64.
 """
 
 from __future__ import annotations
@@ -118,3 +119,92 @@ class Bernoulli:
         """Return the weighted ``Σ p (1 - p)`` of every sample."""
         p = torch.sigmoid(logits)
         return self.weights * (p * (1 - p)).sum(1)
+
+
+@dataclass(frozen=True)
+class Squared:
+    """Half the squared error, summed over outputs.
+
+    Parameters
+    ----------
+    targets : tensor of shape (n_samples, n_outputs), float64
+        What to predict.
+    weights : tensor of shape (n_samples,), float64
+        Non-negative, adding up to one.
+    """
+
+    targets: Tensor
+    weights: Tensor
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of predictions per sample."""
+        return int(self.targets.shape[1])
+
+    def value(self, logits: Tensor) -> float:
+        """Return half the weighted mean of the summed squared errors."""
+        return float(self.weights @ (logits - self.targets).square().sum(1)) / 2
+
+    def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
+        """Return the weighted errors of the rows that ``logits`` stand for."""
+        rows = rows or slice(None)
+        return (logits - self.targets[rows]) * self.weights[rows, None]
+
+    def mean_curvature(self, logits: Tensor) -> Tensor:
+        """Return the identity."""
+        return torch.eye(self.n_outputs).to(logits)
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        """Return the number of outputs, weighted."""
+        return self.weights * self.n_outputs
+
+
+@dataclass(frozen=True)
+class Huber:
+    """Half the squared error up to ``epsilon``, linear beyond, summed over outputs.
+
+    Beyond ``epsilon`` the second derivative is zero, and says nothing of what a step towards
+    the target meets. The curvature here is that of the parabola around the target which
+    touches the loss at the error: no smaller anywhere, and never zero.
+
+    Parameters
+    ----------
+    targets : tensor of shape (n_samples, n_outputs), float64
+        What to predict.
+    weights : tensor of shape (n_samples,), float64
+        Non-negative, adding up to one.
+    epsilon : float
+        The absolute error at which the loss turns linear.
+    """
+
+    targets: Tensor
+    weights: Tensor
+    epsilon: float
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of predictions per sample."""
+        return int(self.targets.shape[1])
+
+    def value(self, logits: Tensor) -> float:
+        """Return the weighted mean of the summed losses."""
+        errors = (logits - self.targets).abs()
+        near = errors.clamp(max=self.epsilon)
+        return float(self.weights @ (near * (errors - near / 2)).sum(1))
+
+    def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
+        """Return the weighted clipped errors of the rows that ``logits`` stand for."""
+        rows = rows or slice(None)
+        errors = (logits - self.targets[rows]).clamp(-self.epsilon, self.epsilon)
+        return errors * self.weights[rows, None]
+
+    def mean_curvature(self, logits: Tensor) -> Tensor:
+        """Return the diagonal matrix of the mean curvature of every output."""
+        return torch.diag(self.weights @ self._curvature(logits))
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        """Return the weighted sum of the curvatures of every sample."""
+        return self.weights * self._curvature(logits).sum(1)
+
+    def _curvature(self, logits: Tensor) -> Tensor:
+        return self.epsilon / (logits - self.targets).abs().clamp(min=self.epsilon)
