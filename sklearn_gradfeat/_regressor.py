@@ -66,8 +66,8 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         L2 penalty: ``alpha / 2`` times the squared norm of ``W``, on a loss that is a
         weighted mean. The ``alpha`` of ``Ridge`` is ``alpha * sample_weight.sum()``.
     gradient_alpha : float, default=None
-        L2 penalty on ``w₂``; None means ``alpha``. ``w₂`` does not grow with ``y``: ``c * y``
-        gives ``c`` times the predictions if this is multiplied by ``c ** 2``.
+        L2 penalty on ``w₂``; None means ``alpha``. ``w₂`` has no unit: to get ``c`` times the
+        predictions for the targets ``c * y``, multiply this by ``c ** 2``.
     fit_intercept : bool, default=True
         Whether to fit the intercept, which is not penalised.
     max_iter : int, default=100

@@ -57,9 +57,7 @@ def numeric(y: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
             y, ensure_2d=False, dtype=np.float64, input_name="y"
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"y must hold finite real numbers, its dtype is {y.dtype}: {error}"
-        ) from error
+        raise ValueError(f"y must hold finite real numbers. {error}") from error
     return numbers
 
 
