@@ -8,7 +8,7 @@ float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 
 class Loss(Protocol):
     """A smooth convex function of the logits of all training samples."""
+
+    quadratic: ClassVar[bool]
+    """Whether the gradient is linear in the logits."""
 
     @property
     def n_outputs(self) -> int:
@@ -35,7 +38,7 @@ class Loss(Protocol):
         """Return the weighted mean of the (n_outputs, n_outputs) Hessian blocks."""
 
     def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the weighted trace of the Hessian block of every sample."""
+        """Return the weighted diagonal of the Hessian block of every sample."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Multinomial:
         Number of classes.
     """
 
+    quadratic: ClassVar[bool] = False
     targets: Tensor
     weights: Tensor
     n_outputs: int
@@ -75,9 +79,9 @@ class Multinomial:
         return torch.diag(weighted.sum(0)) - weighted.T @ p
 
     def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the weighted ``Σ p (1 - p)`` of every sample."""
+        """Return the weighted ``p (1 - p)``."""
         p = torch.softmax(logits, 1)
-        return self.weights * (p * (1 - p)).sum(1)
+        return self.weights[:, None] * p * (1 - p)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Bernoulli:
         Non-negative, adding up to one.
     """
 
+    quadratic: ClassVar[bool] = False
     targets: Tensor
     weights: Tensor
 
@@ -116,9 +121,9 @@ class Bernoulli:
         return torch.diag(self.weights @ (p * (1 - p)))
 
     def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the weighted ``Σ p (1 - p)`` of every sample."""
+        """Return the weighted ``p (1 - p)``."""
         p = torch.sigmoid(logits)
-        return self.weights * (p * (1 - p)).sum(1)
+        return self.weights[:, None] * p * (1 - p)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class Squared:
         Non-negative, adding up to one.
     """
 
+    quadratic: ClassVar[bool] = True
     targets: Tensor
     weights: Tensor
 
@@ -155,8 +161,8 @@ class Squared:
         return torch.eye(self.n_outputs).to(logits)
 
     def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the number of outputs, weighted."""
-        return self.weights * self.n_outputs
+        """Return the weights."""
+        return self.weights[:, None].expand_as(self.targets)
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,7 @@ class Huber:
         The absolute error at which the loss turns linear.
     """
 
+    quadratic: ClassVar[bool] = False
     targets: Tensor
     weights: Tensor
     epsilon: float
@@ -203,8 +210,8 @@ class Huber:
         return torch.diag(self.weights @ self._curvature(logits))
 
     def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the weighted sum of the curvatures of every sample."""
-        return self.weights * self._curvature(logits).sum(1)
+        """Return the weighted curvatures."""
+        return self.weights[:, None] * self._curvature(logits)
 
     def _curvature(self, logits: Tensor) -> Tensor:
         return self.epsilon / (logits - self.targets).abs().clamp(min=self.epsilon)

@@ -122,7 +122,8 @@ def minimize(
 
     An iteration costs one pass over the data, and one more, of the adjoint alone, when the
     unit step is not good enough: the logits move along a known line, so its minimiser is
-    found without touching the data, and only the gradient there has to be computed anew.
+    found without touching the data, and only the gradient there has to be computed anew. The
+    gradient of a quadratic loss is linear along the line, so there it costs nothing.
 
     Parameters
     ----------
@@ -179,7 +180,10 @@ def minimize(
             memory.pairs.clear()
             continue
         logits = logits + step * change
-        if step != 1.0:
+        if loss.quadratic:
+            before = gradient - penalty * x
+            adjoint = before + step * (adjoint - before)
+        elif step != 1.0:
             adjoint = objective.adjoint(loss.gradient(logits))
             passes += 1
         moved = x + step * direction
