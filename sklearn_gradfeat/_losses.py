@@ -17,8 +17,9 @@ from torch import Tensor
 class Loss(Protocol):
     """A smooth convex function of the logits of all training samples."""
 
-    quadratic: ClassVar[bool]
-    """Whether the gradient is linear in the logits."""
+    @property
+    def bottom(self) -> Tensor | None:
+        """Logits where the gradient of a quadratic loss vanishes; None for any other loss."""
 
     @property
     def n_outputs(self) -> int:
@@ -55,7 +56,7 @@ class Multinomial:
         Number of classes.
     """
 
-    quadratic: ClassVar[bool] = False
+    bottom: ClassVar[None] = None
     targets: Tensor
     weights: Tensor
     n_outputs: int
@@ -96,7 +97,7 @@ class Bernoulli:
         Non-negative, adding up to one.
     """
 
-    quadratic: ClassVar[bool] = False
+    bottom: ClassVar[None] = None
     targets: Tensor
     weights: Tensor
 
@@ -138,9 +139,13 @@ class Squared:
         Non-negative, adding up to one.
     """
 
-    quadratic: ClassVar[bool] = True
     targets: Tensor
     weights: Tensor
+
+    @property
+    def bottom(self) -> Tensor:
+        """The targets."""
+        return self.targets
 
     @property
     def n_outputs(self) -> int:
@@ -183,7 +188,7 @@ class Huber:
         The absolute error at which the loss turns linear.
     """
 
-    quadratic: ClassVar[bool] = False
+    bottom: ClassVar[None] = None
     targets: Tensor
     weights: Tensor
     epsilon: float

@@ -28,8 +28,8 @@ Y = rng.randn(N, 3) + X.mean((2, 3)) @ rng.randn(2, 3) + 5
 WEIGHTS = rng.randint(0, 4, N).astype(float)
 TIGHT = {"tol": 1e-11, "max_iter": 3000, "precision": "float64"}
 NET = tiny_net()
-IMAGES = rng.randn(24, 1, 8, 8).astype(np.float32)
-TARGETS = IMAGES[:, 0, 2:4, 2:4].sum((1, 2)).astype(float)
+TARGETS = rng.randn(24)
+IMAGES = (rng.randn(24, 1, 8, 8) + TARGETS[:, None, None, None]).astype(np.float32)
 
 
 def fit(kind, y, **options):
@@ -43,14 +43,17 @@ def small(**options):
     return GradientFeatureRegressor(NET, **{**defaults, **options})
 
 
+def activation(module):
+    with torch.no_grad():
+        f = module(torch.tensor(X))
+    return (f.flatten(2).mean(2) if f.ndim > 2 else f).numpy()
+
+
 def explicit(model, module):
     """Activations, and rows ω̄ J of every output in NTK units, float64."""
     names = model.gradient_layers_
     J = dense_jacobian(module, names, X) * ntk_scales(module, names)
-    with torch.no_grad():
-        f = module(torch.tensor(X))
-    f = (f.flatten(2).mean(2) if f.ndim > 2 else f).numpy()
-    return f, np.einsum("cd,ndp->ncp", model.omega_, J)
+    return activation(module), np.einsum("cd,ndp->ncp", model.omega_, J)
 
 
 # --- the losses ------------------------------------------------------------------------------
@@ -83,7 +86,7 @@ def test_gradient_and_curvature_of_the_loss(kind):
 @pytest.mark.parametrize("fit_intercept", [True, False])
 @pytest.mark.parametrize("kind", ["plain", "grouped", "normed"])
 def test_optimum_is_ridge_on_explicit_features(kind, fit_intercept):
-    alpha, gradient_alpha = 0.02, 0.005
+    alpha, gradient_alpha = 0.1, 0.03
     model, module = fit(
         kind, Y[:, 0], alpha=alpha, gradient_alpha=gradient_alpha, fit_intercept=fit_intercept
     )
@@ -105,21 +108,21 @@ def test_optimum_is_ridge_on_explicit_features(kind, fit_intercept):
 @pytest.mark.parametrize("features", ["full", "gradient"])
 @pytest.mark.parametrize("fit_intercept", [True, False])
 def test_outputs_share_the_displacements(features, fit_intercept, loss):
-    options = {"alpha": 0.02, "gradient_alpha": 0.005, "epsilon": 0.7}
+    options = {"alpha": 0.1, "gradient_alpha": 0.03, "epsilon": 0.7}
     model, module = fit(
         "plain", Y, features=features, fit_intercept=fit_intercept, loss=loss, **options
     )
     f, g = explicit(model, module)
     f = f[:, : f.shape[1] * (features == "full")]
     epsilon = 0.7 if loss == "huber" else None
-    expected = dense_regression(f, g, Y, WEIGHTS, 0.02, 0.005, fit_intercept, epsilon)
+    expected = dense_regression(f, g, Y, WEIGHTS, 0.1, 0.03, fit_intercept, epsilon)
     np.testing.assert_allclose(model.predict(X), expected, rtol=1e-7 if epsilon is None else 1e-4)
     assert (np.diff(model.objective_path_) <= 0).all()
 
 
 def test_stage_one_is_ridge():
     model, module = fit("plain", Y, features="activation", alpha=0.01)
-    f, _ = explicit(model, module)
+    f = activation(module)
     oracle = Ridge(0.01 * WEIGHTS.sum()).fit(f, Y, sample_weight=WEIGHTS)
     np.testing.assert_allclose(model.predict(X), oracle.predict(f), rtol=1e-8)
     np.testing.assert_array_equal(model.coef_, model.omega_)
@@ -127,8 +130,7 @@ def test_stage_one_is_ridge():
 
 def test_stage_one_is_scikit_learns_huber_regression_at_its_scale():
     module, _ = build("plain")
-    with torch.no_grad():
-        f = module(torch.tensor(X)).flatten(2).mean(2).numpy()
+    f = activation(module)
     y = Y[:, 0].copy()
     y[::5] += 30
     weights = WEIGHTS + 1
@@ -139,7 +141,7 @@ def test_stage_one_is_scikit_learns_huber_regression_at_its_scale():
         alpha=0.5 * oracle.scale_ / weights.sum(), **TIGHT,
     )  # fmt: skip
     model.fit(X, y, sample_weight=weights)
-    np.testing.assert_allclose(model.predict(X), oracle.predict(f), rtol=1e-5)
+    np.testing.assert_allclose(model.predict(X), oracle.predict(f), rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["squared_error", "huber"])
@@ -217,7 +219,7 @@ def test_shape_of_the_predictions_is_that_of_the_targets(n_outputs):
     assert model.predict(IMAGES).shape == y.shape
     assert model.coef_.shape == model.omega_.shape == (n_outputs or 1, 6)
     assert model.intercept_.shape == (n_outputs or 1,)
-    assert model.score(IMAGES, y) > 0.2
+    assert model.score(IMAGES, y) > 0.5
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_kinds_of_targets(y):
         (np.where(np.arange(24) == 3, np.nan, TARGETS), "Input y contains NaN"),
         (np.where(np.arange(24) == 3, np.inf, TARGETS), "Input y contains infinity"),
         (np.array(["cold", "hot"] * 12), "y must hold finite real numbers.*cold"),
-        (TARGETS + 1j, "y must hold finite real numbers.*[Cc]omplex"),
+        (TARGETS + 1j, "Complex data not supported"),
         (TARGETS[:, None, None], "dim 3"),
         (TARGETS[:5], "inconsistent numbers of samples"),
         (None, "requires y to be passed"),
