@@ -1,8 +1,9 @@
-"""Gradients as features, as a scikit-learn estimator."""
+"""Gradients as features, as scikit-learn estimators."""
 
 from sklearn_gradfeat._classifier import GradientFeatureClassifier
 from sklearn_gradfeat._image_files import ImageFiles
 from sklearn_gradfeat._loading import load
+from sklearn_gradfeat._regressor import GradientFeatureRegressor
 from sklearn_gradfeat.displays import (
     FeatureComparisonDisplay,
     LayerContributionDisplay,
@@ -13,6 +14,7 @@ from sklearn_gradfeat.displays import (
 __all__ = [
     "FeatureComparisonDisplay",
     "GradientFeatureClassifier",
+    "GradientFeatureRegressor",
     "ImageFiles",
     "LayerContributionDisplay",
     "ObjectiveDisplay",

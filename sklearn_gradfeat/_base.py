@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
@@ -131,8 +132,12 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         loss: Callable[[torch.device], Loss],
         callbacks: FitCallbacks,
         attributes: dict[str, Any],
+        centre: npt.NDArray[np.float64] | None = None,
     ) -> dict[str, Any]:
-        """Run both stages and return the fitted attributes, ``attributes`` among them."""
+        """Run both stages and return the fitted attributes, ``attributes`` among them.
+
+        ``centre`` is what was taken off the targets and goes back to the intercept.
+        """
         extractor = self._build_extractor(X)
         gradient = self.features != "activation"
         names = extractor.backbone.choose(self.gradient_layers) if gradient else []
@@ -140,7 +145,8 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         features = extractor.features(X, network, self.batch_size, bool(self.verbose), gradient)
         settings = self._settings()
         loss_on = loss(accumulation_device(features.activation.device))
-        warm = self._warm_model(features.activation, network, loss_on.n_outputs)
+        offset = np.zeros(loss_on.n_outputs) if centre is None else centre
+        warm = self._warm_model(features.activation, network, offset)
         attributes |= {"_extractor": extractor, "sample_shape_": tuple(X.shape[1:])}
         with tqdm(unit="iteration", disable=not self.verbose) as bar:
 
@@ -151,7 +157,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
                 bar.update()
                 if stage != self.features:
                     return False
-                return callbacks.iteration(iteration, lambda: attributes | _fitted(model()))
+                return callbacks.iteration(iteration, lambda: attributes | _fitted(model(), offset))
 
             model, solutions = train(
                 features, network.head, network.parameters, loss_on, settings, warm, monitor
@@ -161,22 +167,24 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         last = solutions[self.features]
         return {
             **attributes,
-            **_fitted(model),
+            **_fitted(model, offset),
             "n_iter_": last.n_iter,
             "n_passes_": last.n_passes,
             "objective_path_": np.array(last.objective_path),
         }
 
-    def _warm_model(self, activation: Tensor, network: Network, n_outputs: int) -> Model | None:
-        """Return the former solution if it can serve as the start."""
-        shape = (n_outputs, activation.shape[1])
+    def _warm_model(
+        self, activation: Tensor, network: Network, offset: npt.NDArray[np.float64]
+    ) -> Model | None:
+        """Return the former solution, less the offset, if it can serve as the start."""
+        shape = (len(offset), activation.shape[1])
         if not self.warm_start or getattr(self, "coef_", np.empty(0)).shape != shape:
             return None
         if {n: v.shape for n, v in self.gradient_coef_.items()} != {
             n: tuple(p.shape) for n, p in network.parameters.items()
         }:
             return None
-        return Model.of(self, activation.device, activation.dtype)
+        return Model.of(self, activation.device, activation.dtype).shifted(-offset)
 
     @torch.inference_mode(False)
     def _logits(self, X: Any) -> np.ndarray[Any, Any]:
@@ -196,9 +204,9 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         return extractor, Model.of(self, device, extractor.dtype)
 
 
-def _fitted(model: Model) -> dict[str, Any]:
-    """Return the attributes that hold a model."""
-    return {**model.attributes(), "gradient_layers_": list(model.displacements)}
+def _fitted(model: Model, offset: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Return the attributes that hold a model and the offset of its targets."""
+    return {**model.shifted(offset).attributes(), "gradient_layers_": list(model.displacements)}
 
 
 def _warn_unless_converged(stage: str, solution: Solution, settings: Settings) -> None:

@@ -15,6 +15,7 @@ from sklearn_gradfeat._arrays import Preprocess
 from sklearn_gradfeat._classifier import GradientFeatureClassifier
 from sklearn_gradfeat._extractor import Extractor
 from sklearn_gradfeat._persistence import WEIGHTS, probe
+from sklearn_gradfeat._regressor import GradientFeatureRegressor
 from sklearn_gradfeat.backbones import (
     BackboneLike,
     FrozenBackbone,
@@ -24,7 +25,9 @@ from sklearn_gradfeat.backbones import (
     with_weights,
 )
 
-_ESTIMATORS = {kind.__name__: kind for kind in (GradientFeatureClassifier,)}
+_ESTIMATORS = {
+    kind.__name__: kind for kind in (GradientFeatureClassifier, GradientFeatureRegressor)
+}
 _TOLERANCE = 1e-3
 
 

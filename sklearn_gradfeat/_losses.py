@@ -1,13 +1,14 @@
 """Losses of linear models: value, gradient and curvature in the logits.
 
-Every loss is a weighted sum over samples with weights that add up to one, so that its
-value is a weighted mean. All arithmetic is float64.
+The logits of a regression are its predictions. Every loss is a weighted sum over samples
+with weights that add up to one, so that its value is a weighted mean. All arithmetic is
+float64.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from torch import Tensor
 
 class Loss(Protocol):
     """A smooth convex function of the logits of all training samples."""
+
+    @property
+    def bottom(self) -> Tensor | None:
+        """Logits where the gradient of a quadratic loss vanishes; None for any other loss."""
 
     @property
     def n_outputs(self) -> int:
@@ -34,7 +39,7 @@ class Loss(Protocol):
         """Return the weighted mean of the (n_outputs, n_outputs) Hessian blocks."""
 
     def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the weighted trace of the Hessian block of every sample."""
+        """Return the weighted diagonal of the Hessian block of every sample."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Multinomial:
         Number of classes.
     """
 
+    bottom: ClassVar[None] = None
     targets: Tensor
     weights: Tensor
     n_outputs: int
@@ -74,9 +80,9 @@ class Multinomial:
         return torch.diag(weighted.sum(0)) - weighted.T @ p
 
     def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the weighted ``Σ p (1 - p)`` of every sample."""
+        """Return the weighted ``p (1 - p)``."""
         p = torch.softmax(logits, 1)
-        return self.weights * (p * (1 - p)).sum(1)
+        return self.weights[:, None] * p * (1 - p)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class Bernoulli:
         Non-negative, adding up to one.
     """
 
+    bottom: ClassVar[None] = None
     targets: Tensor
     weights: Tensor
 
@@ -115,6 +122,101 @@ class Bernoulli:
         return torch.diag(self.weights @ (p * (1 - p)))
 
     def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the weighted ``Σ p (1 - p)`` of every sample."""
+        """Return the weighted ``p (1 - p)``."""
         p = torch.sigmoid(logits)
-        return self.weights * (p * (1 - p)).sum(1)
+        return self.weights[:, None] * p * (1 - p)
+
+
+@dataclass(frozen=True)
+class Squared:
+    """Half the squared error, summed over outputs.
+
+    Parameters
+    ----------
+    targets : tensor of shape (n_samples, n_outputs), float64
+        What to predict.
+    weights : tensor of shape (n_samples,), float64
+        Non-negative, adding up to one.
+    """
+
+    targets: Tensor
+    weights: Tensor
+
+    @property
+    def bottom(self) -> Tensor:
+        """The targets."""
+        return self.targets
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of predictions per sample."""
+        return int(self.targets.shape[1])
+
+    def value(self, logits: Tensor) -> float:
+        """Return half the weighted mean of the summed squared errors."""
+        return float(self.weights @ (logits - self.targets).square().sum(1)) / 2
+
+    def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
+        """Return the weighted errors of the rows that ``logits`` stand for."""
+        rows = rows or slice(None)
+        return (logits - self.targets[rows]) * self.weights[rows, None]
+
+    def mean_curvature(self, logits: Tensor) -> Tensor:
+        """Return the identity."""
+        return torch.eye(self.n_outputs).to(logits)
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        """Return the weights."""
+        return self.weights[:, None].expand_as(self.targets)
+
+
+@dataclass(frozen=True)
+class Huber:
+    """Half the squared error up to ``epsilon``, linear beyond, summed over outputs.
+
+    Beyond ``epsilon`` the second derivative is zero, and says nothing of what a step towards
+    the target meets. The curvature here is that of the parabola around the target which
+    touches the loss at the error: no smaller anywhere, and never zero.
+
+    Parameters
+    ----------
+    targets : tensor of shape (n_samples, n_outputs), float64
+        What to predict.
+    weights : tensor of shape (n_samples,), float64
+        Non-negative, adding up to one.
+    epsilon : float
+        The absolute error at which the loss turns linear.
+    """
+
+    bottom: ClassVar[None] = None
+    targets: Tensor
+    weights: Tensor
+    epsilon: float
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of predictions per sample."""
+        return int(self.targets.shape[1])
+
+    def value(self, logits: Tensor) -> float:
+        """Return the weighted mean of the summed losses."""
+        errors = (logits - self.targets).abs()
+        near = errors.clamp(max=self.epsilon)
+        return float(self.weights @ (near * (errors - near / 2)).sum(1))
+
+    def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
+        """Return the weighted clipped errors of the rows that ``logits`` stand for."""
+        rows = rows or slice(None)
+        errors = (logits - self.targets[rows]).clamp(-self.epsilon, self.epsilon)
+        return errors * self.weights[rows, None]
+
+    def mean_curvature(self, logits: Tensor) -> Tensor:
+        """Return the diagonal matrix of the mean curvature of every output."""
+        return torch.diag(self.weights @ self._curvature(logits))
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        """Return the weighted curvatures."""
+        return self.weights[:, None] * self._curvature(logits)
+
+    def _curvature(self, logits: Tensor) -> Tensor:
+        return self.epsilon / (logits - self.targets).abs().clamp(min=self.epsilon)

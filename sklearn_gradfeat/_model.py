@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -36,6 +37,10 @@ class Model:
             tensor(fitted.omega_),
             {name: tensor(value) for name, value in fitted.gradient_coef_.items()},
         )
+
+    def shifted(self, offset: npt.NDArray[np.float64]) -> Model:
+        """Return the model that predicts as much more of every output."""
+        return replace(self, intercept=self.intercept + torch.from_numpy(offset).to(self.intercept))
 
     def attributes(self) -> dict[str, Any]:
         """Return the model as attributes of a fitted estimator."""

@@ -1,4 +1,4 @@
-"""Targets and weights of a classification problem."""
+"""Targets and weights of the samples."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
-from sklearn.utils.validation import _check_sample_weight, column_or_1d
+from sklearn.utils.validation import _check_sample_weight, check_array, column_or_1d
 
-from sklearn_gradfeat._losses import Bernoulli, Loss, Multinomial
+from sklearn_gradfeat._losses import Bernoulli, Huber, Loss, Multinomial, Squared
 
 
 def encode(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -50,8 +50,39 @@ def classification_loss(
     return Bernoulli(torch.from_numpy(columns).to(device), w)
 
 
+def numeric(y: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return the targets of a regression, of shape (n_samples,) or (n_samples, n_outputs)."""
+    try:
+        numbers: npt.NDArray[np.float64] = check_array(
+            y, ensure_2d=False, dtype=np.float64, input_name="y"
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"y must hold finite real numbers. {error}") from error
+    return numbers
+
+
+def centre(
+    targets: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return the weighted mean of every column, without any rounding where it is constant."""
+    anchor = targets[weights.argmax()]
+    mean: npt.NDArray[np.float64] = anchor + weights @ (targets - anchor)
+    return mean
+
+
+def regression_loss(
+    targets: npt.NDArray[np.float64],
+    weights: npt.NDArray[np.float64],
+    epsilon: float | None,
+    device: torch.device,
+) -> Loss:
+    """Return Huber's loss, or the squared one where there is no ``epsilon``."""
+    columns, w = torch.from_numpy(targets).to(device), torch.from_numpy(weights).to(device)
+    return Squared(columns, w) if epsilon is None else Huber(columns, w, epsilon)
+
+
 def sample_weights(
-    y: npt.NDArray[Any], sample_weight: Any, class_weight: Any
+    y: npt.NDArray[Any], sample_weight: Any, class_weight: Any = None
 ) -> npt.NDArray[np.float64]:
     """Return the weight of every sample, adding up to one."""
     weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)

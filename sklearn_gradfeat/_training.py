@@ -18,8 +18,10 @@ from sklearn_gradfeat.tangent import (
     Head,
     LinearizedHead,
     Preconditioner,
+    SampleInverse,
     TangentObjective,
     TangentTerm,
+    tangent_gram,
 )
 
 
@@ -185,11 +187,23 @@ def _minimize(
     return minimize(
         objective,
         start,
-        lambda logits: Preconditioner(objective, logits),
+        _inverse_hessian(objective),
         tolerance=math.sqrt(settings.tol) * reference,
         max_iter=settings.max_iter,
         callback=callback,
     )
+
+
+def _inverse_hessian(
+    objective: TangentObjective,
+) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+    """Return the function that inverts the Hessian at given logits: exactly where cheap."""
+    gram = None
+    if objective.tangent is not None:
+        gram = tangent_gram(objective.tangent, objective.n_samples)
+    if gram is None:
+        return lambda logits: Preconditioner(objective, logits)
+    return lambda logits: SampleInverse(objective, gram, logits)
 
 
 def _norm_at_zero(objective: TangentObjective, zero: Tensor) -> float:

@@ -72,3 +72,33 @@ def dense_optimum(f, gradient_features, y, weights, alpha, gradient_alpha, n_out
     options = {"maxiter": 20000, "maxfun": 40000, "maxcor": 50, "gtol": 1e-11, "ftol": 1e-16}
     found = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
     return found.fun, logits(found.x)
+
+
+def dense_regression(
+    f, gradient_features, Y, weights, alpha, gradient_alpha, intercept=True, epsilon=None
+):
+    """Predictions of the regression of stage two over explicit features.
+
+    One row for every sample and output, by normal equations; or Huber's loss by BFGS.
+    """
+    (n, d), (c, p) = f.shape, gradient_features.shape[1:]
+    eye = np.tile(np.eye(c), (n, 1))
+    own = np.einsum("nd,ce->nced", f, np.eye(c)).reshape(n * c, c * d)
+    rows = np.hstack([own, eye * intercept, gradient_features.reshape(n * c, p)])
+    penalty = np.repeat([alpha, 0.0 if intercept else 1.0, gradient_alpha], [c * d, c, p])
+    w, y = np.repeat(weights / weights.sum(), c), Y.reshape(-1)
+    if epsilon is None:
+        x = np.linalg.solve((rows.T * w) @ rows + np.diag(penalty), rows.T @ (w * y))
+        return (rows @ x).reshape(n, c)
+
+    def objective(x):
+        error = rows @ x - y
+        slope = np.clip(error, -epsilon, epsilon)
+        loss = np.where(slope == error, error**2 / 2, epsilon * np.abs(error) - epsilon**2 / 2)
+        return w @ loss + penalty @ x**2 / 2, rows.T @ (w * slope) + penalty * x
+
+    options = {"maxiter": 20000, "maxfun": 40000, "maxcor": 50, "gtol": 1e-11, "ftol": 1e-16}
+    found = minimize(
+        objective, np.zeros(len(penalty)), jac=True, method="L-BFGS-B", options=options
+    )
+    return (rows @ found.x).reshape(n, c)

@@ -4,7 +4,7 @@ import pytest
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
-from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
 
 
 class Factory:
@@ -24,6 +24,12 @@ class Factory:
         GradientFeatureClassifier(features="gradient"),
         GradientFeatureClassifier(Factory()),
         GradientFeatureClassifier(precision="float32"),
+        GradientFeatureRegressor(),
+        GradientFeatureRegressor(features="activation"),
+        GradientFeatureRegressor(features="gradient"),
+        GradientFeatureRegressor(Factory()),
+        GradientFeatureRegressor(precision="float32"),
+        GradientFeatureRegressor(loss="huber"),
     ]
 )
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

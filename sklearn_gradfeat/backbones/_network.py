@@ -34,7 +34,6 @@ from sklearn_gradfeat.backbones._fold import fold_batch_norms
 from sklearn_gradfeat.backbones._layers import choose_parameters
 from sklearn_gradfeat.backbones._partition import boundary, extract
 
-
 Module = TypeVar("Module", bound=nn.Module)
 
 

@@ -122,7 +122,8 @@ def minimize(
 
     An iteration costs one pass over the data, and one more, of the adjoint alone, when the
     unit step is not good enough: the logits move along a known line, so its minimiser is
-    found without touching the data, and only the gradient there has to be computed anew.
+    found without touching the data, and only the gradient there has to be computed anew. That
+    of a quadratic loss is linear along the line, so there it is known.
 
     Parameters
     ----------
@@ -156,13 +157,14 @@ def minimize(
     natural = memory.precondition(gradient)
     norm = _norm(gradient, natural)
     path, passes, n_iter = [value], 1, 0
+    bottom = loss.bottom
     status: Status = "converged"
     while norm > tolerance:
         if n_iter == max_iter:
             status = "max_iter"
             break
         direction = memory.direction(gradient)
-        change, adjoint = objective.forward_adjoint(direction, logits)
+        change, adjoint = objective.forward_adjoint(direction, logits if bottom is None else bottom)
         passes += 1
         line = Line(
             loss,
@@ -179,11 +181,14 @@ def minimize(
             memory.pairs.clear()
             continue
         logits = logits + step * change
-        if step != 1.0:
+        moved = x + step * direction
+        if bottom is None and step != 1.0:
             adjoint = objective.adjoint(loss.gradient(logits))
             passes += 1
-        moved = x + step * direction
-        moved_gradient = adjoint + penalty * moved
+        if bottom is None:
+            moved_gradient = adjoint + penalty * moved
+        else:
+            moved_gradient = gradient + step * (adjoint + penalty * direction)
         moved_natural = memory.precondition(moved_gradient)
         memory.add(moved - x, moved_gradient - gradient, moved_natural - natural)
         x, gradient, natural = moved, moved_gradient, moved_natural

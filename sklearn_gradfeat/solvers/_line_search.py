@@ -62,14 +62,16 @@ def search(line: Line, value: float) -> tuple[float, float]:
     """Return the step and the change of the objective that it brings.
 
     The unit step is kept when it descends enough (Wolfe conditions), since the caller has
-    paid for it already; any other step is the exact minimiser on the line.
+    paid for it already; any other step is the exact minimiser on the line, and so is every
+    step of a quadratic loss, whose gradient is known all along the line.
     """
     start = line.slope(0.0)
     if start >= 0:
         return 0.0, 0.0
     end = line.slope(1.0)
     gain = line.gain(1.0, value, (start, end))
-    if abs(end) <= _SLOPE_SHARE * -start and gain <= _SUFFICIENT_DECREASE * start:
+    enough = abs(end) <= _SLOPE_SHARE * -start and gain <= _SUFFICIENT_DECREASE * start
+    if enough and line.loss.bottom is None:
         return 1.0, gain
     step = _minimiser(line, end)
     return step, line.gain(step, value, (start, line.slope(step)))

@@ -5,14 +5,17 @@ from sklearn_gradfeat.tangent._head import LinearizedHead
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
 from sklearn_gradfeat.tangent._preconditioner import Preconditioner
 from sklearn_gradfeat.tangent._products import Head, Tensors
+from sklearn_gradfeat.tangent._samples import SampleInverse, tangent_gram
 
 __all__ = [
     "Head",
     "LinearizedHead",
     "Preconditioner",
+    "SampleInverse",
     "TangentObjective",
     "TangentTerm",
     "Tensors",
     "UntraceableError",
     "linearized_graph",
+    "tangent_gram",
 ]

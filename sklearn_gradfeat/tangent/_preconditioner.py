@@ -32,7 +32,7 @@ class Preconditioner:
     def __init__(self, objective: TangentObjective, logits: Tensor) -> None:
         like = objective.like
         curvature = objective.loss.mean_curvature(logits).to(like)
-        shares = objective.loss.curvatures(logits)
+        shares = objective.loss.curvatures(logits).sum(1)
         # Samples count by their curvature: those that are already fitted hardly matter.
         total = shares.sum()
         weights = (shares / total if total > 0 else objective.loss.weights).to(like)

@@ -1,0 +1,260 @@
+"""The regressor."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import numpy as np
+from sklearn.base import RegressorMixin, _fit_context
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import nn
+
+from sklearn_gradfeat._base import BaseGradientFeature
+from sklearn_gradfeat._callbacks import FitCallbacks, with_callbacks
+from sklearn_gradfeat._input import restored_on_error, validate_samples
+from sklearn_gradfeat._targets import centre, numeric, regression_loss, sample_weights
+
+
+class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
+    """Ridge or Huber regression on the activations and gradients of a frozen network.
+
+    The model [1]_ is the first-order approximation of fine-tuning the upper layers of a
+    pretrained network together with a linear output. With the activation ``f(x)`` and its
+    Jacobian ``J(x)`` in the parameters θ₂ of the gradient layers, the predictions are ::
+
+        W f(x) + b + ω̄ J(x) w₂
+
+    where ``ω̄`` is a regression on ``f`` that is fitted first, with the same loss. They are
+    linear in the unknowns ``W``, ``b`` and ``w₂``, so the training problem is convex. ``w₂``
+    is shared by all outputs. Gradient features are never formed.
+
+    Parameters
+    ----------
+    backbone : None, str, torch.nn.Module or callable, default=None
+        The pretrained network. It is copied and frozen, never changed, and its clones in
+        grid searches share one copy.
+
+        - None: for rows of numbers, a wide random multi-layer perceptron.
+        - str: ``"resnet18"`` or ``"torchvision/resnet18"``, ``"timm/NAME"``: pretrained
+          weights with their own input transform, without the classifier.
+        - module: its output is the activation, of shape (n_samples, n_features) or
+          (n_samples, n_features, ...), which is averaged over the axes that follow.
+        - callable: returns a module; called once in every fit, under ``random_state``.
+
+    gradient_layers : {"last", "all"}, int, str or list of str, default="last"
+        The parameters θ₂: ``"last"`` is the topmost residual or transformer block, or the
+        topmost convolution of a plain network; k is the topmost k of these; anything else
+        is names or glob patterns of submodules or parameters.
+    activation_layer : str, default=None
+        The submodule whose output is the activation; None is the backbone itself.
+    preprocess : "auto", callable or None, default="auto"
+        Applied to each batch, a tensor of the dtype of ``X``, before the network.
+        ``"auto"`` is the transform of a named network, which takes uint8 images or floats
+        in [0, 1] of any size, grey or RGB, channels first or last; for any other backbone
+        it is nothing.
+    features : {"full", "activation", "gradient"}, default="full"
+        The terms of the model: both, ``W f`` alone, or ``ω̄ J w₂`` alone.
+    parametrization : {"ntk", "standard"}, default="ntk"
+        Scale of the displacements ``w₂`` under the penalty: the NTK parametrization
+        divides weights by the square root of their output channels and biases by √10.
+    loss : {"squared_error", "huber"}, default="squared_error"
+        Half the squared error; or Huber's, which is that up to ``epsilon`` and linear
+        beyond. Both are summed over the outputs, and averaged over the samples.
+    epsilon : float, default=1.35
+        The absolute error at which Huber's loss turns linear, in the units of ``y``. (In
+        ``HuberRegressor`` it is a multiple of its ``scale_``.)
+    alpha : float, default=1e-4
+        L2 penalty: ``alpha / 2`` times the squared norm of ``W``, on a loss that is a
+        weighted mean. The ``alpha`` of ``Ridge`` is ``alpha * sample_weight.sum()``.
+    gradient_alpha : float, default=None
+        L2 penalty on ``w₂``; None means ``alpha``. ``w₂`` has no unit: to get ``c`` times the
+        predictions for the targets ``c * y``, multiply this by ``c ** 2``.
+    fit_intercept : bool, default=True
+        Whether to fit the intercept, which is not penalised.
+    max_iter : int, default=100
+        Largest number of iterations of each of the two fits.
+    tol : float, default=1e-4
+        Both fits stop when the decrease of the objective that a Newton step promises, half
+        the squared norm of the gradient in the metric of the preconditioner, is ``tol``
+        times that at the model that predicts nothing.
+    warm_start : bool, default=False
+        Whether to start from the former solution where it has the right shape. The
+        optimum is the same.
+    batch_size : int, default=256
+        Number of samples that pass through the network at once. It changes results by
+        rounding errors only.
+    device : str or torch.device, default="auto"
+        ``"auto"`` is cuda, then mps, then cpu.
+    precision : {"auto", "float64", "float32", "bfloat16"}, default="auto"
+        Precision of the network and of the results. ``"auto"`` is float64 for rows of
+        float64 or integers, and float32 for anything else. ``"bfloat16"`` runs the frozen
+        layers below the gradient layers under autocast and the rest in float32. For rows of
+        numbers the gradient layers and the results are float64 in any case.
+    random_state : int, RandomState instance or None, default=None
+        Seeds the weights of ``backbone=None`` and of factories. Nothing else is random.
+    verbose : int, default=0
+        Whether to show progress bars.
+
+    Attributes
+    ----------
+    coef_ : ndarray of shape (n_outputs, n_features)
+        The weights ``W``, zeros if the model has none.
+    intercept_ : ndarray of shape (n_outputs,)
+        The intercept ``b``.
+    omega_ : ndarray of shape (n_outputs, n_features)
+        The weights ``ω̄`` of the regression on the activations.
+    gradient_coef_ : dict of str to ndarray
+        The displacements ``w₂`` by parameter, in its own shape and units.
+    gradient_layers_ : list of str
+        The parameters θ₂. A batch norm is folded into the layer before it: its bias then
+        stands for the bias of the two, its scale is part of the layer's weight.
+    sample_shape_ : tuple of int
+        The shape of one sample.
+    n_features_in_ : int
+        Length of the second axis of ``X``.
+    feature_names_in_ : ndarray of shape (`n_features_in_`,)
+        Names of the columns, where ``X`` has names that are all strings.
+    n_iter_ : int
+        Iterations of the last fit.
+    n_passes_ : int
+        Passes over the data that those took.
+    objective_path_ : ndarray of shape (`n_iter_` + 1,)
+        The objective at the start and after every iteration. It never increases.
+
+    References
+    ----------
+    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning,
+       ICLR 2020, arXiv:2004.05529.
+
+    Examples
+    --------
+    >>> from sklearn.compose import TransformedTargetRegressor
+    >>> from sklearn.datasets import load_diabetes
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from sklearn.preprocessing import StandardScaler
+    >>> from sklearn_gradfeat import GradientFeatureRegressor
+    >>> X, y = load_diabetes(return_X_y=True)
+    >>> model = GradientFeatureRegressor(alpha=1.0, gradient_alpha=0.1, random_state=0)
+    >>> model = TransformedTargetRegressor(model, transformer=StandardScaler())
+    >>> model = make_pipeline(StandardScaler(), model)
+    >>> round(model.fit(X, y).score(X, y), 1)
+    0.6
+    """
+
+    _parameter_constraints = {  # noqa: RUF012
+        **BaseGradientFeature._parameter_constraints,
+        "loss": [StrOptions({"squared_error", "huber"})],
+        "epsilon": [Interval(Real, 0, None, closed="neither")],
+    }
+
+    def __init__(
+        self,
+        backbone=None,
+        *,
+        gradient_layers="last",
+        activation_layer=None,
+        preprocess="auto",
+        features="full",
+        parametrization="ntk",
+        loss="squared_error",
+        epsilon=1.35,
+        alpha=1e-4,
+        gradient_alpha=None,
+        fit_intercept=True,
+        max_iter=100,
+        tol=1e-4,
+        warm_start=False,
+        batch_size=256,
+        device="auto",
+        precision="auto",
+        random_state=None,
+        verbose=0,
+    ):
+        self.backbone = backbone
+        self.gradient_layers = gradient_layers
+        self.activation_layer = activation_layer
+        self.preprocess = preprocess
+        self.features = features
+        self.parametrization = parametrization
+        self.loss = loss
+        self.epsilon = epsilon
+        self.alpha = alpha
+        self.gradient_alpha = gradient_alpha
+        self.fit_intercept = fit_intercept
+        self.max_iter = max_iter
+        self.tol = tol
+        self.warm_start = warm_start
+        self.batch_size = batch_size
+        self.device = device
+        self.precision = precision
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @with_callbacks
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y, sample_weight=None):
+        """Fit the linear model.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, ...)
+            Rows, images, or whatever the backbone takes.
+        y : array-like of shape (n_samples,) or (n_samples, n_outputs)
+            Real targets.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Non-negative weights of the samples.
+
+        Returns
+        -------
+        self : GradientFeatureRegressor
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            If a parameter, ``X`` or ``y`` cannot be used; the message names it.
+        """
+        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
+            X, y = validate_samples(self, X, y)
+            y = numeric(y)
+            weights = sample_weights(y, sample_weight)
+            metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
+            callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
+            targets = y.reshape(len(y), -1)
+            # With an intercept that changes nothing but the start, which tol refers to.
+            offset = centre(targets, weights) if self.fit_intercept else np.zeros(targets.shape[1])
+            epsilon = self.epsilon if self.loss == "huber" else None
+            fitted = self._train(
+                X,
+                lambda device: regression_loss(targets - offset, weights, epsilon, device),
+                callbacks,
+                {"_single_output": y.ndim == 1},
+                offset,
+            )
+        self.__dict__.update(fitted)
+        callbacks.end()
+        return self
+
+    def predict(self, X):
+        """Return the predictions.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, ...)
+            Samples of the shape that the estimator was fitted on.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,) or (n_samples, n_outputs)
+            As many axes as the ``y`` of the fit.
+        """
+        predictions = self._logits(X)
+        return predictions[:, 0] if self._single_output else predictions
+
+    def _output(self):
+        return nn.Flatten(0) if self._single_output else nn.Identity()
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags

@@ -1,0 +1,133 @@
+"""The inverse Hessian of a :class:`TangentObjective` by way of its samples.
+
+With few samples, the linear map ``A`` to the logits has fewer rows than columns. Woodbury's
+identity then gives the inverse of ``Aᵀ S A + D``, for the curvatures ``S`` of the loss and the
+penalties ``D``, from the Gram matrix ``A D⁻¹ Aᵀ``. For linear layers that see one row of each
+sample, that matrix is a product of two small ones, so no gradient feature is formed here either.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sklearn_gradfeat._attention import differentiable_attention
+from sklearn_gradfeat.tangent._head import LinearizedHead
+from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
+from sklearn_gradfeat.tangent._patches import LayerCall, LayerRecorder
+from sklearn_gradfeat.tangent._products import Tensors
+
+# A Gram matrix of this size is 128 MiB, and factored in seconds.
+_MAX_ROWS = 4096
+# A block without a penalty gets this share of its curvature as one. More would make the inverse
+# less exact there, less would cost digits everywhere.
+_FLOOR = 1e-8
+
+
+class SampleInverse:
+    """Inverse Hessian, exact where the loss has no curvature between outputs.
+
+    Parameters
+    ----------
+    objective : TangentObjective
+        The objective, in float64.
+    gram : tensor of shape (n_samples * n_outputs, n_samples * n_outputs)
+        ``Ω J Jᵀ Ωᵀ`` as :func:`tangent_gram` gives it.
+    logits : tensor of shape (n_samples, n_outputs)
+        Where the curvature of the loss is taken.
+    """
+
+    def __init__(self, objective: TangentObjective, gram: Tensor, logits: Tensor) -> None:
+        weights, n_outputs = objective.loss.weights, objective.loss.n_outputs
+        rows = objective.features
+        inner = gram.new_zeros(2 * weights.shape) if rows is None else rows @ rows.T
+        of_sample = gram.diagonal().view(-1, n_outputs).sum(1)
+        levels = (
+            _level(objective.alpha, weights @ inner.diagonal()),
+            _FLOOR,
+            _level(float(objective.penalty[-1]), weights @ of_sample),
+        )
+        shared = inner / levels[0] + (1 / levels[1] if objective.fit_intercept else 0.0)
+        self.objective = objective
+        self.root = objective.loss.curvatures(logits).sqrt()
+        scale = self.root.reshape(-1)
+        system = gram / levels[2] + torch.kron(shared, torch.eye(n_outputs).to(shared))
+        system *= scale[:, None] * scale
+        system.diagonal().add_(1.0)
+        self.factor = torch.linalg.cholesky(system)
+        pairs = zip(objective.sizes, levels, strict=True)
+        self.penalty = torch.cat([objective.like.new_full((n,), level) for n, level in pairs])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the inverse to a flat vector."""
+        x = x / self.penalty
+        seen = (self.root * self.objective.forward(x)).reshape(-1, 1)
+        solved = torch.cholesky_solve(seen, self.factor).view_as(self.root)
+        return x - self.objective.adjoint(self.root * solved) / self.penalty
+
+
+def _level(penalty: float, curvature: Tensor) -> float:
+    """Return the penalty of a block, or a small one where there is none."""
+    return max(penalty, _FLOOR * float(curvature)) or 1.0
+
+
+def tangent_gram(tangent: TangentTerm, n_samples: int) -> Tensor | None:
+    """Return ``Ω J Jᵀ Ωᵀ``, over pairs of sample and output, where it is cheap.
+
+    None for many samples, below float64, and for parameters of anything but linear layers
+    that see one row of each sample.
+    """
+    omega = tangent.omega
+    if n_samples * len(omega) > _MAX_ROWS or omega.dtype != torch.float64:
+        return None
+    batches = []
+    for rows, boundary in tangent.batches():
+        layers = _layer_rows(tangent.head, omega, boundary, rows.stop - rows.start)
+        if layers is None:
+            return None
+        batches.append(layers)
+    gram = omega.new_zeros(())
+    pairs = torch.ones_like(omega @ omega.T)
+    for layer in zip(*batches, strict=True):
+        inputs, gradients = (torch.cat(parts) for parts in zip(*layer, strict=True))
+        gradients = gradients.flatten(0, 1)
+        gram = gram + torch.kron(inputs @ inputs.T, pairs) * (gradients @ gradients.T)
+    return gram
+
+
+def _layer_rows(
+    head: LinearizedHead, omega: Tensor, boundary: Tensors, n_samples: int
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Return what meets the weight and the bias of every layer, and what leaves it.
+
+    Scaled inputs of shape (n_samples, n_inputs) and gradients of the logits in the output,
+    (n_samples, n_outputs, width); None where those are not all that there is.
+    """
+    leaves = tuple(value.detach().requires_grad_() for value in head.values)
+    with differentiable_attention(), torch.enable_grad(), LayerRecorder(leaves) as recorder:
+        activation = head.head(leaves, boundary)
+    calls = recorder.calls
+    if not _all_linear(calls, len(leaves), n_samples):
+        return None
+    outputs = [call.output for call in calls]
+    gradients = [
+        torch.autograd.grad(
+            activation, outputs, row.expand_as(activation),
+            retain_graph=True, materialize_grads=True,
+        )
+        for row in omega
+    ]  # fmt: skip
+    inputs = [call.inputs * head.scales[call.weight] for call in calls]
+    for i, call in enumerate(calls):
+        if call.bias is not None:
+            constant = torch.full_like(inputs[i][:, :1], head.scales[call.bias])
+            inputs[i] = torch.cat([inputs[i], constant], 1)
+    return [(a, torch.stack(g, 1)) for a, *g in zip(inputs, *gradients, strict=True)]
+
+
+def _all_linear(calls: list[LayerCall], n_parameters: int, n_samples: int) -> bool:
+    """Whether every parameter belongs to a linear layer that sees each sample once."""
+    covered = [call.weight for call in calls] + [c.bias for c in calls if c.bias is not None]
+    return sorted(covered) == list(range(n_parameters)) and all(
+        call.kind == "linear" and call.inputs.shape[:-1] == (n_samples,) for call in calls
+    )
