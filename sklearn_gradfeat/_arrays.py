@@ -14,6 +14,9 @@ from torch import Tensor
 
 Preprocess: TypeAlias = Callable[[Tensor], Tensor]
 
+# Matrix products round the rows of a smaller batch in another way.
+MIN_ROWS = 16
+
 _PRECISIONS = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -135,12 +138,19 @@ class Samples:
 
     def batch(self, rows: slice) -> Tensor:
         """Return the rows as one tensor of the network's dtype on its device."""
+        return self.prepare(self.read(rows))
+
+    def read(self, rows: slice) -> Tensor:
+        """Return the rows as they are, in host memory."""
         part = self.X[rows]
         if is_lazy(self.X):
             part = np.asarray(part)
             if part.dtype.kind == "f" and not np.isfinite(part).all():
                 raise ValueError("Input X contains NaN or infinity.")
-        raw = to_tensor(part)
+        return to_tensor(part)
+
+    def prepare(self, raw: Tensor) -> Tensor:
+        """Bring what was read to the device, through ``preprocess``."""
         if self.device.type == "mps" and raw.dtype == torch.float64:
             raw = raw.float()  # the device has no float64
         raw = raw.to(self.device)

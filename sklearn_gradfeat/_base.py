@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -37,6 +38,7 @@ from sklearn_gradfeat.backbones import (
     resolve_backbone,
     seeded,
 )
+from sklearn_gradfeat.features import Store, disk_store, memory_store
 from sklearn_gradfeat.solvers import Solution
 
 
@@ -57,6 +59,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         "tol": [Interval(Real, 0, None, closed="left")],
         "warm_start": ["boolean"],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "feature_store": [None, str, os.PathLike],
         "device": [str, torch.device],
         "precision": [StrOptions({"auto", "float64", "float32", "bfloat16"})],
         "random_state": ["random_state"],
@@ -99,8 +102,18 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         preprocess = resolved.preprocess if self.preprocess == "auto" else self.preprocess
         with seeded(seed):
             example = Samples(X, preprocess, trunk_dtype, device, indices).batch(slice(0, 2))
-            backbone = freeze(resolved.module, example, trunk_dtype, self.activation_layer)
+            factory = self.backbone if callable(self.backbone) else None
+            backbone = freeze(resolved.module, example, trunk_dtype, self.activation_layer, factory)
         return Extractor(backbone, preprocess, dtype, self.precision == "bfloat16", indices)
+
+    def _store(self) -> Store | None:
+        """Return where features are kept, None where that costs more than it saves."""
+        if self.feature_store is None:
+            return None
+        if self.feature_store != "auto":
+            return disk_store(self.feature_store)
+        # The trunk of the random network takes less time per row than the look-up of a row.
+        return None if self.backbone is None else memory_store()
 
     def _settings(self) -> Settings:
         """Return the parameters that training depends on."""
@@ -127,7 +140,9 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         gradient = self.features != "activation"
         names = extractor.backbone.choose(self.gradient_layers) if gradient else []
         network = extractor.network(names)
-        features = extractor.features(X, network, self.batch_size, bool(self.verbose), gradient)
+        features = extractor.features(
+            X, network, self.batch_size, bool(self.verbose), gradient, self._store()
+        )
         settings = self._settings()
         loss_on = loss(accumulation_device(features.activation.device))
         warm = self._warm_model(features.activation, network, loss_on.n_outputs)
@@ -178,7 +193,9 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
             device = resolve_device("auto")
         extractor = self._extractor.on(device)
         model = Model.of(self, device, extractor.dtype)
-        return predict_logits(extractor, model, X, self.batch_size, bool(self.verbose))
+        return predict_logits(
+            extractor, model, X, self.batch_size, bool(self.verbose), self._store()
+        )
 
 
 def _fitted(model: Model) -> dict[str, Any]:
