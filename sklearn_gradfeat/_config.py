@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ def set_config(*, store_bytes: int | Literal["auto"] | None = None) -> None:
     store_bytes : int, "auto" or None, default=None
         The most that the feature store in memory holds, and that a new store on disk may
         grow to; 0 stores nothing. ``"auto"`` is a quarter of the memory of the machine, or
-        of the container. None leaves the setting as it is.
+        of the container; for the memory of a worker process, such as joblib's, an equal
+        share of that for each CPU. None leaves the setting as it is.
 
     Raises
     ------
@@ -94,9 +96,17 @@ def on_change(listener: Callable[[], None]) -> None:
 
 
 def store_bytes() -> int:
-    """Return the bound of a feature store."""
+    """Return the bound of a store on disk."""
     size = get_config()["store_bytes"]
     return _memory() // 4 if size == "auto" else int(size)
+
+
+def memory_store_bytes() -> int:
+    """Return the bound of the store in memory."""
+    alone = multiprocessing.parent_process() is None
+    if alone or get_config()["store_bytes"] != "auto":
+        return store_bytes()
+    return store_bytes() // (os.cpu_count() or 1)
 
 
 def _memory() -> int:

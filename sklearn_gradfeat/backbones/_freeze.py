@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import threading
 import uuid
@@ -19,6 +20,8 @@ from sklearn_gradfeat.backbones._network import FrozenBackbone
 
 _CACHE: weakref.WeakKeyDictionary[Any, dict[Any, FrozenBackbone]]
 _CACHE = weakref.WeakKeyDictionary()
+# Every task of a worker process brings a copy of the module that ends with the task.
+_WORKER = type("Worker", (), {})()
 _LOCK = threading.RLock()
 _HASHED_APART = {"training", "_parameters", "_buffers", "_modules"}
 
@@ -32,16 +35,15 @@ def freeze(
 ) -> FrozenBackbone:
     """Return the frozen copy of a module; clones and folds share one.
 
-    So do equal modules of one factory. A module that was changed since, in place or not, gets
+    So do equal modules of one factory, and those of one worker process. A module that was changed since, in place or not, gets
     a new copy; so does one whose parameters are yet to be drawn.
     """
-    owner = module if factory is None or not _can_own(factory) else factory
     if has_lazy_parameters(module):
         return FrozenBackbone(module, example, dtype, activation_layer)
     kind = (tuple(example.shape[1:]), example.dtype, dtype, example.device, activation_layer)
     with _LOCK:
         stamp = module_digest(module)
-        known = _CACHE.setdefault(owner, {})
+        known = _CACHE.setdefault(_owner(module, factory), {})
         for key in [key for key in known if key[-1] != stamp]:
             del known[key]
         if (*kind, stamp) not in known:
@@ -49,12 +51,14 @@ def freeze(
         return known[*kind, stamp]
 
 
-def _can_own(factory: Callable[[], nn.Module]) -> bool:
-    """Whether a factory can be a key as long as it lives."""
+def _owner(module: nn.Module, factory: Callable[[], nn.Module] | None) -> object:
+    """Return what the frozen copy lives with."""
+    if multiprocessing.parent_process() is not None:
+        return _WORKER
     try:
-        return factory in weakref.WeakSet([factory])
-    except TypeError:
-        return False
+        return module if factory is None else next(iter(weakref.WeakSet([factory])))
+    except TypeError:  # the factory has no hash or no weak references
+        return module
 
 
 def module_digest(module: nn.Module) -> str:

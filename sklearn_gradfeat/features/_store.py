@@ -107,7 +107,7 @@ class MemoryStore:
         """Keep a chunk if there is room, without giving up those in use; return it as kept."""
         size = sum(z.nbytes for z in chunk.tensors) + _ENTRY * len(names)
         with self._locked():
-            if self._make_room(_config.store_bytes() - size, used):
+            if self._make_room(_config.memory_store_bytes() - size, used):
                 self._entries[chunk] = (key.digest, names, size)
                 self._places[key.digest] |= {n: Place(chunk, i) for i, n in enumerate(names)}
                 self.nbytes += size
@@ -124,7 +124,7 @@ class MemoryStore:
     def trim(self) -> None:
         """Give up what is above the bound."""
         with self._locked():
-            self._make_room(_config.store_bytes(), ())
+            self._make_room(_config.memory_store_bytes(), ())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -154,7 +154,7 @@ class MemoryStore:
         self.nbytes -= size
         places = self._places[key]
         for name in names:
-            if places[name].chunk is chunk:
+            if name in places and places[name].chunk is chunk:  # and not computed a second time
                 del places[name]
         if not places:
             del self._places[key]
