@@ -1,6 +1,7 @@
 """Gradients as features, as scikit-learn estimators."""
 
 from sklearn_gradfeat._classifier import GradientFeatureClassifier
+from sklearn_gradfeat._config import config_context, get_config, set_config
 from sklearn_gradfeat._image_files import ImageFiles
 from sklearn_gradfeat._loading import load
 from sklearn_gradfeat._regressor import GradientFeatureRegressor
@@ -19,6 +20,9 @@ __all__ = [
     "LayerContributionDisplay",
     "ObjectiveDisplay",
     "SaliencyDisplay",
+    "config_context",
+    "get_config",
     "load",
+    "set_config",
 ]
 __version__ = "0.1.0"

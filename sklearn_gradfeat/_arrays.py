@@ -15,6 +15,9 @@ from torch.utils.data import Dataset
 
 Preprocess: TypeAlias = Callable[[Tensor], Tensor]
 
+# Matrix products round the rows of a smaller batch in another way.
+MIN_ROWS = 16
+
 _PRECISIONS = {
     "float64": torch.float64,
     "float32": torch.float32,

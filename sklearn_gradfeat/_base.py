@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -40,6 +41,7 @@ from sklearn_gradfeat.backbones import (
     resolve_backbone,
     seeded,
 )
+from sklearn_gradfeat.features import Store, disk_store, memory_store
 from sklearn_gradfeat.solvers import Solution
 
 
@@ -60,6 +62,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         "tol": [Interval(Real, 0, None, closed="left")],
         "warm_start": ["boolean"],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "feature_store": [None, str, os.PathLike],
         "device": [str, torch.device],
         "precision": [StrOptions({"auto", "float64", "float32", "bfloat16"})],
         "random_state": ["random_state"],
@@ -110,8 +113,18 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         preprocess = resolved.preprocess if self.preprocess == "auto" else self.preprocess
         with seeded(seed):
             example = Samples(X, preprocess, trunk_dtype, device, indices).batch(slice(0, 2))
-            backbone = freeze(resolved.module, example, trunk_dtype, self.activation_layer)
+            factory = self.backbone if callable(self.backbone) else None
+            backbone = freeze(resolved.module, example, trunk_dtype, self.activation_layer, factory)
         return Extractor(backbone, preprocess, dtype, self.precision == "bfloat16", indices)
+
+    def _store(self) -> Store | None:
+        """Return where features are kept, None where that costs more than it saves."""
+        if self.feature_store is None:
+            return None
+        if self.feature_store != "auto":
+            return disk_store(self.feature_store)
+        # The trunk of the random network takes less time per row than the look-up of a row.
+        return None if self.backbone is None else memory_store()
 
     def _settings(self) -> Settings:
         """Return the parameters that training depends on."""
@@ -142,7 +155,9 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         gradient = self.features != "activation"
         names = extractor.backbone.choose(self.gradient_layers) if gradient else []
         network = extractor.network(names)
-        features = extractor.features(X, network, self.batch_size, bool(self.verbose), gradient)
+        features = extractor.features(
+            X, network, self.batch_size, bool(self.verbose), gradient, self._store()
+        )
         settings = self._settings()
         loss_on = loss(accumulation_device(features.activation.device))
         offset = np.zeros(loss_on.n_outputs) if centre is None else centre
@@ -191,7 +206,9 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         """Return the logits, of shape (n_samples, n_outputs)."""
         X = validate_new_samples(self, X)
         extractor, model = self._extractor_and_model()
-        return predict_logits(extractor, model, X, self.batch_size, bool(self.verbose))
+        return predict_logits(
+            extractor, model, X, self.batch_size, bool(self.verbose), self._store()
+        )
 
     @torch.inference_mode(False)
     def _extractor_and_model(self) -> tuple[Extractor, Model]:

@@ -82,6 +82,13 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
     batch_size : int, default=256
         Number of samples that pass through the network at once. It changes results by
         rounding errors only.
+    feature_store : "auto", path or None, default="auto"
+        Where the output of the frozen layers is kept, so that it is computed once per sample
+        for all clones, folds, candidates, fits and predictions: in the memory of the process,
+        as long as the network lives; or in a directory, shared by processes, now and later,
+        which needs the ``disk`` extra. ``"auto"`` is memory, but nothing for
+        ``backbone=None``, whose layers take less time than a look-up. None computes anew.
+        :func:`set_config` bounds it.
     device : str or torch.device, default="auto"
         ``"auto"`` is cuda, then mps, then cpu.
     precision : {"auto", "float64", "float32", "bfloat16"}, default="auto"
@@ -162,6 +169,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         tol=1e-4,
         warm_start=False,
         batch_size=256,
+        feature_store="auto",
         device="auto",
         precision="auto",
         random_state=None,
@@ -181,6 +189,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         self.tol = tol
         self.warm_start = warm_start
         self.batch_size = batch_size
+        self.feature_store = feature_store
         self.device = device
         self.precision = precision
         self.random_state = random_state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_gradfeat._arrays import Preprocess, Samples
+from sklearn_gradfeat._digest import UndigestibleError, digest
 from sklearn_gradfeat.backbones import FrozenBackbone, Network, apart, sharing
-from sklearn_gradfeat.features import Features, compute_features, trunk_batches
+from sklearn_gradfeat.features import FeatureKey, Features, Store, Trunk, compute_features
+
+# Switches of torch that trade digits of float32 for speed.
+_ROUNDING = operator.attrgetter(
+    "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision",
+    "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,36 +67,61 @@ class Extractor:
         network = self.backbone.to(device, self.dtype).network(names)
         if network.trunk is None:
             return network
-        return replace(network, trunk=self.backbone.network(names).trunk)
+        below = self.backbone.network(names)
+        return replace(network, trunk=below.trunk, cut=below.cut)
 
     def batches(
-        self, X: Any, network: Network, batch_size: int, verbose: bool
+        self,
+        X: Any,
+        network: Network,
+        batch_size: int,
+        verbose: bool,
+        store: Store | None = None,
     ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         """Iterate over (rows, boundary tensors) of ``X``."""
-        return trunk_batches(
-            self._samples(X, network),
-            network.trunk,
-            batch_size,
-            dtype=self.dtype,
-            half=self.half,
-            verbose=verbose,
-        )
+        trunk = self._trunk(X, network, store)
+        for batch in trunk.batches(batch_size, verbose=verbose, keep=False):
+            yield batch.rows, batch.boundary
 
     def features(
-        self, X: Any, network: Network, batch_size: int, verbose: bool, keep: bool
+        self,
+        X: Any,
+        network: Network,
+        batch_size: int,
+        verbose: bool,
+        keep: bool,
+        store: Store | None = None,
     ) -> Features:
-        """Pass all samples through the network once."""
+        """Pass the samples through the network that are not in the store yet."""
 
         def activation(boundary: tuple[Tensor, ...]) -> Tensor:
             with torch.no_grad():
                 return network.head(tuple(network.parameters.values()), boundary)
 
-        batches = self.batches(X, network, batch_size, verbose)
-        inputs = None if network.trunk else self._samples(X, network)
+        trunk = self._trunk(X, network, store)
+        inputs = None if network.trunk else trunk.samples
+        batches = trunk.batches(batch_size, verbose=verbose, keep=keep and inputs is None)
         return compute_features(X.shape[0], batches, activation, batch_size, inputs, keep)
 
-    def _samples(self, X: Any, network: Network) -> Samples:
-        """Return ``X`` as batches for the trunk, or for the head where that is all there is."""
-        dtype = self.backbone.dtype if network.trunk else self.dtype
+    def _trunk(self, X: Any, network: Network, store: Store | None) -> Trunk:
+        """Return what takes ``X`` to the head; all there is to do may be to read it."""
         device = self.backbone.example.device
-        return Samples(X, self.preprocess, dtype, device, self.takes_indices)
+        if network.trunk is None:
+            samples = Samples(X, self.preprocess, self.dtype, device, self.takes_indices)
+            return Trunk(samples, lambda x: (x,), self.dtype, self.half)
+        samples = Samples(X, self.preprocess, self.backbone.dtype, device, self.takes_indices)
+        key = None if store is None else self._key(network)
+        return Trunk(samples, network.trunk, self.dtype, self.half, store, key)
+
+    def _key(self, network: Network) -> FeatureKey | None:
+        """Return what the boundary depends on besides the sample, None if that is unknown."""
+        backbone = self.backbone
+        precision = (backbone.dtype, self.dtype, self.half, self.takes_indices)
+        kernels = (backbone.example.device.type, _ROUNDING(torch.backends))
+        try:
+            value = digest(
+                backbone.fingerprint.digest, network.cut, self.preprocess, precision, kernels
+            )
+        except UndigestibleError:
+            return None
+        return FeatureKey(value, backbone.fingerprint.portable, backbone)

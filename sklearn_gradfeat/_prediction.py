@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sklearn_gradfeat._arrays import MIN_ROWS
 from sklearn_gradfeat._extractor import Extractor
 from sklearn_gradfeat._model import Model, to_numpy
-from sklearn_gradfeat.features import NOT_FINITE
+from sklearn_gradfeat.features import NOT_FINITE, Store
 from sklearn_gradfeat.tangent import LinearizedHead
-
-# Matrix products round the rows of a smaller batch in another way.
-_MIN_ROWS = 16
 
 
 def predict_logits(
-    extractor: Extractor, model: Model, X: Any, batch_size: int, verbose: bool
+    extractor: Extractor,
+    model: Model,
+    X: Any,
+    batch_size: int,
+    verbose: bool,
+    store: Store | None = None,
 ) -> npt.NDArray[Any]:
     """Return the logits of every sample.
 
@@ -34,6 +37,8 @@ def predict_logits(
         Number of samples that pass through the network at once.
     verbose : bool
         Whether to show a progress bar.
+    store : Store or None, default=None
+        Where the boundary of samples seen before may be.
 
     Returns
     -------
@@ -46,14 +51,14 @@ def predict_logits(
     """
     n_samples = X.shape[0]
     rows_of_numbers = len(X.shape) == 2 and not extractor.takes_indices
-    if rows_of_numbers and n_samples < _MIN_ROWS:
-        X = X[np.arange(_MIN_ROWS) % n_samples]
+    if rows_of_numbers and n_samples < MIN_ROWS:
+        X = X[np.arange(MIN_ROWS) % n_samples]
     network = extractor.network(list(model.displacements))
     head = LinearizedHead(network.head, network.parameters, "standard")
     activation, gradient = bool(model.weights.any()), bool(model.displacements)
     u = head.flatten(tuple(model.displacements.values()))
     logits = np.empty((X.shape[0], len(model.intercept)), dtype=to_numpy(model.intercept).dtype)
-    for rows, boundary in extractor.batches(X, network, batch_size, verbose):
+    for rows, boundary in extractor.batches(X, network, batch_size, verbose, store):
         part = model.intercept
         if activation and gradient:
             features, tangent = head.activation_and_jvp(boundary, u)

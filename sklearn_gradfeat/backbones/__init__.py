@@ -1,6 +1,7 @@
 """What ``backbone=`` may be, turned into one frozen network."""
 
-from sklearn_gradfeat.backbones._network import FrozenBackbone, Network, freeze, on_host
+from sklearn_gradfeat.backbones._freeze import freeze
+from sklearn_gradfeat.backbones._network import FrozenBackbone, Network, on_host
 from sklearn_gradfeat.backbones._resolve import BackboneLike, Resolved, resolve_backbone, seeded
 from sklearn_gradfeat.backbones._stored import apart, sharing, stored_weights, with_weights
 

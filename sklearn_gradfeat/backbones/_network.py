@@ -5,15 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-import hashlib
-import pickle
 import threading
-import uuid
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -28,13 +23,20 @@ from sklearn_gradfeat.backbones._capture import (
     check_activation,
     run_once,
 )
-from sklearn_gradfeat.backbones._copy import frozen_copy, has_lazy_parameters, unwrapped
+from sklearn_gradfeat.backbones._copy import frozen_copy, unwrapped
 from sklearn_gradfeat.backbones._eager import EagerHead, module_blocks, parameter_names
+from sklearn_gradfeat.backbones._fingerprint import (
+    Fingerprint,
+    cut_places,
+    fingerprint,
+)
 from sklearn_gradfeat.backbones._fold import fold_batch_norms
 from sklearn_gradfeat.backbones._layers import choose_parameters
 from sklearn_gradfeat.backbones._partition import boundary, extract
 
 Module = TypeVar("Module", bound=nn.Module)
+
+_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,14 @@ class Network:
         None where the head is the whole network.
     parameters : dict of str to tensor
         The differentiated parameters at their pretrained values.
+    cut : tuple of int
+        Where in the graph the trunk ends.
     """
 
     trunk: Callable[[Tensor], tuple[Tensor, ...]] | None
     parameters: dict[str, Tensor]
     _head: Callable[..., tuple[Tensor, ...]]
+    cut: tuple[int, ...] = ()
 
     def head(self, parameters: tuple[Tensor, ...], boundary: tuple[Tensor, ...]) -> Tensor:
         """Return the activation, of shape (n_samples, n_features)."""
@@ -131,6 +136,11 @@ class FrozenBackbone:
             return refusal
         return captured
 
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells this network from others."""
+        return fingerprint(self.captured)
+
     def network(self, names: Sequence[str]) -> Network:
         """Return the network split below the parameters ``names``.
 
@@ -193,7 +203,7 @@ def _split_network(captured: Captured, names: tuple[str, ...]) -> Network:
     trunk = None if cut == [captured.input] else extract(captured, [captured.input], cut)
     head = extract(captured, cut, [captured.output], chosen)
     values = {name: captured.tensors[captured.parameters[name]] for name in names}
-    return Network(trunk, values, head)
+    return Network(trunk, values, head, cut_places(captured, cut))
 
 
 def _eager_network(module: ActivationModule, names: tuple[str, ...]) -> Network:
@@ -215,50 +225,3 @@ def on_host(module: Module) -> Module:
         if isinstance(tensor, nn.Parameter):
             copies[id(tensor)] = nn.Parameter(copies[id(tensor)], tensor.requires_grad)
     return copy.deepcopy(module, copies)
-
-
-_CACHE: weakref.WeakKeyDictionary[nn.Module, dict[Any, FrozenBackbone]]
-_CACHE = weakref.WeakKeyDictionary()
-_LOCK = threading.RLock()
-_HASHED_APART = {"training", "_parameters", "_buffers", "_modules"}
-
-
-def freeze(
-    module: nn.Module, example: Tensor, dtype: torch.dtype, activation_layer: str | None
-) -> FrozenBackbone:
-    """Return the frozen copy of a module; clones and folds share one.
-
-    A module that was changed since, in place or not, gets a new copy; so does one whose
-    parameters are yet to be drawn.
-    """
-    if has_lazy_parameters(module):
-        return FrozenBackbone(module, example, dtype, activation_layer)
-    kind = (tuple(example.shape[1:]), example.dtype, dtype, example.device, activation_layer)
-    with _LOCK:
-        stamp = digest(module)
-        known = _CACHE.setdefault(module, {})
-        for key in [key for key in known if key[-1] != stamp]:
-            del known[key]
-        if (*kind, stamp) not in known:
-            known[*kind, stamp] = FrozenBackbone(module, example, dtype, activation_layer)
-        return known[*kind, stamp]
-
-
-def digest(module: nn.Module) -> str:
-    """Return a hash of everything that the function of a module depends on.
-
-    Parameters, buffers, and the attributes of every submodule, hooks among them; not the
-    mode. A module with an attribute that cannot be pickled never has the same hash twice.
-    """
-    state = hashlib.blake2b(digest_size=16)
-    for name, layer in module.named_modules():
-        held = sorted((k, v) for k, v in vars(layer).items() if k not in _HASHED_APART)
-        try:
-            state.update(pickle.dumps((name, id(type(layer)), held)))
-        except Exception:  # whatever an attribute's own pickling may raise
-            return uuid.uuid4().hex
-    for name, value in chain(module.named_parameters(), module.named_buffers()):
-        state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        state.update(flat.view(torch.uint8).numpy().data)
-    return state.hexdigest()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat._arrays import Samples, is_lazy, slices
-
-Tensors: TypeAlias = tuple[Tensor, ...]
+from sklearn_gradfeat._arrays import MIN_ROWS, Samples, is_lazy, slices
+from sklearn_gradfeat.features._chunks import Boundary, Chunk, Place, Tensors, held
+from sklearn_gradfeat.features._store import FeatureKey, Store, sample_names
 
 NOT_FINITE = (
     "The backbone returned NaN or infinity for some samples. Check its weights, the scale of X "
@@ -30,65 +30,134 @@ class Features:
     ----------
     activation : tensor of shape (n_samples, n_features)
         The activations, on the computing device.
-    boundary : tuple of tensors of shape (n_samples, ...) or Samples
-        The input of the head, in host memory; or the samples themselves where the head is
-        the whole network, so that there is nothing worth keeping.
+    boundary : Boundary or Samples
+        The input of the head, wherever it is held; or the samples themselves where the head
+        is the whole network, so that there is nothing worth keeping.
     batch_size : int
         Number of samples in a batch.
     """
 
     activation: Tensor
-    boundary: Tensors | Samples
+    boundary: Boundary | Samples
     batch_size: int
 
     def batches(self, stride: int = 1) -> Iterator[tuple[slice, Tensors]]:
         """Iterate over (rows, boundary tensors on the device) of every ``stride``-th sample."""
         spans = slices(len(self.activation), self.batch_size, stride)
         if isinstance(self.boundary, Samples):
-            yield from ((rows, (x,)) for rows, x in _batches(self.boundary, spans))
+            for rows, raw in _read_ahead(self.boundary, spans):
+                yield rows, (self.boundary.prepare(raw),)
             return
         for rows in spans:
-            yield rows, tuple(z[rows].to(self.activation.device) for z in self.boundary)
+            taken = self.boundary.take(rows)
+            yield rows, tuple(z.to(self.activation.device) for z in taken)
 
 
-def trunk_batches(
-    samples: Samples,
-    trunk: Callable[[Tensor], Tensors] | None,
-    batch_size: int,
-    *,
-    dtype: torch.dtype,
-    half: bool = False,
-    verbose: bool = False,
-) -> Iterator[tuple[slice, Tensors]]:
-    """Iterate over (rows, boundary tensors), computed by the trunk.
+class Batch(NamedTuple):
+    """Some samples: which, their boundary tensors on the device, and where those are kept."""
+
+    rows: slice
+    boundary: Tensors
+    places: Sequence[Place]
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The frozen part of a network, applied to the samples that are not in a store.
 
     Parameters
     ----------
     samples : Samples
         The input.
-    trunk : callable or None
-        Maps a batch to boundary tensors. None means that the head is the whole network.
-    batch_size : int
-        Number of samples in a batch.
+    function : callable
+        Maps a batch to boundary tensors.
     dtype : torch.dtype
         Floating dtype of the boundary tensors.
-    half : bool, default=False
-        Run the trunk under bfloat16 autocast.
-    verbose : bool, default=False
-        Show a progress bar.
+    half : bool
+        Run under bfloat16 autocast.
+    store : Store or None
+        Where to look first, and where to keep what had to be computed.
+    key : FeatureKey or None
+        What to look samples up by; None computes all of them.
     """
-    bar = tqdm(total=len(samples), desc="trunk", unit="sample", disable=not verbose)
-    with bar, torch.no_grad():
-        for rows, x in _batches(samples, slices(len(samples), batch_size)):
-            with _autocast(x.device, half):
-                boundary = (x,) if trunk is None else trunk(x)
-            yield rows, tuple(z.to(dtype) if z.is_floating_point() else z for z in boundary)
-            bar.update(len(x))
+
+    samples: Samples
+    function: Callable[[Tensor], Tensors]
+    dtype: torch.dtype
+    half: bool
+    store: Store | None = None
+    key: FeatureKey | None = None
+
+    def batches(self, batch_size: int, *, verbose: bool, keep: bool) -> Iterator[Batch]:
+        """Iterate over all samples.
+
+        Parameters
+        ----------
+        batch_size : int
+            Number of samples in a batch.
+        verbose : bool
+            Show a progress bar; it counts the samples that have to be computed.
+        keep : bool
+            Say where the boundary tensors are kept, all of which then stay there.
+        """
+        used: set[Chunk] = set()
+        bar = tqdm(total=len(self.samples), desc="trunk", unit="sample", disable=not verbose)
+        with bar, torch.no_grad():
+            for rows, raw in _read_ahead(self.samples, slices(len(self.samples), batch_size)):
+                boundary, places, n_computed = self._look_up(raw, used, keep)
+                if keep:
+                    used.update(place.chunk for place in places)
+                bar.total -= len(raw) - n_computed
+                bar.update(n_computed)
+                yield Batch(rows, boundary, places)
+            bar.refresh()
+
+    def _look_up(
+        self, raw: Tensor, used: set[Chunk], keep: bool
+    ) -> tuple[Tensors, Sequence[Place], int]:
+        """Return a batch, where it is kept, and how many of its samples were computed."""
+        if self.store is None or self.key is None:
+            boundary = self._compute(raw)
+            chunk = held(boundary) if keep else None
+            return boundary, [Place(chunk, i) for i in range(len(raw))] if chunk else [], len(raw)
+        key, names = self.key.of(raw), sample_names(raw)
+        found = self.store.find(key, names)
+        new: dict[bytes, int] = {}
+        if None in found:
+            with self.store.computing(key):
+                found = self.store.find(key, names)  # another may have been faster
+                new = {name: i for i, name in enumerate(names) if found[i] is None}
+                if new:
+                    boundary = self._compute_some(raw, list(new.values()))
+                    kept = self.store.add(key, list(new), held(boundary), used)
+        if len(new) == len(raw):
+            return boundary, [Place(kept, i) for i in range(len(raw))], len(raw)
+        made = {name: i for i, name in enumerate(new)}
+        places = [p or Place(kept, made[name]) for p, name in zip(found, names, strict=True)]
+        taken = Boundary(places).take(slice(None))
+        return tuple(z.to(self.samples.device) for z in taken), places, len(new)
+
+    def _compute_some(self, raw: Tensor, rows: list[int]) -> Tensors:
+        """Return the boundary of some samples of a batch."""
+        if len(rows) == len(raw):
+            return self._compute(raw)
+        few = raw.ndim == 2 and not self.samples.indices and len(rows) < MIN_ROWS
+        repeated = [rows[i % len(rows)] for i in range(MIN_ROWS)] if few else rows
+        return tuple(z[: len(rows)] for z in self._compute(raw[repeated]))
+
+    def _compute(self, raw: Tensor) -> Tensors:
+        """Return the boundary of samples as they were read."""
+        x = self.samples.prepare(raw)
+        with _autocast(x.device, self.half):
+            boundary = self.function(x)
+        if self.samples.preprocess is not None:  # which may return the same memory every time
+            boundary = tuple(z.clone() if _overlap(z, x) else z for z in boundary)
+        return tuple(z.to(self.dtype) if z.is_floating_point() else z for z in boundary)
 
 
 def compute_features(
     n_samples: int,
-    batches: Iterable[tuple[slice, Tensors]],
+    batches: Iterable[Batch],
     activation: Callable[[Tensors], Tensor],
     batch_size: int,
     inputs: Samples | None,
@@ -100,8 +169,8 @@ def compute_features(
     ----------
     n_samples : int
         Number of samples.
-    batches : iterable of (slice, tuple of tensors)
-        The boundary tensors of every sample, batch by batch.
+    batches : iterable of Batch
+        All of them, batch by batch.
     activation : callable
         Maps boundary tensors to activations of shape (n_samples, n_features).
     batch_size : int
@@ -115,27 +184,25 @@ def compute_features(
     -------
     Features
     """
-    kept: Tensors = ()
+    places: list[Place] = []
     activations: Tensor | None = None
-    for rows, boundary in batches:
-        features = activation(boundary)
+    for batch in batches:
+        features = activation(batch.boundary)
         if activations is None:
             activations = features.new_empty((n_samples, *features.shape[1:]))
-            if inputs is None and keep_boundary:
-                kept = tuple(z.new_empty((n_samples, *z.shape[1:]), device="cpu") for z in boundary)
-        activations[rows] = features
-        for store, z in zip(kept, boundary, strict=False):
-            store[rows] = z
+        activations[batch.rows] = features
+        if keep_boundary:
+            places += batch.places
     assert activations is not None
     if not torch.isfinite(activations).all():
         raise ValueError(NOT_FINITE)
-    return Features(activations, inputs or kept, batch_size)
+    return Features(activations, inputs or Boundary(places), batch_size)
 
 
-def _batches(samples: Samples, spans: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:
+def _read_ahead(samples: Samples, spans: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:
     """Iterate over (rows, batch); of a lazy X the next batch is read while this one is used."""
     if not is_lazy(samples.X):
-        yield from ((rows, samples.batch(rows)) for rows in spans)
+        yield from ((rows, samples.read(rows)) for rows in spans)
         return
     todo = list(spans)
     thread, ahead = _read_in_thread(samples, todo[0])
@@ -144,7 +211,7 @@ def _batches(samples: Samples, spans: Iterator[slice]) -> Iterator[tuple[slice, 
             raw = ahead.result()
             if number < len(todo):
                 thread, ahead = _read_in_thread(samples, todo[number])
-            yield rows, samples.prepare(raw)
+            yield rows, raw
     finally:
         thread.shutdown()  # waits, so that no thread outlives a fit that fails
 
@@ -160,3 +227,8 @@ def _read_in_thread(samples: Samples, rows: slice) -> tuple[ThreadPoolExecutor, 
 def _autocast(device: torch.device, half: bool) -> AbstractContextManager[object]:
     """Return the autocast context of the trunk."""
     return torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are in the same memory."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
