@@ -194,7 +194,6 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         self.warm_start = warm_start
         self.batch_size = batch_size
         self.feature_store = feature_store
-        self.feature_store = feature_store
         self.device = device
         self.precision = precision
         self.random_state = random_state
