@@ -61,15 +61,15 @@ def _epoch(task, pixels, epoch, arguments):
     start = time.perf_counter()
     n_batches = max(1, len(pixels) // arguments.batch_size)
     batches = torch.randperm(len(pixels)).to(pixels.device)[: n_batches * arguments.batch_size]
-    totals = {}
+    values = {}
     bar = tqdm(batches.chunk(n_batches), f"epoch {epoch + 1}/{arguments.epochs}")
     for i, batch in enumerate(bar):
         _anneal(task.optimizers, (epoch + i / n_batches) / arguments.epochs)
         for name, value in task.step(pixels[batch]).items():
-            totals[name] = totals.get(name, 0) + value.detach()
+            values.setdefault(name, []).append(value.detach())
         if i % 50 == 0:
-            bar.set_postfix({name: f"{float(v) / (i + 1):.4g}" for name, v in totals.items()})
-    means = {name: float(value) / n_batches for name, value in totals.items()}
+            bar.set_postfix({name: f"{float(v[-1]):.4g}" for name, v in values.items()})
+    means = {name: float(torch.stack(v).mean()) for name, v in values.items()}
     return {"epoch": epoch + 1, **means, "seconds": round(time.perf_counter() - start, 1)}
 
 
