@@ -165,3 +165,13 @@ def test_convnet_averages_larger_images():
     assert sum(p.numel() for p in convnet.parameters()) == 2_788_672
     assert convnet(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
     assert convnet(torch.zeros(2, 3, 64, 48)).shape == (2, 512)
+
+
+def test_probe_scores_an_exported_encoder(train, scripts, data, capsys, tmp_path):
+    file = tmp_path / "encoder.safetensors"
+    train("rotation", tmp_path / "run", "--export", file)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).symlink_to(data / "train")
+    scripts("probe").main([str(file), "--data", str(tmp_path / "data")])
+    assert capsys.readouterr().out.endswith("linear probe: 1.0000\n")
