@@ -5,6 +5,7 @@ from sklearn_gradfeat._config import config_context, get_config, set_config
 from sklearn_gradfeat._image_files import ImageFiles
 from sklearn_gradfeat._loading import load
 from sklearn_gradfeat._regressor import GradientFeatureRegressor
+from sklearn_gradfeat._text import MaskedMean, TextTokenizer
 from sklearn_gradfeat.displays import (
     FeatureComparisonDisplay,
     LayerContributionDisplay,
@@ -18,8 +19,10 @@ __all__ = [
     "GradientFeatureRegressor",
     "ImageFiles",
     "LayerContributionDisplay",
+    "MaskedMean",
     "ObjectiveDisplay",
     "SaliencyDisplay",
+    "TextTokenizer",
     "config_context",
     "get_config",
     "load",

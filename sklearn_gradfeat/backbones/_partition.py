@@ -1,8 +1,8 @@
 """A graph cut in two: the trunk, run once per sample, and the head, run in every pass.
 
 The head is whatever depends on a differentiated parameter. Between the two there is room:
-operators that are cheap, since they multiply with no weight, may run on either side, so the
-cut is placed where it stores the fewest bytes per sample: a minimum cut of the graph [1]_.
+operators that are cheap, since they multiply with no weight, may run on either side or on both,
+so the cut is placed where it stores the fewest bytes per sample: a minimum cut of the graph [1]_.
 Among cuts of equal size the one closest to the head is taken, which leaves the least to be
 computed again.
 
@@ -87,7 +87,7 @@ def _edges(
     """Return the capacities of the flow problem.
 
     Node i is split into an entry 2 i and an exit 2 i + 1, joined by an edge as wide as
-    its value. An entry on the trunk's side pulls everything above it there.
+    its value. What is on the head's side needs nothing but what is there too: stored or computed.
     """
     index = {node: i for i, node in enumerate(between)}
     source, sink = 2 * len(between), 2 * len(between) + 1
@@ -100,7 +100,6 @@ def _edges(
         for above in node.all_input_nodes:
             if above in index:
                 edges[2 * index[above] + 1, 2 * i] = _INFINITE
-                edges[2 * i, 2 * index[above]] = _INFINITE
         if not head.isdisjoint(node.users):
             edges[2 * i + 1, sink] = _INFINITE
     return edges
