@@ -29,7 +29,9 @@ class Counting:
 @pytest.mark.parametrize("features", ["activation", "gradient", "full"])
 def test_the_trunk_sees_every_sample_once(features):
     Counting.seen = 0
-    model = estimator(features=features, preprocess=Counting(), batch_size=7).fit(X, Y)
+    model = estimator(
+        features=features, preprocess=Counting(), batch_size=7, feature_store=None
+    ).fit(X, Y)
     assert Counting.seen == len(X) + 2  # two samples show the shape of a batch
     assert features == "activation" or model.n_passes_ > 2
     Counting.seen = 0
