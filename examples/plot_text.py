@@ -88,7 +88,7 @@ network = MaskedMean(AutoModel.from_pretrained(path, local_files_only=True))
 
 
 def gradfeat(features, grid):
-    classifier = GradientFeatureClassifier(network, features=features, tol=1e-2)
+    classifier = GradientFeatureClassifier(network, features=features)
     steps = [("tokens", TextTokenizer(path, max_length=24)), ("model", classifier)]
     return Pipeline(steps), {f"model__{name}": values for name, values in grid.items()}
 

@@ -20,7 +20,7 @@ from tests.encoder import LABELS, NET, TEXTS, check_split, letters, masked_mean
 
 
 def pipeline(net=NET, max_length=8, **parameters):
-    classifier = GradientFeatureClassifier(net, **{"alpha": 1e-2, "tol": 1e-2, **parameters})
+    classifier = GradientFeatureClassifier(net, **{"alpha": 1e-2, **parameters})
     return Pipeline([("tokens", TextTokenizer(letters, max_length)), ("model", classifier)])
 
 
@@ -158,7 +158,7 @@ def test_pipeline(fitted):
 
 
 def test_padding_does_not_change_the_model():
-    settings = {"precision": "float64", "tol": 1e-8}
+    settings = {"precision": "float64", "tol": 1e-12}
     short, long = (pipeline(max_length=n, **settings).fit(TEXTS, LABELS) for n in (8, 13))
     np.testing.assert_allclose(
         short.predict_proba(TEXTS), long.predict_proba(TEXTS), rtol=1e-5, atol=1e-8
