@@ -19,7 +19,7 @@ from torchvision.transforms import v2 as transforms
 
 from sklearn_gradfeat import ImageFiles, _image_files
 from sklearn_gradfeat._arrays import Samples, is_lazy
-from sklearn_gradfeat.features import trunk_batches
+from sklearn_gradfeat.features import Trunk
 from tests.tiny import estimator
 
 RNG = np.random.default_rng(0)
@@ -570,13 +570,14 @@ def test_no_thread_outlives_a_failing_network(folder):
 
 def batches_of(X, batch_size):
     samples = Samples(X, None, torch.float32, torch.device("cpu"))
-    return trunk_batches(samples, None, batch_size, dtype=torch.float32)
+    trunk = Trunk(samples, lambda x: (x,), torch.float32, half=False)
+    return trunk.batches(batch_size, verbose=False, keep=False)
 
 
 def test_one_batch_is_decoded_ahead(folder, decoded):
     X, _ = tiny_images(folder)
     ready = []
-    for rows, _ in batches_of(X, 3):
+    for rows, *_ in batches_of(X, 3):
         deadline = time.monotonic() + 10
         while len(decoded) < min(rows.stop + 3, 12) and time.monotonic() < deadline:
             time.sleep(0.001)
