@@ -1,0 +1,248 @@
+"""Fitted models as torch modules: eager, through torch.export, and in ONNX Runtime."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import NotFittedError
+from torch import nn
+
+from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.backbones import FrozenBackbone
+from sklearn_gradfeat.tangent import LinearizedHead, linearized_graph
+from tests.networks import NETWORKS, build
+from tests.test_architectures import LAST
+from tests.test_architectures import build as build_architecture
+from tests.tiny import NET, X, Y, estimator
+
+IMAGES = np.random.default_rng(0).normal(size=(12, 2, 5, 5)).astype(np.float32)
+BATCH = torch.export.Dim("batch")
+
+
+def proba(module, samples):
+    with torch.no_grad():
+        return module(torch.from_numpy(samples)).numpy()
+
+
+def exported(module, samples):
+    return torch.export.export(
+        module, (torch.from_numpy(samples[:3]),), dynamic_shapes=({0: BATCH},)
+    )
+
+
+def in_onnx_runtime(module, samples, path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        program = torch.onnx.export(
+            module, (torch.from_numpy(samples[:3]),), dynamo=True, dynamic_shapes=({0: BATCH},),
+            verbose=False,
+        )  # fmt: skip
+    program.save(path)
+    session = onnxruntime.InferenceSession(path)
+    (entry,) = session.get_inputs()
+    return lambda batch: session.run(None, {entry.name: batch})[0]
+
+
+# --- the derivative as a graph ---------------------------------------------------------------
+
+
+def check_graph(module, x, names, sizes=(1, 2, 5), **tolerance):
+    """Compare a linearised graph with forward mode, for batches of several sizes."""
+    backbone = FrozenBackbone(module.eval(), x[:2], x.dtype, None)
+    network = backbone.network(names or backbone.choose("all"))
+    values = tuple(network.parameters.values())
+    generator = torch.Generator().manual_seed(0)
+    tangents = tuple(torch.randn(v.shape, generator=generator, dtype=v.dtype) for v in values)
+    head = LinearizedHead(network.head, network.parameters, "standard")
+
+    def boundary(batch):
+        return (batch,) if network.trunk is None else network.trunk(batch)
+
+    graph = linearized_graph(network.graph, values, tangents, boundary(x[:2]))
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} | tolerance
+    for n in sizes:
+        z = boundary(x[:n])
+        expected = head.activation_and_jvp(z, head.flatten(tangents))
+        for found, wanted in zip(graph(*z), expected, strict=True):
+            torch.testing.assert_close(found, wanted, **tolerance)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_graph_of_every_kind_of_network(kind):
+    module, names = build(kind)
+    check_graph(module, torch.from_numpy(IMAGES).double(), names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Conv1d", {"padding": "same"}),
+        ("Conv2d", {"groups": 2, "dilation": 2, "bias": False}),
+        ("Conv3d", {"padding": 1, "stride": 2}),
+        ("ConvTranspose1d", {"stride": 2}),
+        ("ConvTranspose2d", {"output_padding": 1, "stride": 2}),
+        ("ConvTranspose3d", {}),
+    ],
+)
+@pytest.mark.parametrize("names", [None, ["0.bias"]], ids=["all", "bias"])
+def test_graph_of_convolutions(kind, options, names):
+    torch.manual_seed(0)
+    dims = int(kind[-2])
+    layer = getattr(nn, kind)(2, 4, 3, **options)
+    if names and layer.bias is None:
+        pytest.skip("no bias")
+    net = nn.Sequential(layer, nn.SiLU(), getattr(nn, f"Conv{dims}d")(4, 3, 1)).double()
+    check_graph(net, torch.randn(5, 2, *[5] * dims, dtype=torch.float64), names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAST)
+def test_graph_of_architectures(name):
+    module, x = build_architecture(name)
+    backbone = FrozenBackbone(module, x[:2], torch.float32, None)
+    names = backbone.choose("last")
+    check_graph(module, x, names, (1, 3), rtol=1e-3, atol=1e-3)
+
+
+# --- the module ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", ["full", "activation", "gradient"])
+@pytest.mark.parametrize("y", [Y, Y > 0, np.stack([Y > 0, Y > 1], 1).astype(int)],
+                         ids=["classes", "binary", "labels"])  # fmt: skip
+def test_module_agrees_with_the_estimator(features, y):
+    model = estimator(features=features).fit(X, y)
+    module = model.to_torch()
+    for n in (1, 2, 7, 24):
+        assert np.allclose(proba(module, X[:n]), model.predict_proba(X[:n]), atol=1e-6)
+    assert not module.training
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_module_is_independent_of_the_estimator():
+    model = estimator().fit(X, Y)
+    expected = model.predict_proba(X)
+    module = model.to_torch()
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.zero_()
+    assert np.array_equal(model.predict_proba(X), expected)
+
+
+def test_rows_are_float64():
+    rows = np.random.default_rng(0).normal(size=(30, 4))
+    y = (rows[:, 0] > 0).astype(int)
+    model = GradientFeatureClassifier(alpha=0.1, tol=1e-2, random_state=0)
+    for dtype, tolerance in (("float64", 1e-14), ("float32", 1e-7)):
+        model.fit(rows.astype(dtype), y)
+        found = proba(model.to_torch(), rows.astype(dtype))
+        assert found.dtype == np.float64
+        assert np.allclose(found, model.predict_proba(rows.astype(dtype)), rtol=0, atol=tolerance)
+
+
+def test_transform_that_is_a_module_is_part_of_it():
+    class Scale(nn.Module):
+        def forward(self, x):
+            return x / 255
+
+    images = (X * 20 + 100).clip(0, 255).astype(np.uint8)
+    model = estimator(preprocess=Scale()).fit(images, Y)
+    assert np.allclose(proba(model.to_torch(), images), model.predict_proba(images), atol=1e-6)
+    program = exported(model.to_torch(), images)
+    assert np.allclose(proba(program.module(), images), model.predict_proba(images), atol=1e-6)
+
+
+def test_transform_that_is_a_function_is_left_to_the_caller():
+    model = estimator(preprocess=torch.tanh).fit(X, Y)
+    found = proba(model.to_torch(), np.tanh(X))
+    assert np.allclose(found, model.predict_proba(X), atol=1e-6)
+
+
+def test_input_of_another_layout():
+    model = estimator().fit(X, Y)
+    wide = torch.from_numpy(X).to(memory_format=torch.channels_last)
+    assert np.allclose(model.to_torch()(wide), model.predict_proba(X), atol=1e-6)
+
+
+def test_bfloat16_is_exported_in_float32():
+    model = estimator(precision="bfloat16").fit(X, Y)
+    assert np.allclose(proba(model.to_torch(), X), model.predict_proba(X), atol=0.05)
+
+
+def test_unfitted():
+    with pytest.raises(NotFittedError):
+        estimator().to_torch()
+
+
+def test_network_without_a_graph():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(*NET)
+
+        def forward(self, x):
+            return self.net(x) if x.sum() > -1e9 else self.net(-x)
+
+    with pytest.warns(UserWarning, match="cannot be captured"):
+        model = estimator(Branching()).fit(X, Y)
+    with pytest.raises(ValueError, match="cannot be exported: torch.export refuses it"):
+        model.to_torch()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_module_on_another_device():
+    model = estimator(device="cpu").fit(X, Y)
+    found = model.to_torch("cuda")(torch.from_numpy(X).cuda())
+    assert np.allclose(found.cpu(), model.predict_proba(X), atol=1e-4)
+
+
+# --- torch.export and ONNX -------------------------------------------------------------------
+
+RUN = """
+import sys, numpy, torch
+sys.modules["sklearn_gradfeat"] = sys.modules["sklearn"] = None
+program = torch.export.load(sys.argv[1]).module()
+for n in (1, 5, 24):
+    x = torch.from_numpy(numpy.load(sys.argv[2]))[:n]
+    expected = numpy.load(sys.argv[3])[:n]
+    assert numpy.allclose(program(x).numpy(), expected, atol=1e-6), n
+"""
+
+
+def test_exported_program_runs_without_this_package(tmp_path):
+    model = estimator().fit(X, Y)
+    torch.export.save(exported(model.to_torch(), X), tmp_path / "model.pt2")
+    np.save(tmp_path / "x.npy", X)
+    np.save(tmp_path / "p.npy", model.predict_proba(X))
+    files = [str(tmp_path / name) for name in ("model.pt2", "x.npy", "p.npy")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", RUN, *files], check=True)
+
+
+def fit(kind):
+    if kind == "rows":
+        rows = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+        return GradientFeatureClassifier(alpha=0.1, tol=1e-2).fit(rows, Y[:12]), rows
+    module, names = build(kind)
+    model = estimator(module.float(), gradient_layers=names, max_iter=100)
+    return model.fit(IMAGES, Y[:12]), IMAGES
+
+
+@pytest.mark.parametrize("kind", ["rows", "plain", "residual", "transformer"])
+def test_onnx(kind, tmp_path):
+    model, samples = fit(kind)
+    run = in_onnx_runtime(model.to_torch(), samples, tmp_path / "model.onnx")
+    for n in (1, 5, 12):
+        assert np.allclose(run(samples[:n]), model.predict_proba(samples[:n]), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "mobilenet_v3_small", "convnext_tiny"])
+def test_onnx_of_architectures(name, tmp_path):
+    module, x = build_architecture(name)
+    model = estimator(module, max_iter=3, tol=0.5, alpha=1.0).fit(x.numpy(), [0, 1, 2])
+    run = in_onnx_runtime(model.to_torch(), x.numpy(), tmp_path / "model.onnx")
+    for n in (1, 3):
+        assert np.allclose(run(x[:n].numpy()), model.predict_proba(x[:n]), atol=1e-4)
