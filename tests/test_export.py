@@ -188,7 +188,7 @@ def test_network_without_a_graph():
 
     with pytest.warns(UserWarning, match="cannot be captured"):
         model = estimator(Branching()).fit(X, Y)
-    with pytest.raises(ValueError, match=r"cannot be exported: torch\\.export refuses it"):
+    with pytest.raises(ValueError, match=r"cannot be exported: torch\.export refuses it"):
         model.to_torch()
 
 
