@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from _common import digits, environment, images
+from _setup import digits, environment, images
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV

@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-from _common import digits, environment, images
+from _setup import digits, environment, images
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import _training
