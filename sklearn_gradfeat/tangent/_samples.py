@@ -21,7 +21,7 @@ from sklearn_gradfeat.tangent._products import Tensors
 _MAX_ROWS = 4096
 # A block without a penalty gets this share of its curvature as one. More would make the inverse
 # less exact there, less would cost digits everywhere.
-_FLOOR = 1e-8
+_FLOOR = 1e-6
 
 
 class SampleInverse:
