@@ -28,10 +28,11 @@ autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc has them
 numpydoc_show_class_members = False
 
-# Examples run once per build; those that need minutes or a data set read what they measured.
+# Examples run once per build, but for one that needs many minutes on a CPU.
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "auto_examples",
+    "filename_pattern": r"plot_(?!text)",
     "ignore_pattern": r"(benchmarks|pretraining)",
     "within_subsection_order": "ExampleTitleSortKey",
     "download_all_examples": False,
