@@ -114,6 +114,6 @@ evaluate("TF-IDF", words, "C", [1, 10, 100])
 _, alpha = evaluate("activation", gradfeat("activation"), "alpha", [1e-3, 1e-2, 1e-1])
 for features in ("gradient", "full"):
     model = gradfeat(features, alpha=alpha)
-    fitted, _ = evaluate(features, model, "gradient_alpha", [1e-3, 1e-2, 1e-1])
+    fitted, _ = evaluate(features, model, "gradient_alpha", [0.1, 1, 10])
 layers = fitted.gradient_layers_
 print(f"gradients of {len(layers)} parameters, {layers[0]} among them")
