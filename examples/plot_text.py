@@ -64,7 +64,7 @@ for library in NAMES:
     texts += sentences
     labels += [library] * len(sentences)
 X_train, X_test, y_train, y_test = train_test_split(
-    texts, labels, train_size=300, stratify=labels, random_state=0
+    texts, labels, train_size=180, stratify=labels, random_state=0
 )
 print(f"{len(X_train)} sentences to fit, {len(X_test)} to score, such as\n")
 for text, label in list(zip(X_train, y_train, strict=True))[:5]:
