@@ -19,7 +19,7 @@ from unittest import mock
 from _setup import digits, environment, images
 from sklearn.exceptions import ConvergenceWarning
 
-from sklearn_gradfeat import _training
+from sklearn_gradfeat import _stages
 
 SHARES = (0.1, 0.01, 0.001)
 
@@ -27,7 +27,7 @@ SHARES = (0.1, 0.01, 0.001)
 class IdentityInGradientStage:
     """No preconditioner where there are displacements, the usual one elsewhere."""
 
-    real = _training.Preconditioner
+    real = _stages.Preconditioner
 
     def __init__(self, objective, logits):
         self.solve = self.real(objective, logits) if objective.tangent is None else None
@@ -56,7 +56,7 @@ class CountPasses:
 
 def run(model, X, y, max_iter, preconditioned):
     """Return the objective, the passes and the seconds after every iteration."""
-    minimize = _training.minimize
+    minimize = _stages.minimize
     records = []
 
     def recording(objective, *args, callback, **kwargs):
@@ -73,10 +73,10 @@ def run(model, X, y, max_iter, preconditioned):
         kwargs.update(tolerance=0.0, max_iter=max_iter)
         return minimize(counted, *args, callback=watch, **kwargs)
 
-    solver = _training.Preconditioner if preconditioned else IdentityInGradientStage
+    solver = _stages.Preconditioner if preconditioned else IdentityInGradientStage
     with (
-        mock.patch.object(_training, "minimize", recording),
-        mock.patch.object(_training, "Preconditioner", solver),
+        mock.patch.object(_stages, "minimize", recording),
+        mock.patch.object(_stages, "Preconditioner", solver),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -198,11 +198,15 @@ def minimize(
         if callback is not None and callback(n_iter, value, x):
             status = "interrupted" if norm > tolerance else "converged"
             break
-        now = float(loss.curvatures(logits).sum())
-        if norm > tolerance and not curvature / _CHANGE <= now <= curvature * _CHANGE:
-            memory, curvature = _Memory(precondition(logits)), now
+        if norm > tolerance and not same_curvature(curvature, loss, logits):
+            memory, curvature = _Memory(precondition(logits)), float(loss.curvatures(logits).sum())
             natural = memory.precondition(gradient)
     return Solution(x, path, n_iter, passes, status, norm)
+
+
+def same_curvature(former: float, loss: Loss, logits: Tensor) -> bool:
+    """Whether a preconditioner holds at logits, from the sum of curvatures it was made for."""
+    return former / _CHANGE <= float(loss.curvatures(logits).sum()) <= former * _CHANGE
 
 
 def preconditioned_norm(gradient: Tensor, precondition: Callable[[Tensor], Tensor]) -> float:

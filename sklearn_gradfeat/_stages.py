@@ -1,0 +1,250 @@
+"""The two stages of the method: the output weights, then the whole linear model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat._model import Model
+from sklearn_gradfeat.features import Features
+from sklearn_gradfeat.solvers import Solution, minimize, preconditioned_norm, same_curvature
+from sklearn_gradfeat.tangent import (
+    Curvature,
+    Head,
+    LinearizedHead,
+    Preconditioner,
+    SampleInverse,
+    TangentObjective,
+    TangentTerm,
+    tangent_gram,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parameters of an estimator that training depends on."""
+
+    features: str
+    parametrization: str
+    alpha: float
+    gradient_alpha: float
+    fit_intercept: bool
+    tol: float
+    max_iter: int
+
+
+Monitor: TypeAlias = Callable[[str, int, float, Callable[[], Model]], bool]
+
+
+class _Inverses:
+    """Inverse Hessians of objectives that differ in their penalties alone.
+
+    They share what does not depend on penalties: the Gram matrix of the samples, or the
+    curvature, as long as that holds.
+    """
+
+    def __init__(self) -> None:
+        self._curvature: Curvature | None = None
+        self._gram: Tensor | None = None
+        self._grams = True
+
+    def of(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+        """Return the function that inverts the Hessian at given logits: exactly where cheap."""
+        if self._grams and self._gram is None and objective.tangent is not None:
+            self._gram = tangent_gram(objective.tangent, objective.n_samples)
+            self._grams = self._gram is not None
+        gram = self._gram
+        if gram is None:
+            return lambda logits: self._preconditioner(objective, logits)
+        return lambda logits: SampleInverse(objective, gram, logits)
+
+    def _preconditioner(self, objective: TangentObjective, logits: Tensor) -> Preconditioner:
+        known = self._curvature
+        if known is not None and not same_curvature(known.total, objective.loss, logits):
+            known = None
+        inverse = Preconditioner(objective, logits, known)
+        self._curvature = inverse.curvature
+        return inverse
+
+
+@dataclass(frozen=True)
+class Base:
+    """The outcome of the first stage, where second stages start.
+
+    Attributes
+    ----------
+    alpha : float
+        Its penalty.
+    model : Model
+        The model without displacements.
+    solution : Solution
+        How the solver ended.
+    reference : float
+        The norm that tolerances refer to.
+    inverses : _Inverses
+        Those of the second stages.
+    """
+
+    alpha: float
+    model: Model
+    solution: Solution
+    reference: float
+    inverses: _Inverses
+
+
+class Stages:
+    """Both stages on the same samples, for any penalties.
+
+    What does not depend on the penalties is computed once.
+
+    Parameters
+    ----------
+    features : Features
+        Activations and boundary of the training samples.
+    head : callable
+        The head of the network.
+    parameters : dict of str to tensor
+        The differentiated parameters.
+    loss : Loss
+        The loss in the logits.
+    settings : Settings
+        Tolerance and the kind of model; the penalties there are not used.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        head: Head,
+        parameters: dict[str, Tensor],
+        loss: Loss,
+        settings: Settings,
+    ) -> None:
+        self.features, self.loss, self.settings = features, loss, settings
+        self.linearized = LinearizedHead(head, parameters, settings.parametrization)
+        self.parameters = parameters
+        self.like = features.activation.new_empty(0)
+        self.inverses = _Inverses()
+
+    def objective(
+        self, alpha: float, activation: Tensor | None, tangent: TangentTerm | None
+    ) -> TangentObjective:
+        """Return the objective of a model with these terms."""
+        return TangentObjective(
+            self.loss,
+            activation,
+            tangent,
+            alpha,
+            self.settings.fit_intercept,
+            len(self.features.activation),
+            self.like,
+            self.loss.weights.device,
+        )
+
+    def tangent(self, base: Model, gradient_alpha: float) -> TangentTerm:
+        """Return the gradient features at the output weights of the first stage."""
+        return TangentTerm(self.linearized, self.features.batches, base.omega, gradient_alpha)
+
+    def intercept(self, free: Tensor) -> Tensor:
+        """Return the intercept, zeros where it is not part of the model."""
+        return free if self.settings.fit_intercept else self.like.new_zeros(self.loss.n_outputs)
+
+    def fit_activation(self, alpha: float, warm: Model | None, monitor: Monitor) -> Base:
+        """Fit the output weights, from those of ``warm`` on."""
+        objective = self.objective(alpha, self.features.activation, None)
+        zero = self.like.new_zeros(sum(objective.sizes))
+        nothing = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+
+        def model(x: Tensor) -> Model:
+            parts = objective.split(x)
+            return Model(parts.weights, self.intercept(parts.intercept), parts.weights, nothing)
+
+        start = zero
+        if warm is not None:
+            start = _join(warm.omega, warm.intercept, zero[:0], self.settings)
+        inverse = self.inverses.of(objective)
+        reference = _norm_at_zero(objective, zero, inverse)
+        solution = _minimize(
+            objective,
+            start,
+            inverse,
+            reference,
+            self.settings,
+            lambda n, value, x: monitor("activation", n, value, lambda: model(x)),
+        )
+        return Base(alpha, model(solution.x), solution, reference, _Inverses())
+
+    def fit_gradient(
+        self, base: Base, gradient_alpha: float, start: Model, monitor: Monitor
+    ) -> tuple[Model, Solution]:
+        """Fit the linear model to the accuracy of the first stage, from ``start`` on."""
+        kind = self.settings.features
+        full = kind == "full"
+        term = self.tangent(base.model, gradient_alpha)
+        objective = self.objective(base.alpha, self.features.activation if full else None, term)
+
+        def model(x: Tensor) -> Model:
+            parts = objective.split(x)
+            weights = parts.weights if full else torch.zeros_like(base.model.weights)
+            moved = self.linearized.displacements(parts.u)
+            named = dict(zip(self.parameters, moved, strict=True))
+            return Model(weights, self.intercept(parts.intercept), base.model.omega, named)
+
+        u = self.linearized.flatten(tuple(start.displacements[name] for name in self.parameters))
+        weights = start.weights if full else start.weights[:, :0]
+        solution = _minimize(
+            objective,
+            _join(weights, start.intercept, u, self.settings),
+            base.inverses.of(objective),
+            base.reference,
+            self.settings,
+            lambda n, value, x: monitor(kind, n, value, lambda: model(x)),
+        )
+        return model(solution.x), solution
+
+
+def _join(weights: Tensor, intercept: Tensor, u: Tensor, settings: Settings) -> Tensor:
+    """Lay the parts of a model out as the objective does."""
+    bias = intercept if settings.fit_intercept else intercept[:0]
+    return torch.cat([weights.reshape(-1), bias, u])
+
+
+def _minimize(
+    objective: TangentObjective,
+    start: Tensor,
+    inverse: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    reference: float,
+    settings: Settings,
+    callback: Callable[[int, float, Tensor], bool],
+) -> Solution:
+    """Minimise until a Newton step promises ``settings.tol`` of what it did at the start."""
+    return minimize(
+        objective,
+        start,
+        inverse,
+        tolerance=math.sqrt(settings.tol) * reference,
+        max_iter=settings.max_iter,
+        callback=callback,
+    )
+
+
+def _norm_at_zero(
+    objective: TangentObjective,
+    zero: Tensor,
+    inverse: Callable[[Tensor], Callable[[Tensor], Tensor]],
+) -> float:
+    """Return the norm of the gradient of the model that predicts nothing.
+
+    Where that model is the optimum, its gradient is rounding noise, and no yardstick.
+    """
+    logits = objective.forward(zero)
+    gradient = objective.adjoint(objective.loss.gradient(logits))
+    norm = preconditioned_norm(gradient, inverse(logits))
+    eps = torch.finfo(zero.dtype).eps
+    noise = 100 * eps * math.sqrt(objective.loss.value(logits) / max(objective.alpha, eps))
+    return norm if norm > noise else math.inf
