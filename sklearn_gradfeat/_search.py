@@ -37,7 +37,7 @@ class Grid(NamedTuple):
 class Candidate(NamedTuple):
     """The model of one pair of penalties, where that is in the grid, and how its fit ended."""
 
-    index: tuple[int, int]
+    pair: tuple[int, int]
     model: Model
     solution: Solution
 

@@ -81,3 +81,15 @@ def warn_unless_converged(stage: str, solution: Solution, settings: Settings) ->
             ConvergenceWarning,
             stacklevel=2,
         )
+
+
+def warn_of_search(n_unfinished: int, n_models: int, settings: Settings) -> None:
+    """Warn once of all models of a search that did not converge."""
+    if n_unfinished:
+        warnings.warn(
+            f"{n_unfinished} of {n_models} fits of the search stopped before they met "
+            f"tol={settings.tol:g}, so their scores are not those of the optimum. Increase "
+            f"max_iter={settings.max_iter} or tol, or leave out the smallest penalties.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
