@@ -150,15 +150,13 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
         # Averaged as in GridSearchCV, so that ties are the same.
         means = np.average(scores.reshape(len(folds), -1).T.copy(), axis=1)
         best = int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
-        i, j = np.unravel_index(best, grid.shape)
-        gradient_alphas = grid.gradient_alphas
+        chosen = grid.parameters(np.unravel_index(best, grid.shape))
         return {
             "alphas_": grid.alphas,
-            "gradient_alphas_": gradient_alphas,
+            "gradient_alphas_": grid.gradient_alphas,
             "scores_": scores,
             "best_score_": float(means[best]),
-            "alpha_": float(grid.alphas[i]),
-            "gradient_alpha_": None if gradient_alphas is None else float(gradient_alphas[j]),
+            **{f"{name}_": value for name, value in chosen.items()},
         }
 
     def _stages(
@@ -192,6 +190,7 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
         for pair, centred, solution in penalty_path(stages, grid):
             model = centred.shifted(offset)
             logits = known_logits(features, stages.linearized, model)
+            scored.set_params(**grid.parameters(pair))
             vars(scored).update(model.attributes(), left_out=(rows, logits.cpu().numpy()))
             scores[pair] = scorer(scored, rows, data.y[test], **given)
             unfinished += solution.status != "converged"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -32,6 +32,12 @@ class Grid(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """Number of values of each."""
         return len(self.alphas), 1 if self.gradient_alphas is None else len(self.gradient_alphas)
+
+    def parameters(self, pair: Sequence[int]) -> dict[str, float | None]:
+        """Return the penalties at a place in the grid, by name."""
+        i, j = pair
+        of_gradient = None if self.gradient_alphas is None else float(self.gradient_alphas[j])
+        return {"alpha": float(self.alphas[i]), "gradient_alpha": of_gradient}
 
 
 class Candidate(NamedTuple):
