@@ -150,7 +150,7 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
         # Averaged as in GridSearchCV, so that ties are the same.
         means = np.average(scores.reshape(len(folds), -1).T.copy(), axis=1)
         best = int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
-        chosen = grid.parameters(np.unravel_index(best, grid.shape))
+        chosen = grid.parameters(divmod(best, grid.shape[1]))
         return {
             "alphas_": grid.alphas,
             "gradient_alphas_": grid.gradient_alphas,

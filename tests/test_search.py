@@ -1,32 +1,20 @@
 """Estimators that choose their penalties, against GridSearchCV over the plain ones."""
 
-import pickle
-import warnings
-
 import numpy as np
 import pytest
-import sklearn
-import torch
-from sklearn.base import clone
-from sklearn.datasets import load_diabetes, load_iris
-from sklearn.exceptions import ConvergenceWarning, NotFittedError
-from sklearn.metrics import accuracy_score, get_scorer, make_scorer
-from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, LeaveOneOut, ParameterGrid
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
-from torch import nn
+from sklearn.datasets import load_diabetes
+from sklearn.model_selection import GridSearchCV, KFold, ParameterGrid
+from sklearn.preprocessing import StandardScaler
 
 from sklearn_gradfeat import (
     GradientFeatureClassifier,
     GradientFeatureClassifierCV,
     GradientFeatureRegressor,
     GradientFeatureRegressorCV,
-    ImageFiles,
-    load,
 )
-from tests.tiny import NET, X, Y, data, tiny_net
+from tests.tiny import NET, X, data
 
-ALPHAS, GRADIENT_ALPHAS = [0.01, 1.0, 0.1], [0.1, 1e-3]
+ALPHAS, GRADIENT_ALPHAS = [0.02, 0.5], [0.1, 1e-3]
 TIGHT = {"tol": 1e-12, "max_iter": 500, "precision": "float64"}
 IMAGES, CLASSES = data(45)
 IMAGES = IMAGES + np.random.default_rng(1).normal(size=IMAGES.shape).astype(np.float32)
@@ -92,7 +80,9 @@ def test_classifier_against_grid_search(features, y):
 @pytest.mark.parametrize("loss", ["squared_error", "huber"])
 @pytest.mark.parametrize("y", [TARGETS, LABELS * 5.0], ids=["one", "several"])
 def test_regressor_against_grid_search(features, loss, y):
-    model = regressor(features=features, loss=loss, **TIGHT).fit(IMAGES, y)
+    # Huber's loss is flat in places, so small gradients say less of the distance.
+    options = {**TIGHT, "tol": 1e-12 if loss == "squared_error" else 1e-20}
+    model = regressor(features=features, loss=loss, **options).fit(IMAGES, y)
     assert_same(model, *grid_search(model, IMAGES, y))
 
 
@@ -120,7 +110,7 @@ def test_scores_agree_to_the_default_tolerance():
 def test_activations_alone():
     options = {"features": "activation", "scoring": "neg_log_loss", **TIGHT}
     model = classifier(**options).fit(IMAGES, CLASSES)
-    assert model.scores_.shape == (3, 3, 1)
+    assert model.scores_.shape == (3, 2, 1)
     assert model.gradient_alphas_ is None and model.gradient_alpha_ is None
     plain = GradientFeatureClassifier(NET, features="activation", **TIGHT)
     search = GridSearchCV(plain, {"alpha": ALPHAS}, cv=3, scoring="neg_log_loss")
@@ -154,5 +144,3 @@ def test_fold_of_one_class_is_named():
 def test_ties_go_to_the_first():
     model = classifier(scoring=lambda *_: 1.0, refit=False).fit(IMAGES, CLASSES)
     assert (model.alpha_, model.gradient_alpha_) == (ALPHAS[0], GRADIENT_ALPHAS[0])
-
-
