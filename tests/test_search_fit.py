@@ -79,25 +79,28 @@ def test_first_stage_is_fitted_once_for_every_alpha(monkeypatch):
     assert fits == [0.5, 0.02] * 2
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_path_takes_fewer_passes_than_starts_from_nothing():
+def test_path_takes_fewer_passes_than_a_grid_search(monkeypatch):
     from sklearn_gradfeat import _stages
 
-    def passes(start_over):
-        total, minimize = [], _stages.minimize
+    passes, minimize = [], _stages.minimize
 
-        def counted(objective, start, *rest, **options):
-            found = minimize(objective, 0 * start if start_over else start, *rest, **options)
-            total.append(found.n_passes)
-            return found
+    def counted(*args, **options):
+        found = minimize(*args, **options)
+        passes.append(found.n_passes)
+        return found
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_stages, "minimize", counted)
-            grid = {"alphas": [1.0, 0.3, 0.1], "gradient_alphas": [0.1, 0.03, 0.01, 0.003]}
-            classifier(**grid, refit=False).fit(X, Y)
-        return sum(total)
-
-    assert passes(False) < 0.8 * passes(True)
+    monkeypatch.setattr(_stages, "minimize", counted)
+    rows, y = load_iris(return_X_y=True)
+    rows, y = StandardScaler().fit_transform(rows)[::3], y[::3]
+    grid = {"alpha": [0.1, 0.01], "gradient_alpha": [0.1, 0.01, 0.001]}
+    plain = GradientFeatureClassifier(random_state=0)
+    GridSearchCV(plain, grid, cv=2, refit=False).fit(rows, y)
+    of_grid_search = sum(passes)
+    passes.clear()
+    model = GradientFeatureClassifierCV(cv=2, refit=False, random_state=0)
+    model.set_params(alphas=grid["alpha"], gradient_alphas=grid["gradient_alpha"]).fit(rows, y)
+    assert len(passes) == 2 * (2 + 6)
+    assert sum(passes) < 0.6 * of_grid_search
 
 
 # --- default grids -----------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def test_default_grids_follow_the_scale_of_the_features(scale):
     assert model.best_score_ > 0.93
     reference = clone(model).fit(rows / scale, y[::2])
     np.testing.assert_allclose(model.alphas_, scale**2 * reference.alphas_, 1e-6)
-    np.testing.assert_allclose(model.gradient_alphas_, reference.gradient_alphas_, 0.05)
+    np.testing.assert_allclose(model.gradient_alphas_, reference.gradient_alphas_, 0.2)
     np.testing.assert_allclose(model.scores_, reference.scores_, atol=0.07)
 
 
@@ -155,6 +158,7 @@ def test_weight_zero_is_absence(kind):
     folds = list(KFold(3, shuffle=True, random_state=0).split(X))
     kept = WEIGHTS > 0
     options = {"alphas": 2, "gradient_alphas": 2, "precision": "float64", "tol": 1e-10}
+    options["max_iter"] = 1000
     weighted = kind(cv=folds, **options).fit(X, y, sample_weight=WEIGHTS)
     absent = kind(cv=parts_without(kept, folds), **options)
     absent.fit(X[kept], y[kept], sample_weight=WEIGHTS[kept])
