@@ -64,7 +64,7 @@ for library in NAMES:
     texts += sentences
     labels += [library] * len(sentences)
 X_train, X_test, y_train, y_test = train_test_split(
-    texts, labels, train_size=300, stratify=labels, random_state=0
+    texts, labels, train_size=180, stratify=labels, random_state=0
 )
 print(f"{len(X_train)} sentences to fit, {len(X_test)} to score, such as\n")
 for text, label in list(zip(X_train, y_train, strict=True))[:5]:
@@ -114,6 +114,6 @@ evaluate("TF-IDF", words, "C", [1, 10, 100])
 _, alpha = evaluate("activation", gradfeat("activation"), "alpha", [1e-3, 1e-2, 1e-1])
 for features in ("gradient", "full"):
     model = gradfeat(features, alpha=alpha)
-    fitted, _ = evaluate(features, model, "gradient_alpha", [1e-3, 1e-2, 1e-1])
+    fitted, _ = evaluate(features, model, "gradient_alpha", [0.1, 1, 10])
 layers = fitted.gradient_layers_
 print(f"gradients of {len(layers)} parameters, {layers[0]} among them")

@@ -187,13 +187,13 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
         given = _check_method_params(data.X, to_score, indices=test)
         scorer, scored = self._get_scorer(), self._fold_model(data.prepared, problem)
         unfinished = 0
-        for pair, centred, solution in penalty_path(stages, grid):
+        for pair, centred, converged in penalty_path(stages, grid):
             model = centred.shifted(offset)
             logits = known_logits(features, stages.linearized, model)
             scored.set_params(**grid.parameters(pair))
             vars(scored).update(model.attributes(), left_out=(rows, logits.cpu().numpy()))
             scores[pair] = scorer(scored, rows, data.y[test], **given)
-            unfinished += solution.status != "converged"
+            unfinished += not converged
             progress()
         return unfinished
 

@@ -41,11 +41,11 @@ class Grid(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """The model of one pair of penalties, where that is in the grid, and how its fit ended."""
+    """The model of one pair of penalties, and where that is in the grid."""
 
     pair: tuple[int, int]
     model: Model
-    solution: Solution
+    converged: bool
 
 
 def place(alphas: Any, gradient_alphas: Any, stages: Stages) -> Grid:
@@ -110,18 +110,23 @@ def penalty_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
         base = stages.fit_activation(float(grid.alphas[i]), former, _unwatched)
         former = model = base.model
         if grid.gradient_alphas is None:
-            yield Candidate((i, 0), model, base.solution)
+            yield Candidate((i, 0), model, _converged(base.solution))
             continue
         for j in _descending(grid.gradient_alphas):
             penalty = float(grid.gradient_alphas[j])
             model, solution = stages.fit_gradient(base, penalty, model, _unwatched)
-            yield Candidate((i, j), model, solution)
+            yield Candidate((i, j), model, _converged(base.solution, solution))
 
 
 def _descending(penalties: Penalties) -> list[int]:
     """Return positions from the largest to the smallest."""
     order: list[int] = np.argsort(-penalties, kind="stable").tolist()
     return order
+
+
+def _converged(*stages: Solution) -> bool:
+    """Whether all stages met the tolerance."""
+    return all(solution.status == "converged" for solution in stages)
 
 
 def _unwatched(stage: str, iteration: int, value: float, model: Callable[[], Model]) -> bool:

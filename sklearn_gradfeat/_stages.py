@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -13,17 +13,18 @@ from torch import Tensor
 from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat._model import Model
 from sklearn_gradfeat.features import Features
-from sklearn_gradfeat.solvers import Solution, minimize, preconditioned_norm, same_curvature
+from sklearn_gradfeat.solvers import Solution, minimize, preconditioned_norm
 from sklearn_gradfeat.tangent import (
-    Curvature,
     Head,
+    Inverses,
     LinearizedHead,
-    Preconditioner,
-    SampleInverse,
     TangentObjective,
     TangentTerm,
-    tangent_gram,
 )
+
+# The tolerance of the first stage, as a share, where a second follows: its iterations are cheap,
+# and in the second every one that it left undone costs a pass over the head.
+_FIRST_STAGE = 0.01
 
 
 @dataclass(frozen=True)
@@ -42,37 +43,6 @@ class Settings:
 Monitor: TypeAlias = Callable[[str, int, float, Callable[[], Model]], bool]
 
 
-class _Inverses:
-    """Inverse Hessians of objectives that differ in their penalties alone.
-
-    They share what does not depend on penalties: the Gram matrix of the samples, or the
-    curvature, as long as that holds.
-    """
-
-    def __init__(self) -> None:
-        self._curvature: Curvature | None = None
-        self._gram: Tensor | None = None
-        self._grams = True
-
-    def of(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
-        """Return the function that inverts the Hessian at given logits: exactly where cheap."""
-        if self._grams and self._gram is None and objective.tangent is not None:
-            self._gram = tangent_gram(objective.tangent, objective.n_samples)
-            self._grams = self._gram is not None
-        gram = self._gram
-        if gram is None:
-            return lambda logits: self._preconditioner(objective, logits)
-        return lambda logits: SampleInverse(objective, gram, logits)
-
-    def _preconditioner(self, objective: TangentObjective, logits: Tensor) -> Preconditioner:
-        known = self._curvature
-        if known is not None and not same_curvature(known.total, objective.loss, logits):
-            known = None
-        inverse = Preconditioner(objective, logits, known)
-        self._curvature = inverse.curvature
-        return inverse
-
-
 @dataclass(frozen=True)
 class Base:
     """The outcome of the first stage, where second stages start.
@@ -87,7 +57,7 @@ class Base:
         How the solver ended.
     reference : float
         The norm that tolerances refer to.
-    inverses : _Inverses
+    inverses : Inverses
         Those of the second stages.
     """
 
@@ -95,7 +65,7 @@ class Base:
     model: Model
     solution: Solution
     reference: float
-    inverses: _Inverses
+    inverses: Inverses
 
 
 class Stages:
@@ -129,7 +99,7 @@ class Stages:
         self.linearized = LinearizedHead(head, parameters, settings.parametrization)
         self.parameters = parameters
         self.like = features.activation.new_empty(0)
-        self.inverses = _Inverses()
+        self.inverses = Inverses()
 
     def objective(
         self, alpha: float, activation: Tensor | None, tangent: TangentTerm | None
@@ -167,17 +137,20 @@ class Stages:
         start = zero
         if warm is not None:
             start = _join(warm.omega, warm.intercept, zero[:0], self.settings)
-        inverse = self.inverses.of(objective)
+        settings, inverse = self.settings, self.inverses.of(objective)
         reference = _norm_at_zero(objective, zero, inverse)
         solution = _minimize(
             objective,
             start,
             inverse,
             reference,
-            self.settings,
+            settings.tol * (1 if settings.features == "activation" else _FIRST_STAGE),
+            settings.max_iter,
             lambda n, value, x: monitor("activation", n, value, lambda: model(x)),
         )
-        return Base(alpha, model(solution.x), solution, reference, _Inverses())
+        if solution.norm <= math.sqrt(settings.tol) * reference:
+            solution = replace(solution, status="converged")
+        return Base(alpha, model(solution.x), solution, reference, Inverses())
 
     def fit_gradient(
         self, base: Base, gradient_alpha: float, start: Model, monitor: Monitor
@@ -202,7 +175,8 @@ class Stages:
             _join(weights, start.intercept, u, self.settings),
             base.inverses.of(objective),
             base.reference,
-            self.settings,
+            self.settings.tol,
+            self.settings.max_iter,
             lambda n, value, x: monitor(kind, n, value, lambda: model(x)),
         )
         return model(solution.x), solution
@@ -219,16 +193,17 @@ def _minimize(
     start: Tensor,
     inverse: Callable[[Tensor], Callable[[Tensor], Tensor]],
     reference: float,
-    settings: Settings,
+    tol: float,
+    max_iter: int,
     callback: Callable[[int, float, Tensor], bool],
 ) -> Solution:
-    """Minimise until a Newton step promises ``settings.tol`` of what it did at the start."""
+    """Minimise until a Newton step promises ``tol`` of what it did at the zero model."""
     return minimize(
         objective,
         start,
         inverse,
-        tolerance=math.sqrt(settings.tol) * reference,
-        max_iter=settings.max_iter,
+        tolerance=math.sqrt(tol) * reference,
+        max_iter=max_iter,
         callback=callback,
     )
 

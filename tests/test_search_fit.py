@@ -157,8 +157,13 @@ def test_weight_zero_is_absence(kind):
     y = Y if kind is classifier else TARGETS
     folds = list(KFold(3, shuffle=True, random_state=0).split(X))
     kept = WEIGHTS > 0
-    options = {"alphas": 2, "gradient_alphas": 2, "precision": "float64", "tol": 1e-10}
-    options["max_iter"] = 1000
+    options = {
+        "alphas": 2,
+        "gradient_alphas": 2,
+        "precision": "float64",
+        "tol": 1e-8,
+        "max_iter": 1000,
+    }
     weighted = kind(cv=folds, **options).fit(X, y, sample_weight=WEIGHTS)
     absent = kind(cv=parts_without(kept, folds), **options)
     absent.fit(X[kept], y[kept], sample_weight=WEIGHTS[kept])

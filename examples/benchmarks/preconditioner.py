@@ -20,6 +20,7 @@ from _setup import digits, environment, images
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import _stages
+from sklearn_gradfeat.tangent import _inverses
 
 SHARES = (0.1, 0.01, 0.001)
 
@@ -27,9 +28,10 @@ SHARES = (0.1, 0.01, 0.001)
 class IdentityInGradientStage:
     """No preconditioner where there are displacements, the usual one elsewhere."""
 
-    real = _stages.Preconditioner
+    real = _inverses.Preconditioner
+    curvature = None
 
-    def __init__(self, objective, logits):
+    def __init__(self, objective, logits, _):
         self.solve = self.real(objective, logits) if objective.tangent is None else None
 
     def __call__(self, x):
@@ -73,10 +75,10 @@ def run(model, X, y, max_iter, preconditioned):
         kwargs.update(tolerance=0.0, max_iter=max_iter)
         return minimize(counted, *args, callback=watch, **kwargs)
 
-    solver = _stages.Preconditioner if preconditioned else IdentityInGradientStage
+    solver = _inverses.Preconditioner if preconditioned else IdentityInGradientStage
     with (
         mock.patch.object(_stages, "minimize", recording),
-        mock.patch.object(_stages, "Preconditioner", solver),
+        mock.patch.object(_inverses, "Preconditioner", solver),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)
