@@ -118,7 +118,7 @@ def test_default_grids_follow_the_scale_of_the_features(scale):
     assert model.best_score_ > 0.93
     reference = clone(model).fit(rows / scale, y[::2])
     np.testing.assert_allclose(model.alphas_, scale**2 * reference.alphas_, 1e-6)
-    np.testing.assert_allclose(model.gradient_alphas_, reference.gradient_alphas_, 0.2)
+    np.testing.assert_allclose(model.gradient_alphas_, reference.gradient_alphas_, 0.5)
     np.testing.assert_allclose(model.scores_, reference.scores_, atol=0.07)
 
 
@@ -157,19 +157,15 @@ def test_weight_zero_is_absence(kind):
     y = Y if kind is classifier else TARGETS
     folds = list(KFold(3, shuffle=True, random_state=0).split(X))
     kept = WEIGHTS > 0
-    options = {
-        "alphas": 2,
-        "gradient_alphas": 2,
-        "precision": "float64",
-        "tol": 1e-8,
-        "max_iter": 1000,
-    }
-    weighted = kind(cv=folds, **options).fit(X, y, sample_weight=WEIGHTS)
-    absent = kind(cv=parts_without(kept, folds), **options)
-    absent.fit(X[kept], y[kept], sample_weight=WEIGHTS[kept])
-    np.testing.assert_allclose(weighted.alphas_, absent.alphas_, 1e-9)
-    np.testing.assert_allclose(weighted.gradient_alphas_, absent.gradient_alphas_, 1e-3)
-    np.testing.assert_allclose(weighted.scores_, absent.scores_, 1e-3)
+    for penalties in ((1, 1), ([1.0, 0.1], [0.3, 0.03])):
+        grid = {"alphas": penalties[0], "gradient_alphas": penalties[1]}
+        options = {**grid, "precision": "float64", "tol": 1e-12, "max_iter": 1000}
+        weighted = kind(cv=folds, **options).fit(X, y, sample_weight=WEIGHTS)
+        absent = kind(cv=parts_without(kept, folds), **options)
+        absent.fit(X[kept], y[kept], sample_weight=WEIGHTS[kept])
+        np.testing.assert_allclose(weighted.alphas_, absent.alphas_, 1e-9)
+        np.testing.assert_allclose(weighted.gradient_alphas_, absent.gradient_alphas_, 1e-5)
+        np.testing.assert_allclose(weighted.scores_, absent.scores_, 1e-4, 1e-6)
     assert not np.allclose(weighted.scores_, clone(weighted).fit(X, y).scores_, 1e-3)
 
 
