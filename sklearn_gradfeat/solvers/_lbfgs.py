@@ -95,8 +95,10 @@ class _Memory:
             self.pairs.append((step, change, 1.0 / curvature))
             self.scale = curvature / metric
 
-    def direction(self, gradient: Tensor) -> Tensor:
-        """Return the quasi-Newton descent direction."""
+    def direction(self, gradient: Tensor, natural: Tensor) -> Tensor:
+        """Return the quasi-Newton descent direction; ``natural`` is the inverse times gradient."""
+        if not self.pairs:
+            return -self.scale * natural
         q = -gradient
         weights = []
         for step, change, inverse in reversed(self.pairs):
@@ -163,7 +165,7 @@ def minimize(
         if n_iter == max_iter:
             status = "max_iter"
             break
-        direction = memory.direction(gradient)
+        direction = memory.direction(gradient, natural)
         change, adjoint = objective.forward_adjoint(direction, logits if bottom is None else bottom)
         passes += 1
         line = Line(
