@@ -142,7 +142,7 @@ class Stages:
         solution = _minimize(
             objective,
             start,
-            inverse,
+            self.inverses,
             reference,
             settings.tol * (1 if settings.features == "activation" else _FIRST_STAGE),
             settings.max_iter,
@@ -173,7 +173,7 @@ class Stages:
         solution = _minimize(
             objective,
             _join(weights, start.intercept, u, self.settings),
-            base.inverses.of(objective),
+            base.inverses,
             base.reference,
             self.settings.tol,
             self.settings.max_iter,
@@ -191,21 +191,24 @@ def _join(weights: Tensor, intercept: Tensor, u: Tensor, settings: Settings) -> 
 def _minimize(
     objective: TangentObjective,
     start: Tensor,
-    inverse: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    inverses: Inverses,
     reference: float,
     tol: float,
     max_iter: int,
     callback: Callable[[int, float, Tensor], bool],
 ) -> Solution:
     """Minimise until a Newton step promises ``tol`` of what it did at the zero model."""
-    return minimize(
+    solution = minimize(
         objective,
         start,
-        inverse,
+        inverses.of(objective),
         tolerance=math.sqrt(tol) * reference,
         max_iter=max_iter,
         callback=callback,
+        secants=inverses.secants,
     )
+    inverses.learn(solution)
+    return solution
 
 
 def _norm_at_zero(

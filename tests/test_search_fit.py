@@ -103,6 +103,28 @@ def test_path_takes_fewer_passes_than_a_grid_search(monkeypatch):
     assert sum(passes) < 0.6 * of_grid_search
 
 
+def test_path_takes_fewer_passes_for_what_it_learned(monkeypatch):
+    from sklearn_gradfeat import _stages
+
+    noisy = X + np.random.default_rng(0).normal(size=X.shape)
+    grid = {"alphas": [0.01], "gradient_alphas": [0.1, 0.05, 0.025, 0.0125]}
+    model = classifier(**grid, tol=1e-8, precision="float64", refit=False)
+    minimize = _stages.minimize
+
+    def passes(**changed):
+        found = []
+
+        def counted(*args, **options):
+            found.append(minimize(*args, **{**options, **changed}))
+            return found[-1]
+
+        monkeypatch.setattr(_stages, "minimize", counted)
+        model.fit(noisy, Y)
+        return sum(each.n_passes for each in found)
+
+    assert passes() < 0.8 * passes(secants=None)
+
+
 # --- default grids -----------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from sklearn_gradfeat.solvers import same_curvature
+from sklearn_gradfeat.solvers import Secants, Solution, same_curvature
 from sklearn_gradfeat.tangent._objective import TangentObjective
 from sklearn_gradfeat.tangent._preconditioner import Curvature, Preconditioner
 from sklearn_gradfeat.tangent._samples import SampleInverse, tangent_gram
@@ -15,9 +15,16 @@ from sklearn_gradfeat.tangent._samples import SampleInverse, tangent_gram
 class Inverses:
     """Inverse Hessians of objectives that differ in their penalties alone.
 
-    They share what does not depend on penalties: the Gram matrix of the samples, or the
-    curvature, as long as that holds.
+    They share what does not depend on penalties: the Gram matrix of the samples; or the
+    curvature as long as that holds, and what the solver learned of it.
+
+    Attributes
+    ----------
+    secants : Secants or None
+        What was learned in the last fit, for the next one that starts where that ended.
     """
+
+    secants: Secants | None = None
 
     def __init__(self) -> None:
         self._curvature: Curvature | None = None
@@ -33,6 +40,10 @@ class Inverses:
         if gram is None:
             return lambda logits: self._preconditioner(objective, logits)
         return lambda logits: SampleInverse(objective, gram, logits)
+
+    def learn(self, solution: Solution) -> None:
+        """Remember what the solver found, unless the inverses are exact."""
+        self.secants = solution.secants if self._gram is None else None
 
     def _preconditioner(self, objective: TangentObjective, logits: Tensor) -> Preconditioner:
         known = self._curvature
