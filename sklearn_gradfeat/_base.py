@@ -117,14 +117,14 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             backbone = freeze(resolved.module, example, trunk_dtype, self.activation_layer, factory)
         return Extractor(backbone, preprocess, dtype, self.precision == "bfloat16", indices)
 
-    def _store(self) -> Store | None:
+    def _store(self, X: Any) -> Store | None:
         """Return where features are kept, None where that costs more than it saves."""
         if self.feature_store is None:
             return None
         if self.feature_store != "auto":
             return disk_store(self.feature_store)
         # The trunk of the random network takes less time per row than the look-up of a row.
-        return None if self.backbone is None else memory_store()
+        return None if self.backbone is None and len(X.shape) == 2 else memory_store()
 
     def _settings(self) -> Settings:
         """Return the parameters that training depends on."""
@@ -156,7 +156,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         names = extractor.backbone.choose(self.gradient_layers) if gradient else []
         network = extractor.network(names)
         features = extractor.features(
-            X, network, self.batch_size, bool(self.verbose), gradient, self._store()
+            X, network, self.batch_size, bool(self.verbose), gradient, self._store(X)
         )
         settings = self._settings()
         loss_on = loss(accumulation_device(features.activation.device))
@@ -207,7 +207,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         X = validate_new_samples(self, X)
         extractor, model = self._extractor_and_model()
         return predict_logits(
-            extractor, model, X, self.batch_size, bool(self.verbose), self._store()
+            extractor, model, X, self.batch_size, bool(self.verbose), self._store(X)
         )
 
     @torch.inference_mode(False)

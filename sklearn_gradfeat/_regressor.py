@@ -34,9 +34,12 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         The pretrained network. It is copied and frozen, never changed, and its clones in
         grid searches share one copy.
 
-        - None: for rows of numbers, a wide random multi-layer perceptron.
-        - str: ``"resnet18"`` or ``"torchvision/resnet18"``, ``"timm/NAME"``: pretrained
-          weights with their own input transform, without the classifier.
+        - None: for images, ``"convnet-rotation"``; for rows of numbers, a wide random
+          multi-layer perceptron.
+        - str: ``"convnet-rotation"`` or ``"convnet-vae"``, small networks for 32 x 32 pixels
+          that are part of the package; ``"resnet18"`` or ``"torchvision/resnet18"``,
+          ``"timm/NAME"``: pretrained weights with their own input transform, without the
+          classifier.
         - module: its output is the activation, of shape (n_samples, n_features) or
           (n_samples, n_features, ...), which is averaged over the axes that follow.
         - callable: returns a module; called once in every fit, under ``random_state``.
@@ -88,7 +91,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         for all clones, folds, candidates, fits and predictions: in the memory of the process,
         as long as the network lives; or in a directory, shared by processes, now and later,
         which needs the ``disk`` extra. ``"auto"`` is memory, but nothing for
-        ``backbone=None``, whose layers take less time than a look-up. None computes anew.
+        the random network, whose layers take less time than a look-up. None computes anew.
         :func:`set_config` bounds it.
     device : str or torch.device, default="auto"
         ``"auto"`` is cuda, then mps, then cpu.
@@ -98,7 +101,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         layers below the gradient layers under autocast and the rest in float32. For rows of
         numbers the gradient layers and the results are float64 in any case.
     random_state : int, RandomState instance or None, default=None
-        Seeds the weights of ``backbone=None`` and of factories. Nothing else is random.
+        Seeds the weights of the random network and of factories. Nothing else is random.
     verbose : int, default=0
         Whether to show progress bars.
 

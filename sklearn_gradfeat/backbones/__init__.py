@@ -2,7 +2,13 @@
 
 from sklearn_gradfeat.backbones._freeze import freeze
 from sklearn_gradfeat.backbones._network import FrozenBackbone, Network, on_host
-from sklearn_gradfeat.backbones._resolve import BackboneLike, Resolved, resolve_backbone, seeded
+from sklearn_gradfeat.backbones._resolve import (
+    BackboneLike,
+    Resolved,
+    default_name,
+    resolve_backbone,
+    seeded,
+)
 from sklearn_gradfeat.backbones._stored import apart, sharing, stored_weights, with_weights
 
 __all__ = [
@@ -11,6 +17,7 @@ __all__ = [
     "Network",
     "Resolved",
     "apart",
+    "default_name",
     "freeze",
     "on_host",
     "resolve_backbone",
