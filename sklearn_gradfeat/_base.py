@@ -19,14 +19,9 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat._arrays import (
-    Samples,
-    accumulation_device,
-    compute_dtypes,
-    resolve_device,
-)
+from sklearn_gradfeat._arrays import accumulation_device, resolve_device
 from sklearn_gradfeat._callbacks import CallbackSupportMixin, FitCallbacks
-from sklearn_gradfeat._extractor import Extractor
+from sklearn_gradfeat._extractor import Extractor, build_extractor
 from sklearn_gradfeat._input import validate_new_samples
 from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat._model import Model
@@ -34,15 +29,11 @@ from sklearn_gradfeat._prediction import predict_logits
 from sklearn_gradfeat._repr import PrintedByName
 from sklearn_gradfeat._serving import ServingMixin
 from sklearn_gradfeat._training import Settings, train
-from sklearn_gradfeat.backbones import (
-    Network,
-    freeze,
-    on_host,
-    resolve_backbone,
-    seeded,
-)
+from sklearn_gradfeat.backbones import Network, on_host
 from sklearn_gradfeat.features import Store, disk_store, memory_store
 from sklearn_gradfeat.solvers import Solution
+
+_NETWORKS = ("backbone", "gradient_backbone")
 
 
 class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
@@ -51,9 +42,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
         "backbone": [None, str, nn.Module, callable],
         "gradient_layers": [str, Interval(Integral, 1, None, closed="left"), list, tuple],
+        "gradient_backbone": [None, str, nn.Module, callable],
         "activation_layer": [None, str],
         "preprocess": [StrOptions({"auto"}), None, callable],
         "features": [StrOptions({"full", "activation", "gradient"})],
+        "omega": [StrOptions({"fitted", "random"})],
         "parametrization": [StrOptions({"ntk", "standard"})],
         "alpha": [Interval(Real, 0, None, closed="left")],
         "gradient_alpha": [None, Interval(Real, 0, None, closed="left")],
@@ -72,7 +65,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     def __sklearn_clone__(self) -> Any:
         """Return an unfitted estimator that shares the backbone instead of copying it."""
         parameters = {
-            name: value if name == "backbone" else clone(value, safe=False)
+            name: value if name in _NETWORKS else clone(value, safe=False)
             for name, value in self.get_params(deep=False).items()
         }
         cloned = type(self)(**parameters)
@@ -86,10 +79,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state with all tensors in host memory, those of the backbone once."""
         state = dict(super().__getstate__())
-        if isinstance(state.get("backbone"), nn.Module):
-            state["backbone"] = on_host(state["backbone"])
-            if "_extractor" in state:
-                state["_extractor"] = state["_extractor"].sharing(state["backbone"])
+        for name in _NETWORKS:
+            if isinstance(state.get(name), nn.Module):
+                state[name] = on_host(state[name])
+        if isinstance(state.get("backbone"), nn.Module) and "_extractor" in state:
+            state["_extractor"] = state["_extractor"].sharing(state["backbone"])
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,20 +97,6 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         tags.input_tags.three_d_array = True
         return tags
 
-    def _build_extractor(self, X: Any) -> Extractor:
-        """Resolve the backbone for the samples at hand."""
-        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        device = resolve_device(self.device)
-        resolved = resolve_backbone(self.backbone, tuple(X.shape[1:]), seed)
-        indices = resolved.takes_indices and X.dtype.kind in "iu"
-        trunk_dtype, dtype = compute_dtypes(self.precision, X, device, indices)
-        preprocess = resolved.preprocess if self.preprocess == "auto" else self.preprocess
-        with seeded(seed):
-            example = Samples(X, preprocess, trunk_dtype, device, indices).batch(slice(0, 2))
-            factory = self.backbone if callable(self.backbone) else None
-            backbone = freeze(resolved.module, example, trunk_dtype, self.activation_layer, factory)
-        return Extractor(backbone, preprocess, dtype, self.precision == "bfloat16", indices)
-
     def _store(self, X: Any) -> Store | None:
         """Return where features are kept, None where that costs more than it saves."""
         if self.feature_store is None:
@@ -126,7 +106,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         # The trunk of the random network takes less time per row than the look-up of a row.
         return None if self.backbone is None and len(X.shape) == 2 else memory_store()
 
-    def _settings(self) -> Settings:
+    def _settings(self, seed: int) -> Settings:
         """Return the parameters that training depends on."""
         return Settings(
             self.features,
@@ -136,6 +116,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             self.fit_intercept,
             float(self.tol),
             self.max_iter,
+            seed if self.omega == "random" else None,
         )
 
     @torch.inference_mode(False)
@@ -151,14 +132,13 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
 
         ``centre`` is what was taken off the targets and goes back to the intercept.
         """
-        extractor = self._build_extractor(X)
-        gradient = self.features != "activation"
-        names = extractor.backbone.choose(self.gradient_layers) if gradient else []
+        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        extractor, names = build_extractor(self, X, seed)
         network = extractor.network(names)
         features = extractor.features(
-            X, network, self.batch_size, bool(self.verbose), gradient, self._store(X)
+            X, network, self.batch_size, bool(self.verbose), bool(names), self._store(X)
         )
-        settings = self._settings()
+        settings = self._settings(seed)
         loss_on = loss(accumulation_device(features.activation.device))
         offset = np.zeros(loss_on.n_outputs) if centre is None else centre
         warm = self._warm_model(features.activation, network, offset)

@@ -38,7 +38,7 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     ValueError
-        If a parameter or an attribute can be stored by pickle only.
+        If a parameter or an attribute can be stored by pickle only, as a ``gradient_backbone``.
     """
     check_is_fitted(estimator)
     kind = type(estimator)
@@ -46,6 +46,11 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
         raise TypeError(
             f"save() knows the estimators of {_PACKAGE}, and {kind.__qualname__} is none of "
             "them. Use joblib or pickle."
+        )
+    if estimator.gradient_backbone is not None:
+        raise ValueError(
+            "A model with a gradient_backbone can be stored by pickle only: it is there to check "
+            "the method. Use joblib or pickle."
         )
     arrays: Arrays = {}
     parameters = estimator.get_params(deep=False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class Settings:
     fit_intercept: bool
     tol: float
     max_iter: int
+    omega_seed: int | None  # None where Ω is fitted
 
 
 Monitor: TypeAlias = Callable[[str, int, float, Callable[[], Model]], bool]
@@ -81,6 +83,8 @@ def train(
     solutions = {"activation": solution}
     if settings.features == "activation":
         return base, solutions
+    if settings.omega_seed is not None:
+        base = replace(base, omega=_random_like(base.omega, settings.omega_seed))
     model, solution = stages.fit_gradient(base, warm, reference, monitor)
     return model, {**solutions, settings.features: solution}
 
@@ -168,6 +172,13 @@ class _Stages:
             lambda n, value, x: monitor(kind, n, value, lambda: model(x)),
         )
         return model(solution.x), solution
+
+
+def _random_like(omega: Tensor, seed: int) -> Tensor:
+    """Return normal numbers with the mean square of ``omega``, so that penalties mean the same."""
+    # Apart from the weights of a random network, which are drawn from the seed itself.
+    drawn = np.random.default_rng([seed, 1]).standard_normal(omega.shape)
+    return torch.from_numpy(drawn).to(omega) * omega.square().mean().sqrt()
 
 
 def _join(weights: Tensor, intercept: Tensor, u: Tensor, settings: Settings) -> Tensor:

@@ -1,5 +1,6 @@
 """What ``backbone=`` may be, turned into one frozen network."""
 
+from sklearn_gradfeat.backbones._elsewhere import gradients_elsewhere
 from sklearn_gradfeat.backbones._freeze import freeze
 from sklearn_gradfeat.backbones._network import FrozenBackbone, Network, on_host
 from sklearn_gradfeat.backbones._resolve import (
@@ -19,6 +20,7 @@ __all__ = [
     "apart",
     "default_name",
     "freeze",
+    "gradients_elsewhere",
     "on_host",
     "resolve_backbone",
     "seeded",
