@@ -195,8 +195,7 @@ def markdown(rows):
     """Return the rows as Markdown tables."""
     lines = []
     for number, title in ((3, "encoder | model"), (1, "encoder | θ̄₁ | θ̄₂ | ω̄ | θ₂ | model")):
-        chosen = [row for row in rows if row["table"] == number]
-        if not chosen:
+        if not (chosen := [row for row in rows if row["table"] == number]):
             continue
         lines += [f"Table {number}", "", f"| {title} | accuracy, % | published, % | seconds |"]
         lines.append(f"|{'---|' * (title.count('|') + 1)}---:|---:|---:|")
@@ -209,7 +208,8 @@ def markdown(rows):
                 cells.append(row["layers"])
             unfinished = "" if row.get("converged", True) else " (not converged)"
             cells += [row["model"], f"{row['accuracy']:.2f}{unfinished}"]
-            cells += [f"{row['published'] or '':}", f"{row['seconds']:.0f}"]
+            known = "" if row["published"] is None else f"{row['published']:.2f}"
+            cells += [known, f"{row['seconds']:.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
