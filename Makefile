@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest $(PYTEST_FL
 
 help:
 	@echo 'make demo    install into $(VENV) and run the quick start'
-	@echo 'make test    what CI runs: lint and the fast tests'
+	@echo 'make test    lint and the fast tests'
 	@echo 'make slow    the slow tests'
 	@echo 'make docs    build the documentation into docs/_build/html'
 	@echo 'make lint    lint, format check, types, import layers'

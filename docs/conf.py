@@ -28,11 +28,11 @@ autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc has them
 numpydoc_show_class_members = False
 
-# Examples run once per build, but for one that needs many minutes on a CPU.
+# Examples run once per build.
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "auto_examples",
-    "filename_pattern": r"plot_(?!text)",
+    "filename_pattern": "plot_",
     "ignore_pattern": r"(benchmarks|pretraining)",
     "within_subsection_order": "ExampleTitleSortKey",
     "download_all_examples": False,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 MODES = {"rgb": "RGB", "grey": "L"}
 
@@ -49,7 +47,9 @@ def decode(path: str, color: str, size: tuple[int, int] | None) -> npt.NDArray[n
         with Image.open(path) as image:
             _refuse_bomb(image.width, image.height)
             image.load()
-            pixels = _flat(_upright(image), MODES[color])
+            turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            pixels = _flat(image, MODES[color])
+        pixels = pixels if turn is None else pixels.transpose(turn)
         return np.asarray(pixels if size is None else cover(pixels, size))
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {path}") from None
@@ -83,16 +83,10 @@ def _refuse_bomb(width: int, height: int) -> None:
         )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn the image as its EXIF orientation says."""
-    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image if turn is None else image.transpose(turn)
-
-
 def _flat(image: Image.Image, mode: str) -> Image.Image:
     """Convert to ``mode``, with 16 bits scaled to 8 and what is transparent on white."""
     if image.mode.startswith("I;16"):
-        image = _to_8_bits(np.asarray(image))
+        image = _to_8_bits(image)
     if image.mode in ("I", "F"):
         raise ValueError(
             f"its numbers have no known range (Pillow's mode {image.mode}); save it with 8 or 16 "
@@ -104,6 +98,15 @@ def _flat(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _to_8_bits(numbers: npt.NDArray[Any]) -> Image.Image:
-    """Scale 0..65535 to 0..255, rounded; Pillow's own conversion clips at 255."""
-    return Image.fromarray(((numbers.astype(np.uint32) + 128) // 257).astype(np.uint8))
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale the range of 16 bits, or of a TIFF with fewer, to 0..255, rounded.
+
+    Pillow's own conversion clips at 255, and it leaves it to its users that TIFF may count from
+    white.
+    """
+    numbers = np.asarray(image).astype(np.uint32)
+    tags = getattr(image, "tag_v2", {})
+    most = 2 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        numbers = most - numbers
+    return Image.fromarray(((numbers * 255 + most // 2) // most).astype(np.uint8))

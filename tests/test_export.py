@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.exceptions import NotFittedError
-from torch import nn
+from torch import fx, nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
 from sklearn_gradfeat.backbones import FrozenBackbone
-from sklearn_gradfeat.tangent import LinearizedHead, linearized_graph
+from sklearn_gradfeat.tangent import LinearizedHead, UntraceableError, linearized_graph
 from tests.networks import NETWORKS, build
 from tests.test_architectures import LAST
 from tests.test_architectures import build as build_architecture
@@ -97,6 +97,69 @@ def test_graph_of_convolutions(kind, options, names):
         pytest.skip("no bias")
     net = nn.Sequential(layer, nn.SiLU(), getattr(nn, f"Conv{dims}d")(4, 3, 1)).double()
     check_graph(net, torch.randn(5, 2, *[5] * dims, dtype=torch.float64), names)
+
+
+class Several(nn.Module):
+    """Operators with several outputs or inputs, and a parameter that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        a, b = (x @ self.weight).chunk(2, 1)
+        variance, mean = torch.var_mean(x * self.scale, 1, keepdim=True)
+        y = torch.cat([a * b, x, (variance + 1).rsqrt() * mean, nn.functional.glu(x * a.sum())], 1)
+        top, _ = (nn.functional.pad(y, (1, 2)) + 1).sort(1)
+        return torch.where(top > 0, top, y.logsumexp(1, keepdim=True)) * self.scale[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 3, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x.unflatten(1, (1, 6)).expand(-1, 2, -1).to(x.dtype))[0][:, -1]
+
+
+def normalised():
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.Unflatten(1, (4, 2, 2)), nn.GroupNorm(2, 4), nn.Hardsigmoid(),
+        nn.InstanceNorm2d(4), nn.Hardswish(), nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("network", [Several, Recurrent, normalised])
+def test_graph_of_operators_that_need_care(network):
+    torch.manual_seed(0)
+    # torch's own derivative of the hard sigmoid holds 1/6 in float32.
+    tolerance = {"rtol": 1e-6} if network is normalised else {}
+    check_graph(network().double(), torch.randn(5, 6, dtype=torch.float64), None, **tolerance)
+
+
+def linearized(operation):
+    weight, x = torch.ones(3, 3), torch.ones(2, 3)
+    head = fx.symbolic_trace(lambda weight, x: (operation(x @ weight, x),))
+    linearized_graph(head, (weight,), (weight,), (x,))
+
+
+def test_operators_without_a_derivative():
+    with pytest.raises(UntraceableError, match="derivative for 'zeta' is not implemented"):
+        linearized(torch.special.zeta)
+
+
+def test_networks_of_one_batch_size():
+    with pytest.raises(UntraceableError, match="Constraints violated"):
+        linearized(lambda y, _: y + torch.ones(2, 3))
+
+
+def test_derivatives_of_one_batch_size(monkeypatch):
+    monkeypatch.setattr("torch.export.default_decompositions", dict)  # conv3d stays what it is
+    module = nn.Sequential(nn.Conv3d(2, 3, 1), nn.Tanh())
+    with pytest.raises(UntraceableError, match="fixes the batch size"):
+        check_graph(module, torch.randn(5, 2, 2, 2, 2), None)
 
 
 @pytest.mark.slow

@@ -133,22 +133,40 @@ def test_16_bit_rgb_png_is_scaled(tmp_path):
     assert np.abs(read(path) - deep / 257).max() <= 1  # Pillow keeps the upper eight bits
 
 
-def test_16_bit_rgb_tiff_is_scaled(tmp_path):
-    deep = np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]], 2)
-    n_tags, short, long = 9, 3, 4
-    bits = 8 + 2 + 12 * n_tags + 4
+def write_tiff(path, photometric, bits, pixels):
+    """Write an uncompressed TIFF of 6 lines and 9 columns, ``bits`` for each channel."""
+    n_tags, short, long, channels = 9, 3, 4, len(bits)
+    end = 8 + 2 + 12 * n_tags + 4
     tags = [
-        (256, short, 1, 9), (257, short, 1, 6), (258, short, 3, bits), (259, short, 1, 1),
-        (262, short, 1, 2), (273, long, 1, bits + 6), (277, short, 1, 3), (278, short, 1, 6),
-        (279, long, 1, deep.nbytes),
+        (256, short, 1, 9), (257, short, 1, 6),
+        (258, short, channels, bits[0] if channels == 1 else end), (259, short, 1, 1),
+        (262, short, 1, photometric), (273, long, 1, end + 2 * channels),
+        (277, short, 1, channels), (278, short, 1, 6), (279, long, 1, len(pixels)),
     ]  # fmt: skip
     directory = struct.pack("<H", n_tags) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    path = tmp_path / "a.tif"
-    path.write_bytes(
-        b"II*\0" + struct.pack("<I", 8) + directory + b"\0" * 4
-        + struct.pack("<HHH", 16, 16, 16) + deep.astype("<u2").tobytes()
-    )  # fmt: skip
-    assert np.abs(read(path) - deep / 257).max() <= 1
+    more = struct.pack(f"<{channels}H", *bits)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8) + directory + b"\0" * 4 + more + pixels)
+    return path
+
+
+def test_16_bit_rgb_tiff_is_scaled(tmp_path):
+    deep = np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]], 2)
+    path = write_tiff(tmp_path / "a.tif", 2, (16, 16, 16), deep.astype("<u2").tobytes())
+    assert np.abs(read(path) - deep / 257).max() <= 1  # Pillow keeps the upper eight bits
+
+
+def test_16_bit_tiff_that_counts_from_white(tmp_path):
+    path = write_tiff(tmp_path / "a.tif", 0, (16,), DEEP.astype("<u2").tobytes())
+    assert np.array_equal(read(path, color="grey"), 255 - EIGHT_BITS)
+
+
+def test_12_bit_tiff_is_scaled(tmp_path):
+    numbers = DEEP >> 4
+    # Three bytes for two pixels; a line of nine ends with four bits of nothing.
+    bits = np.unpackbits(numbers.astype(">u2").view(np.uint8).reshape(6, 9, 2), axis=2)[:, :, 4:]
+    pixels = np.packbits(np.pad(bits.reshape(6, -1), ((0, 0), (0, 4))), axis=1).tobytes()
+    path = write_tiff(tmp_path / "a.tif", 1, (12,), pixels)
+    assert np.array_equal(read(path, color="grey"), np.rint(numbers / 4095 * 255))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])

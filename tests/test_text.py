@@ -174,9 +174,9 @@ def test_clone_and_pickle(fitted):
 
 
 def test_grid_search():
-    grid = {"tokens__max_length": [3, 8]}
+    model, grid = pipeline(features="activation"), {"tokens__max_length": [3, 8]}
     alone, parallel = (
-        GridSearchCV(pipeline(), grid, cv=2, n_jobs=n).fit(pd.Series(TEXTS), LABELS) for n in (1, 2)
+        GridSearchCV(model, grid, cv=2, n_jobs=n).fit(pd.Series(TEXTS), LABELS) for n in (1, 2)
     )
     assert alone.best_params_ == parallel.best_params_
     assert np.array_equal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -11,8 +12,11 @@ _WIDTH = 256
 _DEPTH = 2
 
 
+@functools.lru_cache(maxsize=16)
 def random_mlp(n_features: int, seed: int) -> nn.Sequential:
     """Return a wide multi-layer perceptron with random weights, in float64.
+
+    The same one for the same arguments, so that folds and candidates share its graph.
 
     Weights are N(0, 2 / fan_in) and biases N(0, 0.01): the function that the NTK
     parametrization [1]_ draws at its start, with the gain that keeps the scale of the

@@ -16,25 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sklearn_gradfeat._attention import differentiable_attention
 from sklearn_gradfeat.tangent._products import Tensors
 
-_CONVOLUTIONS = {
-    getattr(getattr(torch.ops.aten, operator), overload)
-    for operator, *overloads in (
-        ("conv1d", "default", "padding"),
-        ("conv2d", "default", "padding"),
-        ("conv3d", "default", "padding"),
-        ("conv_transpose1d", "default"),
-        ("conv_transpose2d", "input"),
-        ("conv_transpose3d", "input"),
-        ("convolution", "default"),
-    )
-    for overload in overloads
-}
+_ATEN = torch.ops.aten
 
 
 class UntraceableError(Exception):
@@ -73,12 +62,20 @@ def linearized_graph(
     try:
         with torch.no_grad(), differentiable_attention():
             program = torch.export.export(head, (*parameters, *boundary), dynamic_shapes=shapes)
+            program = program.run_decompositions(_simpler_operators())
             return _trace(program, (*parameters, *boundary), tangents)
-    except UntraceableError:
-        raise
     except Exception as error:  # whatever torch.export or a derivative may raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UntraceableError(reason) from error
+
+
+def _simpler_operators() -> dict[Any, Callable[..., Any]]:
+    """Return how operators are taken apart whose second derivatives are missing or fix sizes."""
+    table: dict[Any, Callable[..., Any]] = dict(torch.export.default_decompositions().items())
+    recurrent = [getattr(_ATEN, kind).input for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")]
+    others = ("_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+              "native_group_norm", "glu", "hardsigmoid")  # fmt: skip
+    return table | get_decompositions([*recurrent, *(getattr(_ATEN, kind) for kind in others)])
 
 
 def _trace(
@@ -103,11 +100,12 @@ def _trace(
 
     with fakes[-1].fake_mode:
         operands = (*fakes, *(torch.empty_like(fakes[i]) for i in varying))
-        traced = make_fx(run)(*operands)
+        # The symbolic mode keeps to kernels that leave the batch size open.
+        traced = make_fx(run, tracing_mode="symbolic")(*operands)
         # Without operators that write into their input, what is not needed can be told.
-        traced = make_fx(torch.func.functionalize(traced))(*operands)
+        traced = make_fx(torch.func.functionalize(traced), tracing_mode="symbolic")(*operands)
     if fakes[-1].shape[0].node.expr.is_number:
-        raise UntraceableError("an operator has no derivative for a free batch size")
+        raise UntraceableError("the derivative of some operator fixes the batch size")
     known = [*constants, *inputs[: len(tangents)]]
     return _bind(traced, [*known, *[None] * (len(fakes) - len(known)), *tangents])
 
@@ -163,7 +161,7 @@ class _Linearizer(fx.Interpreter):
             return target(*positional, **named)
 
         value = function(*(values[i] for i in varying))
-        if target in _CONVOLUTIONS:
+        if target is _ATEN.convolution.default:
             return _Dual(value, _convolution_tangent(target, args, value))
         tangent = _tangent(function, [values[i] for i in varying], tangents)
         return value if tangent is None else _Dual(value, tangent)
@@ -195,14 +193,15 @@ def _tangent(
 ) -> Any:
     """Return ``J t`` of any operator, from two backward passes; None if it is constant.
 
-    ``Jᵀ v`` is linear in ``v``, so its vector-Jacobian product with ``t`` is ``J t``.
+    ``Jᵀ v`` is linear in ``v``, so its vector-Jacobian product with ``t`` is ``J t``, at any ``v``.
+    It is not taken at zero, where torch returns NaN for operators that work with logarithms.
     """
     with torch.enable_grad():
         leaves = [value.detach().requires_grad_() for value in values]
         outputs = function(*leaves)
         if isinstance(outputs, Tensor):
             return _pushed(outputs, leaves, tangents)
-        found = [_pushed(output, leaves, tangents) for output in outputs]
+        found = [_pushed(output, leaves, tangents) for output in outputs or ()]
     return None if all(tangent is None for tangent in found) else found
 
 
@@ -210,7 +209,7 @@ def _pushed(output: Any, leaves: Sequence[Tensor], tangents: Sequence[Tensor]) -
     """Return the tangent of one output."""
     if not isinstance(output, Tensor) or not output.requires_grad:
         return None
-    v = torch.zeros_like(output, requires_grad=True)
+    v = torch.ones_like(output, requires_grad=True)
     pulled = torch.autograd.grad(output, leaves, v, create_graph=True, materialize_grads=True)
     linked = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p.requires_grad]
     if not linked:

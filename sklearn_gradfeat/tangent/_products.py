@@ -57,12 +57,13 @@ def jvp_by_double_backward(
 ) -> Tensor:
     """Return ``J t`` without forward mode.
 
-    ``Jᵀ v`` is linear in ``v``, so its vector-Jacobian product with ``t`` is ``J t``.
+    ``Jᵀ v`` is linear in ``v``, so its vector-Jacobian product with ``t`` is ``J t``, at any ``v``.
+    It is not taken at zero, where torch returns NaN for operators that work with logarithms.
     """
     with torch.enable_grad(), differentiable_attention():
         leaves = tuple(p.detach().requires_grad_() for p in parameters)
         primal = head(leaves, boundary)
-        dummy = torch.zeros_like(primal, requires_grad=True)
+        dummy = torch.ones_like(primal, requires_grad=True)
         pulled = _grad(primal, leaves, dummy, create_graph=True)
         (tangent,) = torch.autograd.grad(pulled, dummy, tangents)
     return tangent
