@@ -197,7 +197,8 @@ def markdown(rows):
     for number, title in ((3, "encoder | model"), (1, "encoder | θ̄₁ | θ̄₂ | ω̄ | θ₂ | model")):
         if not (chosen := [row for row in rows if row["table"] == number]):
             continue
-        lines += [f"Table {number}", "", f"| {title} | accuracy, % | published, % | seconds |"]
+        of = "published, %" if number == 3 else "published for BiGAN, %"
+        lines += ["", f"Table {number}", "", f"| {title} | accuracy, % | {of} | seconds |"]
         lines.append(f"|{'---|' * (title.count('|') + 1)}---:|---:|---:|")
         for row in chosen:
             cells = [Path(row["encoder"]).stem]
@@ -211,8 +212,7 @@ def markdown(rows):
             known = "" if row["published"] is None else f"{row['published']:.2f}"
             cells += [known, f"{row['seconds']:.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def main(argv=None):
