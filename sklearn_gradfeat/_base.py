@@ -17,14 +17,9 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat._arrays import (
-    Samples,
-    accumulation_device,
-    compute_dtypes,
-    resolve_device,
-)
+from sklearn_gradfeat._arrays import accumulation_device, resolve_device
 from sklearn_gradfeat._callbacks import CallbackSupportMixin, FitCallbacks
-from sklearn_gradfeat._extractor import Extractor
+from sklearn_gradfeat._extractor import Extractor, build_extractor
 from sklearn_gradfeat._input import restored_on_error, validate_new_samples, validate_samples
 from sklearn_gradfeat._model import Model
 from sklearn_gradfeat._prediction import predict_logits
@@ -33,19 +28,16 @@ from sklearn_gradfeat._serving import ServingMixin
 from sklearn_gradfeat._stages import Settings
 from sklearn_gradfeat._targets import Problem
 from sklearn_gradfeat._training import train, warn_unless_converged
-from sklearn_gradfeat.backbones import (
-    Network,
-    freeze,
-    on_host,
-    resolve_backbone,
-    seeded,
-)
+from sklearn_gradfeat.backbones import Network, on_host
 from sklearn_gradfeat.features import Features, Store, disk_store, memory_store
+
+_NETWORKS = ("backbone", "gradient_backbone")
 
 
 class Prepared(NamedTuple):
     """The samples as the linear model takes them, whatever its penalties and targets."""
 
+    seed: int
     network: Network
     features: Features
     attributes: dict[str, Any]
@@ -57,9 +49,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
         "backbone": [None, str, nn.Module, callable],
         "gradient_layers": [str, Interval(Integral, 1, None, closed="left"), list, tuple],
+        "gradient_backbone": [None, str, nn.Module, callable],
         "activation_layer": [None, str],
         "preprocess": [StrOptions({"auto"}), None, callable],
         "features": [StrOptions({"full", "activation", "gradient"})],
+        "omega": [StrOptions({"fitted", "random"})],
         "parametrization": [StrOptions({"ntk", "standard"})],
         "alpha": [Interval(Real, 0, None, closed="left")],
         "gradient_alpha": [None, Interval(Real, 0, None, closed="left")],
@@ -78,7 +72,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     def __sklearn_clone__(self) -> Any:
         """Return an unfitted estimator that shares the backbone instead of copying it."""
         parameters = {
-            name: value if name == "backbone" else clone(value, safe=False)
+            name: value if name in _NETWORKS else clone(value, safe=False)
             for name, value in self.get_params(deep=False).items()
         }
         cloned = type(self)(**parameters)
@@ -92,10 +86,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state with all tensors in host memory, those of the backbone once."""
         state = dict(super().__getstate__())
-        if isinstance(state.get("backbone"), nn.Module):
-            state["backbone"] = on_host(state["backbone"])
-            if "_extractor" in state:
-                state["_extractor"] = state["_extractor"].sharing(state["backbone"])
+        for name in _NETWORKS:
+            if isinstance(state.get(name), nn.Module):
+                state[name] = on_host(state[name])
+        if isinstance(state.get("backbone"), nn.Module) and "_extractor" in state:
+            state["_extractor"] = state["_extractor"].sharing(state["backbone"])
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,39 +104,32 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         tags.input_tags.three_d_array = True
         return tags
 
-    def _build_extractor(self, X: Any) -> Extractor:
-        """Resolve the backbone for the samples at hand."""
-        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        device = resolve_device(self.device)
-        resolved = resolve_backbone(self.backbone, tuple(X.shape[1:]), seed)
-        indices = resolved.takes_indices and X.dtype.kind in "iu"
-        trunk_dtype, dtype = compute_dtypes(self.precision, X, device, indices)
-        preprocess = resolved.preprocess if self.preprocess == "auto" else self.preprocess
-        with seeded(seed):
-            example = Samples(X, preprocess, trunk_dtype, device, indices).batch(slice(0, 2))
-            factory = self.backbone if callable(self.backbone) else None
-            backbone = freeze(resolved.module, example, trunk_dtype, self.activation_layer, factory)
-        return Extractor(backbone, preprocess, dtype, self.precision == "bfloat16", indices)
-
-    def _store(self) -> Store | None:
+    def _store(self, X: Any) -> Store | None:
         """Return where features are kept, None where that costs more than it saves."""
         if self.feature_store is None:
             return None
         if self.feature_store != "auto":
             return disk_store(self.feature_store)
         # The trunk of the random network takes less time per row than the look-up of a row.
-        return None if self.backbone is None else memory_store()
+        return None if self.backbone is None and len(X.shape) == 2 else memory_store()
 
-    def _settings(self) -> Settings:
+    def _settings(self, seed: int) -> Settings:
         """Return the parameters that training depends on."""
+        gradient_alpha = self.alpha if self.gradient_alpha is None else self.gradient_alpha
+        return self._settings_with(seed, float(self.alpha), float(gradient_alpha))
+
+    def _settings_with(self, seed: int, alpha: float, gradient_alpha: float) -> Settings:
+        """Return them with these penalties."""
+        drawn = self.omega == "random" and self.features != "activation"
         return Settings(
             self.features,
             self.parametrization,
-            float(self.alpha),
-            float(self.alpha if self.gradient_alpha is None else self.gradient_alpha),
+            alpha,
+            gradient_alpha,
             self.fit_intercept,
             float(self.tol),
             self.max_iter,
+            seed if drawn else None,
         )
 
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> Any:
@@ -151,7 +139,8 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             problem = self._problem(y, sample_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
             callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
-            fitted = self._train(self._prepare(X), problem, self._settings(), callbacks)
+            prepared = self._prepare(X)
+            fitted = self._train(prepared, problem, self._settings(prepared.seed), callbacks)
         self.__dict__.update(fitted)
         callbacks.end()
         return self
@@ -163,23 +152,22 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     @torch.inference_mode(False)
     def _prepare(self, X: Any) -> Prepared:
         """Pass the samples through the frozen layers."""
-        extractor = self._build_extractor(X)
-        gradient = self.features != "activation"
-        names = extractor.backbone.choose(self.gradient_layers) if gradient else []
+        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        extractor, names = build_extractor(self, X, seed)
         network = extractor.network(names)
         features = extractor.features(
-            X, network, self.batch_size, bool(self.verbose), gradient, self._store()
+            X, network, self.batch_size, bool(self.verbose), bool(names), self._store(X)
         )
         shape = tuple(X.shape[1:])
-        return Prepared(network, features, {"_extractor": extractor, "sample_shape_": shape})
+        return Prepared(seed, network, features, {"_extractor": extractor, "sample_shape_": shape})
 
     @torch.inference_mode(False)
     def _train(
         self, prepared: Prepared, problem: Problem, settings: Settings, callbacks: FitCallbacks
     ) -> dict[str, Any]:
         """Run both stages and return the fitted attributes."""
-        network, features, attributes = prepared
-        attributes = attributes | problem.attributes
+        network, features = prepared.network, prepared.features
+        attributes = prepared.attributes | problem.attributes
         loss = problem.loss(accumulation_device(features.activation.device))
         offset = problem.offset(loss.n_outputs)
         warm = self._warm_model(prepared, offset)
@@ -228,7 +216,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         X = validate_new_samples(self, X)
         extractor, model = self._extractor_and_model()
         return predict_logits(
-            extractor, model, X, self.batch_size, bool(self.verbose), self._store()
+            extractor, model, X, self.batch_size, bool(self.verbose), self._store(X)
         )
 
     @torch.inference_mode(False)

@@ -96,7 +96,8 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
             data = _Data(X, y, sample_weight, self._prepare(X))
             fitted = self._search(data, problem, folds, to_score)
             if self.refit:
-                fitted |= self._train(data.prepared, problem, self._settings(fitted), callbacks)
+                settings = self._settings(data.prepared.seed, fitted)
+                fitted |= self._train(data.prepared, problem, settings, callbacks)
         self.__dict__.pop("coef_", None)  # without a refit there is no model any more
         self.__dict__.update(fitted)
         callbacks.end()
@@ -113,21 +114,12 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
                     f"finite and not negative; got {getattr(self, name)!r}."
                 )
 
-    def _settings(self, fitted: dict[str, Any] | None = None) -> Settings:
+    def _settings(self, seed: int, fitted: dict[str, Any] | None = None) -> Settings:
         """Return the parameters that training depends on, with the chosen penalties."""
-        alpha = gradient_alpha = np.nan
+        penalties = {"alpha": np.nan, "gradient_alpha": np.nan}
         if fitted is not None:
-            alpha = fitted["alpha_"]
-            gradient_alpha = fitted["gradient_alpha_"] or 0.0
-        return Settings(
-            self.features,
-            self.parametrization,
-            alpha,
-            gradient_alpha,
-            self.fit_intercept,
-            float(self.tol),
-            self.max_iter,
-        )
+            penalties = {name: fitted[f"{name}_"] or 0.0 for name in penalties}
+        return self._settings_with(seed, **penalties)
 
     @torch.inference_mode(False)
     def _search(
@@ -146,7 +138,7 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
                 unfinished += self._score_fold(
                     data, part, (train, test), grid, to_score, scores[number], bar.update
                 )
-        warn_of_search(unfinished, scores.size, self._settings())
+        warn_of_search(unfinished, scores.size, self._settings(data.prepared.seed))
         # Averaged as in GridSearchCV, so that ties are the same.
         means = np.average(scores.reshape(len(folds), -1).T.copy(), axis=1)
         best = int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
@@ -163,10 +155,11 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
         self, prepared: Prepared, problem: Problem, rows: npt.NDArray[np.intp] | None = None
     ) -> Stages:
         """Return the two stages on some samples, or on all of them."""
-        network, features, _ = prepared
+        network, features = prepared.network, prepared.features
+        settings = self._settings(prepared.seed)
         features = features if rows is None else features.subset(rows)
         loss = problem.loss(accumulation_device(features.activation.device))
-        return Stages(features, network.head, network.parameters, loss, self._settings())
+        return Stages(features, network.head, network.parameters, loss, settings)
 
     def _score_fold(
         self,

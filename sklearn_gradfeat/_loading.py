@@ -139,8 +139,9 @@ class _Saved:
                 f"{self.path} holds a model over {code}. Its weights are in the file, its code is "
                 "not: pass the module, or a callable that returns one, as `backbone`."
             )
-        choice = parameters["backbone"] if backbone is None else backbone
-        return resolve_backbone(choice, self.unpacked("attributes")["sample_shape_"], 0)
+        if backbone is None:
+            backbone = self.document["backbone"].get("name") or parameters["backbone"]
+        return resolve_backbone(backbone, self.unpacked("attributes")["sample_shape_"], 0)
 
     def freeze(self, module: nn.Module, layer: str | None) -> tuple[FrozenBackbone, nn.Module]:
         """Return the frozen network, and a module with its weights."""

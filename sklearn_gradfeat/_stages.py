@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,7 @@ class Settings:
     fit_intercept: bool
     tol: float
     max_iter: int
+    omega_seed: int | None  # None where Ω is fitted
 
 
 Monitor: TypeAlias = Callable[[str, int, float, Callable[[], Model]], bool]
@@ -136,7 +138,8 @@ class Stages:
 
         start = zero
         if warm is not None:
-            start = _join(warm.omega, warm.intercept, zero[:0], self.settings)
+            weights = warm.omega if self.settings.omega_seed is None else warm.weights
+            start = _join(weights, warm.intercept, zero[:0], self.settings)
         settings, inverse = self.settings, self.inverses.of(objective)
         reference = _norm_at_zero(objective, zero, inverse)
         solution = _minimize(
@@ -150,7 +153,10 @@ class Stages:
         )
         if solution.norm <= math.sqrt(settings.tol) * reference:
             solution = replace(solution, status="converged")
-        return Base(alpha, model(solution.x), solution, reference, Inverses())
+        fitted = model(solution.x)
+        if settings.omega_seed is not None:
+            fitted = replace(fitted, omega=_random_like(fitted.omega, settings.omega_seed))
+        return Base(alpha, fitted, solution, reference, Inverses())
 
     def fit_gradient(
         self, base: Base, gradient_alpha: float, start: Model, monitor: Monitor
@@ -180,6 +186,13 @@ class Stages:
             lambda n, value, x: monitor(kind, n, value, lambda: model(x)),
         )
         return model(solution.x), solution
+
+
+def _random_like(omega: Tensor, seed: int) -> Tensor:
+    """Return normal numbers with the mean square of ``omega``, so that penalties mean the same."""
+    # Apart from the weights of a random network, which are drawn from the seed itself.
+    drawn = np.random.default_rng([seed, 1]).standard_normal(omega.shape)
+    return torch.from_numpy(drawn).to(omega) * omega.square().mean().sqrt()
 
 
 def _join(weights: Tensor, intercept: Tensor, u: Tensor, settings: Settings) -> Tensor:
