@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from sklearn_gradfeat._arrays import accumulation_device, resolve_device
 from sklearn_gradfeat._callbacks import CallbackSupportMixin, FitCallbacks
 from sklearn_gradfeat._extractor import Extractor, build_extractor
 from sklearn_gradfeat._input import restored_on_error, validate_new_samples, validate_samples
+from sklearn_gradfeat._memory import in_smaller_batches
 from sklearn_gradfeat._model import Model
 from sklearn_gradfeat._prediction import predict_logits
 from sklearn_gradfeat._repr import PrintedByName
@@ -30,6 +32,7 @@ from sklearn_gradfeat._targets import Problem
 from sklearn_gradfeat._training import train, warn_unless_converged
 from sklearn_gradfeat.backbones import Network, on_host
 from sklearn_gradfeat.features import Features, Store, disk_store, memory_store
+from sklearn_gradfeat.solvers import Solution
 
 _NETWORKS = ("backbone", "gradient_backbone")
 
@@ -155,8 +158,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         extractor, names = build_extractor(self, X, seed)
         network = extractor.network(names)
-        features = extractor.features(
-            X, network, self.batch_size, bool(self.verbose), bool(names), self._store(X)
+        features = in_smaller_batches(
+            lambda size: extractor.features(
+                X, network, size, bool(self.verbose), bool(names), self._store(X)
+            ),
+            self.batch_size,
         )
         shape = tuple(X.shape[1:])
         return Prepared(seed, network, features, {"_extractor": extractor, "sample_shape_": shape})
@@ -184,9 +190,13 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
                     iteration, lambda: attributes | model().shifted(offset).attributes()
                 )
 
-            model, solutions = train(
-                features, network.head, network.parameters, loss, settings, warm, monitor
-            )
+            def attempt(batch_size: int) -> tuple[Model, dict[str, Solution]]:
+                smaller = replace(features, batch_size=batch_size)
+                return train(
+                    smaller, network.head, network.parameters, loss, settings, warm, monitor
+                )
+
+            model, solutions = in_smaller_batches(attempt, features.batch_size)
         for stage, solution in solutions.items():
             warn_unless_converged(stage, solution, settings)
         last = solutions[settings.features]
@@ -215,8 +225,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         """Return the logits, of shape (n_samples, n_outputs)."""
         X = validate_new_samples(self, X)
         extractor, model = self._extractor_and_model()
-        return predict_logits(
-            extractor, model, X, self.batch_size, bool(self.verbose), self._store(X)
+        return in_smaller_batches(
+            lambda size: predict_logits(
+                extractor, model, X, size, bool(self.verbose), self._store(X)
+            ),
+            self.batch_size,
         )
 
     @torch.inference_mode(False)

@@ -88,7 +88,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         times that at the model that predicts nothing.
     batch_size : int, default=256
         Number of samples that pass through the network at once. It changes results by
-        rounding errors only.
+        rounding errors only. Where memory runs out it is halved, with a warning.
     feature_store : "auto", path or None, default="auto"
         Where the output of the frozen layers is kept, so that it is computed once per sample
         for all clones, folds, candidates, fits and predictions: in the memory of the process,

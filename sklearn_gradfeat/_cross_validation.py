@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,6 +23,7 @@ from sklearn_gradfeat._arrays import Rows, accumulation_device
 from sklearn_gradfeat._base import BaseGradientFeature, Prepared
 from sklearn_gradfeat._callbacks import FitCallbacks
 from sklearn_gradfeat._input import restored_on_error, validate_samples
+from sklearn_gradfeat._memory import in_smaller_batches
 from sklearn_gradfeat._scoring import ScoringMixin
 from sklearn_gradfeat._search import Grid, known_logits, penalty_path, place
 from sklearn_gradfeat._stages import Settings, Stages
@@ -49,6 +51,11 @@ class _Data(NamedTuple):
     y: npt.NDArray[Any]
     weights: npt.NDArray[np.float64] | None
     prepared: Prepared
+
+    def in_batches(self, batch_size: int) -> _Data:
+        """Return the same with another number of samples in a batch."""
+        features = replace(self.prepared.features, batch_size=batch_size)
+        return self._replace(prepared=self.prepared._replace(features=features))
 
     def part(self, rows: npt.NDArray[np.intp]) -> tuple[Any, Any]:
         """Return targets and weights of some samples."""
@@ -94,7 +101,10 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
             if sample_weight is not None:
                 sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
             data = _Data(X, y, sample_weight, self._prepare(X))
-            fitted = self._search(data, problem, folds, to_score)
+            fitted = in_smaller_batches(
+                lambda size: self._search(data.in_batches(size), problem, folds, to_score),
+                data.prepared.features.batch_size,
+            )
             if self.refit:
                 settings = self._settings(data.prepared.seed, fitted)
                 fitted |= self._train(data.prepared, problem, settings, callbacks)
