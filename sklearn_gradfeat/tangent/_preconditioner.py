@@ -18,6 +18,9 @@ from sklearn_gradfeat.tangent._kfac import (
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
 from sklearn_gradfeat.tangent._spectrum import KroneckerInverse, Spectrum, damping
 
+# Added to the curvature in the intercepts, as a share of the largest.
+_BLIND = 1e-6
+
 
 class Curvature:
     """What the inverse Hessian takes from the samples; no penalty is part of it.
@@ -39,7 +42,7 @@ class Curvature:
         weights = (shares / total if total > 0 else objective.loss.weights).to(like)
         self.total = float(total)
         self.outputs = Spectrum.of(curvature)
-        self.inputs = _affine_inputs(objective, weights)
+        self.mean, self.inputs = _centred(objective, weights)
         self.layers: list[_Layer] = []
         self.diagonals: dict[int, Tensor] = {}
         if objective.tangent is not None:
@@ -74,9 +77,11 @@ class Preconditioner:
     ) -> None:
         self.objective = objective
         self.curvature = curvature or Curvature(objective, logits)
-        self.affine = KroneckerInverse(
-            self.curvature.outputs, self.curvature.inputs, objective.alpha
-        )
+        outputs = self.curvature.outputs
+        self.weights = KroneckerInverse(outputs, self.curvature.inputs, objective.alpha)
+        # A softmax is blind to what all intercepts have in common, so its curvature is singular.
+        one = Spectrum(objective.like.new_ones(1), None)
+        self.intercept = KroneckerInverse(outputs, one, _BLIND * float(outputs.values.max()) or 1.0)
         self.layers = (
             None if objective.tangent is None else _LayerInverses(objective.tangent, self.curvature)
         )
@@ -84,24 +89,31 @@ class Preconditioner:
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the inverse to a flat vector."""
         weights, intercept, u = self.objective.split(x)
-        n_outputs = self.objective.loss.n_outputs
-        joined = torch.cat([weights, intercept.view(n_outputs, -1)], 1)
-        solved = self.affine(joined) if joined.numel() else joined
-        d = weights.shape[1]
-        affine = [solved[:, :d].reshape(-1), solved[:, d:].reshape(-1)]
+        mean, column = self.curvature.mean, intercept.view(self.objective.loss.n_outputs, -1)
+        if column.numel():
+            weights = weights - column * mean
+        solved = self.weights(weights) if weights.numel() else weights
+        if column.numel():
+            column = self.intercept(column) - solved @ mean[:, None]
+        affine = [solved.reshape(-1), column.reshape(-1)]
         return torch.cat([*affine, u if self.layers is None else self.layers(u)])
 
 
-def _affine_inputs(objective: TangentObjective, weights: Tensor) -> Spectrum:
-    """Return the factor of the inputs, which the weights and the intercept share."""
+def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spectrum]:
+    """Return the mean of the features and the factor of what is left of them without it.
+
+    Without a free intercept nothing may be taken off. With one, the centred weights and the
+    intercept do not depend on each other, and the penalty is on the weights alone.
+    """
     rows = objective.like.new_empty(objective.n_samples, 0)
     if objective.features is not None:
         rows = objective.features
-    if objective.fit_intercept:
-        rows = torch.cat([rows, torch.ones_like(weights)[:, None]], 1)
+    mean = weights @ rows if objective.fit_intercept else rows.new_zeros(rows.shape[1])
+    rows = rows - mean
     weighted = weights[:, None] * rows
     wide = rows.shape[1] > MAX_WIDTH
-    return Spectrum((weighted * rows).sum(0), None) if wide else Spectrum.of(weighted.T @ rows)
+    factor = Spectrum((weighted * rows).sum(0), None) if wide else Spectrum.of(weighted.T @ rows)
+    return mean, factor
 
 
 def _layer_factors(
