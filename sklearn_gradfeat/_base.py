@@ -4,45 +4,46 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.base import clone
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat._arrays import (
-    Samples,
-    accumulation_device,
-    compute_dtypes,
-    resolve_device,
-)
+from sklearn_gradfeat._arrays import accumulation_device, resolve_device
 from sklearn_gradfeat._callbacks import CallbackSupportMixin, FitCallbacks
-from sklearn_gradfeat._extractor import Extractor
-from sklearn_gradfeat._input import validate_new_samples
-from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat._extractor import Extractor, build_extractor
+from sklearn_gradfeat._input import restored_on_error, validate_new_samples, validate_samples
+from sklearn_gradfeat._memory import in_smaller_batches
 from sklearn_gradfeat._model import Model
 from sklearn_gradfeat._prediction import predict_logits
 from sklearn_gradfeat._repr import PrintedByName
 from sklearn_gradfeat._serving import ServingMixin
-from sklearn_gradfeat._training import Settings, train
-from sklearn_gradfeat.backbones import (
-    Network,
-    freeze,
-    on_host,
-    resolve_backbone,
-    seeded,
-)
-from sklearn_gradfeat.features import Store, disk_store, memory_store
+from sklearn_gradfeat._stages import Settings
+from sklearn_gradfeat._targets import Problem
+from sklearn_gradfeat._training import train, warn_unless_converged
+from sklearn_gradfeat.backbones import Network, on_host
+from sklearn_gradfeat.features import Features, Store, disk_store, memory_store
 from sklearn_gradfeat.solvers import Solution
+
+_NETWORKS = ("backbone", "gradient_backbone")
+
+
+class Prepared(NamedTuple):
+    """The samples as the linear model takes them, whatever its penalties and targets."""
+
+    seed: int
+    network: Network
+    features: Features
+    attributes: dict[str, Any]
 
 
 class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
@@ -51,9 +52,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
         "backbone": [None, str, nn.Module, callable],
         "gradient_layers": [str, Interval(Integral, 1, None, closed="left"), list, tuple],
+        "gradient_backbone": [None, str, nn.Module, callable],
         "activation_layer": [None, str],
         "preprocess": [StrOptions({"auto"}), None, callable],
         "features": [StrOptions({"full", "activation", "gradient"})],
+        "omega": [StrOptions({"fitted", "random"})],
         "parametrization": [StrOptions({"ntk", "standard"})],
         "alpha": [Interval(Real, 0, None, closed="left")],
         "gradient_alpha": [None, Interval(Real, 0, None, closed="left")],
@@ -72,7 +75,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     def __sklearn_clone__(self) -> Any:
         """Return an unfitted estimator that shares the backbone instead of copying it."""
         parameters = {
-            name: value if name == "backbone" else clone(value, safe=False)
+            name: value if name in _NETWORKS else clone(value, safe=False)
             for name, value in self.get_params(deep=False).items()
         }
         cloned = type(self)(**parameters)
@@ -86,10 +89,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state with all tensors in host memory, those of the backbone once."""
         state = dict(super().__getstate__())
-        if isinstance(state.get("backbone"), nn.Module):
-            state["backbone"] = on_host(state["backbone"])
-            if "_extractor" in state:
-                state["_extractor"] = state["_extractor"].sharing(state["backbone"])
+        for name in _NETWORKS:
+            if isinstance(state.get(name), nn.Module):
+                state[name] = on_host(state[name])
+        if isinstance(state.get("backbone"), nn.Module) and "_extractor" in state:
+            state["_extractor"] = state["_extractor"].sharing(state["backbone"])
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,66 +107,76 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         tags.input_tags.three_d_array = True
         return tags
 
-    def _build_extractor(self, X: Any) -> Extractor:
-        """Resolve the backbone for the samples at hand."""
-        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        device = resolve_device(self.device)
-        resolved = resolve_backbone(self.backbone, tuple(X.shape[1:]), seed)
-        indices = resolved.takes_indices and X.dtype.kind in "iu"
-        trunk_dtype, dtype = compute_dtypes(self.precision, X, device, indices)
-        preprocess = resolved.preprocess if self.preprocess == "auto" else self.preprocess
-        with seeded(seed):
-            example = Samples(X, preprocess, trunk_dtype, device, indices).batch(slice(0, 2))
-            factory = self.backbone if callable(self.backbone) else None
-            backbone = freeze(resolved.module, example, trunk_dtype, self.activation_layer, factory)
-        return Extractor(backbone, preprocess, dtype, self.precision == "bfloat16", indices)
-
-    def _store(self) -> Store | None:
+    def _store(self, X: Any) -> Store | None:
         """Return where features are kept, None where that costs more than it saves."""
         if self.feature_store is None:
             return None
         if self.feature_store != "auto":
             return disk_store(self.feature_store)
         # The trunk of the random network takes less time per row than the look-up of a row.
-        return None if self.backbone is None else memory_store()
+        return None if self.backbone is None and len(X.shape) == 2 else memory_store()
 
-    def _settings(self) -> Settings:
+    def _settings(self, seed: int) -> Settings:
         """Return the parameters that training depends on."""
+        gradient_alpha = self.alpha if self.gradient_alpha is None else self.gradient_alpha
+        return self._settings_with(seed, float(self.alpha), float(gradient_alpha))
+
+    def _settings_with(self, seed: int, alpha: float, gradient_alpha: float) -> Settings:
+        """Return them with these penalties."""
+        drawn = self.omega == "random" and self.features != "activation"
         return Settings(
             self.features,
             self.parametrization,
-            float(self.alpha),
-            float(self.alpha if self.gradient_alpha is None else self.gradient_alpha),
+            alpha,
+            gradient_alpha,
             self.fit_intercept,
             float(self.tol),
             self.max_iter,
+            seed if drawn else None,
         )
+
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> Any:
+        """Validate, train, and set the fitted attributes all at once."""
+        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
+            X, y = validate_samples(self, X, y)
+            problem = self._problem(y, sample_weight)
+            metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
+            callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
+            prepared = self._prepare(X)
+            fitted = self._train(prepared, problem, self._settings(prepared.seed), callbacks)
+        self.__dict__.update(fitted)
+        callbacks.end()
+        return self
+
+    def _problem(self, y: Any, sample_weight: Any) -> Problem:
+        """Return what targets and weights make of the fit."""
+        raise NotImplementedError
+
+    @torch.inference_mode(False)
+    def _prepare(self, X: Any) -> Prepared:
+        """Pass the samples through the frozen layers."""
+        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        extractor, names = build_extractor(self, X, seed)
+        network = extractor.network(names)
+        features = in_smaller_batches(
+            lambda size: extractor.features(
+                X, network, size, bool(self.verbose), bool(names), self._store(X)
+            ),
+            self.batch_size,
+        )
+        shape = tuple(X.shape[1:])
+        return Prepared(seed, network, features, {"_extractor": extractor, "sample_shape_": shape})
 
     @torch.inference_mode(False)
     def _train(
-        self,
-        X: Any,
-        loss: Callable[[torch.device], Loss],
-        callbacks: FitCallbacks,
-        attributes: dict[str, Any],
-        centre: npt.NDArray[np.float64] | None = None,
+        self, prepared: Prepared, problem: Problem, settings: Settings, callbacks: FitCallbacks
     ) -> dict[str, Any]:
-        """Run both stages and return the fitted attributes, ``attributes`` among them.
-
-        ``centre`` is what was taken off the targets and goes back to the intercept.
-        """
-        extractor = self._build_extractor(X)
-        gradient = self.features != "activation"
-        names = extractor.backbone.choose(self.gradient_layers) if gradient else []
-        network = extractor.network(names)
-        features = extractor.features(
-            X, network, self.batch_size, bool(self.verbose), gradient, self._store()
-        )
-        settings = self._settings()
-        loss_on = loss(accumulation_device(features.activation.device))
-        offset = np.zeros(loss_on.n_outputs) if centre is None else centre
-        warm = self._warm_model(features.activation, network, offset)
-        attributes |= {"_extractor": extractor, "sample_shape_": tuple(X.shape[1:])}
+        """Run both stages and return the fitted attributes."""
+        network, features = prepared.network, prepared.features
+        attributes = prepared.attributes | problem.attributes
+        loss = problem.loss(accumulation_device(features.activation.device))
+        offset = problem.offset(loss.n_outputs)
+        warm = self._warm_model(prepared, offset)
         with tqdm(unit="iteration", disable=not self.verbose) as bar:
 
             def monitor(
@@ -170,33 +184,38 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             ) -> bool:
                 bar.set_description(f"{stage}, objective {value:.6g}")
                 bar.update()
-                if stage != self.features:
+                if stage != settings.features:
                     return False
-                return callbacks.iteration(iteration, lambda: attributes | _fitted(model(), offset))
+                return callbacks.iteration(
+                    iteration, lambda: attributes | model().shifted(offset).attributes()
+                )
 
-            model, solutions = train(
-                features, network.head, network.parameters, loss_on, settings, warm, monitor
-            )
+            def attempt(batch_size: int) -> tuple[Model, dict[str, Solution]]:
+                smaller = replace(features, batch_size=batch_size)
+                return train(
+                    smaller, network.head, network.parameters, loss, settings, warm, monitor
+                )
+
+            model, solutions = in_smaller_batches(attempt, features.batch_size)
         for stage, solution in solutions.items():
-            _warn_unless_converged(stage, solution, settings)
-        last = solutions[self.features]
+            warn_unless_converged(stage, solution, settings)
+        last = solutions[settings.features]
         return {
             **attributes,
-            **_fitted(model, offset),
+            **model.shifted(offset).attributes(),
             "n_iter_": last.n_iter,
             "n_passes_": last.n_passes,
             "objective_path_": np.array(last.objective_path),
         }
 
-    def _warm_model(
-        self, activation: Tensor, network: Network, offset: npt.NDArray[np.float64]
-    ) -> Model | None:
+    def _warm_model(self, prepared: Prepared, offset: npt.NDArray[np.float64]) -> Model | None:
         """Return the former solution, less the offset, if it can serve as the start."""
+        activation = prepared.features.activation
         shape = (len(offset), activation.shape[1])
         if not self.warm_start or getattr(self, "coef_", np.empty(0)).shape != shape:
             return None
         if {n: v.shape for n, v in self.gradient_coef_.items()} != {
-            n: tuple(p.shape) for n, p in network.parameters.items()
+            n: tuple(p.shape) for n, p in prepared.network.parameters.items()
         }:
             return None
         return Model.of(self, activation.device, activation.dtype).shifted(-offset)
@@ -206,8 +225,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         """Return the logits, of shape (n_samples, n_outputs)."""
         X = validate_new_samples(self, X)
         extractor, model = self._extractor_and_model()
-        return predict_logits(
-            extractor, model, X, self.batch_size, bool(self.verbose), self._store()
+        return in_smaller_batches(
+            lambda size: predict_logits(
+                extractor, model, X, size, bool(self.verbose), self._store(X)
+            ),
+            self.batch_size,
         )
 
     @torch.inference_mode(False)
@@ -219,31 +241,3 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             device = resolve_device("auto")
         extractor = self._extractor.on(device)
         return extractor, Model.of(self, device, extractor.dtype)
-
-
-def _fitted(model: Model, offset: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Return the attributes that hold a model and the offset of its targets."""
-    return {**model.shifted(offset).attributes(), "gradient_layers_": list(model.displacements)}
-
-
-def _warn_unless_converged(stage: str, solution: Solution, settings: Settings) -> None:
-    """Warn with what was reached and what to try."""
-    reached = (
-        f"The fit of the {stage} features stopped after {solution.n_iter} iterations, where "
-        f"a Newton step promises to lower the objective by another {solution.norm**2 / 2:.1e}; "
-        f"tol={settings.tol:g} is not met"
-    )
-    penalties = "alpha" if stage == "activation" else "alpha, gradient_alpha"
-    if solution.status == "max_iter":
-        warnings.warn(
-            f"{reached}. Increase max_iter={settings.max_iter}, {penalties} or tol.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-    elif solution.status == "stalled":
-        warnings.warn(
-            f"{reached}, because rounding allows no further progress. Increase tol or alpha, "
-            "or set precision='float64'.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )

@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sklearn_gradfeat._arrays import Preprocess, Samples
+from sklearn_gradfeat._arrays import Preprocess, Samples, compute_dtypes, resolve_device
 from sklearn_gradfeat._digest import UndigestibleError, digest
-from sklearn_gradfeat.backbones import FrozenBackbone, Network, apart, sharing
+from sklearn_gradfeat.backbones import (
+    FrozenBackbone,
+    Network,
+    apart,
+    freeze,
+    gradients_elsewhere,
+    resolve_backbone,
+    seeded,
+    sharing,
+)
 from sklearn_gradfeat.features import FeatureKey, Features, Store, Trunk, compute_features
 
 # Switches of torch that trade digits of float32 for speed.
@@ -125,3 +134,46 @@ class Extractor:
         except UndigestibleError:
             return None
         return FeatureKey(value, backbone.fingerprint.portable, backbone)
+
+
+def build_extractor(estimator: Any, X: Any, seed: int) -> tuple[Extractor, list[str]]:
+    """Resolve the backbone of an estimator for the samples at hand.
+
+    Parameters
+    ----------
+    estimator : estimator
+        Its parameters are read.
+    X : ndarray or lazy array-like of shape (n_samples, ...)
+        Validated input.
+    seed : int
+        Seeds random weights.
+
+    Returns
+    -------
+    (Extractor, list of str)
+        The way to the features, and the names of the gradient parameters.
+    """
+    device = resolve_device(estimator.device)
+    resolved = resolve_backbone(estimator.backbone, tuple(X.shape[1:]), seed)
+    indices = resolved.takes_indices and X.dtype.kind in "iu"
+    trunk_dtype, dtype = compute_dtypes(estimator.precision, X, device, indices)
+    preprocess = resolved.preprocess if estimator.preprocess == "auto" else estimator.preprocess
+    layer, names = estimator.activation_layer, []
+    with seeded(seed):
+        example = Samples(X, preprocess, trunk_dtype, device, indices).batch(slice(0, 2))
+        frozen = freeze(resolved.module, example, trunk_dtype, layer, _owner(estimator.backbone))
+        if estimator.features != "activation":
+            if estimator.gradient_backbone is None:
+                names = frozen.choose(estimator.gradient_layers)
+            else:
+                other = resolve_backbone(estimator.gradient_backbone, tuple(X.shape[1:]), seed + 1)
+                owner = _owner(estimator.gradient_backbone)
+                moved = freeze(other.module, example, trunk_dtype, layer, owner)
+                frozen, names = gradients_elsewhere(frozen, moved, estimator.gradient_layers)
+    half = estimator.precision == "bfloat16"
+    return Extractor(frozen, preprocess, dtype, half, indices), names
+
+
+def _owner(backbone: Any) -> Any:
+    """Return what the frozen copy of a backbone lives with: the module or callable itself."""
+    return backbone if callable(backbone) else None

@@ -16,7 +16,7 @@ from sklearn_gradfeat._archive import Arrays, NotStorableError, digest, pack, wr
 from sklearn_gradfeat._extractor import Extractor
 from sklearn_gradfeat._model import Model
 from sklearn_gradfeat._prediction import predict_logits
-from sklearn_gradfeat.backbones import stored_weights
+from sklearn_gradfeat.backbones import default_name, stored_weights
 
 WEIGHTS = "backbone."
 _PACKAGE = __name__.partition(".")[0]
@@ -38,7 +38,7 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     ValueError
-        If a parameter or an attribute can be stored by pickle only.
+        If a parameter or an attribute can be stored by pickle only, as a ``gradient_backbone``.
     """
     check_is_fitted(estimator)
     kind = type(estimator)
@@ -46,6 +46,11 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
         raise TypeError(
             f"save() knows the estimators of {_PACKAGE}, and {kind.__qualname__} is none of "
             "them. Use joblib or pickle."
+        )
+    if estimator.gradient_backbone is not None:
+        raise ValueError(
+            "A model with a gradient_backbone can be stored by pickle only: it is there to check "
+            "the method. Use joblib or pickle."
         )
     arrays: Arrays = {}
     parameters = estimator.get_params(deep=False)
@@ -117,11 +122,15 @@ def _backbone(estimator: Any, arrays: Arrays) -> dict[str, Any]:
     """Return the description of the backbone; unless it has a name, its weights are stored."""
     backbone = estimator._extractor.backbone
     weights = stored_weights(backbone)
-    if not isinstance(estimator.backbone, str):
+    name = estimator.backbone
+    if name is None:
+        name = default_name(estimator.sample_shape_)
+    if not isinstance(name, str):
         arrays.update({f"{WEIGHTS}{name}": array for name, array in weights.items()})
     example: Tensor = backbone.example
     return {
         "module": isinstance(estimator.backbone, nn.Module),
+        "name": name if isinstance(name, str) else None,
         "digest": digest(weights),
         "dtype": _name(backbone.dtype),
         "example": {

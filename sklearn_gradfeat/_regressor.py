@@ -10,9 +10,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
 from sklearn_gradfeat._base import BaseGradientFeature
-from sklearn_gradfeat._callbacks import FitCallbacks, with_callbacks
-from sklearn_gradfeat._input import restored_on_error, validate_samples
-from sklearn_gradfeat._targets import centre, numeric, regression_loss, sample_weights
+from sklearn_gradfeat._callbacks import with_callbacks
+from sklearn_gradfeat._targets import Problem, centre, numeric, regression_loss, sample_weights
 
 
 class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
@@ -34,9 +33,12 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         The pretrained network. It is copied and frozen, never changed, and its clones in
         grid searches share one copy.
 
-        - None: for rows of numbers, a wide random multi-layer perceptron.
-        - str: ``"resnet18"`` or ``"torchvision/resnet18"``, ``"timm/NAME"``: pretrained
-          weights with their own input transform, without the classifier.
+        - None: for images, ``"convnet-rotation"``; for rows of numbers, a wide random
+          multi-layer perceptron.
+        - str: ``"convnet-rotation"`` or ``"convnet-vae"``, small networks for 32 x 32 pixels
+          that are part of the package; ``"resnet18"`` or ``"torchvision/resnet18"``,
+          ``"timm/NAME"``: pretrained weights with their own input transform, without the
+          classifier.
         - module: its output is the activation, of shape (n_samples, n_features) or
           (n_samples, n_features, ...), which is averaged over the axes that follow.
         - callable: returns a module; called once in every fit, under ``random_state``.
@@ -45,6 +47,10 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         The parameters θ₂: ``"last"`` is the topmost residual or transformer block, or the
         topmost convolution of a plain network; k is the topmost k of these; anything else
         is names or glob patterns of submodules or parameters.
+    gradient_backbone : None, str, torch.nn.Module or callable, default=None
+        To check the method: where ``J`` is taken, in trunk and gradient layers alike, while
+        ``f`` is still that of ``backbone``. A network of the same architecture at other
+        parameters, such as random ones. None is ``backbone`` itself.
     activation_layer : str, default=None
         The submodule whose output is the activation; None is the backbone itself.
     preprocess : "auto", callable or None, default="auto"
@@ -54,6 +60,9 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         it is nothing.
     features : {"full", "activation", "gradient"}, default="full"
         The terms of the model: both, ``W f`` alone, or ``ω̄ J w₂`` alone.
+    omega : {"fitted", "random"}, default="fitted"
+        ``ω̄``: the first regression on ``f``; or, to check the method, normal random numbers
+        with the same mean square.
     parametrization : {"ntk", "standard"}, default="ntk"
         Scale of the displacements ``w₂`` under the penalty: the NTK parametrization
         divides weights by the square root of their output channels and biases by √10.
@@ -82,13 +91,13 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         optimum is the same.
     batch_size : int, default=256
         Number of samples that pass through the network at once. It changes results by
-        rounding errors only.
+        rounding errors only. Where memory runs out it is halved, with a warning.
     feature_store : "auto", path or None, default="auto"
         Where the output of the frozen layers is kept, so that it is computed once per sample
         for all clones, folds, candidates, fits and predictions: in the memory of the process,
         as long as the network lives; or in a directory, shared by processes, now and later,
         which needs the ``disk`` extra. ``"auto"`` is memory, but nothing for
-        ``backbone=None``, whose layers take less time than a look-up. None computes anew.
+        the random network, whose layers take less time than a look-up. None computes anew.
         :func:`set_config` bounds it.
     device : str or torch.device, default="auto"
         ``"auto"`` is cuda, then mps, then cpu.
@@ -98,7 +107,8 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         layers below the gradient layers under autocast and the rest in float32. For rows of
         numbers the gradient layers and the results are float64 in any case.
     random_state : int, RandomState instance or None, default=None
-        Seeds the weights of ``backbone=None`` and of factories. Nothing else is random.
+        Seeds the weights of the random network and of factories, and ``omega="random"``.
+        Nothing else is random.
     verbose : int, default=0
         Whether to show progress bars.
 
@@ -109,12 +119,13 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
     intercept_ : ndarray of shape (n_outputs,)
         The intercept ``b``.
     omega_ : ndarray of shape (n_outputs, n_features)
-        The weights ``ω̄`` of the regression on the activations.
+        The weights ``ω̄``.
     gradient_coef_ : dict of str to ndarray
         The displacements ``w₂`` by parameter, in its own shape and units.
     gradient_layers_ : list of str
         The parameters θ₂. A batch norm is folded into the layer before it: its bias then
-        stands for the bias of the two, its scale is part of the layer's weight.
+        stands for the bias of the two, its scale is part of the layer's weight. Names in a
+        ``gradient_backbone`` begin with "gradient.".
     sample_shape_ : tuple of int
         The shape of one sample.
     n_features_in_ : int
@@ -159,9 +170,11 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         backbone=None,
         *,
         gradient_layers="last",
+        gradient_backbone=None,
         activation_layer=None,
         preprocess="auto",
         features="full",
+        omega="fitted",
         parametrization="ntk",
         loss="squared_error",
         epsilon=1.35,
@@ -180,9 +193,11 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
     ):
         self.backbone = backbone
         self.gradient_layers = gradient_layers
+        self.gradient_backbone = gradient_backbone
         self.activation_layer = activation_layer
         self.preprocess = preprocess
         self.features = features
+        self.omega = omega
         self.parametrization = parametrization
         self.loss = loss
         self.epsilon = epsilon
@@ -223,26 +238,20 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         ValueError
             If a parameter, ``X`` or ``y`` cannot be used; the message names it.
         """
-        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
-            X, y = validate_samples(self, X, y)
-            y = numeric(y)
-            weights = sample_weights(y, sample_weight)
-            metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
-            callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
-            targets = y.reshape(len(y), -1)
-            # With an intercept that changes nothing but the start, which tol refers to.
-            offset = centre(targets, weights) if self.fit_intercept else np.zeros(targets.shape[1])
-            epsilon = self.epsilon if self.loss == "huber" else None
-            fitted = self._train(
-                X,
-                lambda device: regression_loss(targets - offset, weights, epsilon, device),
-                callbacks,
-                {"_single_output": y.ndim == 1},
-                offset,
-            )
-        self.__dict__.update(fitted)
-        callbacks.end()
-        return self
+        return self._fit(X, y, sample_weight)
+
+    def _problem(self, y, sample_weight):
+        y = numeric(y)
+        weights = sample_weights(y, sample_weight)
+        targets = y.reshape(len(y), -1)
+        # With an intercept that changes nothing but the start, which tol refers to.
+        offset = centre(targets, weights) if self.fit_intercept else np.zeros(targets.shape[1])
+        epsilon = self.epsilon if self.loss == "huber" else None
+        return Problem(
+            lambda device: regression_loss(targets - offset, weights, epsilon, device),
+            {"_single_output": y.ndim == 1},
+            offset,
+        )
 
     def predict(self, X):
         """Return the predictions.

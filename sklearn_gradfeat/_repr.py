@@ -9,6 +9,8 @@ from typing import Any
 from sklearn.base import BaseEstimator
 from torch import nn
 
+from sklearn_gradfeat.backbones import default_name
+
 _PRINTER = "sklearn.utils._pprint"
 _MOST_NAMES = 3
 
@@ -24,7 +26,7 @@ class _Text:
 
 
 class PrintedByName(BaseEstimator):
-    """An estimator whose ``backbone`` is printed by name and size, alone and in pipelines.
+    """An estimator whose networks are printed by name and size, alone and in pipelines.
 
     A fitted one also names the layers θ₂ and counts their parameters.
     """
@@ -49,14 +51,17 @@ class PrintedByName(BaseEstimator):
         # offers no other way to say how one is printed. Nothing but text comes of the reply.
         if caller is not None and caller.f_globals.get("__name__") == _PRINTER:
             params["backbone"] = self._printed_backbone()
+            if isinstance(self.gradient_backbone, nn.Module):
+                params["gradient_backbone"] = _Text(f"<{_named(self.gradient_backbone)}>")
         return params
 
     def _get_params_html(self, deep: bool = True, doc_link: str = "") -> Any:
         """Return the table of parameters, which scikit-learn draws since 1.7."""
         table = super()._get_params_html(deep, doc_link)
-        if isinstance(self.backbone, nn.Module):
-            # Cut to 30 characters there, so the layers are in the caption alone.
-            table["backbone"] = _Text(f"<{_named(self.backbone)}>")
+        for parameter in ("backbone", "gradient_backbone"):
+            if isinstance(getattr(self, parameter), nn.Module):
+                # Cut to 30 characters there, so the layers are in the caption alone.
+                table[parameter] = _Text(f"<{_named(getattr(self, parameter))}>")
         return table
 
     def _sk_visual_block_(self) -> Any:
@@ -82,6 +87,8 @@ class PrintedByName(BaseEstimator):
     def _caption(self) -> str:
         """Return the backbone and, once fitted, the layers θ₂ in one line."""
         name = _named(self.backbone)
+        if self.backbone is None and hasattr(self, "sample_shape_"):
+            name = default_name(self.sample_shape_) or "random MLP"
         layers = getattr(self, "gradient_layers_", None)
         if not layers:
             return name
@@ -102,7 +109,7 @@ def layer_of(parameter: str) -> str:
 def _named(backbone: Any) -> str:
     """Return a name for what ``backbone`` may be, with the size of a network."""
     if backbone is None:
-        return "random MLP"
+        return "default network"
     if isinstance(backbone, str):
         return backbone
     if isinstance(backbone, nn.Module):

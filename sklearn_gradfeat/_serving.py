@@ -24,7 +24,7 @@ class ServingMixin:
         """Write the fitted model to one file, without pickle.
 
         :func:`sklearn_gradfeat.load` reads it. The file holds the linear model, the parameters,
-        and the weights of the backbone unless that is a named network. Of a ``backbone`` or
+        and the weights of the backbone unless that is named or shipped. Of a ``backbone`` or
         ``preprocess`` that is code, only the name is noted: pass it to ``load`` again. Callbacks,
         metadata requests and scikit-learn's output settings are left out.
 
@@ -56,9 +56,9 @@ class ServingMixin:
         -------
         torch.nn.Module
             Maps a batch to what ``predict_proba`` returns, or ``predict`` for regressors. The
-            batch is what ``preprocess`` returns; where ``preprocess`` is a torch module, it is
-            part of this one, and the batch what it takes. With ``precision="bfloat16"`` all is
-            computed in float32.
+            batch is what ``preprocess`` returns; where ``preprocess`` is a torch module, as
+            that of a named network is, it is part of this one, and the batch what it takes.
+            With ``precision="bfloat16"`` all is computed in float32.
 
         Raises
         ------

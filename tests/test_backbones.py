@@ -306,11 +306,6 @@ def test_lazy_module_forgets_the_seed_of_a_former_fit():
 # --- no backbone -----------------------------------------------------------------------------
 
 
-def test_no_backbone_for_images():
-    with pytest.raises(ValueError, match=r"rows of numbers.*\(1, 8, 8\).*'resnet18'.*'timm/NAME'"):
-        estimator(None).fit(X, Y)
-
-
 def test_no_backbone_for_rows():
     rows = X.reshape(24, -1)[:, :4].astype(float)
     first = estimator(None, random_state=0).fit(rows, Y)

@@ -10,6 +10,7 @@ from sklearn.utils import estimator_html_repr
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.backbones._shipped import SHIPPED
 from tests import tiny
 from tests.tiny import NET, X, Y
 
@@ -37,6 +38,20 @@ def test_a_network_is_printed_by_name_and_size():
 def test_a_fitted_estimator_names_its_gradient_layers(fitted):
     assert f"backbone=<{FITTED}>" in repr(fitted)
     assert "θ₂" not in repr(tiny.estimator(features="activation").fit(X, Y))
+
+
+def test_the_network_of_the_gradients_is_printed_by_name_and_size():
+    model = tiny.estimator(gradient_backbone=NET)
+    assert "gradient_backbone=<Sequential: 262 params>" in repr(model)
+    assert "Conv2d" not in repr(model) + estimator_html_repr(model)
+
+
+@pytest.mark.parametrize(
+    ("samples", "name"), [(X.clip(0, 1), SHIPPED[0]), (X.reshape(24, -1), "random MLP")]
+)
+def test_the_default_is_named_once_it_is_known(samples, name):
+    model = GradientFeatureClassifier(features="activation").fit(samples, Y)
+    assert f"backbone=<{name}>" in repr(model)
 
 
 def test_many_layers_are_shortened():
@@ -74,7 +89,7 @@ def test_the_diagram_has_a_caption_and_no_network(fitted):
 @pytest.mark.parametrize(
     ("backbone", "caption"),
     [
-        (None, "random MLP"),
+        (None, "default network"),
         ("resnet18", "resnet18"),
         (tiny.tiny_net, "tiny_net()"),
         (nn.LazyLinear(3), "LazyLinear: 0 params"),

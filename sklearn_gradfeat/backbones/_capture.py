@@ -89,23 +89,28 @@ class ActivationModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation, averaged over whatever follows its second axis."""
-        if self.layer is None:
-            output = self.module(x)
-        else:
-            seen: list[Any] = []
-            hook = self.module.get_submodule(self.layer).register_forward_hook(
-                lambda _module, _inputs, output: seen.append(output)
-            )
-            try:
-                self.module(x)
-            finally:
-                hook.remove()
-            if not seen:
-                raise ValueError(f"activation_layer={self.layer!r} is not used by the backbone.")
-            output = seen[-1]
-        check_activation(output, x.shape[0])
-        activation: Tensor = output.flatten(2).mean(2) if output.ndim > 2 else output
-        return activation
+        return activation(self.module, self.layer, x)
+
+
+def activation(module: nn.Module, layer: str | None, x: Tensor) -> Tensor:
+    """Return the output of a module or of its submodule ``layer``, as one row per sample."""
+    if layer is None:
+        output = module(x)
+    else:
+        seen: list[Any] = []
+        hook = module.get_submodule(layer).register_forward_hook(
+            lambda _module, _inputs, output: seen.append(output)
+        )
+        try:
+            module(x)
+        finally:
+            hook.remove()
+        if not seen:
+            raise ValueError(f"activation_layer={layer!r} is not used by the backbone.")
+        output = seen[-1]
+    check_activation(output, x.shape[0])
+    rows: Tensor = output.flatten(2).mean(2) if output.ndim > 2 else output
+    return rows
 
 
 def check_activation(output: Any, n_samples: int) -> None:

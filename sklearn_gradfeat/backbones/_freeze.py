@@ -7,7 +7,6 @@ import pickle
 import threading
 import uuid
 import weakref
-from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -31,11 +30,12 @@ def freeze(
     example: Tensor,
     dtype: torch.dtype,
     activation_layer: str | None,
-    factory: Callable[[], nn.Module] | None = None,
+    owner: object = None,
 ) -> FrozenBackbone:
     """Return the frozen copy of a module; clones and folds share one.
 
-    So do equal modules of one factory, and those of one worker process. A module that was
+    So do equal modules of one ``owner``, such as the factory that made them, and those of one
+    worker process. A module that was
     changed since, in place or not, gets a new copy; so does one whose parameters are yet to be
     drawn.
     """
@@ -44,7 +44,7 @@ def freeze(
     kind = (tuple(example.shape[1:]), example.dtype, dtype, example.device, activation_layer)
     with _LOCK:
         stamp = module_digest(module)
-        known = _CACHE.setdefault(_owner(module, factory), {})
+        known = _CACHE.setdefault(_owner(module, owner), {})
         for key in [key for key in known if key[-1] != stamp]:
             del known[key]
         if (*kind, stamp) not in known:
@@ -52,13 +52,13 @@ def freeze(
         return known[*kind, stamp]
 
 
-def _owner(module: nn.Module, factory: Callable[[], nn.Module] | None) -> object:
+def _owner(module: nn.Module, owner: object) -> object:
     """Return what the frozen copy lives with."""
     if multiprocessing.parent_process() is not None:
         return _WORKER
     try:
-        return module if factory is None else next(iter(weakref.WeakSet([factory])))
-    except TypeError:  # the factory has no hash or no weak references
+        return module if owner is None else next(iter(weakref.WeakSet([owner])))
+    except TypeError:  # the owner has no hash or no weak references
         return module
 
 

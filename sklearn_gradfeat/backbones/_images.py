@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _CHANNELS = (1, 3)
 
 
-class ImagePreprocess:
+class ImagePreprocess(nn.Module):
     """Layout, number range and channels, then a network's own transform.
+
+    A module, so that it can be part of an exported model; that does not check the range.
 
     Parameters
     ----------
@@ -21,26 +23,36 @@ class ImagePreprocess:
     """
 
     def __init__(self, transform: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
         self.transform = transform
 
-    def __call__(self, batch: Tensor) -> Tensor:
+    def forward(self, batch: Tensor) -> Tensor:
         """Prepare a batch of images in NCHW, NHWC or grey (n_samples, height, width)."""
         images = channels_first(batch)
         if images.is_floating_point():
-            low, high = float(images.min()), float(images.max())
-            if low < 0 or high > 1:
-                raise ValueError(
-                    f"Floating point images must lie in [0, 1], X has values from {low:g} to "
-                    f"{high:g}. Scale X, pass uint8 images, or set `preprocess` yourself."
-                )
+            if not torch.compiler.is_exporting():
+                _check_range(images)
             images = images.float()
         elif images.dtype != torch.uint8:
             raise ValueError(
-                f"Images must be uint8, or floating point in [0, 1]; X has dtype {images.dtype}."
+                f"Images must be uint8, or floating point in [0, 1]; X has dtype {images.dtype}. "
+                "Convert X, with astype(numpy.uint8) if it runs from 0 to 255, or set "
+                "`preprocess` yourself."
             )
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        return self.transform(images)
+        prepared: Tensor = self.transform(images)
+        return prepared
+
+
+def _check_range(images: Tensor) -> None:
+    """Raise an error unless floating point images lie in [0, 1]."""
+    low, high = float(images.min()), float(images.max())
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"Floating point images must lie in [0, 1], X has values from {low:g} to "
+            f"{high:g}. Scale X, pass uint8 images, or set `preprocess` yourself."
+        )
 
 
 def check_images(shape: tuple[int, ...]) -> None:

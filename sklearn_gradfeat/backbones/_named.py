@@ -1,4 +1,4 @@
-"""Networks by name: torchvision's and timm's pretrained weights and transforms."""
+"""Networks by name: the shipped ones, torchvision's and timm's, with weights and transforms."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 
 from sklearn_gradfeat.backbones._images import ImagePreprocess
+from sklearn_gradfeat.backbones._shipped import SHIPPED, load_shipped
 
 
 @functools.lru_cache(maxsize=4)
@@ -21,7 +22,8 @@ def load_named(name: str) -> tuple[nn.Module, ImagePreprocess]:
     Parameters
     ----------
     name : str
-        ``"resnet18"`` or ``"torchvision/resnet18"``, or ``"timm/NAME"``.
+        ``"convnet-rotation"`` or another of those that are shipped, ``"resnet18"`` or
+        ``"torchvision/resnet18"``, or ``"timm/NAME"``.
 
     Returns
     -------
@@ -34,6 +36,8 @@ def load_named(name: str) -> tuple[nn.Module, ImagePreprocess]:
     OSError
         If its weights cannot be downloaded.
     """
+    if name in SHIPPED:
+        return load_shipped(name)
     library, _, model = name.rpartition("/")
     if library in ("", "torchvision"):
         return _load_torchvision(name, model)
@@ -47,7 +51,7 @@ def load_named(name: str) -> tuple[nn.Module, ImagePreprocess]:
 def _load_torchvision(name: str, model: str) -> tuple[nn.Module, ImagePreprocess]:
     known = torchvision.models.list_models(module=torchvision.models)
     if model not in known:
-        raise ValueError(_unknown(name, model, known))
+        raise ValueError(_unknown(name, model, [*SHIPPED, *known]))
     weights = torchvision.models.get_model_weights(model).DEFAULT
     network = _download(name, lambda: torchvision.models.get_model(model, weights=weights))
     return without_classifier(network), ImagePreprocess(weights.transforms())

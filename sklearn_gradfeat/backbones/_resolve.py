@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sklearn_gradfeat.backbones._images import check_images
 from sklearn_gradfeat.backbones._mlp import random_mlp
 from sklearn_gradfeat.backbones._named import load_named
+from sklearn_gradfeat.backbones._shipped import SHIPPED
 
 BackboneLike: TypeAlias = str | nn.Module | Callable[[], nn.Module] | None
 
@@ -29,6 +30,11 @@ class Resolved:
         """Whether integers must reach the module as they are."""
         lookups = (nn.Embedding, nn.EmbeddingBag)
         return any(isinstance(layer, lookups) for layer in self.module.modules())
+
+
+def default_name(sample_shape: tuple[int, ...]) -> str | None:
+    """Return the name of the network that None stands for, if it has one: for images."""
+    return SHIPPED[0] if len(sample_shape) in (2, 3) else None
 
 
 @contextmanager
@@ -63,12 +69,13 @@ def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed
         If the weights of a named network cannot be downloaded.
     """
     if backbone is None:
+        backbone = default_name(sample_shape)
+    if backbone is None:
         if len(sample_shape) != 1:
             raise ValueError(
-                "backbone=None builds a network for rows of numbers, X of shape (n_samples, "
-                f"n_features); the samples of X have shape {sample_shape}. Pass the name of a "
-                "torchvision network such as 'resnet18', 'timm/NAME', a torch module, or a "
-                "callable that returns one."
+                "backbone=None takes rows of numbers, X of shape (n_samples, n_features), or "
+                f"images; the samples of X have shape {sample_shape}. Pass `backbone`, a torch "
+                "module for such samples or a callable that returns one."
             )
         return Resolved(random_mlp(sample_shape[0], seed))
     if isinstance(backbone, str):
