@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from sklearn_gradfeat.tangent._kfac import (
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
 from sklearn_gradfeat.tangent._spectrum import KroneckerInverse, Spectrum, damping
 
-# Added to the curvature in the intercepts, as a share of the largest.
-_BLIND = 1e-6
+# Curvature of the intercepts that is none, as a share of the largest.
+_FLAT = 1e-6
 
 
 class Curvature:
@@ -79,9 +80,8 @@ class Preconditioner:
         self.curvature = curvature or Curvature(objective, logits)
         outputs = self.curvature.outputs
         self.weights = KroneckerInverse(outputs, self.curvature.inputs, objective.alpha)
-        # A softmax is blind to what all intercepts have in common, so its curvature is singular.
         one = Spectrum(objective.like.new_ones(1), None)
-        self.intercept = KroneckerInverse(outputs, one, _BLIND * float(outputs.values.max()) or 1.0)
+        self.intercept = KroneckerInverse(_regular(outputs), one, 0.0)
         self.layers = (
             None if objective.tangent is None else _LayerInverses(objective.tangent, self.curvature)
         )
@@ -97,6 +97,17 @@ class Preconditioner:
             column = self.intercept(column) - solved @ mean[:, None]
         affine = [solved.reshape(-1), column.reshape(-1)]
         return torch.cat([*affine, u if self.layers is None else self.layers(u)])
+
+
+def _regular(outputs: Spectrum) -> Spectrum:
+    """Return the spectrum with the largest value in place of those that vanish.
+
+    A softmax is blind to what all intercepts have in common. The gradient there is rounding
+    noise, which must not be enlarged.
+    """
+    largest = outputs.values.max()
+    safe = torch.where(outputs.values > _FLAT * largest, outputs.values, largest)
+    return replace(outputs, values=safe if largest > 0 else torch.ones_like(safe))
 
 
 def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spectrum]:
