@@ -21,6 +21,7 @@ extensions = [
 ]
 suppress_warnings = ["ref.ref"]  # labels of scikit-learn in inherited docstrings
 exclude_patterns = ["_build"]
+templates_path = ["_templates"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
@@ -56,4 +57,4 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_sidebars = {"index": [], "install": [], "changelog": [], "glossary": []}
+html_sidebars = {"*": []}  # pages of the first level have none below them

@@ -70,7 +70,7 @@ train(network, nn.Linear(32, 5), X[first], y[first], epochs=10)
 models = {
     features: GradientFeatureClassifier(
         network, features=features, gradient_layers=2, alpha=1e-3, gradient_alpha=1e-4,
-        tol=1e-6, max_iter=200,
+        tol=1e-5, max_iter=500,
     ).fit(X_train, y_train)
     for features in ("activation", "gradient", "full")
 }  # fmt: skip

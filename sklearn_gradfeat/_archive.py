@@ -6,6 +6,7 @@ Nothing in such a file can be executed, so reading one from a stranger is safe.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import uuid
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from sklearn import model_selection
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
@@ -106,7 +108,7 @@ def digest(arrays: Mapping[str, npt.NDArray[Any]], text: str = "") -> str:
     return state.hexdigest()
 
 
-def pack(value: Any, name: str, arrays: Arrays) -> Any:
+def pack(value: Any, name: str, arrays: Arrays) -> Any:  # noqa: PLR0911
     """Return what JSON can hold of a value; its arrays go to ``arrays``, named after ``name``.
 
     Raises
@@ -127,6 +129,9 @@ def pack(value: Any, name: str, arrays: Arrays) -> Any:
         return {"dict": [list(pair) for pair in zip(keys, items, strict=True)]}
     if isinstance(value, torch.device):
         return {"device": str(value)}
+    if type(value) in _splitters().values():
+        arguments = {n: getattr(value, n) for n in inspect.signature(type(value)).parameters}
+        return {"splitter": type(value).__name__, "arguments": pack(arguments, name, arrays)}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.itemsize <= 8:
         arrays[name] = value.astype(value.dtype.newbyteorder("="), copy=False)
         return {"array": name}
@@ -144,6 +149,8 @@ def unpack(value: Any, arrays: Arrays) -> Any:
             result = tuple(unpack(items, arrays))
         case {"dict": pairs}:
             result = {unpack(key, arrays): unpack(item, arrays) for key, item in pairs}
+        case {"splitter": name, "arguments": arguments}:
+            result = _splitters()[name](**unpack(arguments, arrays))
         case {"device": device}:
             result = torch.device(device)
         case {"array": name}:
@@ -153,3 +160,12 @@ def unpack(value: Any, arrays: Arrays) -> Any:
         case _:
             result = value
     return result
+
+
+def _splitters() -> dict[str, Any]:
+    """Return the splitters of scikit-learn that keep their arguments as they are, by name."""
+    return {
+        name: kind
+        for name, kind in vars(model_selection).items()
+        if hasattr(kind, "get_n_splits") and not name.startswith(("Base", "Repeated"))
+    }

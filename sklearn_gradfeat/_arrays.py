@@ -136,6 +136,33 @@ def to_tensor(array: npt.NDArray[Any]) -> Tensor:
         raise ValueError(f"X must hold numbers, its dtype is {array.dtype}.") from error
 
 
+class Rows:
+    """Some rows of an array, read in slices as it is itself: nothing is copied before.
+
+    Parameters
+    ----------
+    X : ndarray or lazy array-like of shape (n_samples, ...)
+        The array.
+    rows : ndarray of int
+        Which rows, in what order.
+    """
+
+    def __init__(self, X: Any, rows: npt.NDArray[np.intp]) -> None:
+        self._X, self._rows = X, rows
+        self.shape = (len(rows), *X.shape[1:])
+        self.dtype = X.dtype
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[Any]:
+        chosen = self._rows[rows]
+        if isinstance(self._X, np.ndarray):
+            return self._X[chosen]
+        runs = np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1)
+        return np.concatenate([np.asarray(self._X[run[0] : run[-1] + 1]) for run in runs])
+
+
 class Samples:
     """The rows of ``X`` as batches on a device, ready for the network.
 
@@ -170,6 +197,10 @@ class Samples:
 
     def __len__(self) -> int:
         return int(self.X.shape[0])
+
+    def subset(self, rows: npt.NDArray[np.intp]) -> Samples:
+        """Return some of the samples."""
+        return Samples(Rows(self.X, rows), self.preprocess, self.dtype, self.device, self.indices)
 
     def batch(self, rows: slice) -> Tensor:
         """Return the rows as one tensor of the network's dtype on its device."""

@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.base import clone
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from sklearn_gradfeat._arrays import accumulation_device, resolve_device
 from sklearn_gradfeat._callbacks import CallbackSupportMixin, FitCallbacks
 from sklearn_gradfeat._extractor import Extractor, build_extractor
-from sklearn_gradfeat._input import validate_new_samples
-from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat._input import restored_on_error, validate_new_samples, validate_samples
+from sklearn_gradfeat._memory import in_smaller_batches
 from sklearn_gradfeat._model import Model
 from sklearn_gradfeat._prediction import predict_logits
 from sklearn_gradfeat._repr import PrintedByName
 from sklearn_gradfeat._serving import ServingMixin
-from sklearn_gradfeat._training import Settings, train
+from sklearn_gradfeat._stages import Settings
+from sklearn_gradfeat._targets import Problem
+from sklearn_gradfeat._training import train, warn_unless_converged
 from sklearn_gradfeat.backbones import Network, on_host
-from sklearn_gradfeat.features import Store, disk_store, memory_store
+from sklearn_gradfeat.features import Features, Store, disk_store, memory_store
 from sklearn_gradfeat.solvers import Solution
 
 _NETWORKS = ("backbone", "gradient_backbone")
+
+
+class Prepared(NamedTuple):
+    """The samples as the linear model takes them, whatever its penalties and targets."""
+
+    seed: int
+    network: Network
+    features: Features
+    attributes: dict[str, Any]
 
 
 class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
@@ -108,41 +118,65 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
 
     def _settings(self, seed: int) -> Settings:
         """Return the parameters that training depends on."""
+        gradient_alpha = self.alpha if self.gradient_alpha is None else self.gradient_alpha
+        return self._settings_with(seed, float(self.alpha), float(gradient_alpha))
+
+    def _settings_with(self, seed: int, alpha: float, gradient_alpha: float) -> Settings:
+        """Return them with these penalties."""
+        drawn = self.omega == "random" and self.features != "activation"
         return Settings(
             self.features,
             self.parametrization,
-            float(self.alpha),
-            float(self.alpha if self.gradient_alpha is None else self.gradient_alpha),
+            alpha,
+            gradient_alpha,
             self.fit_intercept,
             float(self.tol),
             self.max_iter,
-            seed if self.omega == "random" else None,
+            seed if drawn else None,
         )
 
-    @torch.inference_mode(False)
-    def _train(
-        self,
-        X: Any,
-        loss: Callable[[torch.device], Loss],
-        callbacks: FitCallbacks,
-        attributes: dict[str, Any],
-        centre: npt.NDArray[np.float64] | None = None,
-    ) -> dict[str, Any]:
-        """Run both stages and return the fitted attributes, ``attributes`` among them.
+    def _fit(self, X: Any, y: Any, sample_weight: Any) -> Any:
+        """Validate, train, and set the fitted attributes all at once."""
+        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
+            X, y = validate_samples(self, X, y)
+            problem = self._problem(y, sample_weight)
+            metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
+            callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
+            prepared = self._prepare(X)
+            fitted = self._train(prepared, problem, self._settings(prepared.seed), callbacks)
+        self.__dict__.update(fitted)
+        callbacks.end()
+        return self
 
-        ``centre`` is what was taken off the targets and goes back to the intercept.
-        """
+    def _problem(self, y: Any, sample_weight: Any) -> Problem:
+        """Return what targets and weights make of the fit."""
+        raise NotImplementedError
+
+    @torch.inference_mode(False)
+    def _prepare(self, X: Any) -> Prepared:
+        """Pass the samples through the frozen layers."""
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         extractor, names = build_extractor(self, X, seed)
         network = extractor.network(names)
-        features = extractor.features(
-            X, network, self.batch_size, bool(self.verbose), bool(names), self._store(X)
+        features = in_smaller_batches(
+            lambda size: extractor.features(
+                X, network, size, bool(self.verbose), bool(names), self._store(X)
+            ),
+            self.batch_size,
         )
-        settings = self._settings(seed)
-        loss_on = loss(accumulation_device(features.activation.device))
-        offset = np.zeros(loss_on.n_outputs) if centre is None else centre
-        warm = self._warm_model(features.activation, network, offset)
-        attributes |= {"_extractor": extractor, "sample_shape_": tuple(X.shape[1:])}
+        shape = tuple(X.shape[1:])
+        return Prepared(seed, network, features, {"_extractor": extractor, "sample_shape_": shape})
+
+    @torch.inference_mode(False)
+    def _train(
+        self, prepared: Prepared, problem: Problem, settings: Settings, callbacks: FitCallbacks
+    ) -> dict[str, Any]:
+        """Run both stages and return the fitted attributes."""
+        network, features = prepared.network, prepared.features
+        attributes = prepared.attributes | problem.attributes
+        loss = problem.loss(accumulation_device(features.activation.device))
+        offset = problem.offset(loss.n_outputs)
+        warm = self._warm_model(prepared, offset)
         with tqdm(unit="iteration", disable=not self.verbose) as bar:
 
             def monitor(
@@ -150,33 +184,38 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             ) -> bool:
                 bar.set_description(f"{stage}, objective {value:.6g}")
                 bar.update()
-                if stage != self.features:
+                if stage != settings.features:
                     return False
-                return callbacks.iteration(iteration, lambda: attributes | _fitted(model(), offset))
+                return callbacks.iteration(
+                    iteration, lambda: attributes | model().shifted(offset).attributes()
+                )
 
-            model, solutions = train(
-                features, network.head, network.parameters, loss_on, settings, warm, monitor
-            )
+            def attempt(batch_size: int) -> tuple[Model, dict[str, Solution]]:
+                smaller = replace(features, batch_size=batch_size)
+                return train(
+                    smaller, network.head, network.parameters, loss, settings, warm, monitor
+                )
+
+            model, solutions = in_smaller_batches(attempt, features.batch_size)
         for stage, solution in solutions.items():
-            _warn_unless_converged(stage, solution, settings)
-        last = solutions[self.features]
+            warn_unless_converged(stage, solution, settings)
+        last = solutions[settings.features]
         return {
             **attributes,
-            **_fitted(model, offset),
+            **model.shifted(offset).attributes(),
             "n_iter_": last.n_iter,
             "n_passes_": last.n_passes,
             "objective_path_": np.array(last.objective_path),
         }
 
-    def _warm_model(
-        self, activation: Tensor, network: Network, offset: npt.NDArray[np.float64]
-    ) -> Model | None:
+    def _warm_model(self, prepared: Prepared, offset: npt.NDArray[np.float64]) -> Model | None:
         """Return the former solution, less the offset, if it can serve as the start."""
+        activation = prepared.features.activation
         shape = (len(offset), activation.shape[1])
         if not self.warm_start or getattr(self, "coef_", np.empty(0)).shape != shape:
             return None
         if {n: v.shape for n, v in self.gradient_coef_.items()} != {
-            n: tuple(p.shape) for n, p in network.parameters.items()
+            n: tuple(p.shape) for n, p in prepared.network.parameters.items()
         }:
             return None
         return Model.of(self, activation.device, activation.dtype).shifted(-offset)
@@ -186,8 +225,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         """Return the logits, of shape (n_samples, n_outputs)."""
         X = validate_new_samples(self, X)
         extractor, model = self._extractor_and_model()
-        return predict_logits(
-            extractor, model, X, self.batch_size, bool(self.verbose), self._store(X)
+        return in_smaller_batches(
+            lambda size: predict_logits(
+                extractor, model, X, size, bool(self.verbose), self._store(X)
+            ),
+            self.batch_size,
         )
 
     @torch.inference_mode(False)
@@ -199,31 +241,3 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             device = resolve_device("auto")
         extractor = self._extractor.on(device)
         return extractor, Model.of(self, device, extractor.dtype)
-
-
-def _fitted(model: Model, offset: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Return the attributes that hold a model and the offset of its targets."""
-    return {**model.shifted(offset).attributes(), "gradient_layers_": list(model.displacements)}
-
-
-def _warn_unless_converged(stage: str, solution: Solution, settings: Settings) -> None:
-    """Warn with what was reached and what to try."""
-    reached = (
-        f"The fit of the {stage} features stopped after {solution.n_iter} iterations, where "
-        f"a Newton step promises to lower the objective by another {solution.norm**2 / 2:.1e}; "
-        f"tol={settings.tol:g} is not met"
-    )
-    penalties = "alpha" if stage == "activation" else "alpha, gradient_alpha"
-    if solution.status == "max_iter":
-        warnings.warn(
-            f"{reached}. Increase max_iter={settings.max_iter}, {penalties} or tol.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-    elif solution.status == "stalled":
-        warnings.warn(
-            f"{reached}, because rounding allows no further progress. Increase tol or alpha, "
-            "or set precision='float64'.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )

@@ -12,10 +12,9 @@ from sklearn.utils._param_validation import StrOptions
 from torch import nn
 
 from sklearn_gradfeat._base import BaseGradientFeature
-from sklearn_gradfeat._callbacks import FitCallbacks, with_callbacks
+from sklearn_gradfeat._callbacks import with_callbacks
 from sklearn_gradfeat._export import TwoClasses
-from sklearn_gradfeat._input import restored_on_error, validate_samples
-from sklearn_gradfeat._targets import classification_loss, encode, sample_weights
+from sklearn_gradfeat._targets import Problem, classification_loss, encode, sample_weights
 
 
 class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
@@ -91,7 +90,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         optimum is the same.
     batch_size : int, default=256
         Number of samples that pass through the network at once. It changes results by
-        rounding errors only.
+        rounding errors only. Where memory runs out it is halved, with a warning.
     feature_store : "auto", path or None, default="auto"
         Where the output of the frozen layers is kept, so that it is computed once per sample
         for all clones, folds, candidates, fits and predictions: in the memory of the process,
@@ -236,23 +235,15 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         ValueError
             If a parameter, ``X`` or ``y`` cannot be used; the message names it.
         """
-        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
-            X, y = validate_samples(self, X, y)
-            classes, targets = encode(y)
-            multilabel = targets.ndim == 2
-            weights = sample_weights(y, sample_weight, self.class_weight)
-            metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
-            callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
-            attributes = {"classes_": classes, "_multilabel": multilabel}
-            fitted = self._train(
-                X,
-                lambda device: classification_loss(targets, weights, len(classes), device),
-                callbacks,
-                attributes,
-            )
-        self.__dict__.update(fitted)
-        callbacks.end()
-        return self
+        return self._fit(X, y, sample_weight)
+
+    def _problem(self, y, sample_weight):
+        classes, targets = encode(y)
+        weights = sample_weights(y, sample_weight, self.class_weight)
+        return Problem(
+            lambda device: classification_loss(targets, weights, len(classes), device),
+            {"classes_": classes, "_multilabel": targets.ndim == 2},
+        )
 
     def decision_function(self, X):
         """Return the logits.

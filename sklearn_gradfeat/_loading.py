@@ -13,9 +13,11 @@ from torch import nn
 from sklearn_gradfeat._archive import Arrays, digest, read_archive, unpack
 from sklearn_gradfeat._arrays import Preprocess
 from sklearn_gradfeat._classifier import GradientFeatureClassifier
+from sklearn_gradfeat._classifier_cv import GradientFeatureClassifierCV
 from sklearn_gradfeat._extractor import Extractor
 from sklearn_gradfeat._persistence import WEIGHTS, probe
 from sklearn_gradfeat._regressor import GradientFeatureRegressor
+from sklearn_gradfeat._regressor_cv import GradientFeatureRegressorCV
 from sklearn_gradfeat.backbones import (
     BackboneLike,
     FrozenBackbone,
@@ -26,7 +28,13 @@ from sklearn_gradfeat.backbones import (
 )
 
 _ESTIMATORS = {
-    kind.__name__: kind for kind in (GradientFeatureClassifier, GradientFeatureRegressor)
+    kind.__name__: kind
+    for kind in (
+        GradientFeatureClassifier,
+        GradientFeatureClassifierCV,
+        GradientFeatureRegressor,
+        GradientFeatureRegressorCV,
+    )
 }
 _TOLERANCE = 1e-3
 

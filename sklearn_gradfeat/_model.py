@@ -49,6 +49,7 @@ class Model:
             "intercept_": to_numpy(self.intercept),
             "omega_": to_numpy(self.omega),
             "gradient_coef_": {name: to_numpy(t) for name, t in self.displacements.items()},
+            "gradient_layers_": list(self.displacements),
         }
 
 

@@ -10,9 +10,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
 from sklearn_gradfeat._base import BaseGradientFeature
-from sklearn_gradfeat._callbacks import FitCallbacks, with_callbacks
-from sklearn_gradfeat._input import restored_on_error, validate_samples
-from sklearn_gradfeat._targets import centre, numeric, regression_loss, sample_weights
+from sklearn_gradfeat._callbacks import with_callbacks
+from sklearn_gradfeat._targets import Problem, centre, numeric, regression_loss, sample_weights
 
 
 class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
@@ -92,7 +91,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         optimum is the same.
     batch_size : int, default=256
         Number of samples that pass through the network at once. It changes results by
-        rounding errors only.
+        rounding errors only. Where memory runs out it is halved, with a warning.
     feature_store : "auto", path or None, default="auto"
         Where the output of the frozen layers is kept, so that it is computed once per sample
         for all clones, folds, candidates, fits and predictions: in the memory of the process,
@@ -239,26 +238,20 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         ValueError
             If a parameter, ``X`` or ``y`` cannot be used; the message names it.
         """
-        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
-            X, y = validate_samples(self, X, y)
-            y = numeric(y)
-            weights = sample_weights(y, sample_weight)
-            metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
-            callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
-            targets = y.reshape(len(y), -1)
-            # With an intercept that changes nothing but the start, which tol refers to.
-            offset = centre(targets, weights) if self.fit_intercept else np.zeros(targets.shape[1])
-            epsilon = self.epsilon if self.loss == "huber" else None
-            fitted = self._train(
-                X,
-                lambda device: regression_loss(targets - offset, weights, epsilon, device),
-                callbacks,
-                {"_single_output": y.ndim == 1},
-                offset,
-            )
-        self.__dict__.update(fitted)
-        callbacks.end()
-        return self
+        return self._fit(X, y, sample_weight)
+
+    def _problem(self, y, sample_weight):
+        y = numeric(y)
+        weights = sample_weights(y, sample_weight)
+        targets = y.reshape(len(y), -1)
+        # With an intercept that changes nothing but the start, which tol refers to.
+        offset = centre(targets, weights) if self.fit_intercept else np.zeros(targets.shape[1])
+        epsilon = self.epsilon if self.loss == "huber" else None
+        return Problem(
+            lambda device: regression_loss(targets - offset, weights, epsilon, device),
+            {"_single_output": y.ndim == 1},
+            offset,
+        )
 
     def predict(self, X):
         """Return the predictions.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,29 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import _check_sample_weight, check_array, column_or_1d
 
 from sklearn_gradfeat._losses import Bernoulli, Huber, Loss, Multinomial, Squared
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the targets and the weights of the samples make of a fit.
+
+    Attributes
+    ----------
+    loss : callable
+        Maps a device to the loss on it.
+    attributes : dict
+        What the fitted estimator is to know of the targets.
+    centre : ndarray of shape (n_outputs,) or None
+        What was taken off the targets and goes back to the intercept; None is zero.
+    """
+
+    loss: Callable[[torch.device], Loss]
+    attributes: dict[str, Any]
+    centre: npt.NDArray[np.float64] | None = None
+
+    def offset(self, n_outputs: int) -> npt.NDArray[np.float64]:
+        """Return the centre as numbers."""
+        return np.zeros(n_outputs) if self.centre is None else self.centre
 
 
 def encode(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

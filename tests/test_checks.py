@@ -4,7 +4,12 @@ import pytest
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
-from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    GradientFeatureClassifierCV,
+    GradientFeatureRegressor,
+    GradientFeatureRegressorCV,
+)
 
 
 class Factory:
@@ -30,6 +35,9 @@ class Factory:
         GradientFeatureRegressor(Factory()),
         GradientFeatureRegressor(precision="float32"),
         GradientFeatureRegressor(loss="huber"),
+        GradientFeatureClassifierCV(alphas=2, gradient_alphas=2, cv=3),
+        GradientFeatureRegressorCV(alphas=2, gradient_alphas=2, cv=3),
+        GradientFeatureRegressorCV(features="activation", cv=3),
     ]
 )
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

@@ -1,11 +1,15 @@
 """The optimum of stage two, against scikit-learn and dense solvers on explicit features."""
 
+import copy
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
 from tests.networks import NETWORKS, build
@@ -149,3 +153,26 @@ def test_convergence_warning_says_what_to_do():
 def test_warns_when_rounding_stops_it():
     with pytest.warns(ConvergenceWarning, match="precision='float64'"):
         fit("plain", "binary", precision="float32", tol=1e-28, alpha=0.01)
+
+
+@pytest.mark.parametrize("features", ["activation", "full"])
+def test_the_unit_of_the_activations_does_not_matter(features):
+    """The intercept is not penalised, so penalties far above one must not hold it back."""
+    generator = np.random.default_rng(0)
+    X = generator.standard_normal((80, 5)) + 3
+    y = generator.choice(3, size=80, p=[0.7, 0.2, 0.1])
+    torch.manual_seed(0)
+    fits = {}
+    linear = nn.Linear(5, 4, dtype=torch.float64)
+    for scale in (1.0, 1e3):
+        scaled = copy.deepcopy(linear)
+        with torch.no_grad():
+            scaled.weight *= scale
+            scaled.bias *= scale
+        model = GradientFeatureClassifier(
+            scaled, features=features, alpha=0.01 * scale**2, gradient_alpha=0.1 / scale**2
+        )
+        fits[scale] = model.fit(X, y)
+    probabilities = [model.predict_proba(X) for model in fits.values()]
+    np.testing.assert_allclose(*probabilities, rtol=1e-7)
+    assert fits[1.0].n_iter_ == fits[1e3].n_iter_

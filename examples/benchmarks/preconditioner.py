@@ -19,7 +19,8 @@ from unittest import mock
 from _setup import digits, environment, images
 from sklearn.exceptions import ConvergenceWarning
 
-from sklearn_gradfeat import _training
+from sklearn_gradfeat import _stages
+from sklearn_gradfeat.tangent import _inverses
 
 SHARES = (0.1, 0.01, 0.001)
 
@@ -27,9 +28,10 @@ SHARES = (0.1, 0.01, 0.001)
 class IdentityInGradientStage:
     """No preconditioner where there are displacements, the usual one elsewhere."""
 
-    real = _training.Preconditioner
+    real = _inverses.Preconditioner
+    curvature = None
 
-    def __init__(self, objective, logits):
+    def __init__(self, objective, logits, _):
         self.solve = self.real(objective, logits) if objective.tangent is None else None
 
     def __call__(self, x):
@@ -56,7 +58,7 @@ class CountPasses:
 
 def run(model, X, y, max_iter, preconditioned):
     """Return the objective, the passes and the seconds after every iteration."""
-    minimize = _training.minimize
+    minimize = _stages.minimize
     records = []
 
     def recording(objective, *args, callback, **kwargs):
@@ -73,10 +75,10 @@ def run(model, X, y, max_iter, preconditioned):
         kwargs.update(tolerance=0.0, max_iter=max_iter)
         return minimize(counted, *args, callback=watch, **kwargs)
 
-    solver = _training.Preconditioner if preconditioned else IdentityInGradientStage
+    solver = _inverses.Preconditioner if preconditioned else IdentityInGradientStage
     with (
-        mock.patch.object(_training, "minimize", recording),
-        mock.patch.object(_training, "Preconditioner", solver),
+        mock.patch.object(_stages, "minimize", recording),
+        mock.patch.object(_inverses, "Preconditioner", solver),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -69,6 +70,13 @@ class Boundary:
         number = {chunk: i for i, chunk in enumerate(self.chunks)}
         self._numbers = np.array([number[place.chunk] for place in places])
         self._rows = np.array([place.row for place in places])
+
+    def subset(self, samples: npt.NDArray[np.intp]) -> Boundary:
+        """Return the boundary of some of the samples, if any is kept."""
+        part = copy.copy(self)
+        if self.chunks:
+            part._numbers, part._rows = self._numbers[samples], self._rows[samples]
+        return part
 
     def take(self, samples: slice) -> Tensors:
         """Return the tensors of some samples: views where a chunk holds them in a row."""

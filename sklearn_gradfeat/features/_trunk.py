@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
@@ -40,6 +42,11 @@ class Features:
     activation: Tensor
     boundary: Boundary | Samples
     batch_size: int
+
+    def subset(self, rows: npt.NDArray[np.intp]) -> Features:
+        """Return what is known of some samples, without a copy of the boundary."""
+        activation = self.activation[torch.from_numpy(rows).to(self.activation.device)]
+        return Features(activation, self.boundary.subset(rows), self.batch_size)
 
     def batches(self, stride: int = 1) -> Iterator[tuple[slice, Tensors]]:
         """Iterate over (rows, boundary tensors on the device) of every ``stride``-th sample."""

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,13 @@ class LinearObjective(Protocol):
         """Return ``D = A direction`` and ``Aᵀ loss'(logits + D)`` from a single pass."""
 
 
+class Secants(NamedTuple):
+    """Steps, with the changes of the gradient over them under some penalty."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    penalty: Tensor
+
+
 @dataclass(frozen=True)
 class Solution:
     """What :func:`minimize` found.
@@ -68,6 +75,8 @@ class Solution:
         progress; ``"interrupted"`` when the callback asked to stop.
     norm : float
         Norm of the gradient in the metric of the preconditioner.
+    secants : Secants
+        What was learned of the objective near the minimiser.
     """
 
     x: Tensor
@@ -76,6 +85,7 @@ class Solution:
     n_passes: int
     status: Status
     norm: float
+    secants: Secants
 
 
 class _Memory:
@@ -95,8 +105,18 @@ class _Memory:
             self.pairs.append((step, change, 1.0 / curvature))
             self.scale = curvature / metric
 
-    def direction(self, gradient: Tensor) -> Tensor:
-        """Return the quasi-Newton descent direction."""
+    def recall(self, secants: Secants | None, penalty: Tensor) -> None:
+        """Remember what another fit learned: the penalty is a known part of every change."""
+        if secants is None:
+            return
+        for step, former in secants.pairs:
+            change = former + (penalty - secants.penalty) * step
+            self.add(step, change, self.precondition(change))
+
+    def direction(self, gradient: Tensor, natural: Tensor) -> Tensor:
+        """Return the quasi-Newton descent direction; ``natural`` is the inverse times gradient."""
+        if not self.pairs:
+            return -self.scale * natural
         q = -gradient
         weights = []
         for step, change, inverse in reversed(self.pairs):
@@ -117,6 +137,7 @@ def minimize(
     tolerance: float,
     max_iter: int,
     callback: Callable[[int, float, Tensor], bool] | None = None,
+    secants: Secants | None = None,
 ) -> Solution:
     """Minimise a smooth convex objective of a linear map.
 
@@ -141,6 +162,8 @@ def minimize(
         not depend on the units of the unknowns.
     max_iter : int
         Stop after so many iterations.
+    secants : Secants, default=None
+        What a fit that ended at ``x`` learned of the same loss, under whatever penalty.
     callback : callable, default=None
         Called as ``callback(iteration, objective, x)``; returning True stops.
 
@@ -153,6 +176,7 @@ def minimize(
     gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
     value = loss.value(logits) + float(penalty * x @ x) / 2
     memory = _Memory(precondition(logits))
+    memory.recall(secants, penalty)
     curvature = float(loss.curvatures(logits).sum())
     natural = memory.precondition(gradient)
     norm = _norm(gradient, natural)
@@ -163,7 +187,7 @@ def minimize(
         if n_iter == max_iter:
             status = "max_iter"
             break
-        direction = memory.direction(gradient)
+        direction = memory.direction(gradient, natural)
         change, adjoint = objective.forward_adjoint(direction, logits if bottom is None else bottom)
         passes += 1
         line = Line(
@@ -198,11 +222,16 @@ def minimize(
         if callback is not None and callback(n_iter, value, x):
             status = "interrupted" if norm > tolerance else "converged"
             break
-        now = float(loss.curvatures(logits).sum())
-        if norm > tolerance and not curvature / _CHANGE <= now <= curvature * _CHANGE:
-            memory, curvature = _Memory(precondition(logits)), now
+        if norm > tolerance and not same_curvature(curvature, loss, logits):
+            memory, curvature = _Memory(precondition(logits)), float(loss.curvatures(logits).sum())
             natural = memory.precondition(gradient)
-    return Solution(x, path, n_iter, passes, status, norm)
+    learned = Secants([(step, change) for step, change, _ in memory.pairs], penalty)
+    return Solution(x, path, n_iter, passes, status, norm, learned)
+
+
+def same_curvature(former: float, loss: Loss, logits: Tensor) -> bool:
+    """Whether a preconditioner holds at logits, from the sum of curvatures it was made for."""
+    return former / _CHANGE <= float(loss.curvatures(logits).sum()) <= former * _CHANGE
 
 
 def preconditioned_norm(gradient: Tensor, precondition: Callable[[Tensor], Tensor]) -> float:

@@ -2,13 +2,16 @@
 
 from sklearn_gradfeat.tangent._graph import UntraceableError, linearized_graph
 from sklearn_gradfeat.tangent._head import LinearizedHead
+from sklearn_gradfeat.tangent._inverses import Inverses
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
 from sklearn_gradfeat.tangent._preconditioner import Preconditioner
 from sklearn_gradfeat.tangent._products import Head, Tensors
 from sklearn_gradfeat.tangent._samples import SampleInverse, tangent_gram
+from sklearn_gradfeat.tangent._scale import largest_curvature
 
 __all__ = [
     "Head",
+    "Inverses",
     "LinearizedHead",
     "Preconditioner",
     "SampleInverse",
@@ -16,6 +19,7 @@ __all__ = [
     "TangentTerm",
     "Tensors",
     "UntraceableError",
+    "largest_curvature",
     "linearized_graph",
     "tangent_gram",
 ]

@@ -28,7 +28,7 @@ from sklearn_gradfeat._attention import differentiable_attention
 from sklearn_gradfeat.tangent._head import LinearizedHead
 from sklearn_gradfeat.tangent._patches import LayerCall, LayerRecorder
 from sklearn_gradfeat.tangent._products import Tensors
-from sklearn_gradfeat.tangent._spectrum import KroneckerInverse, Spectrum
+from sklearn_gradfeat.tangent._spectrum import Spectrum
 
 # Samples enough for a preconditioner, and rows of a Gram matrix as a multiple of its width.
 _MIN_SAMPLES, _MAX_SAMPLES = 256, 1024
@@ -62,13 +62,13 @@ class Factor:
         """Add gradients of shape (groups, n_samples, positions, n_outputs)."""
         self.output += _gram(rows, weights)
 
-    def inverse(self, alpha: float) -> KroneckerInverse:
-        """Return the inverse of the block with the penalty ``alpha``."""
+    def spectra(self) -> tuple[Spectrum, Spectrum]:
+        """Return the decompositions of both, output first."""
         output, inputs = (
             Spectrum.of(gram) if gram.ndim == 3 else Spectrum(gram, None)
             for gram in (self.output, self.inputs)
         )
-        return KroneckerInverse(output, inputs, alpha)
+        return output, inputs
 
 
 def _empty_gram(like: Tensor, groups: int, width: int) -> Tensor:

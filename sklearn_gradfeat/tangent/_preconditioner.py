@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +18,17 @@ from sklearn_gradfeat.tangent._kfac import (
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
 from sklearn_gradfeat.tangent._spectrum import KroneckerInverse, Spectrum, damping
 
+# Added to the curvature in the intercepts, as a share of the largest.
+_BLIND = 1e-6
 
-class Preconditioner:
-    """Approximate inverse Hessian, with a block for the weights and one for each layer.
+
+class Curvature:
+    """What the inverse Hessian takes from the samples; no penalty is part of it.
 
     Parameters
     ----------
     objective : TangentObjective
-        The objective; its penalties enter exactly.
+        The objective, whatever its penalties.
     logits : tensor of shape (n_samples, n_outputs)
         Where the curvature of the loss is taken.
     """
@@ -36,62 +40,115 @@ class Preconditioner:
         # Samples count by their curvature: those that are already fitted hardly matter.
         total = shares.sum()
         weights = (shares / total if total > 0 else objective.loss.weights).to(like)
+        self.total = float(total)
+        self.outputs = Spectrum.of(curvature)
+        self.mean, self.inputs = _centred(objective, weights)
+        self.layers: list[_Layer] = []
+        self.diagonals: dict[int, Tensor] = {}
+        if objective.tangent is not None:
+            found, self.diagonals = _layer_factors(objective.tangent, curvature, weights)
+            self.layers = [_Layer(i, factor, *factor.spectra()) for i, factor in found.items()]
+
+
+class _Layer(NamedTuple):
+    """The factors of the layer with that weight."""
+
+    weight: int
+    factor: Factor
+    output: Spectrum
+    inputs: Spectrum
+
+
+class Preconditioner:
+    """Approximate inverse Hessian, with a block for the weights and one for each layer.
+
+    Parameters
+    ----------
+    objective : TangentObjective
+        The objective; its penalties enter exactly.
+    logits : tensor of shape (n_samples, n_outputs)
+        Where the curvature of the loss is taken.
+    curvature : Curvature, default=None
+        Takes the place of that at ``logits``: from elsewhere, or for other penalties.
+    """
+
+    def __init__(
+        self, objective: TangentObjective, logits: Tensor, curvature: Curvature | None = None
+    ) -> None:
         self.objective = objective
-        self.affine = _affine_inverse(objective, curvature, weights)
+        self.curvature = curvature or Curvature(objective, logits)
+        outputs = self.curvature.outputs
+        self.weights = KroneckerInverse(outputs, self.curvature.inputs, objective.alpha)
+        # A softmax is blind to what all intercepts have in common, so its curvature is singular.
+        one = Spectrum(objective.like.new_ones(1), None)
+        self.intercept = KroneckerInverse(outputs, one, _BLIND * float(outputs.values.max()) or 1.0)
         self.layers = (
-            None
-            if objective.tangent is None
-            else _LayerInverses(objective.tangent, curvature, weights)
+            None if objective.tangent is None else _LayerInverses(objective.tangent, self.curvature)
         )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the inverse to a flat vector."""
         weights, intercept, u = self.objective.split(x)
-        n_outputs = self.objective.loss.n_outputs
-        joined = torch.cat([weights, intercept.view(n_outputs, -1)], 1)
-        solved = self.affine(joined) if joined.numel() else joined
-        d = weights.shape[1]
-        affine = [solved[:, :d].reshape(-1), solved[:, d:].reshape(-1)]
+        mean, column = self.curvature.mean, intercept.view(self.objective.loss.n_outputs, -1)
+        if column.numel():
+            weights = weights - column * mean
+        solved = self.weights(weights) if weights.numel() else weights
+        if column.numel():
+            column = self.intercept(column) - solved @ mean[:, None]
+        affine = [solved.reshape(-1), column.reshape(-1)]
         return torch.cat([*affine, u if self.layers is None else self.layers(u)])
 
 
-def _affine_inverse(
-    objective: TangentObjective, curvature: Tensor, weights: Tensor
-) -> KroneckerInverse:
-    """Return the inverse for the weights and the intercept, which share their inputs."""
+def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spectrum]:
+    """Return the mean of the features and the factor of what is left of them without it.
+
+    Without a free intercept nothing may be taken off. With one, the centred weights and the
+    intercept do not depend on each other, and the penalty is on the weights alone.
+    """
     rows = objective.like.new_empty(objective.n_samples, 0)
     if objective.features is not None:
         rows = objective.features
-    if objective.fit_intercept:
-        rows = torch.cat([rows, torch.ones_like(weights)[:, None]], 1)
+    mean = weights @ rows if objective.fit_intercept else rows.new_zeros(rows.shape[1])
+    rows = rows - mean
     weighted = weights[:, None] * rows
     wide = rows.shape[1] > MAX_WIDTH
-    inputs = Spectrum((weighted * rows).sum(0), None) if wide else Spectrum.of(weighted.T @ rows)
-    return KroneckerInverse(Spectrum.of(curvature), inputs, objective.alpha)
+    factor = Spectrum((weighted * rows).sum(0), None) if wide else Spectrum.of(weighted.T @ rows)
+    return mean, factor
+
+
+def _layer_factors(
+    tangent: TangentTerm, curvature: Tensor, weights: Tensor
+) -> tuple[dict[int, Factor], dict[int, Tensor]]:
+    """Return the factors of the layers and the diagonals of the other parameters."""
+    _, few = next(iter(tangent.batches(math.ceil(len(weights) / 2))))
+    stride = math.ceil(len(weights) / enough_samples(tangent.head, few))
+    part = weights[::stride]
+    total = part.sum()
+    share = weights / total if total > 0 else torch.full_like(weights, 1 / len(part))
+    columns = loss_columns(tangent.omega, curvature)
+    return factors(tangent.head, tangent.batches(stride), columns, share)
 
 
 class _LayerInverses:
     """Inverses for the displacements, layer by layer."""
 
-    def __init__(self, tangent: TangentTerm, curvature: Tensor, weights: Tensor) -> None:
+    def __init__(self, tangent: TangentTerm, curvature: Curvature) -> None:
         self.head = tangent.head
-        _, few = next(iter(tangent.batches(math.ceil(len(weights) / 2))))
-        stride = math.ceil(len(weights) / enough_samples(tangent.head, few))
-        part = weights[::stride]
-        total = part.sum()
-        share = weights / total if total > 0 else torch.full_like(weights, 1 / len(part))
-        columns = loss_columns(tangent.omega, curvature)
-        found, diagonals = factors(self.head, tangent.batches(stride), columns, share)
-        self.layers = {i: (f, f.inverse(tangent.alpha)) for i, f in found.items()}
-        self.diagonals = {i: 1 / (d + damping(tangent.alpha, d)) for i, d in diagonals.items()}
+        self.layers = [
+            (layer, KroneckerInverse(layer.output, layer.inputs, tangent.alpha))
+            for layer in curvature.layers
+        ]
+        self.diagonals = {
+            i: 1 / (d + damping(tangent.alpha, d)) for i, d in curvature.diagonals.items()
+        }
 
     def __call__(self, u: Tensor) -> Tensor:
         """Apply the inverses to a flat vector of displacements."""
         pieces = list(self.head.pieces(u))
-        for i, inverse in self.diagonals.items():
-            pieces[i] = pieces[i] * inverse
-        for i, (factor, layer) in self.layers.items():
-            _solve(pieces, i, factor, layer)
+        for i, scale in self.diagonals.items():
+            pieces[i] = pieces[i] * scale
+        for layer, inverse in self.layers:
+            _solve(pieces, layer.weight, layer.factor, inverse)
         return torch.cat([piece.reshape(-1) for piece in pieces])
 
 

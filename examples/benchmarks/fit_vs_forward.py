@@ -1,0 +1,154 @@
+"""Time of a fit, and of predictions, in units of one pass of the plain network.
+
+The plain network runs in inference mode over the same images in the same batches, as it is and
+with channels last; the first is the unit. A cold fit starts with an empty feature store, a warm
+one finds what the cold one left. ResNet18 has random weights, since nothing is downloaded; that
+changes the number of iterations, not their price.
+
+    python examples/benchmarks/fit_vs_forward.py --data cifar10.zip --output fit_vs_forward.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from _setup import environment, images
+from sklearn.base import clone
+
+from sklearn_gradfeat import GradientFeatureClassifier, config_context
+
+RUNS = ("forward", "channels last", "cold fit", "warm fit", "predict_proba")
+
+
+class Resize:
+    """uint8 images, channels last, as floats about zero, channels first and of another size."""
+
+    def __init__(self, side):
+        self.side = side
+
+    def __call__(self, batch):
+        x = batch.permute(0, 3, 1, 2).float()
+        resize = torch.nn.functional.interpolate
+        return (resize(x, (self.side,) * 2, mode="bilinear", antialias=True) - 127) / 128
+
+
+class Pooled(torch.nn.Module):
+    """EfficientNet-Lite0 up to its pooling."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        x = self.network.extract_features(x)
+        return self.network._avg_pooling(x).flatten(1)
+
+
+def networks(efficientnet):
+    """Return the networks with their gradient layers."""
+    resnet = torchvision.models.resnet18()
+    resnet.fc = torch.nn.Identity()
+    return {
+        "EfficientNet-Lite0, head conv": (Pooled(efficientnet), "last"),
+        "ResNet18, layer4.1": (resnet, "layer4.1"),
+    }
+
+
+def forward(network, X, preprocess, layout):
+    """Run the plain network over all images."""
+    network = network.eval().to(memory_format=layout)
+    with torch.inference_mode():
+        for batch in torch.from_numpy(X).split(64):
+            network(preprocess(batch).contiguous(memory_format=layout))
+
+
+def seconds(function, *arguments):
+    """Return how long a call takes."""
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def repeat(model, network, X, y, preprocess):
+    """Return the seconds of every run, one after the other."""
+    with config_context(store_bytes=0):
+        pass  # empties the store in memory
+    return {
+        "forward": seconds(forward, network, X, preprocess, torch.contiguous_format),
+        "channels last": seconds(forward, network, X, preprocess, torch.channels_last),
+        "cold fit": seconds(model.fit, X, y),
+        "warm fit": seconds(model.fit, X, y),
+        "predict_proba": seconds(model.set_params(feature_store=None).predict_proba, X),
+    }
+
+
+def compare(name, network, layers, X, y, arguments):
+    """Return one row for each kind of features."""
+    preprocess = Resize(arguments.size)
+    rows = []
+    for features in ("activation", "full"):
+        model = GradientFeatureClassifier(
+            network, preprocess=preprocess, features=features, gradient_layers=layers,
+            alpha=0.1, gradient_alpha=1e-4, batch_size=64,
+        )  # fmt: skip
+        clone(model).set_params(max_iter=1, tol=1).fit(X[:64], y[:64])  # captures the graph
+        runs = [repeat(clone(model), network, X, y, preprocess) for _ in range(arguments.repeats)]
+        ratios = {run: statistics.median(r[run] / r["forward"] for r in runs) for run in RUNS}
+        fitted = clone(model).fit(X, y)
+        rows.append(
+            {
+                "network": name,
+                "features": features,
+                "n_samples": len(X),
+                "ratios": ratios,
+                "n_passes": fitted.n_passes_,
+                "seconds": {run: statistics.median(r[run] for r in runs) for run in RUNS},
+            }
+        )
+    return rows
+
+
+def table(rows):
+    """Return the rows as a Markdown table."""
+    lines = [f"| network | features | {' | '.join(RUNS[1:])} | passes | forward, s |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        cells = " | ".join(f"{row['ratios'][run]:.2f}" for run in RUNS[1:])
+        lines.append(
+            f"| {row['network']} | {row['features']} | {cells} | {row['n_passes']} | "
+            f"{row['seconds']['forward']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    """Run what was asked for, write JSON, print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="zip file of train/<class>/*.jpg")
+    parser.add_argument("--n-train", type=int, default=2000)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("fit_vs_forward.json"))
+    arguments = parser.parse_args()
+    if arguments.data is None or not arguments.data.exists():
+        sys.exit(print("--data is no zip file, so there is nothing to measure."))
+    model, X, y = images(arguments.data, arguments.n_train)
+    rows = []
+    for name, (network, layers) in networks(model.backbone).items():
+        rows += compare(name, network, layers, X, y, arguments)
+    setting = {k: v for k, v in vars(arguments).items() if k not in ("data", "output")}
+    result = {"environment": environment(), "setting": setting, "rows": rows}
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print("In units of the first run, one pass of the plain network:\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

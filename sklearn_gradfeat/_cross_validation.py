@@ -1,0 +1,226 @@
+"""What the estimators share that choose their penalties by cross-validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from numbers import Integral
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.base import is_classifier
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import get_scorer_names
+from sklearn.model_selection import check_cv
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.metadata_routing import _raise_for_params
+from sklearn.utils.validation import _check_method_params, _check_sample_weight
+from tqdm.auto import tqdm
+
+from sklearn_gradfeat._arrays import Rows, accumulation_device
+from sklearn_gradfeat._base import BaseGradientFeature, Prepared
+from sklearn_gradfeat._callbacks import FitCallbacks
+from sklearn_gradfeat._input import restored_on_error, validate_samples
+from sklearn_gradfeat._memory import in_smaller_batches
+from sklearn_gradfeat._scoring import ScoringMixin
+from sklearn_gradfeat._search import Grid, known_logits, penalty_path, place
+from sklearn_gradfeat._stages import Settings, Stages
+from sklearn_gradfeat._targets import Problem
+from sklearn_gradfeat._training import warn_of_search
+
+Folds: TypeAlias = Sequence[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
+
+
+class LeftOut(BaseGradientFeature):
+    """A model of a fold, to be scored: its logits for the samples left out are known."""
+
+    left_out: tuple[Any, npt.NDArray[Any]]
+
+    def _logits(self, X: Any) -> npt.NDArray[Any]:
+        """Return the logits; those of other samples go through the network."""
+        rows, logits = self.left_out
+        return logits if X is rows else super()._logits(X)
+
+
+class _Data(NamedTuple):
+    """The samples of a search, as they came and as the linear model takes them."""
+
+    X: Any
+    y: npt.NDArray[Any]
+    weights: npt.NDArray[np.float64] | None
+    prepared: Prepared
+
+    def in_batches(self, batch_size: int) -> _Data:
+        """Return the same with another number of samples in a batch."""
+        features = replace(self.prepared.features, batch_size=batch_size)
+        return self._replace(prepared=self.prepared._replace(features=features))
+
+    def part(self, rows: npt.NDArray[np.intp]) -> tuple[Any, Any]:
+        """Return targets and weights of some samples."""
+        return self.y[rows], None if self.weights is None else self.weights[rows]
+
+
+def searched(constraints: dict[str, Any]) -> dict[str, Any]:
+    """Return the constraints of an estimator with a search for its penalties."""
+    kept = {n: c for n, c in constraints.items() if n not in ("alpha", "gradient_alpha")}
+    del kept["warm_start"]
+    return {
+        **kept,
+        "alphas": [Interval(Integral, 1, None, closed="left"), "array-like"],
+        "gradient_alphas": [Interval(Integral, 1, None, closed="left"), "array-like"],
+        "cv": ["cv_object"],
+        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
+        "refit": ["boolean"],
+    }
+
+
+class CrossValidated(ScoringMixin, BaseGradientFeature):
+    """A mixin with the search; ``_fold_class`` says what models a fold."""
+
+    _fold_class: Callable[[], Any]
+
+    def _fit_search(self, X: Any, y: Any, sample_weight: Any, params: dict[str, Any]) -> Any:
+        """Search, fit the best model, and set the fitted attributes all at once."""
+        _raise_for_params(params, self, "fit", allow=["groups"])
+        self._check_penalties()
+        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
+            X, y = validate_samples(self, X, y)
+            problem = self._problem(y, sample_weight)
+            to_split, to_score = self._routed(sample_weight, params)
+            cv = check_cv(self.cv, y, classifier=is_classifier(self))
+            folds = [
+                (np.arange(len(y))[train], np.arange(len(y))[test])
+                for train, test in cv.split(X, y, **to_split)
+            ]
+            metadata = (
+                params if sample_weight is None else {**params, "sample_weight": sample_weight}
+            )
+            callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
+            if sample_weight is not None:
+                sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
+            data = _Data(X, y, sample_weight, self._prepare(X))
+            fitted = in_smaller_batches(
+                lambda size: self._search(data.in_batches(size), problem, folds, to_score),
+                data.prepared.features.batch_size,
+            )
+            if self.refit:
+                settings = self._settings(data.prepared.seed, fitted)
+                fitted |= self._train(data.prepared, problem, settings, callbacks)
+        self.__dict__.pop("coef_", None)  # without a refit there is no model any more
+        self.__dict__.update(fitted)
+        callbacks.end()
+        return self
+
+    def _check_penalties(self) -> None:
+        """Refuse lists of anything but penalties."""
+        for name in ("alphas", "gradient_alphas"):
+            values = np.asarray(getattr(self, name))
+            numbers = values.dtype.kind in "iuf" and np.isfinite(values).all()
+            if values.ndim > 1 or not values.size or not numbers or values.min() < 0:
+                raise ValueError(
+                    f"{name} must be a number of penalties, or a list of penalties that are "
+                    f"finite and not negative; got {getattr(self, name)!r}."
+                )
+
+    def _settings(self, seed: int, fitted: dict[str, Any] | None = None) -> Settings:
+        """Return the parameters that training depends on, with the chosen penalties."""
+        penalties = {"alpha": np.nan, "gradient_alpha": np.nan}
+        if fitted is not None:
+            penalties = {name: fitted[f"{name}_"] or 0.0 for name in penalties}
+        return self._settings_with(seed, **penalties)
+
+    @torch.inference_mode(False)
+    def _search(
+        self, data: _Data, problem: Problem, folds: Folds, to_score: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Score all penalties on all folds; return the fitted attributes that say which is best."""
+        grid = place(self.alphas, self.gradient_alphas, self._stages(data.prepared, problem))
+        scores = np.empty((len(folds), *grid.shape))
+        unfinished = 0
+        with tqdm(total=scores.size, unit="model", disable=not self.verbose) as bar:
+            for number, (train, test) in enumerate(folds):
+                try:
+                    part = self._problem(*data.part(train))
+                except ValueError as error:
+                    raise ValueError(f"Training samples of fold {number}: {error}") from error
+                unfinished += self._score_fold(
+                    data, part, (train, test), grid, to_score, scores[number], bar.update
+                )
+        warn_of_search(unfinished, scores.size, self._settings(data.prepared.seed))
+        # Averaged as in GridSearchCV, so that ties are the same.
+        means = np.average(scores.reshape(len(folds), -1).T.copy(), axis=1)
+        best = int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
+        chosen = grid.parameters(divmod(best, grid.shape[1]))
+        return {
+            "alphas_": grid.alphas,
+            "gradient_alphas_": grid.gradient_alphas,
+            "scores_": scores,
+            "best_score_": float(means[best]),
+            **{f"{name}_": value for name, value in chosen.items()},
+        }
+
+    def _stages(
+        self, prepared: Prepared, problem: Problem, rows: npt.NDArray[np.intp] | None = None
+    ) -> Stages:
+        """Return the two stages on some samples, or on all of them."""
+        network, features = prepared.network, prepared.features
+        settings = self._settings(prepared.seed)
+        features = features if rows is None else features.subset(rows)
+        loss = problem.loss(accumulation_device(features.activation.device))
+        return Stages(features, network.head, network.parameters, loss, settings)
+
+    def _score_fold(
+        self,
+        data: _Data,
+        problem: Problem,
+        fold: tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]],
+        grid: Grid,
+        to_score: dict[str, Any],
+        scores: npt.NDArray[np.float64],
+        progress: Callable[[], Any],
+    ) -> int:
+        """Fill in the scores of a fold; return how many models did not converge."""
+        train, test = fold
+        stages = self._stages(data.prepared, problem, train)
+        offset = problem.offset(stages.loss.n_outputs)
+        features = data.prepared.features.subset(test)
+        rows = data.X[test] if isinstance(data.X, np.ndarray) else Rows(data.X, test)
+        given = _check_method_params(data.X, to_score, indices=test)
+        scorer, scored = self._get_scorer(), self._fold_model(data.prepared, problem)
+        unfinished = 0
+        for pair, centred, converged in penalty_path(stages, grid):
+            model = centred.shifted(offset)
+            logits = known_logits(features, stages.linearized, model)
+            scored.set_params(**grid.parameters(pair))
+            vars(scored).update(model.attributes(), left_out=(rows, logits.cpu().numpy()))
+            scores[pair] = scorer(scored, rows, data.y[test], **given)
+            unfinished += not converged
+            progress()
+        return unfinished
+
+    def _fold_model(self, prepared: Prepared, problem: Problem) -> Any:
+        """Return an estimator of a fold, that a scorer takes for a fitted one."""
+        model = self._fold_class()
+        known = model.get_params(deep=False)
+        parameters = self.get_params(deep=False)
+        model.set_params(**{n: v for n, v in parameters.items() if n in known})
+        vars(model).update(prepared.attributes | problem.attributes)
+        for name in ("n_features_in_", "feature_names_in_"):
+            if hasattr(self, name):
+                setattr(model, name, getattr(self, name))
+        return model
+
+    def _warm_model(self, prepared: Prepared, offset: npt.NDArray[np.float64]) -> None:
+        """Start from nothing: the model is that of the plain estimator with these penalties."""
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Whether there is a model, not just a choice."""
+        if hasattr(self, "alpha_") and not hasattr(self, "coef_"):
+            raise NotFittedError(
+                f"This {type(self).__name__} was fitted with refit=False, so it has penalties but "
+                "no model. Set refit=True, or fit the plain estimator with alpha_ and "
+                "gradient_alpha_."
+            )
+        return hasattr(self, "coef_")

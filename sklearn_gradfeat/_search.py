@@ -1,0 +1,158 @@
+"""All penalties of a grid on the same samples, from strong to weak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from sklearn_gradfeat._model import Model
+from sklearn_gradfeat._stages import Stages
+from sklearn_gradfeat.features import Features
+from sklearn_gradfeat.solvers import Solution
+from sklearn_gradfeat.tangent import LinearizedHead, largest_curvature
+
+# Penalties by number are spread over so many powers of ten below the largest curvature.
+_DECADES = 4
+
+Penalties = npt.NDArray[np.float64]
+
+
+class Grid(NamedTuple):
+    """The penalties to try in every combination; None where there are no displacements."""
+
+    alphas: Penalties
+    gradient_alphas: Penalties | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of values of each."""
+        return len(self.alphas), 1 if self.gradient_alphas is None else len(self.gradient_alphas)
+
+    def parameters(self, pair: Sequence[int]) -> dict[str, float | None]:
+        """Return the penalties at a place in the grid, by name."""
+        i, j = pair
+        of_gradient = None if self.gradient_alphas is None else float(self.gradient_alphas[j])
+        return {"alpha": float(self.alphas[i]), "gradient_alpha": of_gradient}
+
+
+class Candidate(NamedTuple):
+    """The model of one pair of penalties, and where that is in the grid."""
+
+    pair: tuple[int, int]
+    model: Model
+    converged: bool
+
+
+def place(alphas: Any, gradient_alphas: Any, stages: Stages) -> Grid:
+    """Return the penalties as given, or so many from the largest curvature downward.
+
+    At that penalty the direction that the samples say most about is shrunk by half, and any
+    other one by more. The gradient features depend on the first stage; its penalty is then the
+    one in the middle.
+
+    Parameters
+    ----------
+    alphas, gradient_alphas : int or array-like
+        Penalties of the weights and of the displacements, or how many of them to choose.
+    stages : Stages
+        Both stages on all samples.
+
+    Returns
+    -------
+    Grid
+    """
+    activation = stages.features.activation
+    chosen = _values(alphas, lambda: stages.objective(0.0, activation, None))
+    if stages.settings.features == "activation":
+        return Grid(chosen, None)
+
+    def gradient_term() -> Any:
+        middle = float(np.sort(chosen)[len(chosen) // 2])
+        base = stages.fit_activation(middle, None, _unwatched)
+        return stages.objective(0.0, None, stages.tangent(base.model, 0.0))
+
+    return Grid(chosen, _values(gradient_alphas, gradient_term))
+
+
+def _values(given: Any, objective: Callable[[], Any]) -> Penalties:
+    """Return penalties that were given, or as many below the curvature of an objective."""
+    if not isinstance(given, Integral):
+        return np.array(given, dtype=np.float64)
+    largest = largest_curvature(objective()) or 1.0
+    spread: Penalties = largest * np.logspace(0, -_DECADES, int(given))
+    return spread
+
+
+def penalty_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
+    """Fit the models of all penalties in a grid, each from its stronger neighbour on.
+
+    The first stage is fitted once for each ``alpha``. Models with strong penalties are the
+    easiest to fit from nothing, and every next one is close to the one before.
+
+    Parameters
+    ----------
+    stages : Stages
+        Both stages on the training samples.
+    grid : Grid
+        The penalties, in any order.
+
+    Yields
+    ------
+    Candidate
+    """
+    former = None
+    for i in _descending(grid.alphas):
+        base = stages.fit_activation(float(grid.alphas[i]), former, _unwatched)
+        former = model = base.model
+        if grid.gradient_alphas is None:
+            yield Candidate((i, 0), model, _converged(base.solution))
+            continue
+        for j in _descending(grid.gradient_alphas):
+            penalty = float(grid.gradient_alphas[j])
+            model, solution = stages.fit_gradient(base, penalty, model, _unwatched)
+            yield Candidate((i, j), model, _converged(base.solution, solution))
+
+
+def _descending(penalties: Penalties) -> list[int]:
+    """Return positions from the largest to the smallest."""
+    order: list[int] = np.argsort(-penalties, kind="stable").tolist()
+    return order
+
+
+def _converged(*stages: Solution) -> bool:
+    """Whether all stages met the tolerance."""
+    return all(solution.status == "converged" for solution in stages)
+
+
+def _unwatched(stage: str, iteration: int, value: float, model: Callable[[], Model]) -> bool:
+    """Let the solver go on."""
+    return False
+
+
+def known_logits(features: Features, head: LinearizedHead, model: Model) -> Tensor:
+    """Return the logits of a model for samples whose features are at hand.
+
+    Parameters
+    ----------
+    features : Features
+        Activations and boundary of the samples.
+    head : LinearizedHead
+        The head of the network.
+    model : Model
+        The linear model.
+
+    Returns
+    -------
+    tensor of shape (n_samples, n_outputs)
+    """
+    logits = model.intercept + features.activation @ model.weights.T
+    if model.displacements:
+        u = head.flatten(tuple(model.displacements.values()))
+        for rows, boundary in features.batches():
+            logits[rows] += head.jvp(boundary, u) @ model.omega.T
+    return logits

@@ -1,0 +1,241 @@
+"""The two stages of the method: the output weights, then the whole linear model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat._model import Model
+from sklearn_gradfeat.features import Features
+from sklearn_gradfeat.solvers import Solution, minimize, preconditioned_norm
+from sklearn_gradfeat.tangent import (
+    Head,
+    Inverses,
+    LinearizedHead,
+    TangentObjective,
+    TangentTerm,
+)
+
+# The tolerance of the first stage, as a share, where a second follows: its iterations are cheap,
+# and in the second every one that it left undone costs a pass over the head.
+_FIRST_STAGE = 0.01
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parameters of an estimator that training depends on."""
+
+    features: str
+    parametrization: str
+    alpha: float
+    gradient_alpha: float
+    fit_intercept: bool
+    tol: float
+    max_iter: int
+    omega_seed: int | None  # None where Ω is fitted
+
+
+Monitor: TypeAlias = Callable[[str, int, float, Callable[[], Model]], bool]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The outcome of the first stage, where second stages start.
+
+    Attributes
+    ----------
+    alpha : float
+        Its penalty.
+    model : Model
+        The model without displacements.
+    solution : Solution
+        How the solver ended.
+    reference : float
+        The norm that tolerances refer to.
+    inverses : Inverses
+        Those of the second stages.
+    """
+
+    alpha: float
+    model: Model
+    solution: Solution
+    reference: float
+    inverses: Inverses
+
+
+class Stages:
+    """Both stages on the same samples, for any penalties.
+
+    What does not depend on the penalties is computed once.
+
+    Parameters
+    ----------
+    features : Features
+        Activations and boundary of the training samples.
+    head : callable
+        The head of the network.
+    parameters : dict of str to tensor
+        The differentiated parameters.
+    loss : Loss
+        The loss in the logits.
+    settings : Settings
+        Tolerance and the kind of model; the penalties there are not used.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        head: Head,
+        parameters: dict[str, Tensor],
+        loss: Loss,
+        settings: Settings,
+    ) -> None:
+        self.features, self.loss, self.settings = features, loss, settings
+        self.linearized = LinearizedHead(head, parameters, settings.parametrization)
+        self.parameters = parameters
+        self.like = features.activation.new_empty(0)
+        self.inverses = Inverses()
+
+    def objective(
+        self, alpha: float, activation: Tensor | None, tangent: TangentTerm | None
+    ) -> TangentObjective:
+        """Return the objective of a model with these terms."""
+        return TangentObjective(
+            self.loss,
+            activation,
+            tangent,
+            alpha,
+            self.settings.fit_intercept,
+            len(self.features.activation),
+            self.like,
+            self.loss.weights.device,
+        )
+
+    def tangent(self, base: Model, gradient_alpha: float) -> TangentTerm:
+        """Return the gradient features at the output weights of the first stage."""
+        return TangentTerm(self.linearized, self.features.batches, base.omega, gradient_alpha)
+
+    def intercept(self, free: Tensor) -> Tensor:
+        """Return the intercept, zeros where it is not part of the model."""
+        return free if self.settings.fit_intercept else self.like.new_zeros(self.loss.n_outputs)
+
+    def fit_activation(self, alpha: float, warm: Model | None, monitor: Monitor) -> Base:
+        """Fit the output weights, from those of ``warm`` on."""
+        objective = self.objective(alpha, self.features.activation, None)
+        zero = self.like.new_zeros(sum(objective.sizes))
+        nothing = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+
+        def model(x: Tensor) -> Model:
+            parts = objective.split(x)
+            return Model(parts.weights, self.intercept(parts.intercept), parts.weights, nothing)
+
+        start = zero
+        if warm is not None:
+            weights = warm.omega if self.settings.omega_seed is None else warm.weights
+            start = _join(weights, warm.intercept, zero[:0], self.settings)
+        settings, inverse = self.settings, self.inverses.of(objective)
+        reference = _norm_at_zero(objective, zero, inverse)
+        solution = _minimize(
+            objective,
+            start,
+            self.inverses,
+            reference,
+            settings.tol * (1 if settings.features == "activation" else _FIRST_STAGE),
+            settings.max_iter,
+            lambda n, value, x: monitor("activation", n, value, lambda: model(x)),
+        )
+        if solution.norm <= math.sqrt(settings.tol) * reference:
+            solution = replace(solution, status="converged")
+        fitted = model(solution.x)
+        if settings.omega_seed is not None:
+            fitted = replace(fitted, omega=_random_like(fitted.omega, settings.omega_seed))
+        return Base(alpha, fitted, solution, reference, Inverses())
+
+    def fit_gradient(
+        self, base: Base, gradient_alpha: float, start: Model, monitor: Monitor
+    ) -> tuple[Model, Solution]:
+        """Fit the linear model to the accuracy of the first stage, from ``start`` on."""
+        kind = self.settings.features
+        full = kind == "full"
+        term = self.tangent(base.model, gradient_alpha)
+        objective = self.objective(base.alpha, self.features.activation if full else None, term)
+
+        def model(x: Tensor) -> Model:
+            parts = objective.split(x)
+            weights = parts.weights if full else torch.zeros_like(base.model.weights)
+            moved = self.linearized.displacements(parts.u)
+            named = dict(zip(self.parameters, moved, strict=True))
+            return Model(weights, self.intercept(parts.intercept), base.model.omega, named)
+
+        u = self.linearized.flatten(tuple(start.displacements[name] for name in self.parameters))
+        weights = start.weights if full else start.weights[:, :0]
+        solution = _minimize(
+            objective,
+            _join(weights, start.intercept, u, self.settings),
+            base.inverses,
+            base.reference,
+            self.settings.tol,
+            self.settings.max_iter,
+            lambda n, value, x: monitor(kind, n, value, lambda: model(x)),
+        )
+        return model(solution.x), solution
+
+
+def _random_like(omega: Tensor, seed: int) -> Tensor:
+    """Return normal numbers with the mean square of ``omega``, so that penalties mean the same."""
+    # Apart from the weights of a random network, which are drawn from the seed itself.
+    drawn = np.random.default_rng([seed, 1]).standard_normal(omega.shape)
+    return torch.from_numpy(drawn).to(omega) * omega.square().mean().sqrt()
+
+
+def _join(weights: Tensor, intercept: Tensor, u: Tensor, settings: Settings) -> Tensor:
+    """Lay the parts of a model out as the objective does."""
+    bias = intercept if settings.fit_intercept else intercept[:0]
+    return torch.cat([weights.reshape(-1), bias, u])
+
+
+def _minimize(
+    objective: TangentObjective,
+    start: Tensor,
+    inverses: Inverses,
+    reference: float,
+    tol: float,
+    max_iter: int,
+    callback: Callable[[int, float, Tensor], bool],
+) -> Solution:
+    """Minimise until a Newton step promises ``tol`` of what it did at the zero model."""
+    solution = minimize(
+        objective,
+        start,
+        inverses.of(objective),
+        tolerance=math.sqrt(tol) * reference,
+        max_iter=max_iter,
+        callback=callback,
+        secants=inverses.secants,
+    )
+    inverses.learn(solution)
+    return solution
+
+
+def _norm_at_zero(
+    objective: TangentObjective,
+    zero: Tensor,
+    inverse: Callable[[Tensor], Callable[[Tensor], Tensor]],
+) -> float:
+    """Return the norm of the gradient of the model that predicts nothing.
+
+    Where that model is the optimum, its gradient is rounding noise, and no yardstick.
+    """
+    logits = objective.forward(zero)
+    gradient = objective.adjoint(objective.loss.gradient(logits))
+    norm = preconditioned_norm(gradient, inverse(logits))
+    eps = torch.finfo(zero.dtype).eps
+    noise = 100 * eps * math.sqrt(objective.loss.value(logits) / max(objective.alpha, eps))
+    return norm if norm > noise else math.inf

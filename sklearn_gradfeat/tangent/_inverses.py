@@ -1,0 +1,54 @@
+"""The inverse Hessian along a path of penalties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from sklearn_gradfeat.solvers import Secants, Solution, same_curvature
+from sklearn_gradfeat.tangent._objective import TangentObjective
+from sklearn_gradfeat.tangent._preconditioner import Curvature, Preconditioner
+from sklearn_gradfeat.tangent._samples import SampleInverse, tangent_gram
+
+
+class Inverses:
+    """Inverse Hessians of objectives that differ in their penalties alone.
+
+    They share what does not depend on penalties: the Gram matrix of the samples; or the
+    curvature as long as that holds, and what the solver learned of it.
+
+    Attributes
+    ----------
+    secants : Secants or None
+        What was learned in the last fit, for the next one that starts where that ended.
+    """
+
+    secants: Secants | None = None
+
+    def __init__(self) -> None:
+        self._curvature: Curvature | None = None
+        self._gram: Tensor | None = None
+        self._grams = True
+
+    def of(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+        """Return the function that inverts the Hessian at given logits: exactly where cheap."""
+        if self._grams and self._gram is None and objective.tangent is not None:
+            self._gram = tangent_gram(objective.tangent, objective.n_samples)
+            self._grams = self._gram is not None
+        gram = self._gram
+        if gram is None:
+            return lambda logits: self._preconditioner(objective, logits)
+        return lambda logits: SampleInverse(objective, gram, logits)
+
+    def learn(self, solution: Solution) -> None:
+        """Remember what the solver found, unless the inverses are exact."""
+        self.secants = solution.secants if self._gram is None else None
+
+    def _preconditioner(self, objective: TangentObjective, logits: Tensor) -> Preconditioner:
+        known = self._curvature
+        if known is not None and not same_curvature(known.total, objective.loss, logits):
+            known = None
+        inverse = Preconditioner(objective, logits, known)
+        self._curvature = inverse.curvature
+        return inverse
