@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/plot_quickstart.py
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python examples/plot_quickstart.py
 
 test: lint
 	$(PYTEST)

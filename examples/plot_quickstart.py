@@ -7,8 +7,9 @@ then :class:`~sklearn_gradfeat.GradientFeatureClassifier` on the activations of 
 gradients, and on both.
 
 The network is one that comes with the package: a small convolutional one, trained without labels
-on photographs of 32 x 32 pixels. It never saw a digit, and nothing is downloaded. For photographs,
-such as CIFAR-10 in a folder or zip file of ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``::
+on photographs of 32 x 32 pixels. It never saw a digit, so its gradients add little here, and
+nothing is downloaded. For photographs, such as CIFAR-10 in a folder or zip file of
+``train/<class>/*.jpg`` and ``test/<class>/*.jpg``::
 
     python examples/plot_quickstart.py --data cifar10.zip
 """
@@ -42,7 +43,6 @@ arguments = parser.parse_args()
 
 
 def read_images(folder, n_images):
-    """Return as many images of every class, the first ones by name."""
     X, y = [], []
     classes = sorted((f for f in folder.iterdir() if f.is_dir()), key=lambda f: f.name)
     for label in classes:
@@ -81,8 +81,7 @@ for features in ("activation", "gradient", "full"):
     )
 
 # %%
-# Iterations and passes over the data are those of the last fit. The seconds are those of
-# everything: ``"gradient"`` and ``"full"`` fit the activations first.
+# The seconds are those of everything: ``"gradient"`` and ``"full"`` fit the activations first.
 
 print(f"{'model':28} accuracy  iterations  passes  seconds")
 accuracies = {}
@@ -97,8 +96,7 @@ for name, model in models.items():
 # %%
 # The objective
 # -------------
-# It is convex and never increases. ``"full"`` starts at the optimum of ``"activation"``, so it
-# can only end lower.
+# It is convex and never increases. ``"full"`` starts at the optimum of ``"activation"``.
 
 try:
     import matplotlib
