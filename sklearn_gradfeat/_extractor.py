@@ -170,7 +170,8 @@ def build_extractor(estimator: Any, X: Any, seed: int) -> tuple[Extractor, list[
                 owner = _owner(estimator.gradient_backbone)
                 moved = freeze(other.module, example, trunk_dtype, layer, owner)
                 frozen, names = gradients_elsewhere(frozen, moved, estimator.gradient_layers)
-    half = estimator.precision == "bfloat16"
+    # f - g + g cancels in one precision only.
+    half = estimator.precision == "bfloat16" and estimator.gradient_backbone is None
     return Extractor(frozen, preprocess, dtype, half, indices), names
 
 

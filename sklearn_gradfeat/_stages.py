@@ -136,12 +136,12 @@ class Stages:
             parts = objective.split(x)
             return Model(parts.weights, self.intercept(parts.intercept), parts.weights, nothing)
 
-        start = zero
-        if warm is not None:
-            weights = warm.omega if self.settings.omega_seed is None else warm.weights
-            start = _join(weights, warm.intercept, zero[:0], self.settings)
         settings, inverse = self.settings, self.inverses.of(objective)
         reference = _norm_at_zero(objective, zero, inverse)
+        start = zero
+        if warm is not None and math.isfinite(reference):
+            weights = warm.omega if self.settings.omega_seed is None else warm.weights
+            start = _join(weights, warm.intercept, zero[:0], self.settings)
         solution = _minimize(
             objective,
             start,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from sklearn.exceptions import ConvergenceWarning
@@ -55,7 +56,8 @@ def train(
     solutions = {"activation": base.solution}
     if settings.features == "activation":
         return base.model, solutions
-    start = base.model if warm is None else warm
+    # Where the zero model is the optimum, nothing warm may take its place.
+    start = warm if warm is not None and math.isfinite(base.reference) else base.model
     model, solution = stages.fit_gradient(base, settings.gradient_alpha, start, monitor)
     return model, {**solutions, settings.features: solution}
 

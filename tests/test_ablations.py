@@ -1,5 +1,6 @@
 """Gradients at other parameters than the activations, and random output weights."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -127,6 +128,17 @@ def test_activations_of_another_length():
 
 
 # --- the output weights ----------------------------------------------------------------------
+
+
+def test_activations_in_bfloat16_are_those_of_the_backbone():
+    """What the other network returns, however large, leaves no trace in them."""
+    loud = copy.deepcopy(NET)
+    with torch.no_grad():
+        loud[-1 if hasattr(loud[-1], "weight") else 0].weight.mul_(1e3)
+    options = {"precision": "bfloat16", "gradient_layers": "last", "tol": 1e-10, "max_iter": 500}
+    other = estimator(gradient_backbone=loud, **options).fit(IMAGES, LABELS)
+    plain = estimator(**{**options, "precision": "float32"}).fit(IMAGES, LABELS)
+    np.testing.assert_allclose(other.omega_, plain.omega_, rtol=1e-2, atol=1e-3)
 
 
 def test_random_output_weights():

@@ -12,6 +12,8 @@ from sklearn_gradfeat import GradientFeatureClassifier
 from tests.test_backbones import Branching
 from tests.tiny import X, Y, estimator, tiny_net
 
+Y20 = np.arange(20) % 2
+
 
 class Counting:
     """A transform that counts the samples that pass through it."""
@@ -141,3 +143,47 @@ def test_full_classification_network_by_its_pooling():
     np.testing.assert_allclose(by_name.predict_proba(images), cut.predict_proba(images), rtol=1e-5)
     with pytest.raises(ValueError, match=r"'fc\.weight' lies above the activation"):
         estimator(whole, activation_layer="avgpool", gradient_layers="fc").fit(images, Y[:12])
+
+
+class Strided(nn.Module):
+    """Reads its hidden layer in the order of memory."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.view = view
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.view(torch.relu(self.conv(x)).contiguous())
+
+
+def by_strides(h):
+    return h.as_strided((h.shape[0], 256), (256, 1))
+
+
+def as_complex(h):
+    return torch.view_as_complex(h.reshape(-1, 4, 16, 2, 2).contiguous()).abs().flatten(1)
+
+
+@pytest.mark.parametrize("view", [by_strides, as_complex])
+def test_operators_that_see_the_layout_of_memory(view):
+    images = np.random.default_rng(0).random((20, 3, 4, 8), np.float32)
+    network = Strided(view)
+    model = GradientFeatureClassifier(network, features="activation", max_iter=500).fit(images, Y20)
+    with torch.no_grad():
+        activation = network(torch.from_numpy(images)).numpy()
+    expected = activation @ model.coef_[0] + model.intercept_
+    np.testing.assert_allclose(model.decision_function(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", [None, "convnet-vae", tiny_net])
+def test_fits_leave_the_global_generator_alone(backbone):
+    shape = (20, 11) if backbone is None else (20, 3, 8, 8)
+    samples = np.random.default_rng(0).random(shape, np.float32)
+    if backbone is tiny_net:
+        samples = X[:20]
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    GradientFeatureClassifier(backbone, features="activation", random_state=8).fit(samples, Y20)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -296,6 +296,12 @@ def test_warm_start():
     np.testing.assert_allclose(warm.predict(IMAGES), cold.predict(IMAGES), atol=1e-4)
 
 
+def test_warm_start_where_nothing_is_left_to_learn():
+    warm = small(warm_start=True).fit(IMAGES, TARGETS)
+    warm.fit(IMAGES, np.full_like(TARGETS, 2.5))
+    np.testing.assert_allclose(warm.predict(IMAGES), 2.5, rtol=1e-6)
+
+
 class Recorder:
     """Note what the estimator of every iteration predicts."""
 

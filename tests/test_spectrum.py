@@ -54,3 +54,14 @@ def test_leading_part_in_float32(monkeypatch):
     values = torch.linalg.eigvalsh(wide)[-20:]
     torch.testing.assert_close(found[-20:].double(), values, rtol=1e-2, atol=0)
     torch.testing.assert_close(basis.mT @ basis, torch.eye(40), atol=1e-5, rtol=0)
+
+
+def test_few_rows_are_decomposed_by_their_products():
+    rows = torch.randn(1, 40, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[0, 7] = rows[0, 8]  # of rank 39
+    matrix = torch.randn(1, 5, 300, dtype=torch.float64)
+    output = Spectrum.of(torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))[None])
+    few, gram = Spectrum.of_rows(rows), Spectrum.of(rows.mT @ rows)
+    assert few.values.shape == (1, 39)
+    solved, expected = (KroneckerInverse(output, s, ALPHA)(matrix) for s in (few, gram))
+    torch.testing.assert_close(solved, expected, rtol=1e-6, atol=1e-7)

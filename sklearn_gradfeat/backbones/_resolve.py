@@ -68,6 +68,12 @@ def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed
     OSError
         If the weights of a named network cannot be downloaded.
     """
+    with seeded(seed):
+        return _resolve(backbone, sample_shape, seed)
+
+
+def _resolve(backbone: BackboneLike, sample_shape: tuple[int, ...], seed: int) -> Resolved:
+    """Turn ``backbone`` into a module; what draws weights uses torch's global generator."""
     if backbone is None:
         backbone = default_name(sample_shape)
     if backbone is None:
@@ -83,8 +89,7 @@ def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed
         return Resolved(*load_named(backbone))
     if isinstance(backbone, nn.Module):
         return Resolved(backbone)
-    with seeded(seed):
-        module = backbone()
+    module = backbone()
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"The backbone factory must return a torch.nn.Module, it returned "

@@ -18,6 +18,9 @@ from sklearn_gradfeat._arrays import MIN_ROWS, Samples, is_lazy, slices
 from sklearn_gradfeat.features._chunks import Boundary, Chunk, Place, Tensors, held
 from sklearn_gradfeat.features._store import FeatureKey, Store, sample_names
 
+# Operators whose outcome depends on how their input lies in memory.
+_BY_STRIDES = ("aten.as_strided", "aten.view_as_complex", "aten.view.dtype")
+
 NOT_FINITE = (
     "The backbone returned NaN or infinity for some samples. Check its weights, the scale of X "
     "and `preprocess`; set precision='float32' if it overflows in bfloat16."
@@ -155,7 +158,7 @@ class Trunk:
     def _compute(self, raw: Tensor) -> Tensors:
         """Return the boundary of samples as they were read."""
         x = self.samples.prepare(raw)
-        if isinstance(self.function, fx.GraphModule) and x.ndim == 4 and x.device.type == "cpu":
+        if x.ndim == 4 and x.device.type == "cpu" and _ignores_strides(self.function):
             x = x.contiguous(memory_format=torch.channels_last)  # faster there
         with _autocast(x.device, self.half):
             boundary = tuple(z.contiguous() for z in self.function(x))
@@ -236,6 +239,13 @@ def _read_in_thread(samples: Samples, rows: slice) -> tuple[ThreadPoolExecutor, 
 def _autocast(device: torch.device, half: bool) -> AbstractContextManager[object]:
     """Return the autocast context of the trunk."""
     return torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
+
+
+def _ignores_strides(function: Callable[[Tensor], Tensors]) -> bool:
+    """Whether a trunk is a graph without operators whose outcome depends on strides."""
+    return isinstance(function, fx.GraphModule) and not any(
+        str(node.target).startswith(_BY_STRIDES) for node in function.graph.nodes
+    )
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

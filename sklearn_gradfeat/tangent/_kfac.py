@@ -38,6 +38,8 @@ _MIN_POSITIONS = 4
 _MAX_COLUMNS = 16
 # A wider factor keeps its diagonal alone: the matrix would take gigabytes.
 MAX_WIDTH = 8192
+# Rows are kept as they are while there are so many times fewer than columns.
+_FEW = 2
 # Numbers held at once when squares of per-sample gradients are summed.
 _MAX_PER_SAMPLE = 2**26
 
@@ -50,13 +52,26 @@ class Factor:
         n_inputs = weight[0].numel() + (bias is not None)
         self.inputs = _empty_gram(weight, groups, n_inputs)
         self.output = _empty_gram(weight, groups, weight.shape[0] // groups)
+        self.rows: list[Tensor] | None = [] if groups == 1 else None
 
     def add_inputs(self, rows: Tensor, weights: Tensor, scales: tuple[float, float]) -> None:
         """Add rows of shape (groups, n_samples, positions, n_inputs)."""
         rows = rows * scales[0]
         if self.bias is not None:
             rows = torch.cat([rows, torch.full_like(rows[..., :1], scales[1])], -1)
-        self.inputs += _gram(rows, weights) / rows.shape[2]
+        if self.rows is None:
+            self.inputs += _gram(rows, weights) / rows.shape[2]
+            return
+        share = _by_row(rows, weights) / rows.shape[2]
+        self.rows.append((rows * share.sqrt()[:, None, None]).flatten(1, 2))
+        if _FEW * sum(part.shape[1] for part in self.rows) > rows.shape[3]:
+            self.sum_rows()
+
+    def sum_rows(self) -> None:
+        """Sum up in the Gram matrix what is kept as rows."""
+        for part in self.rows or ():
+            self.inputs += (part**2).sum(1) if self.inputs.ndim == 2 else part.mT @ part
+        self.rows = None
 
     def add_output(self, rows: Tensor, weights: Tensor) -> None:
         """Add gradients of shape (groups, n_samples, positions, n_outputs)."""
@@ -64,11 +79,12 @@ class Factor:
 
     def spectra(self) -> tuple[Spectrum, Spectrum]:
         """Return the decompositions of both, output first."""
-        output, inputs = (
-            Spectrum.of(gram) if gram.ndim == 3 else Spectrum(gram, None)
-            for gram in (self.output, self.inputs)
-        )
-        return output, inputs
+        few = Spectrum.of_rows(torch.cat(self.rows, 1)) if self.rows else None
+        return _spectrum(self.output), few or _spectrum(self.inputs)
+
+
+def _spectrum(gram: Tensor) -> Spectrum:
+    return Spectrum.of(gram) if gram.ndim == 3 else Spectrum(gram, None)
 
 
 def _empty_gram(like: Tensor, groups: int, width: int) -> Tensor:

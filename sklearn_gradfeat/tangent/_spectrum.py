@@ -45,6 +45,18 @@ class Spectrum:
         rest = (trace - values.sum(-1).to(trace)) / (n - values.shape[-1])
         return cls(values.to(matrix), vectors.to(matrix), rest.clamp(min=0))
 
+    @classmethod
+    def of_rows(cls, rows: Tensor) -> Spectrum:
+        """Decompose ``rowsᵀ rows`` for rows of shape (1, n_rows, n), fewer than n."""
+        home = "cpu" if rows.device.type == "mps" else rows.device
+        wide = rows[0].to(home, torch.float64)
+        values, vectors = torch.linalg.eigh(wide @ wide.T)
+        # Below that the vectors drown in the rounding errors of the largest value.
+        kept = values > len(wide) * torch.finfo(rows.dtype).eps * values[-1]
+        values = values[kept]
+        vectors = wide.T @ vectors[:, kept] / values.sqrt()
+        return cls(values[None].to(rows), vectors[None].to(rows), rows.new_zeros(1))
+
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the last axis in the eigenbasis, and what the basis leaves out."""
         if self.vectors is None:
