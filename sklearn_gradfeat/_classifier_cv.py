@@ -101,8 +101,9 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
     precision : {"auto", "float64", "float32", "bfloat16"}, default="auto"
         Precision of the network and of the results. ``"auto"`` is float64 for rows of
         float64 or integers, and float32 for anything else. ``"bfloat16"`` runs the frozen
-        layers below the gradient layers under autocast and the rest in float32. For rows of
-        numbers the gradient layers and the results are float64 in any case.
+        layers below the gradient layers under autocast and the rest in float32; with a
+        ``gradient_backbone``, all in float32. For rows of numbers the gradient layers and the
+        results are float64 in any case.
     random_state : int, RandomState instance or None, default=None
         Seeds the weights of the random network and of factories, and ``omega="random"``.
         Nothing else is random.
