@@ -77,13 +77,14 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
     try:
         with safe_open(path, framework="numpy") as archive:
             metadata = archive.metadata() or {}
+            if _DOCUMENT not in metadata:
+                raise ValueError(
+                    f"{path} is a safetensors file, but not of a model that was saved by "
+                    "sklearn-gradfeat."
+                )
             arrays = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no file of a saved model ({error}).") from error
-    if _DOCUMENT not in metadata:
-        raise ValueError(
-            f"{path} is a safetensors file, but not of a model that was saved by sklearn-gradfeat."
-        )
     try:
         document = json.loads(metadata[_DOCUMENT])
         written = int(document["format"])
@@ -127,6 +128,8 @@ def pack(value: Any, name: str, arrays: Arrays) -> Any:  # noqa: PLR0911
         keys = [pack(key, name, arrays) for key in value]
         items = [pack(item, f"{name}.{key}", arrays) for key, item in value.items()]
         return {"dict": [list(pair) for pair in zip(keys, items, strict=True)]}
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
     if isinstance(value, torch.device):
         return {"device": str(value)}
     if type(value) in _splitters().values():

@@ -85,7 +85,8 @@ def _refuse_bomb(width: int, height: int) -> None:
 
 def _flat(image: Image.Image, mode: str) -> Image.Image:
     """Convert to ``mode``, with 16 bits scaled to 8 and what is transparent on white."""
-    if image.mode.startswith("I;16"):
+    # Pillow scales PGM with more than 8 bits to the range of 16, in mode I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = _to_8_bits(image)
     if image.mode in ("I", "F"):
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sklearn_gradfeat._archive import Arrays, digest, read_archive, unpack
-from sklearn_gradfeat._arrays import Preprocess
+from sklearn_gradfeat._arrays import Preprocess, resolve_device
 from sklearn_gradfeat._classifier import GradientFeatureClassifier
 from sklearn_gradfeat._classifier_cv import GradientFeatureClassifierCV
 from sklearn_gradfeat._extractor import Extractor
@@ -92,12 +92,14 @@ def load(
     >>> bool((loaded.predict_proba(X) == model.predict_proba(X)).all())
     True
     """
+    if device is not None:
+        resolve_device(device)
     saved = _Saved(str(path), *read_archive(path))
     parameters = saved.unpacked("parameters")
     resolved = saved.resolve(backbone, parameters)
     frozen, module = saved.freeze(resolved.module, parameters["activation_layer"])
     extractor = saved.extractor(frozen, resolved, preprocess, parameters)
-    if saved.document["backbone"]["module"]:
+    if saved.document["backbone"]["module"] or isinstance(backbone, nn.Module):
         backbone = module  # so that a later fit has the same weights
     given = {"backbone": backbone, "preprocess": preprocess, "device": device}
     parameters |= {name: value for name, value in given.items() if value is not None}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.utils.validation import check_is_fitted
@@ -81,13 +82,22 @@ def probe(estimator: Any) -> npt.NDArray[Any]:
     device = torch.device("cpu")
     extractor: Extractor = estimator._extractor.on(device)
     extractor = replace(extractor, preprocess=None, half=False)
-    example = extractor.backbone.example
-    samples = torch.zeros_like(example)
-    if example.is_floating_point():
-        wave = torch.arange(example.numel(), dtype=torch.float64).sin()
-        samples = (0.5 + 0.5 * wave).reshape(example.shape).to(example.dtype)
     model = Model.of(estimator, device, extractor.dtype)
-    return predict_logits(extractor, model, samples.numpy(), len(samples), False)
+    example = extractor.backbone.example
+    for samples in _made_up(example):
+        try:
+            return predict_logits(extractor, model, samples.numpy(), len(samples), False)
+        except (RuntimeError, ValueError, IndexError):
+            continue  # not in the domain of the network, such as a mask without any token
+    return np.full((len(example), len(model.intercept)), np.nan)
+
+
+def _made_up(example: Tensor) -> list[Tensor]:
+    """Return batches to try in turn, each like the example in shape, layout and dtype."""
+    if not example.is_floating_point():
+        return [torch.zeros_like(example), torch.ones_like(example)]
+    wave = torch.arange(example.numel(), dtype=torch.float64).sin()
+    return [(0.5 + 0.5 * wave).reshape(example.shape).to(example.dtype)]
 
 
 def describe(code: Any) -> str:

@@ -203,6 +203,12 @@ def test_differences_need_a_partner(scores, reference, message):
         FeatureComparisonDisplay.from_scores(scores, reference=reference)
 
 
+def test_predictions_of_another_shape_are_refused():
+    y = np.array([0, 1, 0, 1])
+    with pytest.raises(ValueError, match=r"'column' have shape \(4, 1\), y_true has \(4,\)"):
+        FeatureComparisonDisplay.from_predictions(y, {"column": y[:, None]})
+
+
 def test_a_comparison_of_something_else_is_refused():
     with pytest.raises(TypeError, match=r"of sklearn_gradfeat.*got LogisticRegression"):
         FeatureComparisonDisplay.from_estimator(LogisticRegression(), X, Y)
@@ -437,6 +443,7 @@ def test_networks_that_cannot_be_captured_are_drawn_the_same(models):
     [
         ({"term": "other"}, "term must be"),
         ({"method": "other"}, "method must be"),
+        ({"method": "occlusion", "patch": -1}, "patch must be None or a positive integer, got -1"),
         ({"target": 7}, r"target=7 is none of .*0.*1.*2"),
     ],
 )

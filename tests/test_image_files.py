@@ -169,6 +169,12 @@ def test_12_bit_tiff_is_scaled(tmp_path):
     assert np.array_equal(read(path, color="grey"), np.rint(numbers / 4095 * 255))
 
 
+def test_16_bit_pgm_is_scaled(tmp_path):
+    path = tmp_path / "a.pgm"
+    path.write_bytes(b"P5 9 6 65535\n" + DEEP.astype(">u2").tobytes())
+    assert np.array_equal(read(path, color="grey"), EIGHT_BITS)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_numbers_without_a_range_are_refused(tmp_path, dtype):
     path = written(tmp_path / "a.tiff", DEEP.astype(dtype))

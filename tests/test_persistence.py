@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as torch_save_file
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
 import sklearn_gradfeat
-from sklearn_gradfeat import GradientFeatureClassifier, load
+from sklearn_gradfeat import GradientFeatureClassifier, MaskedMean, load
 from sklearn_gradfeat._archive import NotStorableError, pack, unpack
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
@@ -33,6 +34,10 @@ ROWS = X.reshape(len(X), -1)[:, :5].astype(np.float64)
 
 def double(batch):
     return 2 * batch
+
+
+def random_net():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def lazy_net():
@@ -66,6 +71,25 @@ def rewrite(path, change):
 
 def same(model, loaded, X=X):
     return np.array_equal(model.predict_proba(X), loaded.predict_proba(X))
+
+
+class Encoder(nn.Module):
+    """A language model that averages nothing where the mask is empty."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mix = nn.Embedding(200, 6), nn.Linear(6, 6)
+
+    def forward(self, ids, attention_mask):
+        return self.mix(self.table(ids)).tanh()
+
+
+class Logarithm(nn.Module):
+    """Not defined for what a file is checked with."""
+
+    def forward(self, x):
+        return (x - 5).log()
 
 
 # --- round trips -----------------------------------------------------------------------------
@@ -202,6 +226,35 @@ def test_token_ids(path):
     model = estimator(network).fit(tokens, Y)
     model.save(path)
     assert same(model, load(path, network), tokens)
+
+
+def test_masked_tokens(path):
+    tokens = np.ones((12, 2, 8), int)
+    tokens[:, 0] = np.arange(96).reshape(12, 8)
+    model = GradientFeatureClassifier(MaskedMean(Encoder()), alpha=0.1).fit(tokens, [0, 1] * 6)
+    model.save(path)
+    assert same(model, load(path, MaskedMean(Encoder())), tokens)
+
+
+def test_network_of_a_restricted_domain(path):
+    rows = ROWS - ROWS.min() + 6
+    model = estimator(Logarithm(), features="activation").fit(rows, Y)
+    model.save(path)
+    assert same(model, load(path, Logarithm()), rows)
+
+
+def test_path_of_a_store(path, tmp_path):
+    model = estimator(feature_store=tmp_path / "store").fit(X, Y)
+    model.save(path)
+    assert load(path, NET).feature_store == str(tmp_path / "store")
+
+
+def test_refit_of_a_factory_has_the_weights_that_were_passed(path):
+    options = {"alpha": 1e-3, "random_state": 0}
+    model = GradientFeatureClassifier(random_net, **options).fit(X, Y)
+    model.save(path)
+    again = clone(load(path, random_net())).fit(X, Y)
+    assert same(model, again)
 
 
 def test_layout_of_the_input_is_kept(path):
@@ -362,6 +415,17 @@ def test_foreign_files(path, fitted):
         save_file({"weight": np.ones(3)}, path, {"sklearn_gradfeat": header})
         with pytest.raises(ValueError, match="header cannot be read"):
             load(path)
+
+
+def test_weights_in_half_precision_are_foreign(path):
+    torch_save_file({"a": torch.zeros(3, dtype=torch.bfloat16)}, path)
+    with pytest.raises(ValueError, match="not of a model that was saved"):
+        load(path)
+
+
+def test_device_that_is_not_here(saved):
+    with pytest.raises((ValueError, RuntimeError), match=r"nonsense|device"):
+        load(saved, NET, device="nonsense")
 
 
 def test_missing_file(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,8 @@ class SaliencyDisplay:
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         if method not in ("gradient", "occlusion"):
             raise ValueError(f"method must be 'gradient' or 'occlusion', got {method!r}.")
+        if patch is not None and not (isinstance(patch, Integral) and patch > 0):
+            raise ValueError(f"patch must be None or a positive integer, got {patch!r}.")
         fitted, X = unwrap(estimator, X)
         _check_term(fitted, term)
         X = validate_new_samples(fitted, X)

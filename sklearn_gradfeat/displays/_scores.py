@@ -23,6 +23,7 @@ def sample_scores(
 ) -> tuple[Scores, str]:
     """Return the scores of predictions by sample, and what they are called."""
     truth = np.asarray(y_true)
+    own_score = sample_score is not None
     name = "" if sample_score is None else name_of(sample_score)
     if sample_score is None:
         continuous = type_of_target(truth).startswith("continuous")
@@ -31,6 +32,11 @@ def sample_scores(
     scores = {}
     for model, y_pred in y_preds.items():
         check_consistent_length(truth, y_pred)
+        if not own_score and np.shape(y_pred) != truth.shape:
+            raise ValueError(
+                f"The predictions of {model!r} have shape {np.shape(y_pred)}, y_true has "
+                f"{truth.shape}. Pass predictions of the shape of y_true."
+            )
         scores[model] = np.asarray(sample_score(truth, np.asarray(y_pred)), float)
     return scores, name
 
