@@ -26,6 +26,8 @@ from sklearn_gradfeat.tangent import (
 # The tolerance of the first stage, as a share, where a second follows: its iterations are cheap,
 # and in the second every one that it left undone costs a pass over the head.
 _FIRST_STAGE = 0.01
+# Where Newton steps are exact, one or two more reach it from any tolerance.
+_EXACT = 1e-16
 
 
 @dataclass(frozen=True)
@@ -147,12 +149,10 @@ class Stages:
             start,
             self.inverses,
             reference,
-            settings.tol * (1 if settings.features == "activation" else _FIRST_STAGE),
-            settings.max_iter,
+            settings,
+            1.0 if settings.features == "activation" else _FIRST_STAGE,
             lambda n, value, x: monitor("activation", n, value, lambda: model(x)),
         )
-        if solution.norm <= math.sqrt(settings.tol) * reference:
-            solution = replace(solution, status="converged")
         fitted = model(solution.x)
         if settings.omega_seed is not None:
             fitted = replace(fitted, omega=_random_like(fitted.omega, settings.omega_seed))
@@ -181,8 +181,8 @@ class Stages:
             _join(weights, start.intercept, u, self.settings),
             base.inverses,
             base.reference,
-            self.settings.tol,
-            self.settings.max_iter,
+            self.settings,
+            1.0,
             lambda n, value, x: monitor(kind, n, value, lambda: model(x)),
         )
         return model(solution.x), solution
@@ -206,21 +206,30 @@ def _minimize(
     start: Tensor,
     inverses: Inverses,
     reference: float,
-    tol: float,
-    max_iter: int,
+    settings: Settings,
+    share: float,
     callback: Callable[[int, float, Tensor], bool],
 ) -> Solution:
-    """Minimise until a Newton step promises ``tol`` of what it did at the zero model."""
+    """Minimise until a Newton step promises a share of ``tol`` of what it did at the zero model.
+
+    Where Newton steps are exact it goes on to rounding, which takes one or two. Within ``tol`` it
+    has converged.
+    """
+    inverse, tol = inverses.of(objective), settings.tol * share
+    if inverses.exact_for(objective):
+        tol = min(tol, _EXACT)
     solution = minimize(
         objective,
         start,
-        inverses.of(objective),
+        inverse,
         tolerance=math.sqrt(tol) * reference,
-        max_iter=max_iter,
+        max_iter=settings.max_iter,
         callback=callback,
         secants=inverses.secants,
     )
     inverses.learn(solution)
+    if solution.norm <= math.sqrt(settings.tol) * reference:
+        return replace(solution, status="converged")
     return solution
 
 

@@ -104,6 +104,26 @@ def test_optimum_is_ridge_on_explicit_features(kind, fit_intercept):
     np.testing.assert_allclose(u, stretch * oracle.coef_[d:], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("gradient_alpha", [0.3, 1e-4])
+@pytest.mark.parametrize("features", ["full", "gradient"])
+def test_rows_are_solved_to_rounding_whatever_tol(features, gradient_alpha):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(50, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    module = module.double()
+    rows = X.reshape(N, -1)
+    model = GradientFeatureRegressor(
+        module, gradient_layers="all", features=features, alpha=1e-3, gradient_alpha=gradient_alpha
+    ).fit(rows, Y)
+    with torch.no_grad():
+        f = module(torch.from_numpy(rows)).numpy()
+    names = model.gradient_layers_
+    J = dense_jacobian(module, names, rows) * ntk_scales(module, names)
+    g = np.einsum("cd,ndp->ncp", model.omega_, J)
+    f = f if features == "full" else f[:, :0]
+    expected = dense_regression(f, g, Y, np.ones(N), 1e-3, gradient_alpha)
+    np.testing.assert_allclose(model.predict(rows), expected, rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize("loss", ["squared_error", "huber"])
 @pytest.mark.parametrize("features", ["full", "gradient"])
 @pytest.mark.parametrize("fit_intercept", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from sklearn_gradfeat.solvers import Secants, Solution, same_curvature
@@ -40,6 +41,11 @@ class Inverses:
         if gram is None:
             return lambda logits: self._preconditioner(objective, logits)
         return lambda logits: SampleInverse(objective, gram, logits)
+
+    def exact_for(self, objective: TangentObjective) -> bool:
+        """Whether a Newton step leads to the optimum, after :meth:`of` that objective."""
+        quadratic = objective.loss.bottom is not None and objective.like.dtype == torch.float64
+        return quadratic and (objective.tangent is None or self._gram is not None)
 
     def learn(self, solution: Solution) -> None:
         """Remember what the solver found, unless the inverses are exact."""
