@@ -15,7 +15,7 @@ from sklearn_gradfeat._arrays import Preprocess, resolve_device
 from sklearn_gradfeat._classifier import GradientFeatureClassifier
 from sklearn_gradfeat._classifier_cv import GradientFeatureClassifierCV
 from sklearn_gradfeat._extractor import Extractor
-from sklearn_gradfeat._persistence import WEIGHTS, probe
+from sklearn_gradfeat._persistence import WEIGHTS, probe, transformed
 from sklearn_gradfeat._regressor import GradientFeatureRegressor
 from sklearn_gradfeat._regressor_cv import GradientFeatureRegressorCV
 from sklearn_gradfeat.backbones import (
@@ -193,7 +193,14 @@ class _Saved:
         return Extractor(frozen, preprocess, dtype, stored["half"], stored["takes_indices"])
 
     def check(self, estimator: Any) -> None:
-        """Raise an error unless the network computes what it computed when it was saved."""
+        """Raise an error unless network and transform compute what they did when it was saved."""
+        if "transformed" in self.document:
+            expected = unpack(self.document["transformed"], self.arrays)
+            if not np.allclose(transformed(estimator), expected, 1e-2, 1e-3, equal_nan=True):
+                raise ValueError(
+                    f"`preprocess` does not fit {self.path}: it makes something else of the same "
+                    f"samples than {self.document['extractor']['preprocess']} did in the fit."
+                )
         expected = unpack(self.document["probe"], self.arrays)
         try:
             found = probe(estimator)

@@ -70,6 +70,7 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
         "extractor": _extractor(estimator._extractor),
         "backbone": _backbone(estimator, arrays),
         "probe": pack(probe(estimator), "probe", arrays),
+        "transformed": pack(transformed(estimator), "transformed", arrays),
     }
     write_archive(path, document, arrays)
 
@@ -90,6 +91,26 @@ def probe(estimator: Any) -> npt.NDArray[Any]:
         except (RuntimeError, ValueError, IndexError):
             continue  # not in the domain of the network, such as a mask without any token
     return np.full((len(example), len(model.intercept)), np.nan)
+
+
+def transformed(estimator: Any) -> npt.NDArray[np.float64]:
+    """Return two means of what ``preprocess`` makes of made-up samples, to compare it by.
+
+    One row for bytes, one for numbers from 0 to 1; NaN where it takes none of those.
+    """
+    means = np.full((2, 2), np.nan)
+    preprocess, shape = estimator._extractor.preprocess, (2, *estimator.sample_shape_)
+    if preprocess is None:
+        return means
+    wave = (0.5 + 0.5 * torch.arange(int(np.prod(shape)), dtype=torch.float64).sin()).view(shape)
+    for row, samples in enumerate(((255 * wave).to(torch.uint8), wave.float())):
+        try:
+            values = preprocess(samples).double().flatten()
+        except Exception:  # whatever code of others may raise
+            continue
+        weights = torch.linspace(0, 1, len(values), dtype=torch.float64)
+        means[row] = float(values.mean()), float((weights * values).mean())
+    return means
 
 
 def _made_up(example: Tensor) -> list[Tensor]:

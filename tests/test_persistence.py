@@ -36,6 +36,10 @@ def double(batch):
     return 2 * batch
 
 
+def triple(batch):
+    return 3 * batch
+
+
 def random_net():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -210,6 +214,8 @@ def test_own_transform(path):
     loaded = load(path, NET, preprocess=double)
     assert loaded.preprocess is double
     assert same(model, loaded)
+    with pytest.raises(ValueError, match=r"`preprocess` does not fit .* than tests.*double did"):
+        load(path, NET, preprocess=triple)
 
 
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
