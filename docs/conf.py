@@ -19,7 +19,7 @@ extensions = [
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
 ]
-suppress_warnings = ["ref.ref"]  # labels of scikit-learn in inherited docstrings
+suppress_warnings = ["ref.ref", "ref.term"]  # those of scikit-learn in inherited docstrings
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 myst_enable_extensions = ["colon_fence", "deflist"]
