@@ -17,8 +17,8 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
     """Gradient-feature classifier that chooses its penalties by cross-validation.
 
     The model is that of :class:`GradientFeatureClassifier`. The penalties, scores and choice are
-    those of a :class:`~sklearn.model_selection.GridSearchCV` over it, up to ``tol``, in a fraction
-    of the time: every sample passes through the frozen layers once, the first stage is fitted
+    those of a :class:`~sklearn.model_selection.GridSearchCV` over it, up to ``tol``, in less
+    time: every sample passes through the frozen layers once, the first stage is fitted
     once for each ``alpha``, and every fit starts from the one with the next stronger
     penalty.
 
