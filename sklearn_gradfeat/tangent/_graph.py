@@ -75,7 +75,15 @@ def _simpler_operators() -> dict[Any, Callable[..., Any]]:
     recurrent = [getattr(_ATEN, kind).input for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")]
     others = ("_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
               "native_group_norm", "glu", "hardsigmoid")  # fmt: skip
-    return table | get_decompositions([*recurrent, *(getattr(_ATEN, kind) for kind in others)])
+    table |= get_decompositions([*recurrent, *(getattr(_ATEN, kind) for kind in others)])
+    return {**table, _ATEN.adaptive_avg_pool2d.default: _adaptive_average}
+
+
+def _adaptive_average(x: Tensor, size: Sequence[int]) -> Any:
+    """Take a mean over all of an image without torch's ``as_strided``, unknown to ONNX."""
+    if list(size) != [1, 1]:
+        return NotImplemented
+    return x.mean((-2, -1), keepdim=True)
 
 
 def _trace(
