@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat._arrays import accumulation_device, resolve_device
+from sklearn_gradfeat._arrays import resolve_device
 from sklearn_gradfeat._callbacks import CallbackSupportMixin, FitCallbacks
 from sklearn_gradfeat._extractor import Extractor, build_extractor
 from sklearn_gradfeat._input import restored_on_error, validate_new_samples, validate_samples
@@ -29,21 +28,11 @@ from sklearn_gradfeat._repr import PrintedByName
 from sklearn_gradfeat._serving import ServingMixin
 from sklearn_gradfeat._stages import Settings
 from sklearn_gradfeat._targets import Problem
-from sklearn_gradfeat._training import train, warn_unless_converged
-from sklearn_gradfeat.backbones import Network, on_host
-from sklearn_gradfeat.features import Features, Store, disk_store, memory_store
-from sklearn_gradfeat.solvers import Solution
+from sklearn_gradfeat._training import Prepared, train, warn_unless_converged
+from sklearn_gradfeat.backbones import on_host
+from sklearn_gradfeat.features import Store, disk_store, memory_store
 
 _NETWORKS = ("backbone", "gradient_backbone")
-
-
-class Prepared(NamedTuple):
-    """The samples as the linear model takes them, whatever its penalties and targets."""
-
-    seed: int
-    network: Network
-    features: Features
-    attributes: dict[str, Any]
 
 
 class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
@@ -117,18 +106,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         return None if self.backbone is None and len(X.shape) == 2 else memory_store()
 
     def _settings(self, seed: int) -> Settings:
-        """Return the parameters that training depends on."""
-        gradient_alpha = self.alpha if self.gradient_alpha is None else self.gradient_alpha
-        return self._settings_with(seed, float(self.alpha), float(gradient_alpha))
-
-    def _settings_with(self, seed: int, alpha: float, gradient_alpha: float) -> Settings:
-        """Return them with these penalties."""
+        """Return the parameters that training depends on, but for the penalties."""
         drawn = self.omega == "random" and self.features != "activation"
         return Settings(
             self.features,
             self.parametrization,
-            alpha,
-            gradient_alpha,
             self.fit_intercept,
             float(self.tol),
             self.max_iter,
@@ -142,8 +124,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             problem = self._problem(y, sample_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
             callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
-            prepared = self._prepare(X)
-            fitted = self._train(prepared, problem, self._settings(prepared.seed), callbacks)
+            alpha = float(self.alpha)
+            own = alpha if self.gradient_alpha is None else float(self.gradient_alpha)
+            fitted = self._prepare(X).attempt(
+                lambda prepared: self._train(prepared, problem, alpha, own, callbacks)
+            )
         self.__dict__.update(fitted)
         callbacks.end()
         return self
@@ -164,18 +149,22 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             ),
             self.batch_size,
         )
-        shape = tuple(X.shape[1:])
-        return Prepared(seed, network, features, {"_extractor": extractor, "sample_shape_": shape})
+        attributes = {"_extractor": extractor, "sample_shape_": tuple(X.shape[1:])}
+        return Prepared(network, features, self._settings(seed), attributes)
 
     @torch.inference_mode(False)
     def _train(
-        self, prepared: Prepared, problem: Problem, settings: Settings, callbacks: FitCallbacks
+        self,
+        prepared: Prepared,
+        problem: Problem,
+        alpha: float,
+        gradient_alpha: float,
+        callbacks: FitCallbacks,
     ) -> dict[str, Any]:
         """Run both stages and return the fitted attributes."""
-        network, features = prepared.network, prepared.features
         attributes = prepared.attributes | problem.attributes
-        loss = problem.loss(accumulation_device(features.activation.device))
-        offset = problem.offset(loss.n_outputs)
+        stages, kind = prepared.stages(problem), prepared.settings.features
+        offset = problem.offset(stages.loss.n_outputs)
         warm = self._warm_model(prepared, offset)
         with tqdm(unit="iteration", disable=not self.verbose) as bar:
 
@@ -184,22 +173,16 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             ) -> bool:
                 bar.set_description(f"{stage}, objective {value:.6g}")
                 bar.update()
-                if stage != settings.features:
+                if stage != kind:
                     return False
                 return callbacks.iteration(
                     iteration, lambda: attributes | model().shifted(offset).attributes()
                 )
 
-            def attempt(batch_size: int) -> tuple[Model, dict[str, Solution]]:
-                smaller = replace(features, batch_size=batch_size)
-                return train(
-                    smaller, network.head, network.parameters, loss, settings, warm, monitor
-                )
-
-            model, solutions = in_smaller_batches(attempt, features.batch_size)
+            model, solutions = train(stages, alpha, gradient_alpha, warm, monitor)
         for stage, solution in solutions.items():
-            warn_unless_converged(stage, solution, settings)
-        last = solutions[settings.features]
+            warn_unless_converged(stage, solution, prepared.settings)
+        last = solutions[kind]
         return {
             **attributes,
             **model.shifted(offset).attributes(),

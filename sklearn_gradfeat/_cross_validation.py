@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,16 +18,14 @@ from sklearn.utils.metadata_routing import _raise_for_params
 from sklearn.utils.validation import _check_method_params, _check_sample_weight
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat._arrays import Rows, accumulation_device
-from sklearn_gradfeat._base import BaseGradientFeature, Prepared
+from sklearn_gradfeat._arrays import Rows
+from sklearn_gradfeat._base import BaseGradientFeature
 from sklearn_gradfeat._callbacks import FitCallbacks
 from sklearn_gradfeat._input import restored_on_error, validate_samples
-from sklearn_gradfeat._memory import in_smaller_batches
 from sklearn_gradfeat._scoring import ScoringMixin
 from sklearn_gradfeat._search import Grid, known_logits, penalty_path, place
-from sklearn_gradfeat._stages import Settings, Stages
 from sklearn_gradfeat._targets import Problem
-from sklearn_gradfeat._training import warn_of_search
+from sklearn_gradfeat._training import Prepared, warn_of_search
 
 Folds: TypeAlias = Sequence[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
 
@@ -51,11 +48,6 @@ class _Data(NamedTuple):
     y: npt.NDArray[Any]
     weights: npt.NDArray[np.float64] | None
     prepared: Prepared
-
-    def in_batches(self, batch_size: int) -> _Data:
-        """Return the same with another number of samples in a batch."""
-        features = replace(self.prepared.features, batch_size=batch_size)
-        return self._replace(prepared=self.prepared._replace(features=features))
 
     def part(self, rows: npt.NDArray[np.intp]) -> tuple[Any, Any]:
         """Return targets and weights of some samples."""
@@ -100,14 +92,16 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
             callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
             if sample_weight is not None:
                 sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
-            data = _Data(X, y, sample_weight, self._prepare(X))
-            fitted = in_smaller_batches(
-                lambda size: self._search(data.in_batches(size), problem, folds, to_score),
-                data.prepared.features.batch_size,
+            prepared = self._prepare(X)
+            data = _Data(X, y, sample_weight, prepared)
+            fitted = prepared.attempt(
+                lambda part: self._search(data._replace(prepared=part), problem, folds, to_score)
             )
             if self.refit:
-                settings = self._settings(data.prepared.seed, fitted)
-                fitted |= self._train(data.prepared, problem, settings, callbacks)
+                alpha, gradient_alpha = fitted["alpha_"], fitted["gradient_alpha_"] or 0.0
+                fitted |= prepared.attempt(
+                    lambda part: self._train(part, problem, alpha, gradient_alpha, callbacks)
+                )
         self.__dict__.pop("coef_", None)  # without a refit there is no model any more
         self.__dict__.update(fitted)
         callbacks.end()
@@ -124,19 +118,12 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
                     f"finite and not negative; got {getattr(self, name)!r}."
                 )
 
-    def _settings(self, seed: int, fitted: dict[str, Any] | None = None) -> Settings:
-        """Return the parameters that training depends on, with the chosen penalties."""
-        penalties = {"alpha": np.nan, "gradient_alpha": np.nan}
-        if fitted is not None:
-            penalties = {name: fitted[f"{name}_"] or 0.0 for name in penalties}
-        return self._settings_with(seed, **penalties)
-
     @torch.inference_mode(False)
     def _search(
         self, data: _Data, problem: Problem, folds: Folds, to_score: dict[str, Any]
     ) -> dict[str, Any]:
         """Score all penalties on all folds; return the fitted attributes that say which is best."""
-        grid = place(self.alphas, self.gradient_alphas, self._stages(data.prepared, problem))
+        grid = place(self.alphas, self.gradient_alphas, data.prepared.stages(problem))
         scores = np.empty((len(folds), *grid.shape))
         unfinished = 0
         with tqdm(total=scores.size, unit="model", disable=not self.verbose) as bar:
@@ -148,7 +135,7 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
                 unfinished += self._score_fold(
                     data, part, (train, test), grid, to_score, scores[number], bar.update
                 )
-        warn_of_search(unfinished, scores.size, self._settings(data.prepared.seed))
+        warn_of_search(unfinished, scores.size, data.prepared.settings)
         # Averaged as in GridSearchCV, so that ties are the same.
         means = np.average(scores.reshape(len(folds), -1).T.copy(), axis=1)
         best = int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
@@ -160,16 +147,6 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
             "best_score_": float(means[best]),
             **{f"{name}_": value for name, value in chosen.items()},
         }
-
-    def _stages(
-        self, prepared: Prepared, problem: Problem, rows: npt.NDArray[np.intp] | None = None
-    ) -> Stages:
-        """Return the two stages on some samples, or on all of them."""
-        network, features = prepared.network, prepared.features
-        settings = self._settings(prepared.seed)
-        features = features if rows is None else features.subset(rows)
-        loss = problem.loss(accumulation_device(features.activation.device))
-        return Stages(features, network.head, network.parameters, loss, settings)
 
     def _score_fold(
         self,
@@ -183,7 +160,7 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
     ) -> int:
         """Fill in the scores of a fold; return how many models did not converge."""
         train, test = fold
-        stages = self._stages(data.prepared, problem, train)
+        stages = data.prepared.subset(train).stages(problem)
         offset = problem.offset(stages.loss.n_outputs)
         features = data.prepared.features.subset(test)
         rows = data.X[test] if isinstance(data.X, np.ndarray) else Rows(data.X, test)

@@ -13,15 +13,10 @@ from torch import Tensor
 
 from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat._model import Model
+from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.features import Features
 from sklearn_gradfeat.solvers import Solution, minimize, preconditioned_norm
-from sklearn_gradfeat.tangent import (
-    Head,
-    Inverses,
-    LinearizedHead,
-    TangentObjective,
-    TangentTerm,
-)
+from sklearn_gradfeat.tangent import Inverses, LinearizedHead, TangentObjective, TangentTerm
 
 # The tolerance of the first stage, as a share, where a second follows: its iterations are cheap,
 # and in the second every one that it left undone costs a pass over the head.
@@ -32,12 +27,10 @@ _EXACT = 1e-16
 
 @dataclass(frozen=True)
 class Settings:
-    """The parameters of an estimator that training depends on."""
+    """The parameters of an estimator that training depends on, but for the penalties."""
 
     features: str
     parametrization: str
-    alpha: float
-    gradient_alpha: float
     fit_intercept: bool
     tol: float
     max_iter: int
@@ -81,27 +74,20 @@ class Stages:
     ----------
     features : Features
         Activations and boundary of the training samples.
-    head : callable
-        The head of the network.
-    parameters : dict of str to tensor
-        The differentiated parameters.
+    network : Network
+        Its head, with the parameters that are differentiated.
     loss : Loss
         The loss in the logits.
     settings : Settings
-        Tolerance and the kind of model; the penalties there are not used.
+        Tolerance and the kind of model.
     """
 
     def __init__(
-        self,
-        features: Features,
-        head: Head,
-        parameters: dict[str, Tensor],
-        loss: Loss,
-        settings: Settings,
+        self, features: Features, network: Network, loss: Loss, settings: Settings
     ) -> None:
         self.features, self.loss, self.settings = features, loss, settings
-        self.linearized = LinearizedHead(head, parameters, settings.parametrization)
-        self.parameters = parameters
+        self.parameters = network.parameters
+        self.linearized = LinearizedHead(network.head, network.parameters, settings.parametrization)
         self.like = features.activation.new_empty(0)
         self.inverses = Inverses()
 

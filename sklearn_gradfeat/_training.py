@@ -1,44 +1,63 @@
-"""One fit: the output weights, then the linear model."""
+"""One fit: what it starts from, the output weights, then the linear model."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from sklearn.exceptions import ConvergenceWarning
-from torch import Tensor
 
-from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat._arrays import accumulation_device
+from sklearn_gradfeat._memory import Result, in_smaller_batches
 from sklearn_gradfeat._model import Model
 from sklearn_gradfeat._stages import Monitor, Settings, Stages
+from sklearn_gradfeat._targets import Problem
+from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.features import Features
 from sklearn_gradfeat.solvers import Solution
-from sklearn_gradfeat.tangent import Head
+
+
+class Prepared(NamedTuple):
+    """The samples as the linear model takes them, whatever its penalties and targets."""
+
+    network: Network
+    features: Features
+    settings: Settings
+    attributes: dict[str, Any]
+
+    def subset(self, rows: npt.NDArray[np.intp]) -> Prepared:
+        """Return some of the samples."""
+        return self._replace(features=self.features.subset(rows))
+
+    def stages(self, problem: Problem) -> Stages:
+        """Return both stages for targets and weights."""
+        loss = problem.loss(accumulation_device(self.features.activation.device))
+        return Stages(self.features, self.network, loss, self.settings)
+
+    def attempt(self, run: Callable[[Prepared], Result]) -> Result:
+        """Return what ``run`` makes of the samples, in smaller batches if memory runs out."""
+        return in_smaller_batches(
+            lambda size: run(self._replace(features=replace(self.features, batch_size=size))),
+            self.features.batch_size,
+        )
 
 
 def train(
-    features: Features,
-    head: Head,
-    parameters: dict[str, Tensor],
-    loss: Loss,
-    settings: Settings,
-    warm: Model | None,
-    monitor: Monitor,
+    stages: Stages, alpha: float, gradient_alpha: float, warm: Model | None, monitor: Monitor
 ) -> tuple[Model, dict[str, Solution]]:
     """Fit the output weights, then the linear model that starts from them.
 
     Parameters
     ----------
-    features : Features
-        Activations and boundary of the training samples.
-    head : callable
-        The head of the network.
-    parameters : dict of str to tensor
-        The differentiated parameters.
-    loss : Loss
-        The loss in the logits.
-    settings : Settings
-        Penalties, tolerance and the kind of model.
+    stages : Stages
+        Both stages on the training samples.
+    alpha, gradient_alpha : float
+        The penalties.
     warm : Model or None
         Where to start; None starts from zero.
     monitor : callable
@@ -49,17 +68,17 @@ def train(
     -------
     (Model, dict of str to Solution)
         The model, and how each stage ended: ``"activation"`` and, unless that is all
-        there is, the value of ``settings.features``.
+        there is, the value of ``features``.
     """
-    stages = Stages(features, head, parameters, loss, settings)
-    base = stages.fit_activation(settings.alpha, warm, monitor)
+    kind = stages.settings.features
+    base = stages.fit_activation(alpha, warm, monitor)
     solutions = {"activation": base.solution}
-    if settings.features == "activation":
+    if kind == "activation":
         return base.model, solutions
     # Where the zero model is the optimum, nothing warm may take its place.
     start = warm if warm is not None and math.isfinite(base.reference) else base.model
-    model, solution = stages.fit_gradient(base, settings.gradient_alpha, start, monitor)
-    return model, {**solutions, settings.features: solution}
+    model, solution = stages.fit_gradient(base, gradient_alpha, start, monitor)
+    return model, {**solutions, kind: solution}
 
 
 def warn_unless_converged(stage: str, solution: Solution, settings: Settings) -> None:
