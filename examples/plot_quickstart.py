@@ -21,19 +21,19 @@ nothing is downloaded. For photographs, such as CIFAR-10 in a folder or zip file
 # transform repeats the channel and resizes.
 
 import argparse
+import shutil
+import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat import GradientFeatureClassifier, ImageFiles
 
 parser = argparse.ArgumentParser(description="Gradient features of a network that is shipped.")
 parser.add_argument("--data", type=Path, help="folder or zip file; default: the digits")
@@ -43,15 +43,11 @@ arguments = parser.parse_args()
 
 
 def read_images(folder, n_images):
-    X, y = [], []
-    classes = sorted((f for f in folder.iterdir() if f.is_dir()), key=lambda f: f.name)
-    for label in classes:
-        files = sorted(label.iterdir(), key=lambda file: file.name)
-        for path in files[: max(1, n_images // len(classes))]:
-            with path.open("rb") as file:
-                X.append(np.asarray(Image.open(file).convert("RGB")))
-            y.append(label.name)
-    return np.stack(X), np.array(y)
+    images, labels = ImageFiles.from_folder(folder)
+    classes = np.unique(labels)
+    n_each = max(1, n_images // len(classes))
+    rows = np.concatenate([np.flatnonzero(labels == label)[:n_each] for label in classes])
+    return np.asarray(images[rows]), labels[rows]
 
 
 n_train, n_test = arguments.n_train, arguments.n_test
@@ -62,7 +58,11 @@ if arguments.data is None:
         stratify=digits.target, random_state=0,
     )  # fmt: skip
 else:
-    root = zipfile.Path(arguments.data) if arguments.data.is_file() else arguments.data
+    root = arguments.data
+    if root.is_file():
+        unpacked = tempfile.TemporaryDirectory()
+        root = Path(unpacked.name)
+        shutil.unpack_archive(arguments.data, root)
     X_train, y_train = read_images(root / "train", n_train)
     X_test, y_test = read_images(root / "test", n_test)
 print(f"{len(X_train)} images to fit, {len(X_test)} to score, shape {X_train.shape[1:]}\n")

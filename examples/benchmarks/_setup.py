@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
 
 import sklearn_gradfeat
-from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat import GradientFeatureClassifier, config_context
 
 
 def digits():
@@ -22,12 +22,15 @@ def digits():
 
 
 class Preprocess:
-    """Images of 96 by 96 in the range that EfficientNet-Lite was trained with."""
+    """Square images of a size, in the range that EfficientNet-Lite was trained with."""
+
+    def __init__(self, side=96):
+        self.side = side
 
     def __call__(self, batch):
         images = batch.permute(0, 3, 1, 2).float()
         resize = torch.nn.functional.interpolate
-        return (resize(images, (96, 96), mode="bilinear", antialias=True) - 127) / 128
+        return (resize(images, (self.side,) * 2, mode="bilinear", antialias=True) - 127) / 128
 
 
 def read_images(path, split, n_images=None):
@@ -60,6 +63,12 @@ def images(path, n_train):
         alpha=0.1, gradient_alpha=1e-4,
     )  # fmt: skip
     return model, X, y
+
+
+def empty_store():
+    """Forget all features that are held in memory."""
+    with config_context(store_bytes=0):
+        pass
 
 
 def environment():

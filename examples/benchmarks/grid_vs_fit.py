@@ -19,12 +19,12 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from _setup import digits, environment, images
+from _setup import digits, empty_store, environment, images
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 
-from sklearn_gradfeat import GradientFeatureClassifierCV, config_context
+from sklearn_gradfeat import GradientFeatureClassifierCV
 
 FOLDS = 5
 ALPHAS = np.geomspace(1e-3, 10, 8)
@@ -64,8 +64,7 @@ def repeat(model, X, y, parameter):
 
     times = {"fit": seconds(alone, X, y), "CV": seconds(searching(model, parameter), X, y)}
     times["None"] = seconds(search(None), X, y)
-    with config_context(store_bytes=0):
-        pass  # empties the store in memory
+    empty_store()
     with tempfile.TemporaryDirectory() as folder:
         for name, store in (('"auto"', "auto"), ("path", folder)):
             times[name] = seconds(search(store), X, y)

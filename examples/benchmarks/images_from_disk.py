@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -23,8 +22,8 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from _setup import environment
 
-import sklearn_gradfeat
 from sklearn_gradfeat import GradientFeatureClassifier, ImageFiles
 
 
@@ -75,19 +74,10 @@ def hiding(files, size, batch_size, repeats):
     }  # fmt: skip
 
 
-def environment():
+def versions():
     """Return what the numbers depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pillow": PIL.__version__,
-        "sklearn_gradfeat": sklearn_gradfeat.__version__,
-        "platform": platform.platform(),
-        "cpu_count": joblib.cpu_count(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "torch_threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {**environment(), "pillow": PIL.__version__, "load": load}
 
 
 def table(result):
@@ -121,7 +111,7 @@ def main():
     cores = joblib.cpu_count()
     threads = sorted({1, 2, cores, 2 * cores})
     result = {
-        "environment": environment(),
+        "environment": versions(),
         "n_images": len(files),
         "size": arguments.size,
         "decoding": decoding(files, arguments.size, threads, arguments.repeats),
