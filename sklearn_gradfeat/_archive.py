@@ -5,6 +5,7 @@ Nothing in such a file can be executed, so reading one from a stranger is safe.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -132,7 +133,7 @@ def pack(value: Any, name: str, arrays: Arrays) -> Any:  # noqa: PLR0911
         return os.fsdecode(value)
     if isinstance(value, torch.device):
         return {"device": str(value)}
-    if type(value) in _splitters().values():
+    if _splitters().get(type(value).__name__) is type(value):
         arguments = {n: getattr(value, n) for n in inspect.signature(type(value)).parameters}
         return {"splitter": type(value).__name__, "arguments": pack(arguments, name, arrays)}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.itemsize <= 8:
@@ -165,6 +166,7 @@ def unpack(value: Any, arrays: Arrays) -> Any:
     return result
 
 
+@functools.cache
 def _splitters() -> dict[str, Any]:
     """Return the splitters of scikit-learn that keep their arguments as they are, by name."""
     return {

@@ -102,7 +102,7 @@ def transformed(estimator: Any) -> npt.NDArray[np.float64]:
     preprocess, shape = estimator._extractor.preprocess, (2, *estimator.sample_shape_)
     if preprocess is None:
         return means
-    wave = (0.5 + 0.5 * torch.arange(int(np.prod(shape)), dtype=torch.float64).sin()).view(shape)
+    wave = _wave(torch.Size(shape))
     for row, samples in enumerate(((255 * wave).to(torch.uint8), wave.float())):
         try:
             values = preprocess(samples).double().flatten()
@@ -117,8 +117,12 @@ def _made_up(example: Tensor) -> list[Tensor]:
     """Return batches to try in turn, each like the example in shape, layout and dtype."""
     if not example.is_floating_point():
         return [torch.zeros_like(example), torch.ones_like(example)]
-    wave = torch.arange(example.numel(), dtype=torch.float64).sin()
-    return [(0.5 + 0.5 * wave).reshape(example.shape).to(example.dtype)]
+    return [_wave(example.shape).to(example.dtype)]
+
+
+def _wave(shape: torch.Size) -> Tensor:
+    """Return numbers from 0 to 1 that any machine can make up."""
+    return (0.5 + 0.5 * torch.arange(shape.numel(), dtype=torch.float64).sin()).view(shape)
 
 
 def describe(code: Any) -> str:
@@ -153,15 +157,15 @@ def _backbone(estimator: Any, arrays: Arrays) -> dict[str, Any]:
     """Return the description of the backbone; unless it has a name, its weights are stored."""
     backbone = estimator._extractor.backbone
     weights = stored_weights(backbone)
-    name = estimator.backbone
-    if name is None:
+    name = estimator.backbone if isinstance(estimator.backbone, str) else None
+    if estimator.backbone is None:
         name = default_name(estimator.sample_shape_)
-    if not isinstance(name, str):
-        arrays.update({f"{WEIGHTS}{name}": array for name, array in weights.items()})
+    if name is None:
+        arrays.update({f"{WEIGHTS}{key}": array for key, array in weights.items()})
     example: Tensor = backbone.example
     return {
         "module": isinstance(estimator.backbone, nn.Module),
-        "name": name if isinstance(name, str) else None,
+        "name": name,
         "digest": digest(weights),
         "dtype": _name(backbone.dtype),
         "example": {

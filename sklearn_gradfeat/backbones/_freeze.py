@@ -35,9 +35,8 @@ def freeze(
     """Return the frozen copy of a module; clones and folds share one.
 
     So do equal modules of one ``owner``, such as the factory that made them, and those of one
-    worker process. A module that was
-    changed since, in place or not, gets a new copy; so does one whose parameters are yet to be
-    drawn.
+    worker process. A module that was changed since, in place or not, gets a new copy; so does
+    one whose parameters are yet to be drawn.
     """
     if has_lazy_parameters(module):
         return FrozenBackbone(module, example, dtype, activation_layer)

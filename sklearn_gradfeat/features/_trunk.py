@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -155,10 +156,17 @@ class Trunk:
         repeated = [rows[i % len(rows)] for i in range(MIN_ROWS)] if few else rows
         return tuple(z[: len(rows)] for z in self._compute(raw[repeated]))
 
+    @functools.cached_property
+    def _ignores_strides(self) -> bool:
+        """Whether the trunk is a graph without operators whose outcome depends on strides."""
+        return isinstance(self.function, fx.GraphModule) and not any(
+            str(node.target).startswith(_BY_STRIDES) for node in self.function.graph.nodes
+        )
+
     def _compute(self, raw: Tensor) -> Tensors:
         """Return the boundary of samples as they were read."""
         x = self.samples.prepare(raw)
-        if x.ndim == 4 and x.device.type == "cpu" and _ignores_strides(self.function):
+        if x.ndim == 4 and x.device.type == "cpu" and self._ignores_strides:
             x = x.contiguous(memory_format=torch.channels_last)  # faster there
         with _autocast(x.device, self.half):
             boundary = tuple(z.contiguous() for z in self.function(x))
@@ -239,13 +247,6 @@ def _read_in_thread(samples: Samples, rows: slice) -> tuple[ThreadPoolExecutor, 
 def _autocast(device: torch.device, half: bool) -> AbstractContextManager[object]:
     """Return the autocast context of the trunk."""
     return torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
-
-
-def _ignores_strides(function: Callable[[Tensor], Tensors]) -> bool:
-    """Whether a trunk is a graph without operators whose outcome depends on strides."""
-    return isinstance(function, fx.GraphModule) and not any(
-        str(node.target).startswith(_BY_STRIDES) for node in function.graph.nodes
-    )
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

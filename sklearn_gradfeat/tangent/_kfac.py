@@ -52,26 +52,25 @@ class Factor:
         n_inputs = weight[0].numel() + (bias is not None)
         self.inputs = _empty_gram(weight, groups, n_inputs)
         self.output = _empty_gram(weight, groups, weight.shape[0] // groups)
-        self.rows: list[Tensor] | None = [] if groups == 1 else None
+        self.rows: list[Tensor] = []
+        self.n_rows = 0
 
     def add_inputs(self, rows: Tensor, weights: Tensor, scales: tuple[float, float]) -> None:
         """Add rows of shape (groups, n_samples, positions, n_inputs)."""
         rows = rows * scales[0]
         if self.bias is not None:
             rows = torch.cat([rows, torch.full_like(rows[..., :1], scales[1])], -1)
-        if self.rows is None:
-            self.inputs += _gram(rows, weights) / rows.shape[2]
-            return
         share = _by_row(rows, weights) / rows.shape[2]
         self.rows.append((rows * share.sqrt()[:, None, None]).flatten(1, 2))
-        if _FEW * sum(part.shape[1] for part in self.rows) > rows.shape[3]:
+        self.n_rows += self.rows[-1].shape[1]
+        if self.groups > 1 or _FEW * self.n_rows > rows.shape[3]:
             self.sum_rows()
 
     def sum_rows(self) -> None:
         """Sum up in the Gram matrix what is kept as rows."""
-        for part in self.rows or ():
+        for part in self.rows:
             self.inputs += (part**2).sum(1) if self.inputs.ndim == 2 else part.mT @ part
-        self.rows = None
+        self.rows = []
 
     def add_output(self, rows: Tensor, weights: Tensor) -> None:
         """Add gradients of shape (groups, n_samples, positions, n_outputs)."""
