@@ -43,10 +43,15 @@ class Tokens(nn.Module):
         return self.encoder(self.embed(x.flatten(2).mT)).mean(1)
 
 
-def plain():
+def plain(size=2):
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.LeakyReLU(0.1), nn.Conv2d(4, 5, 3, stride=2), nn.LeakyReLU(0.1)
+        nn.Conv2d(2, 4, 3), nn.LeakyReLU(0.1), nn.Conv2d(4, 5, size), nn.LeakyReLU(0.1)
     )
+
+
+def whole():
+    """The upper kernel is as large as its input."""
+    return plain(3)
 
 
 def grouped():
@@ -66,6 +71,7 @@ def normed():
 
 NETWORKS = {
     "plain": (plain, ["2.weight", "2.bias"]),
+    "whole": (whole, ["2.weight", "2.bias"]),
     "grouped": (grouped, ["2.weight", "2.bias"]),
     "normed": (normed, ["3.weight", "3.bias", "4.weight", "4.bias", "5.weight", "5.bias"]),
     "residual": (Residual, ["block.1.conv1.weight", "block.1.conv2.weight"]),

@@ -45,7 +45,7 @@ def explicit(model, module):
     return f, np.einsum("cd,ndp->ncp", model.omega_, J)
 
 
-@pytest.mark.parametrize("kind", ["plain", "grouped", "normed", "transformer"])
+@pytest.mark.parametrize("kind", ["plain", "whole", "grouped", "normed", "transformer"])
 def test_binary_optimum_is_logistic_regression_on_explicit_features(kind):
     alpha = 0.02
     model, module = fit(kind, "binary", alpha=alpha)

@@ -114,7 +114,7 @@ class Twice(nn.Module):
         Twice(),
         nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).double(),
         nn.Sequential(nn.Unflatten(1, (3, 1)), nn.Linear(1, 2), nn.Flatten()).double(),
-        nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 1, 1), nn.Flatten()).double(),
+        nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 1, 2), nn.Flatten()).double(),
     ],
     ids=["shared", "norm", "positions", "convolution"],
 )

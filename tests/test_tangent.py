@@ -109,7 +109,7 @@ def test_missing_forward_mode_falls_back_exactly():
     torch.testing.assert_close(tangent, expected)
 
 
-@pytest.mark.parametrize("kind", ["plain", "grouped", "normed"])
+@pytest.mark.parametrize("kind", ["plain", "whole", "grouped", "normed"])
 def test_curvature_with_one_position_is_exact_in_the_diagonal(kind):
     """With one sample the factors are exact where a layer is met at one position."""
     head, boundary, module = linearized(kind)
@@ -123,8 +123,10 @@ def test_curvature_with_one_position_is_exact_in_the_diagonal(kind):
         torch.testing.assert_close(diagonal, pieces[i] ** 2)
     for i, factor in found.items():
         factor.sum_rows()
-        if kind == "normed":
-            gradient = torch.cat([pieces[i], pieces[factor.bias][:, None]], 1).reshape(-1)
+        if kind in ("normed", "whole"):
+            gradient = torch.cat([pieces[i].flatten(1), pieces[factor.bias][:, None]], 1).reshape(
+                -1
+            )
             exact = gradient[:, None] * gradient
             torch.testing.assert_close(torch.kron(factor.output[0], factor.inputs[0]), exact)
         else:
@@ -150,3 +152,11 @@ def test_patches_times_weight_is_the_convolution(options):
         weight = layer.weight.view(call.groups, 6 // call.groups, -1)
         product = torch.einsum("gntk,gok->gnto", rows, weight)
         torch.testing.assert_close(product, call.output_rows(output, 3))
+
+
+@pytest.mark.parametrize(("kind", "n_convolutions"), [("plain", 1), ("whole", 0)])
+def test_kernel_as_large_as_its_input_is_a_matrix_product(kind, n_convolutions):
+    module, names = build(kind)
+    network = FrozenBackbone(module, torch.tensor(X[:2]), torch.float64, None).network(names)
+    found = [node for node in network.graph.graph.nodes if "conv2d" in str(node.target)]
+    assert len(found) == n_convolutions

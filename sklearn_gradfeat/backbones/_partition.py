@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,10 @@ from torch import SymInt, Tensor, fx
 from sklearn_gradfeat.backbones._capture import WEIGHTED, Captured, operator_name
 
 _INFINITE = 2**26
+
+_CONVOLUTIONS = {getattr(torch.ops.aten, f"conv{n}d").default for n in (1, 2, 3)}
+_DEFAULTS = (None, 1, (0,), 1, 1)  # bias, stride, padding, dilation, groups
+_FLATTEN, _LINEAR = torch.ops.aten.flatten.using_ints, torch.ops.aten.linear.default
 
 
 def batch_axis(node: fx.Node, captured: Captured) -> int | None:
@@ -161,6 +166,8 @@ def extract(
             copies[node] = graph.get_attr(node.name)
         elif captured.is_batch_size(node.meta.get("val")):
             copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (sized, 0))
+        elif _at_one_position(node):
+            copies[node] = _as_product(node, graph, copies)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.target is torch.ops.aten.view.default:
@@ -173,6 +180,26 @@ def extract(
         results.append(graph.call_function(torch.transpose, swapped) if axis else copies[node])
     graph.output(tuple(results))
     return fx.GraphModule(root, graph)
+
+
+def _at_one_position(node: fx.Node) -> bool:
+    """Whether a node is a convolution with a kernel as large as its input."""
+    if node.target not in _CONVOLUTIONS:
+        return False
+    arguments: tuple[Any, ...] = (*node.args, *_DEFAULTS[len(node.args) - 2 :])
+    image, weight, _, _, padding, _, groups = arguments
+    shapes = [argument.meta["val"].shape for argument in (image, weight)]
+    return shapes[0][2:] == shapes[1][2:] and not any(padding) and groups == 1
+
+
+def _as_product(node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Copy a convolution at one position as a matrix product, several times as fast on CPUs."""
+    arguments: tuple[Any, ...] = node.args[:3]
+    image, weight, *bias = map(copies.get, arguments)
+    rows, matrix = (graph.call_function(_FLATTEN, (tensor, 1)) for tensor in (image, weight))
+    product = graph.call_function(_LINEAR, (rows, matrix, *bias))
+    shape = [-1, *node.meta["val"].shape[1:]]
+    return graph.call_function(torch.ops.aten.reshape.default, (product, shape))
 
 
 def _between(captured: Captured, given: set[fx.Node], outputs: list[fx.Node]) -> list[fx.Node]:

@@ -71,12 +71,16 @@ class LayerRecorder(TorchFunctionMode):
         super().__init__()
         self.positions = {id(p): i for i, p in enumerate(parameters)}
         self.calls: list[LayerCall] = []
+        self.matrices: list[Tensor] = []  # weights that were flattened; they must stay alive
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         kind = getattr(func, "__name__", "").split(".")[0]
+        if kind == "flatten" and id(args[0]) in self.positions:
+            self.positions[id(output)] = self.positions[id(args[0])]
+            self.matrices.append(output)
         if kind in _LAYERS and not kwargs and id(args[1]) in self.positions:
             bias = self.positions.get(id(args[2])) if len(args) > 2 else None
             weight = self.positions[id(args[1])]
