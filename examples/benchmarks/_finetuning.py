@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, leaky_relu, linear
+from torch.optim.lr_scheduler import StepLR
 
 
 @dataclass(frozen=True)
@@ -32,26 +34,37 @@ RECIPES = {
 }
 
 
-class Head(nn.Module):
-    """The convolutions from ``bottom`` upwards, with a linear classifier."""
+class Convolutions(nn.Module):
+    """The convolutions from ``bottom`` upwards, with rectifiers and the pooling."""
 
-    def __init__(self, network, bottom, weights, intercept):
+    def __init__(self, network, bottom):
         super().__init__()
         self.slope = network.slope
-        self.convolutions = copy.deepcopy(nn.ModuleList(list(network.children())[bottom:]))
-        self.classifier = nn.Linear(weights.shape[1], len(weights))
-        self.classifier.weight.data = torch.from_numpy(weights).float()
-        self.classifier.bias.data = torch.from_numpy(intercept).float()
+        self.layers = copy.deepcopy(nn.ModuleList(list(network.children())[bottom:]))
 
     def forward(self, hidden):
-        for layer in self.convolutions:
+        for layer in self.layers:
             if hidden.shape[2:] == layer.kernel_size:  # as a matrix product: faster on CPUs
                 hidden = linear(hidden.flatten(1), layer.weight.flatten(1), layer.bias)
                 hidden = hidden[:, :, None, None]
             else:
                 hidden = layer(hidden)
             hidden = leaky_relu(hidden, self.slope)
-        return self.classifier(hidden.mean((2, 3)))
+        return hidden.mean((2, 3))
+
+
+class Head(nn.Module):
+    """The convolutions from ``bottom`` upwards, with a linear classifier."""
+
+    def __init__(self, network, bottom, weights, intercept):
+        super().__init__()
+        self.convolutions = Convolutions(network, bottom)
+        self.classifier = nn.Linear(weights.shape[1], len(weights))
+        self.classifier.weight.data = torch.from_numpy(weights).float()
+        self.classifier.bias.data = torch.from_numpy(intercept).float()
+
+    def forward(self, hidden):
+        return self.classifier(self.convolutions(hidden))
 
 
 @torch.inference_mode()
@@ -83,7 +96,7 @@ def fine_tune(head, train, held_out, recipe, rate, patience, seed):
     (z, y), device = train, head.classifier.weight.device
     generator = torch.Generator().manual_seed(seed)
     optimizer = recipe.optimizer(head.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, recipe.halve_every, 0.5)
+    schedule = StepLR(optimizer, recipe.halve_every, 0.5)
     best, state, waited, iteration = accuracy(head, *held_out), head.state_dict(), 0, 0
     state = copy.deepcopy(state)
     while iteration < recipe.iterations and waited < patience:
@@ -101,3 +114,30 @@ def fine_tune(head, train, held_out, recipe, rate, patience, seed):
             best, state, waited = score, copy.deepcopy(head.state_dict()), 0
     head.load_state_dict(state)
     return best
+
+
+def skorch_classifier(head, recipe, rate, patience, n_samples, seed):
+    """Return what trains a head in place, likewise, with skorch and its own split and callbacks."""
+    from skorch import NeuralNetClassifier
+    from skorch.callbacks import EarlyStopping, GradientNormClipping, LRScheduler
+    from skorch.dataset import ValidSplit
+
+    halving = LRScheduler(StepLR, step_size=recipe.halve_every, gamma=0.5, step_every="batch")
+    stop = EarlyStopping(
+        "valid_acc", lower_is_better=False, patience=patience, load_best=True, sink=lambda _: None
+    )
+    torch.manual_seed(seed)
+    return NeuralNetClassifier(
+        head,
+        criterion=nn.CrossEntropyLoss,
+        optimizer=recipe.optimizer.func,
+        **{f"optimizer__{name}": value for name, value in recipe.optimizer.keywords.items()},
+        lr=rate,
+        batch_size=recipe.batch_size,
+        max_epochs=math.ceil(recipe.iterations * recipe.batch_size / n_samples),
+        iterator_train__shuffle=True,
+        train_split=ValidSplit(10, stratified=True),
+        callbacks=[halving, stop, GradientNormClipping(recipe.clip)],
+        device=head.classifier.weight.device,
+        verbose=0,
+    )

@@ -1,18 +1,25 @@
 """Models, data and environment of the benchmarks."""
 
+import json
 import os
 import platform
+import sys
 import zipfile
 
 import numpy as np
 import sklearn
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from sklearn.preprocessing import StandardScaler
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import LabelEncoder, StandardScaler
 
 import sklearn_gradfeat
 from sklearn_gradfeat import GradientFeatureClassifier, config_context
+from sklearn_gradfeat.backbones._convnet import ConvNet
+from sklearn_gradfeat.backbones._images import ImagePreprocess
+from sklearn_gradfeat.backbones._shipped import SHIPPED, ToConvNet, load_shipped
 
 
 def digits():
@@ -63,6 +70,41 @@ def images(path, n_train):
         alpha=0.1, gradient_alpha=1e-4,
     )  # fmt: skip
     return model, X, y
+
+
+class Task:
+    """The images, and a split of those for training into nine tenths and one."""
+
+    def __init__(self, arguments):
+        self.X, labels = read_images(arguments.data, "train", arguments.n_train)
+        self.X_test, test_labels = read_images(arguments.data, "test", arguments.n_test)
+        encoder = LabelEncoder().fit(labels)
+        self.y, self.y_test = encoder.transform(labels), encoder.transform(test_labels)
+        self.rows, self.held_out = train_test_split(
+            range(len(self.y)), test_size=0.1, stratify=self.y, random_state=arguments.seed
+        )
+
+
+def encoder(name):
+    """Return a shipped network, or a ConvNet with the weights in a file, and its transform."""
+    if name in SHIPPED:
+        return load_shipped(name)
+    network = ConvNet()
+    network.load_state_dict(load_file(name))
+    return network, ImagePreprocess(ToConvNet())
+
+
+def need_data(path):
+    """End the program with a message unless there is a file."""
+    if path is None or not path.exists():
+        sys.exit(print("--data is no zip file, so there is nothing to measure."))
+
+
+def save(rows, arguments):
+    """Write rows, setting and environment as JSON."""
+    setting = {k: v for k, v in vars(arguments).items() if k not in ("data", "output")}
+    result = {"environment": environment(), "setting": setting, "rows": rows}
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def empty_store():

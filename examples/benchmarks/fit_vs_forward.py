@@ -11,15 +11,13 @@ changes the number of iterations, not their price.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torchvision
-from _setup import Preprocess, empty_store, environment, images
+from _setup import Preprocess, empty_store, images, need_data, save
 from sklearn.base import clone
 
 from sklearn_gradfeat import GradientFeatureClassifier
@@ -124,15 +122,12 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("fit_vs_forward.json"))
     arguments = parser.parse_args()
-    if arguments.data is None or not arguments.data.exists():
-        sys.exit(print("--data is no zip file, so there is nothing to measure."))
+    need_data(arguments.data)
     model, X, y = images(arguments.data, arguments.n_train)
     rows = []
     for name, (network, layers) in networks(model.backbone).items():
         rows += compare(name, network, layers, X, y, arguments)
-    setting = {k: v for k, v in vars(arguments).items() if k not in ("data", "output")}
-    result = {"environment": environment(), "setting": setting, "rows": rows}
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    save(rows, arguments)
     print("In units of the first run, one pass of the plain network:\n")
     print(table(rows))
 

@@ -20,18 +20,14 @@ from pathlib import Path
 
 import torch
 from _finetuning import RECIPES, Head, accuracy, below, fine_tune
-from _setup import environment, read_images
-from safetensors.torch import load_file
+from _setup import Task, encoder, environment
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import LabelEncoder
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
 from sklearn_gradfeat.backbones._convnet import ConvNet
-from sklearn_gradfeat.backbones._images import ImagePreprocess
-from sklearn_gradfeat.backbones._shipped import SHIPPED, ToConvNet, load_shipped
+from sklearn_gradfeat.backbones._shipped import SHIPPED
 
 TOP = ["conv3", "conv4", "conv5"]
 LAYERS = {"conv5": TOP[2:], "conv4-5": TOP[1:], "conv3-5": TOP}
@@ -51,28 +47,6 @@ TABLE_3 = {
     "bigan": {"activation": 62.87, "gradient": 70.14, "full": 70.51, "fine-tuning": 71.78},
     "vae": {"activation": 52.05, "gradient": 61.47, "full": 61.16, "fine-tuning": 65.16},
 }
-
-
-class Task:
-    """The images, and a split of those for training into nine tenths and one."""
-
-    def __init__(self, arguments):
-        self.X, labels = read_images(arguments.data, "train", arguments.n_train)
-        self.X_test, test_labels = read_images(arguments.data, "test", arguments.n_test)
-        encoder = LabelEncoder().fit(labels)
-        self.y, self.y_test = encoder.transform(labels), encoder.transform(test_labels)
-        self.rows, self.held_out = train_test_split(
-            range(len(self.y)), test_size=0.1, stratify=self.y, random_state=arguments.seed
-        )
-
-
-def encoder(name):
-    """Return a shipped network, or a ConvNet with the weights in a file, and its transform."""
-    if name in SHIPPED:
-        return load_shipped(name)
-    network = ConvNet()
-    network.load_state_dict(load_file(name))
-    return network, ImagePreprocess(ToConvNet())
 
 
 def choose(model, task, parameter, values):

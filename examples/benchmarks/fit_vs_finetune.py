@@ -1,0 +1,188 @@
+"""Time and accuracy of our fits, of fine-tuning the same layers, and of a logistic regression.
+
+Every clock runs from the images to the trained model, frozen layers included. Our fits start with
+an empty feature store. Fine-tuning gets what the frozen layers make of the images precomputed,
+once, and that time counts; it starts from the classifier of our "activation", whose time does not.
+It trains with the published recipes [1] on nine tenths of the images and stops early on the
+last; with skorch, if that is installed, by its own loop, split and callbacks. The logistic
+regression is scikit-learn's, on standardised activations. No penalty or learning rate is tuned;
+to choose one costs each of the models several times its row. Graphs are captured beforehand.
+
+    python examples/benchmarks/fit_vs_finetune.py --data cifar10.zip --output fit_vs_finetune.json
+
+[1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning, ICLR 2020,
+    arXiv:2004.05529.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import math
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from _finetuning import RECIPES, Head, accuracy, below, fine_tune, skorch_classifier
+from _setup import Task, empty_store, encoder, need_data, save
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.backbones._shipped import SHIPPED
+
+SKORCH = importlib.util.find_spec("skorch") is not None
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def timed(function, *arguments):
+    """Return what a call returns, and its seconds."""
+    start = time.perf_counter()
+    result = function(*arguments)
+    return result, time.perf_counter() - start
+
+
+def linear_models(network, preprocess, names, arguments):
+    """Return our two estimators."""
+    full = GradientFeatureClassifier(
+        network, preprocess=preprocess, gradient_layers=names, max_iter=arguments.max_iter,
+        alpha=arguments.alpha, gradient_alpha=arguments.gradient_alpha,
+    )  # fmt: skip
+    return {"full": full, "activation": clone(full).set_params(features="activation")}
+
+
+def fitted(model, task):
+    """Fit with an empty store; return the test accuracy and the seconds of the fit."""
+    empty_store()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model, seconds = timed(model.fit, task.X, task.y)
+    score = 100 * model.score(task.X_test, task.y_test)
+    return {"accuracy": score, "seconds": seconds, "iterations": model.n_iter_}
+
+
+def logistic_regression(network, preprocess, task, arguments):
+    """Return accuracy and seconds of scikit-learn's logistic regression on the activations."""
+
+    def activations(X):
+        return below(network, None, preprocess, X, DEVICE).mean((2, 3)).numpy()
+
+    C = 1 / (arguments.logistic_alpha * len(task.y))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
+    Z, seconds = timed(activations, task.X)
+    model, fit_seconds = timed(model.fit, Z, task.y)
+    score = model.score(activations(task.X_test), task.y_test)
+    return {"accuracy": 100 * score, "seconds": seconds + fit_seconds}
+
+
+def with_torch(head, z, task, recipe, rate, patience, seed):
+    """Fine-tune in place, with the loop of the paper's tables."""
+    y = torch.from_numpy(task.y)
+    train, held_out = ((z[rows], y[rows]) for rows in (task.rows, task.held_out))
+    fine_tune(head, train, held_out, recipe, rate, patience, seed)
+
+
+def with_skorch(head, z, task, recipe, rate, patience, seed):
+    """Fine-tune in place, as users of skorch would."""
+    skorch_classifier(head, recipe, rate, patience, len(z), seed).fit(z, torch.from_numpy(task.y))
+
+
+def fine_tuning(network, bottom, preprocess, activation, task, arguments, seed):
+    """Iterate over (name, accuracy and seconds) of both recipes, in every loop."""
+    z, seconds_below = timed(below, network, bottom, preprocess, task.X, DEVICE)
+    z_test = below(network, bottom, preprocess, task.X_test, DEVICE)
+    y_test = torch.from_numpy(task.y_test)
+    loops = {"torch": with_torch} | ({"skorch": with_skorch} if SKORCH else {})
+    for (name, recipe), (loop, train) in itertools.product(RECIPES.items(), loops.items()):
+        head = Head(network, bottom, activation.coef_, activation.intercept_).to(DEVICE)
+        rate = recipe.rate * arguments.rate_factor
+        _, seconds = timed(train, head, z, task, recipe, rate, arguments.patience, seed)
+        score = 100 * accuracy(head, z_test, y_test)
+        row = {"accuracy": score, "seconds": seconds_below + seconds}
+        yield f"fine-tuning, {name}, {loop}", row
+
+
+def repeat(network, preprocess, task, arguments, seed):
+    """Return accuracy and seconds of every model, one after the other."""
+    bottom = len(list(network.children())) - arguments.n_layers
+    names = [name for name, _ in network.named_children()][bottom:]
+    models = linear_models(network, preprocess, names, arguments)
+    runs = {name: fitted(model, task) for name, model in models.items()}
+    runs["LogisticRegression"] = logistic_regression(network, preprocess, task, arguments)
+    activation = models["activation"]
+    tuned = fine_tuning(network, bottom, preprocess, activation, task, arguments, seed)
+    return runs | dict(tuned)
+
+
+def compare(name, task, arguments):
+    """Return one row for each model, the medians over the repeats."""
+    network, preprocess = encoder(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few images and iterations, and of torch's forward mode
+        few = slice(None, None, max(1, len(task.y) // 64))
+        for model in linear_models(network, preprocess, arguments.n_layers, arguments).values():
+            model.set_params(max_iter=1).fit(task.X[few], task.y[few])
+    seeds = range(arguments.seed, arguments.seed + arguments.repeats)
+    runs = [repeat(network, preprocess, task, arguments, seed) for seed in seeds]
+    rows = []
+    for kind in runs[0]:
+        right = statistics.median(run[kind]["accuracy"] for run in runs)
+        row = {
+            "encoder": name,
+            "model": kind,
+            "ratio": statistics.median(r[kind]["seconds"] / r["full"]["seconds"] for r in runs),
+            "accuracy": right,
+            "error": math.sqrt(right * (100 - right) / len(task.y_test)),
+            "seconds": statistics.median(run[kind]["seconds"] for run in runs),
+        }
+        rows.append({**row, "runs": [run[kind] for run in runs]})
+    return rows
+
+
+def table(rows):
+    """Return the rows as a Markdown table."""
+    lines = ["| ÷ full | encoder | model | accuracy, % | seconds |", "|---:|---|---|---:|---:|"]
+    for row in rows:
+        lines.append(
+            f"| {row['ratio']:.2f} | {row['encoder']} | {row['model']} | "
+            f"{row['accuracy']:.1f} ± {row['error']:.1f} | {row['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    """Run what was asked for, write JSON, print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, help="zip file of train/ and test/<class>/*.jpg")
+    add("--encoders", nargs="+", default=list(SHIPPED[:1]), help="names, or files of weights")
+    add("--n-train", type=int, default=2000)
+    add("--n-test", type=int, help="default: all")
+    add("--n-layers", type=int, default=1, help="topmost convolutions")
+    add("--alpha", type=float, default=1e-3)
+    add("--gradient-alpha", type=float, default=1e-4)
+    add("--logistic-alpha", type=float, default=1e-3, help="1 / (C * number of images)")
+    add("--max-iter", type=int, default=100)
+    add("--rate-factor", type=float, default=1.0, help="on the published learning rates")
+    add("--patience", type=int, default=10, help="epochs of fine-tuning without a better one")
+    add("--repeats", type=int, default=3)
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=Path("fit_vs_finetune.json"))
+    arguments = parser.parse_args()
+    need_data(arguments.data)
+    if not SKORCH:
+        print("skorch is not installed, so its rows are left out: pip install skorch\n")
+    task = Task(arguments)
+    rows = [row for name in arguments.encoders for row in compare(name, task, arguments)]
+    save(rows, arguments)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
