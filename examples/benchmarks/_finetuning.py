@@ -116,28 +116,30 @@ def fine_tune(head, train, held_out, recipe, rate, patience, seed):
     return best
 
 
-def skorch_classifier(head, recipe, rate, patience, n_samples, seed):
-    """Return what trains a head in place, likewise, with skorch and its own split and callbacks."""
+def fine_tune_with_skorch(head, train, held_out, recipe, rate, patience, seed):
+    """Train a head in place, likewise, with skorch's loop and callbacks."""
     from skorch import NeuralNetClassifier
     from skorch.callbacks import EarlyStopping, GradientNormClipping, LRScheduler
-    from skorch.dataset import ValidSplit
+    from skorch.dataset import Dataset
+    from skorch.helper import predefined_split
 
     halving = LRScheduler(StepLR, step_size=recipe.halve_every, gamma=0.5, step_every="batch")
     stop = EarlyStopping(
         "valid_acc", lower_is_better=False, patience=patience, load_best=True, sink=lambda _: None
     )
     torch.manual_seed(seed)
-    return NeuralNetClassifier(
+    net = NeuralNetClassifier(
         head,
         criterion=nn.CrossEntropyLoss,
         optimizer=recipe.optimizer.func,
         **{f"optimizer__{name}": value for name, value in recipe.optimizer.keywords.items()},
         lr=rate,
         batch_size=recipe.batch_size,
-        max_epochs=math.ceil(recipe.iterations * recipe.batch_size / n_samples),
+        max_epochs=math.ceil(recipe.iterations * recipe.batch_size / len(train[0])),
         iterator_train__shuffle=True,
-        train_split=ValidSplit(10, stratified=True),
+        train_split=predefined_split(Dataset(*held_out)),
         callbacks=[halving, stop, GradientNormClipping(recipe.clip)],
         device=head.classifier.weight.device,
         verbose=0,
     )
+    net.fit(*train)

@@ -105,10 +105,15 @@ def fine_tuning(network, preprocess, activation, task, arguments):
     z, z_test = (below(network, bottom, preprocess, X, device) for X in (task.X, task.X_test))
     y, y_test = torch.from_numpy(task.y), torch.from_numpy(task.y_test)
     train, held_out = ((z[rows], y[rows]) for rows in (task.rows, task.held_out))
+    # Not the fit to all images: it would seem too good on the held-out ones.
+    fitted = clone(activation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fitted.fit(task.X[task.rows], task.y[task.rows])
     for name, recipe in RECIPES.items():
         start, best, rate = time.perf_counter(), (-1.0, None), recipe.rate
         for factor in arguments.rate_factors:
-            head = Head(network, bottom, activation.coef_, activation.intercept_).to(device)
+            head = Head(network, bottom, fitted.coef_, fitted.intercept_).to(device)
             limits = (recipe.rate * factor, arguments.patience, arguments.seed)
             score = fine_tune(head, train, held_out, recipe, *limits)
             if score > best[0]:
