@@ -1,10 +1,12 @@
 """Models, data and environment of the benchmarks."""
 
 import json
+import math
 import os
 import platform
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import sklearn
@@ -105,6 +107,35 @@ def save(rows, arguments):
     setting = {k: v for k, v in vars(arguments).items() if k not in ("data", "output")}
     result = {"environment": environment(), "setting": setting, "rows": rows}
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def random_images(n, seed=0):
+    """Return images of uniform random numbers, smooth enough for the network to tell apart."""
+    small = np.random.default_rng(seed).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
+    return small.repeat(4, 1).repeat(4, 2)
+
+
+def nearest(X, n_classes):
+    """Return which of the first images every image is closest to, a linear map of its pixels."""
+    pixels = torch.from_numpy(X.reshape(len(X), -1))
+    centres = pixels[:n_classes].float() / 255
+    offset = centres.square().sum(1) / 2
+    parts = [(p.float() / 255 @ centres.T - offset).argmax(1) for p in pixels.split(1000)]
+    return torch.cat(parts).numpy()
+
+
+def resident(field, anew=False):
+    """Return a line of what Linux knows of the memory of this process, in MiB; start the peak anew.
+
+    ``VmRSS`` is what is in memory, ``VmHWM`` the most that was; NaN on other systems.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return math.nan
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = status.read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def empty_store():
