@@ -212,6 +212,7 @@ def _minimize(
         max_iter=settings.max_iter,
         callback=callback,
         secants=inverses.secants,
+        coarse=inverses.coarse(objective),
     )
     inverses.learn(solution)
     if solution.norm <= math.sqrt(settings.tol) * reference:

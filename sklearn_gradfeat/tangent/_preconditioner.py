@@ -44,20 +44,25 @@ class Curvature:
         self.total = float(total)
         self.outputs = Spectrum.of(curvature)
         self.mean, self.inputs = _centred(objective, weights)
-        self.layers: list[_Layer] = []
+        self.layers: list[Layer] = []
         self.diagonals: dict[int, Tensor] = {}
         if objective.tangent is not None:
             found, self.diagonals = _layer_factors(objective.tangent, curvature, weights)
-            self.layers = [_Layer(i, factor, *factor.spectra()) for i, factor in found.items()]
+            self.layers = [Layer(i, factor, *factor.spectra()) for i, factor in found.items()]
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """The factors of the layer with that weight."""
 
     weight: int
     factor: Factor
     output: Spectrum
     inputs: Spectrum
+
+    @property
+    def decomposed(self) -> bool:
+        """Whether the eigenvectors of both factors are known."""
+        return self.output.vectors is not None and self.inputs.vectors is not None
 
 
 class Preconditioner:
@@ -88,15 +93,21 @@ class Preconditioner:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the inverse to a flat vector."""
-        weights, intercept, u = self.objective.split(x)
+        n = sum(self.objective.sizes[:2])
+        affine, u = self.affine(x[:n]), x[n:]
+        return torch.cat([affine, u if self.layers is None else self.layers(u)])
+
+    def affine(self, x: Tensor) -> Tensor:
+        """Apply the blocks of the weights and the intercept."""
+        weights, intercept = x.split(list(self.objective.sizes[:2]))
+        weights = weights.view(self.objective.loss.n_outputs, -1)
         mean, column = self.curvature.mean, intercept.view(self.objective.loss.n_outputs, -1)
         if column.numel():
             weights = weights - column * mean
         solved = self.weights(weights) if weights.numel() else weights
         if column.numel():
             column = self.intercept(column) - solved @ mean[:, None]
-        affine = [solved.reshape(-1), column.reshape(-1)]
-        return torch.cat([*affine, u if self.layers is None else self.layers(u)])
+        return torch.cat([solved.reshape(-1), column.reshape(-1)])
 
 
 def _regular(outputs: Spectrum) -> Spectrum:

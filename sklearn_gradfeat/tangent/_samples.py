@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat._attention import differentiable_attention
 from sklearn_gradfeat.tangent._head import LinearizedHead
+from sklearn_gradfeat.tangent._kfac import record
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
-from sklearn_gradfeat.tangent._patches import LayerCall, LayerRecorder
+from sklearn_gradfeat.tangent._patches import LayerCall
 from sklearn_gradfeat.tangent._products import Tensors
 
 # A Gram matrix of this size is 128 MiB, and factored in seconds.
@@ -104,9 +104,8 @@ def _layer_rows(
     (n_samples, n_outputs, width); None where those are not all that there is.
     """
     leaves = tuple(value.detach().requires_grad_() for value in head.values)
-    with differentiable_attention(), torch.enable_grad(), LayerRecorder(leaves) as recorder:
-        activation = head.head(leaves, boundary)
-    calls = recorder.calls
+    with torch.enable_grad():
+        activation, calls = record(head, leaves, boundary)
     if not _all_linear(calls, len(leaves), n_samples):
         return None
     outputs = [call.output for call in calls]
@@ -117,11 +116,7 @@ def _layer_rows(
         )
         for row in omega
     ]  # fmt: skip
-    inputs = [call.inputs * head.scales[call.weight] for call in calls]
-    for i, call in enumerate(calls):
-        if call.bias is not None:
-            constant = torch.full_like(inputs[i][:, :1], head.scales[call.bias])
-            inputs[i] = torch.cat([inputs[i], constant], 1)
+    inputs = [call.scaled_rows(head.values, head.scales, n_samples)[0, :, 0] for call in calls]
     return [(a, torch.stack(g, 1)) for a, *g in zip(inputs, *gradients, strict=True)]
 
 

@@ -68,6 +68,11 @@ class Spectrum:
         """Return the last axis from the eigenbasis."""
         return rows if self.vectors is None else rows @ self.vectors.mT
 
+    def columns(self, n: int) -> Tensor:
+        """Return the last eigenvectors of the first matrix."""
+        assert self.vectors is not None
+        return self.vectors[0, :, -n:]
+
 
 def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues with their eigenvectors, by subspace iteration."""

@@ -1,0 +1,218 @@
+"""The leading directions of the displacements, in which a sample is a few short rows.
+
+A layer adds ``Σ_p g_pᵀ U a_p`` to a logit, for its inputs ``a_p`` and the gradients ``g_p`` in its
+outputs at the positions p. In the leading eigenvectors ``G`` and ``A`` of its Kronecker factors,
+``U = G R Aᵀ``, that is ``Σ_p (Gᵀ g_p)ᵀ R (Aᵀ a_p)``. Once the rows are projected, the model in
+``R`` is evaluated without the network: exactly, and many times as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sklearn_gradfeat.tangent._kfac import record
+from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
+from sklearn_gradfeat.tangent._patches import LayerCall
+from sklearn_gradfeat.tangent._preconditioner import Layer
+from sklearn_gradfeat.tangent._products import Tensors
+
+# What an evaluation may cost, as a share of what the layers alone cost in a pass.
+_SHARE = 1 / 32
+# Multiplications that take as long as reading a number.
+_READING = 16
+# Numbers that the rows of all samples may take: half a gibibyte in float32.
+_MAX_NUMBERS = 2**27
+# Where the layers take fewer multiplications for a sample, a pass is as good as free.
+_MIN_COST = 2**15
+# Curvatures of leading directions, as shares of the largest; weaker ones are never among them.
+_FLOORS = np.geomspace(1e-6, 0.5, 40)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The part of one layer: orthonormal columns on the output and on the input side.
+
+    ``weight`` and ``bias`` are positions in the tuple of parameters; ``curvature`` is that of
+    every entry of ``R``.
+    """
+
+    weight: int
+    bias: int | None
+    outputs: Tensor
+    inputs: Tensor
+    curvature: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, ranks: tuple[int, int]) -> Block:
+        """Take so many eigenvectors of either factor."""
+        sides = zip((layer.output, layer.inputs), ranks, strict=True)
+        (g, outputs), (a, inputs) = ((s.values[0, -r:], s.columns(r)) for s, r in sides)
+        return cls(layer.weight, layer.factor.bias, outputs, inputs, g[:, None] * a)
+
+    def extend(self, r: Tensor, pieces: list[Tensor]) -> None:
+        """Write displacements from coordinates."""
+        matrix = self.outputs @ r.view_as(self.curvature) @ self.inputs.T
+        if self.bias is not None:
+            pieces[self.bias] = matrix[:, -1]
+            matrix = matrix[:, :-1]
+        pieces[self.weight] = matrix
+
+    def restrict(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Return the coordinates of the part of displacements that lies in the subspace."""
+        matrix = pieces[self.weight].flatten(1)
+        if self.bias is not None:
+            matrix = torch.cat([matrix, pieces[self.bias][:, None]], 1)
+        return (self.outputs.T @ matrix @ self.inputs).reshape(-1)
+
+
+class Subspace:
+    """The linear map to the logits on leading directions, with the weights and the intercept.
+
+    Its coordinates are the flat vector ``[W, b, R₁, R₂, ...]``. Penalties are no part of it.
+
+    Parameters
+    ----------
+    objective : TangentObjective
+        The objective on all displacements.
+    blocks : list of Block
+        At most one for each layer.
+    """
+
+    def __init__(self, objective: TangentObjective, blocks: list[Block]) -> None:
+        assert objective.tangent is not None
+        self.head, self.blocks = objective.tangent.head, blocks
+        self.affine = replace(objective, tangent=None)
+        self.sizes = [sum(self.affine.sizes), *(block.curvature.numel() for block in blocks)]
+        batches = [
+            _projected(objective.tangent, blocks, boundary, rows.stop - rows.start)
+            for rows, boundary in objective.tangent.batches()
+        ]
+        self.rows = [
+            tuple(map(torch.cat, zip(*b, strict=True))) for b in zip(*batches, strict=True)
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, of shape (n_samples, n_outputs), float64."""
+        affine, *coordinates = x.split(self.sizes)
+        logits = self.affine.forward(affine)
+        for block, r, (inputs, gradients) in zip(self.blocks, coordinates, self.rows, strict=True):
+            moved = (inputs @ r.view_as(block.curvature).T).flatten(1)
+            logits += torch.bmm(gradients, moved[:, :, None])[:, :, 0].to(logits)
+        return logits
+
+    def adjoint(self, cotangent: Tensor) -> Tensor:
+        """Return the transpose of :meth:`forward`, applied to ``cotangent``."""
+        parts = [self.affine.adjoint(cotangent)]
+        narrow = cotangent.to(parts[0])[:, None]
+        for block, (inputs, gradients) in zip(self.blocks, self.rows, strict=True):
+            pulled = torch.bmm(narrow, gradients).view(-1, len(block.curvature))
+            parts.append((pulled.T @ inputs.flatten(0, 1)).reshape(-1))
+        return torch.cat(parts)
+
+    def extend(self, x: Tensor) -> Tensor:
+        """Return the unknowns of the objective from coordinates."""
+        affine, *coordinates = x.split(self.sizes)
+        pieces = [torch.zeros_like(value) for value in self.head.values]
+        for block, r in zip(self.blocks, coordinates, strict=True):
+            block.extend(r, pieces)
+        return torch.cat([affine, *(piece.reshape(-1) for piece in pieces)])
+
+    def restrict(self, x: Tensor) -> Tensor:
+        """Return the coordinates of the part of the unknowns that lies in the subspace."""
+        affine, u = x[: self.sizes[0]], x[self.sizes[0] :]
+        pieces = self.head.pieces(u)
+        return torch.cat([affine, *(block.restrict(pieces) for block in self.blocks)])
+
+
+def leading_subspace(objective: TangentObjective, layers: Sequence[Layer]) -> Subspace | None:
+    """Return the largest subspace that is cheap, if there is one.
+
+    Parameters
+    ----------
+    objective : TangentObjective
+        The objective, with displacements.
+    layers : sequence of Layer
+        The Kronecker factors.
+
+    Returns
+    -------
+    Subspace or None
+    """
+    tangent = objective.tangent
+    assert tangent is not None
+    rows, boundary = next(iter(tangent.batches()))
+    calls = record(tangent.head, tangent.head.values, boundary)[1]
+    n_positions = _positions(calls, rows.stop - rows.start)
+    layers = [layer for layer in layers if layer.weight in n_positions and layer.decomposed]
+    positions = [n_positions[layer.weight] for layer in layers]
+    widths = [(layer.factor.output.shape[-1], layer.factor.inputs.shape[-1]) for layer in layers]
+    most = _SHARE * sum(n * g * a for n, (g, a) in zip(positions, widths, strict=True))
+    if not layers or most < _SHARE * _MIN_COST:
+        return None
+    n_outputs = len(tangent.omega)
+    largest = max(float(layer.output.values.max() * layer.inputs.values.max()) for layer in layers)
+    for floor in largest * _FLOORS:
+        ranks = [_ranks(layer, floor) for layer in layers]
+        sized = list(zip(positions, ranks, strict=True))
+        numbers = sum(n * (a + n_outputs * g) for n, (g, a) in sized)
+        cost = sum(n * g * a for n, (g, a) in sized) + _READING * numbers
+        if cost <= most and numbers * objective.n_samples <= _MAX_NUMBERS:
+            found = [(layer, r) for layer, r in zip(layers, ranks, strict=True) if min(r) > 0]
+            return Subspace(objective, [Block.of(*each) for each in found])
+    return None
+
+
+def _ranks(layer: Layer, floor: float) -> tuple[int, int]:
+    """Return how many directions on either side have a curvature above a floor."""
+    g, a = layer.output.values, layer.inputs.values
+    return int((g * a.max() > floor).sum()), int((a * g.max() > floor).sum())
+
+
+def _positions(calls: Sequence[LayerCall], n_samples: int) -> dict[int, int]:
+    """Return the number of positions of the layers that can be restricted, by their weight."""
+    found: dict[int, int] = {}
+    unfit = set()
+    for call in calls:
+        _, by_sample, n, _ = call.output_rows(call.output, n_samples).shape
+        found[call.weight] = found.get(call.weight, 0) + n
+        if call.groups > 1 or by_sample != n_samples:
+            unfit.add(call.weight)
+    return {weight: n for weight, n in found.items() if weight not in unfit}
+
+
+def _projected(
+    tangent: TangentTerm, blocks: Sequence[Block], boundary: Tensors, n_samples: int
+) -> list[Tensors]:
+    """Return the rows of some samples, for each block.
+
+    Inputs of shape (n_samples, n_positions, rank) and gradients of the logits,
+    (n_samples, n_outputs, n_positions * rank).
+    """
+    head = tangent.head
+    leaves = tuple(value.detach().requires_grad_() for value in head.values)
+    with torch.enable_grad():
+        activation, calls = record(head, leaves, boundary)
+    outputs = [call.output for call in calls]
+    gradients = [
+        torch.autograd.grad(
+            activation, outputs, row.expand_as(activation),
+            retain_graph=True, materialize_grads=True,
+        )
+        for row in tangent.omega
+    ]  # fmt: skip
+    of_block: list[Tensors] = []
+    for block in blocks:
+        inputs, outward = [], []
+        for call, *g in zip(calls, *gradients, strict=True):
+            if call.weight == block.weight:
+                rows = call.scaled_rows(head.values, head.scales, n_samples)
+                inputs.append(rows[0] @ block.inputs)
+                pulled = [call.output_rows(each, n_samples)[0] @ block.outputs for each in g]
+                outward.append(torch.stack(pulled, 1))
+        of_block.append((torch.cat(inputs, 1), torch.cat(outward, 2).flatten(2)))
+    return of_block

@@ -1,0 +1,155 @@
+"""The leading subspace: its map against the whole one, and what it does for the solver."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
+from sklearn_gradfeat._losses import Multinomial, Squared
+from sklearn_gradfeat.backbones import FrozenBackbone
+from sklearn_gradfeat.solvers import minimize
+from sklearn_gradfeat.tangent import (
+    Inverses,
+    LinearizedHead,
+    Preconditioner,
+    TangentObjective,
+    TangentTerm,
+)
+from sklearn_gradfeat.tangent import _subspace as subspaces
+from tests.networks import NETWORKS, build
+
+N, CLASSES = 40, 3
+X = torch.tensor(np.random.RandomState(0).randn(N, 2, 5, 5))
+generator = torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def every_size_is_worth_it(monkeypatch):
+    """Let tiny layers have a subspace of more than one direction."""
+    monkeypatch.setattr(subspaces, "_MIN_COST", 0)
+    monkeypatch.setattr(subspaces, "_READING", 0)
+    monkeypatch.setattr(subspaces, "_SHARE", 0.5)
+
+
+def objective_of(kind, loss=None, alpha=1e-4):
+    """Return the objective of a tiny network, in batches of unequal size."""
+    module, names = build(kind)
+    network = FrozenBackbone(module, X[:2], torch.float64, None).network(names)
+    boundary = network.trunk(X)
+    head = LinearizedHead(network.head, network.parameters, "ntk")
+
+    def batches(stride=1):
+        chosen = [z[::stride] for z in boundary]
+        for start in range(0, len(chosen[0]), 16):
+            rows = slice(start * stride, min((start + 16) * stride, N), stride)
+            if stride == 1:
+                rows = slice(start, min(start + 16, N))
+            yield rows, tuple(z[start : start + 16] for z in chosen)
+
+    features = head.activation(boundary)
+    omega = torch.randn(CLASSES, features.shape[1], generator=generator, dtype=torch.float64)
+    loss = loss or Multinomial(torch.arange(N) % CLASSES, torch.full((N,), 1 / N).double(), CLASSES)
+    tangent = TangentTerm(head, batches, omega, alpha)
+    return TangentObjective(loss, features, tangent, 1e-3, True, N, X[:0, 0, 0, 0], X.device)
+
+
+def subspace_of(objective):
+    zero = torch.zeros(sum(objective.sizes), dtype=torch.float64)
+    inverse = Preconditioner(objective, objective.forward(zero))
+    return subspaces.leading_subspace(objective, inverse.curvature.layers)
+
+
+# Layers with groups have none: in "grouped" they are all that there is.
+KINDS = [kind for kind in NETWORKS if kind != "grouped"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_map_is_that_of_the_objective(kind):
+    objective = objective_of(kind)
+    subspace = subspace_of(objective)
+    assert all(min(block.curvature.shape) > 0 for block in subspace.blocks)
+    x = torch.randn(sum(subspace.sizes), generator=generator, dtype=torch.float64)
+    logits = subspace.forward(x)
+    torch.testing.assert_close(logits, objective.forward(subspace.extend(x)), rtol=1e-9, atol=1e-9)
+    cotangent = torch.randn(N, CLASSES, generator=generator, dtype=torch.float64)
+    pulled = subspace.adjoint(cotangent)
+    torch.testing.assert_close(pulled @ x, (cotangent * logits).sum())
+    torch.testing.assert_close(pulled, subspace.restrict(objective.adjoint(cotangent)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_restriction_is_the_orthogonal_projection(kind):
+    objective = objective_of(kind)
+    subspace = subspace_of(objective)
+    x = torch.randn(sum(subspace.sizes), generator=generator, dtype=torch.float64)
+    y = torch.randn(sum(objective.sizes), generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(subspace.restrict(subspace.extend(x)), x)
+    torch.testing.assert_close(subspace.extend(x) @ y, x @ subspace.restrict(y))
+
+
+def test_none_for_groups_and_where_a_pass_is_as_good_as_free(monkeypatch):
+    assert subspace_of(objective_of("grouped")) is None
+    objective = objective_of("plain")
+    assert subspace_of(objective) is not None
+    monkeypatch.setattr(subspaces, "_MIN_COST", 2**15)
+    assert subspace_of(objective) is None
+
+
+def test_memory_is_bounded(monkeypatch):
+    objective = objective_of("residual")
+    numbers = sum(a.numel() + g.numel() for a, g in subspace_of(objective).rows)
+    monkeypatch.setattr(subspaces, "_MAX_NUMBERS", numbers // 2)
+    fewer = subspace_of(objective)
+    assert 0 < sum(a.numel() + g.numel() for a, g in fewer.rows) <= numbers // 2
+
+
+@pytest.mark.parametrize("loss", ["multinomial", "squared"])
+@pytest.mark.parametrize("kind", ["plain", "transformer"])
+def test_same_optimum_in_fewer_iterations(kind, loss):
+    targets = torch.randn(N, CLASSES, generator=generator, dtype=torch.float64)
+    chosen = Squared(targets, torch.full((N,), 1 / N).double()) if loss == "squared" else None
+    objective = objective_of(kind, chosen, alpha=1e-2)
+    x = torch.zeros(sum(objective.sizes), dtype=torch.float64)
+    solutions = []
+    for corrected in (True, False):
+        inverses = Inverses()
+        inverse = inverses.of(objective)
+        coarse = inverses.coarse(objective) if corrected else None
+        solution = minimize(objective, x, inverse, tolerance=1e-9, max_iter=500, coarse=coarse)
+        assert solution.status == "converged"
+        assert all(np.diff(solution.objective_path) <= 1e-15)
+        value = objective.loss.value(objective.forward(solution.x))
+        value += float(objective.penalty * solution.x @ solution.x) / 2
+        assert solution.objective_path[-1] == pytest.approx(value, rel=1e-12)
+        solutions.append(solution)
+    torch.testing.assert_close(solutions[0].x, solutions[1].x, rtol=0, atol=1e-6)
+    assert solutions[0].n_iter < solutions[1].n_iter
+
+
+def test_a_good_start_makes_no_subspace():
+    objective = objective_of("plain")
+    inverses = Inverses()
+    x = torch.zeros(sum(objective.sizes), dtype=torch.float64)
+
+    def unwanted(inverse):
+        raise AssertionError
+
+    x = minimize(objective, x, inverses.of(objective), tolerance=1e-9, max_iter=500).x
+    minimize(objective, x, inverses.of(objective), tolerance=1e-8, max_iter=5, coarse=unwanted)
+
+
+@pytest.mark.parametrize("estimator", [GradientFeatureClassifier, GradientFeatureRegressor])
+def test_estimators_use_it(estimator, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "sklearn_gradfeat.tangent._inverses.leading_subspace",
+        lambda *args: made.append(subspaces.leading_subspace(*args)) or made[-1],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 2), nn.Tanh())
+    y = np.arange(N) % CLASSES
+    model = estimator(network, preprocess=None, alpha=1e-3, gradient_alpha=1e-4)
+    model.fit(X.numpy().astype(np.float32), y)
+    assert [subspace is not None for subspace in made] == [True]
