@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -172,7 +173,12 @@ def empty_store():
 
 def environment():
     """Return what the numbers depend on."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     return {
+        "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sklearn": sklearn.__version__,

@@ -1,13 +1,13 @@
 """Minimisers of smooth convex objectives."""
 
 from sklearn_gradfeat.solvers._lbfgs import (
-    LinearObjective,
     Secants,
     Solution,
     minimize,
     preconditioned_norm,
     same_curvature,
 )
+from sklearn_gradfeat.solvers._steps import LinearObjective
 
 __all__ = [
     "LinearObjective",

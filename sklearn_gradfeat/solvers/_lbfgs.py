@@ -12,44 +12,30 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from sklearn_gradfeat._losses import Loss
-from sklearn_gradfeat.solvers._line_search import Line, search
+from sklearn_gradfeat.solvers._steps import (
+    Correct,
+    LinearObjective,
+    corrected,
+    start,
+    stepped,
+    stepped_and_corrected,
+)
 
 _MEMORY = 30
 # The preconditioner is made anew once the curvature of the loss has changed by such a factor.
 # Curvature pairs from before would carry rounding errors over, so they go with it.
 _CHANGE = 2.0
+# A correction is worth making where the gradient norm has to come down by more than that.
+_FAR = 8.0
 
 Inverse: TypeAlias = Callable[[Tensor], Tensor]
-# Moves (unknowns, logits) at a gradient norm, and says by how much that changes the objective.
-Correct: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]
 Status = Literal["converged", "max_iter", "stalled", "interrupted"]
-
-
-class LinearObjective(Protocol):
-    """``loss(A x) + Σ penalty x² / 2`` for a linear map ``A`` from x to logits."""
-
-    @property
-    def loss(self) -> Loss:
-        """The loss of the logits."""
-
-    @property
-    def penalty(self) -> Tensor:
-        """Coefficients of the quadratic penalty, of the shape of x."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits ``A x``, of shape (n_samples, n_outputs), float64."""
-
-    def adjoint(self, cotangent: Tensor) -> Tensor:
-        """Return ``Aᵀ cotangent``, of the shape of x."""
-
-    def forward_adjoint(self, direction: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``D = A direction`` and ``Aᵀ loss'(logits + D)`` from a single pass."""
 
 
 class Secants(NamedTuple):
@@ -174,22 +160,23 @@ def minimize(
     secants : Secants, default=None
         What a fit that ended at ``x`` learned of the same loss, under whatever penalty.
     coarse : callable, default=None
-        Called once, with the first preconditioner, unless the start is good enough. Returns None or
-        a correction: ``correct(x, logits, norm)`` returns about the best point around that one
-        in a subspace where that is cheap, and by how much the objective is lower there.
+        Called once, with the first preconditioner, unless the start is nearly good enough.
+        Returns None or a correction: ``correct(x, logits, norm)`` returns about the best point
+        around that one in a subspace where that is cheap, and by how much the objective is
+        lower there.
 
     Returns
     -------
     Solution
     """
     loss, penalty = objective.loss, objective.penalty
-    point = _start(objective, x)
+    point = start(objective, x)
     memory = _Memory(precondition(point.logits))
     memory.recall(secants, penalty)
     curvature = float(loss.curvatures(point.logits).sum())
     natural = memory.precondition(point.gradient)
     norm = _norm(point.gradient, natural)
-    correct = coarse(memory.precondition) if coarse is not None and norm > tolerance else None
+    correct = coarse(memory.precondition) if coarse and norm > _FAR * tolerance else None
     path, passes, n_iter = [point.value], 1, 0
     status: Status = "converged"
     while norm > tolerance:
@@ -197,14 +184,14 @@ def minimize(
             status = "max_iter"
             break
         if correct is None:
-            moved, cost = _stepped(objective, point, memory.direction(point.gradient, natural))
+            moved, cost = stepped(objective, point, memory.direction(point.gradient, natural))
         elif n_iter == 0:
-            moved, cost = _corrected(objective, point, correct, norm)
+            moved, cost = corrected(objective, point, correct, norm)
             # What bends the most is settled by now; for the rest the inverse will do.
             curvature = float(loss.curvatures(moved.logits).sum())
         else:
             direction = memory.direction(point.gradient, natural)
-            moved, cost = _stepped_and_corrected(objective, point, direction, correct, norm)
+            moved, cost = stepped_and_corrected(objective, point, direction, correct, norm)
         passes += cost
         if moved is None:
             if not memory.pairs:
@@ -226,77 +213,6 @@ def minimize(
             natural = memory.precondition(point.gradient)
     learned = Secants([(step, change) for step, change, _ in memory.pairs], penalty)
     return Solution(point.x, path, n_iter, passes, status, norm, learned)
-
-
-class _Point(NamedTuple):
-    """Unknowns, with their logits, the gradient and the objective."""
-
-    x: Tensor
-    logits: Tensor
-    gradient: Tensor
-    value: float
-
-
-def _start(objective: LinearObjective, x: Tensor) -> _Point:
-    """Return the point at ``x``."""
-    loss, penalty, logits = objective.loss, objective.penalty, objective.forward(x)
-    gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
-    return _Point(x, logits, gradient, loss.value(logits) + float(penalty * x @ x) / 2)
-
-
-def _line(objective: LinearObjective, point: _Point, direction: Tensor, change: Tensor) -> Line:
-    """Return the objective along a direction that changes the logits like this."""
-    penalised = objective.penalty * direction
-    linear, quadratic = float(penalised @ point.x), float(penalised @ direction)
-    return Line(objective.loss, point.logits, change, linear, quadratic)
-
-
-def _stepped(
-    objective: LinearObjective, point: _Point, direction: Tensor
-) -> tuple[_Point | None, int]:
-    """Return the best point along a direction, if it is better at all, and the passes it took."""
-    loss, penalty, bottom = objective.loss, objective.penalty, objective.loss.bottom
-    change, adjoint = objective.forward_adjoint(
-        direction, point.logits if bottom is None else bottom
-    )
-    step, gain = search(_line(objective, point, direction, change), point.value)
-    if gain >= 0:
-        return None, 1
-    logits, x = point.logits + step * change, point.x + step * direction
-    passes = 1
-    if bottom is not None:
-        gradient = point.gradient + step * (adjoint + penalty * direction)
-    else:
-        if step != 1.0:
-            adjoint = objective.adjoint(loss.gradient(logits))
-            passes += 1
-        gradient = adjoint + penalty * x
-    return _Point(x, logits, gradient, point.value + gain), passes
-
-
-def _stepped_and_corrected(
-    objective: LinearObjective, point: _Point, direction: Tensor, correct: Correct, norm: float
-) -> tuple[_Point | None, int]:
-    """Return what a correction makes of the best point along a direction."""
-    change = objective.forward(direction)
-    step, gain = search(_line(objective, point, direction, change), point.value)
-    if gain >= 0:
-        return None, 1
-    x, logits = point.x + step * direction, point.logits + step * change
-    moved, cost = _corrected(
-        objective, _Point(x, logits, point.gradient, point.value + gain), correct, norm
-    )
-    return moved, 1 + cost
-
-
-def _corrected(
-    objective: LinearObjective, point: _Point, correct: Correct, norm: float
-) -> tuple[_Point, int]:
-    """Return what a correction makes of a point."""
-    loss, penalty = objective.loss, objective.penalty
-    x, logits, gain = correct(point.x, point.logits, norm)
-    gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
-    return _Point(x, logits, gradient, point.value + gain), 1
 
 
 def same_curvature(former: float, loss: Loss, logits: Tensor) -> bool:

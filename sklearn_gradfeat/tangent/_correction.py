@@ -16,7 +16,7 @@ from sklearn_gradfeat.tangent._subspace import Subspace
 
 # To what share of the gradient norm the model in the subspace is solved, and in how many
 # iterations at most: from nothing, and when all but a little is known already.
-_FIRST, _LATER = (0.01, 60), (0.1, 10)
+_FIRST, _LATER = (0.002, 100), (0.1, 20)
 
 
 class Correction:

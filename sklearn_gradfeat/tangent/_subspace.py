@@ -22,7 +22,7 @@ from sklearn_gradfeat.tangent._preconditioner import Layer
 from sklearn_gradfeat.tangent._products import Tensors
 
 # What an evaluation may cost, as a share of what the layers alone cost in a pass.
-_SHARE = 1 / 32
+_SHARE = 1 / 8
 # Multiplications that take as long as reading a number.
 _READING = 16
 # Numbers that the rows of all samples may take: half a gibibyte in float32.

@@ -1,0 +1,106 @@
+"""Points of a minimisation, and the ways from one to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
+
+from torch import Tensor
+
+from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat.solvers._line_search import Line, search
+
+# Moves (unknowns, logits) at a gradient norm, and says by how much that changes the objective.
+Correct: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]
+
+
+class LinearObjective(Protocol):
+    """``loss(A x) + Σ penalty x² / 2`` for a linear map ``A`` from x to logits."""
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of the logits."""
+
+    @property
+    def penalty(self) -> Tensor:
+        """Coefficients of the quadratic penalty, of the shape of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits ``A x``, of shape (n_samples, n_outputs), float64."""
+
+    def adjoint(self, cotangent: Tensor) -> Tensor:
+        """Return ``Aᵀ cotangent``, of the shape of x."""
+
+    def forward_adjoint(self, direction: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``D = A direction`` and ``Aᵀ loss'(logits + D)`` from a single pass."""
+
+
+class Point(NamedTuple):
+    """Unknowns, with their logits, the gradient and the objective."""
+
+    x: Tensor
+    logits: Tensor
+    gradient: Tensor
+    value: float
+
+
+def start(objective: LinearObjective, x: Tensor) -> Point:
+    """Return the point at ``x``."""
+    loss, penalty, logits = objective.loss, objective.penalty, objective.forward(x)
+    gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
+    return Point(x, logits, gradient, loss.value(logits) + float(penalty * x @ x) / 2)
+
+
+def _line(objective: LinearObjective, point: Point, direction: Tensor, change: Tensor) -> Line:
+    """Return the objective along a direction that changes the logits like this."""
+    penalised = objective.penalty * direction
+    linear, quadratic = float(penalised @ point.x), float(penalised @ direction)
+    return Line(objective.loss, point.logits, change, linear, quadratic)
+
+
+def stepped(
+    objective: LinearObjective, point: Point, direction: Tensor
+) -> tuple[Point | None, int]:
+    """Return the best point along a direction, if it is better at all, and the passes it took."""
+    loss, penalty, bottom = objective.loss, objective.penalty, objective.loss.bottom
+    change, adjoint = objective.forward_adjoint(
+        direction, point.logits if bottom is None else bottom
+    )
+    step, gain = search(_line(objective, point, direction, change), point.value)
+    if gain >= 0:
+        return None, 1
+    logits, x = point.logits + step * change, point.x + step * direction
+    passes = 1
+    if bottom is not None:
+        gradient = point.gradient + step * (adjoint + penalty * direction)
+    else:
+        if step != 1.0:
+            adjoint = objective.adjoint(loss.gradient(logits))
+            passes += 1
+        gradient = adjoint + penalty * x
+    return Point(x, logits, gradient, point.value + gain), passes
+
+
+def stepped_and_corrected(
+    objective: LinearObjective, point: Point, direction: Tensor, correct: Correct, norm: float
+) -> tuple[Point | None, int]:
+    """Return what a correction makes of the best point along a direction."""
+    change = objective.forward(direction)
+    step, gain = search(_line(objective, point, direction, change), point.value)
+    if gain >= 0:
+        return None, 1
+    x, logits = point.x + step * direction, point.logits + step * change
+    moved, cost = corrected(
+        objective, Point(x, logits, point.gradient, point.value + gain), correct, norm
+    )
+    return moved, 1 + cost
+
+
+def corrected(
+    objective: LinearObjective, point: Point, correct: Correct, norm: float
+) -> tuple[Point, int]:
+    """Return what a correction makes of a point."""
+    loss, penalty = objective.loss, objective.penalty
+    x, logits, gain = correct(point.x, point.logits, norm)
+    gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
+    return Point(x, logits, gradient, point.value + gain), 1
