@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
 from sklearn_gradfeat._losses import Multinomial, Squared
@@ -17,6 +18,7 @@ from sklearn_gradfeat.tangent import (
     TangentTerm,
 )
 from sklearn_gradfeat.tangent import _subspace as subspaces
+from sklearn_gradfeat.tangent._patches import LayerRecorder
 from tests.networks import NETWORKS, build
 
 N, CLASSES = 40, 3
@@ -57,7 +59,7 @@ def objective_of(kind, loss=None, alpha=1e-4):
 def subspace_of(objective):
     zero = torch.zeros(sum(objective.sizes), dtype=torch.float64)
     inverse = Preconditioner(objective, objective.forward(zero))
-    return subspaces.leading_subspace(objective, inverse.curvature.layers)
+    return subspaces.leading_subspace(objective, inverse.curvature)
 
 
 # Layers with groups have none: in "grouped" they are all that there is.
@@ -96,12 +98,87 @@ def test_none_for_groups_and_where_a_pass_is_as_good_as_free(monkeypatch):
     assert subspace_of(objective) is None
 
 
+def tied(values, boundary):
+    (w,), (x,) = values, boundary
+    return torch.tanh(linear(x, w)) @ w
+
+
+def bias_in_two_places(values, boundary):
+    (w, b), (x,) = values, boundary
+    return torch.tanh(linear(x, w, b)) * (1 + b)
+
+
+def time_first(values, boundary):
+    (w, b), (x,) = values, boundary
+    rows = x.view(len(x), 2, -1).transpose(0, 1).reshape(2 * len(x), -1)
+    return torch.tanh(linear(rows, w, b)).view(2, len(x), -1).mean(0)
+
+
+def silent(values, boundary):
+    (w, b), (x,) = values, boundary
+    return torch.relu(linear(x, w, b) - 1e4) + x[:, :6]
+
+
+def beside_a_tied_one(values, boundary):
+    return tied(values[:1], boundary)[:, :6] + torch.tanh(linear(boundary[0], *values[1:]))
+
+
+@pytest.mark.parametrize(
+    ("head", "shapes", "kept"),
+    [
+        (tied, [(6, 12)], None),
+        (bias_in_two_places, [(6, 12), (6,)], None),
+        (time_first, [(6, 6), (6,)], None),
+        (silent, [(6, 12), (6,)], None),
+        (beside_a_tied_one, [(6, 12), (6, 12), (6,)], [1]),
+    ],
+)
+def test_only_layers_with_the_right_map(head, shapes, kept):
+    values = {
+        str(i): torch.randn(shape, generator=generator, dtype=torch.float64)
+        for i, shape in enumerate(shapes)
+    }
+    boundary = (torch.randn(N, 12, generator=generator, dtype=torch.float64),)
+    linearized = LinearizedHead(head, values, "standard")
+    features = linearized.activation(boundary)
+    omega = torch.randn(CLASSES, features.shape[1], generator=generator, dtype=torch.float64)
+
+    def batches(stride=1):
+        yield slice(0, N, stride), (boundary[0][::stride],)
+
+    loss = Multinomial(torch.arange(N) % CLASSES, torch.full((N,), 1 / N).double(), CLASSES)
+    tangent = TangentTerm(linearized, batches, omega, 1e-3)
+    objective = TangentObjective(loss, features, tangent, 1e-3, True, N, X[:0, 0, 0, 0], X.device)
+    subspace = subspace_of(objective)
+    assert (subspace and [block.weight for block in subspace.blocks]) == kept
+    inverses, x = Inverses(), torch.zeros(sum(objective.sizes), dtype=torch.float64)
+    inverse, coarse = inverses.of(objective), inverses.coarse(objective)
+    solution = minimize(objective, x, inverse, tolerance=1e-6, max_iter=50, coarse=coarse)
+    value = objective.loss.value(objective.forward(solution.x))
+    value += float(objective.penalty * solution.x @ solution.x) / 2
+    assert solution.objective_path[-1] == pytest.approx(value, rel=1e-9)
+
+
+def test_flattened_weights_are_layers_only_where_they_are_matrices():
+    w, x = torch.randn(4, 5, 3), torch.randn(7, 3)
+    with LayerRecorder([w]) as recorder:
+        linear(x, torch.flatten(input=w, start_dim=0, end_dim=1))
+        linear(x, w.flatten(0, 1))
+        linear(torch.randn(7, 15), w.flatten(1))
+    assert [call.inputs.shape[1] for call in recorder.calls] == [15]
+
+
+def test_many_outputs_have_none(monkeypatch):
+    monkeypatch.setattr(subspaces, "_MAX_OUTPUTS", CLASSES - 1)
+    assert subspace_of(objective_of("plain")) is None
+
+
 def test_memory_is_bounded(monkeypatch):
     objective = objective_of("residual")
-    numbers = sum(a.numel() + g.numel() for a, g in subspace_of(objective).rows)
-    monkeypatch.setattr(subspaces, "_MAX_NUMBERS", numbers // 2)
+    size = sum(a.nbytes + g.nbytes for a, g in subspace_of(objective).rows)
+    monkeypatch.setattr(subspaces, "_MAX_BYTES", size // 2)
     fewer = subspace_of(objective)
-    assert 0 < sum(a.numel() + g.numel() for a, g in fewer.rows) <= numbers // 2
+    assert 0 < sum(a.nbytes + g.nbytes for a, g in fewer.rows) <= size // 2
 
 
 @pytest.mark.parametrize("loss", ["multinomial", "squared"])

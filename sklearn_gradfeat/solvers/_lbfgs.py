@@ -160,7 +160,7 @@ def minimize(
     secants : Secants, default=None
         What a fit that ended at ``x`` learned of the same loss, under whatever penalty.
     coarse : callable, default=None
-        Called once, with the first preconditioner, unless the start is nearly good enough.
+        Called with every preconditioner, unless the start is nearly good enough.
         Returns None or a correction: ``correct(x, logits, norm)`` returns about the best point
         around that one in a subspace where that is cheap, and by how much the objective is
         lower there.
@@ -187,8 +187,6 @@ def minimize(
             moved, cost = stepped(objective, point, memory.direction(point.gradient, natural))
         elif n_iter == 0:
             moved, cost = corrected(objective, point, correct, norm)
-            # What bends the most is settled by now; for the rest the inverse will do.
-            curvature = float(loss.curvatures(moved.logits).sum())
         else:
             direction = memory.direction(point.gradient, natural)
             moved, cost = stepped_and_corrected(objective, point, direction, correct, norm)
@@ -211,6 +209,7 @@ def minimize(
             memory = _Memory(precondition(point.logits))
             curvature = float(loss.curvatures(point.logits).sum())
             natural = memory.precondition(point.gradient)
+            correct = coarse(memory.precondition) if coarse and correct else None
     learned = Secants([(step, change) for step, change, _ in memory.pairs], penalty)
     return Solution(point.x, path, n_iter, passes, status, norm, learned)
 

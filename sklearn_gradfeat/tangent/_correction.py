@@ -30,18 +30,22 @@ class Correction:
         A subspace of its unknowns.
     inverse : Preconditioner
         Approximate inverse Hessian of the objective.
+    anew : bool
+        Nothing is known of the best point yet.
     """
 
     def __init__(
-        self, objective: TangentObjective, subspace: Subspace, inverse: Preconditioner
+        self, objective: TangentObjective, subspace: Subspace, inverse: Preconditioner, anew: bool
     ) -> None:
         assert objective.tangent is not None
         alpha, n = objective.tangent.alpha, subspace.sizes[0]
         curvature = torch.cat([block.curvature.reshape(-1) for block in subspace.blocks])
+        curvature = curvature * (inverse.curvature.total / subspace.total)
         self.loss, self.subspace = objective.loss, subspace
         self.penalty = torch.cat([objective.penalty[:n], torch.full_like(curvature, alpha)])
         self.inverse = _Inverse(inverse, n, 1 / (curvature + damping(alpha, curvature)))
         self.secants: Secants | None = None
+        self.limits = _FIRST if anew else _LATER
 
     def __call__(self, x: Tensor, logits: Tensor, norm: float) -> tuple[Tensor, Tensor, float]:
         """Return a point, its logits and the change of the objective.
@@ -52,7 +56,7 @@ class Correction:
         around = _Around(
             self.loss, self.penalty, self.subspace, logits - self.subspace.forward(start)
         )
-        share, max_iter = _LATER if self.secants else _FIRST
+        share, max_iter = self.limits
         solution = minimize(
             around,
             start,
@@ -61,7 +65,7 @@ class Correction:
             max_iter=max_iter,
             secants=self.secants,
         )
-        self.secants = solution.secants
+        self.secants, self.limits = solution.secants, _LATER
         moved = solution.x - start
         gain = solution.objective_path[-1] - solution.objective_path[0]
         return x + self.subspace.extend(moved), logits + self.subspace.forward(moved), gain

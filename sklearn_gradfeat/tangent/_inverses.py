@@ -59,10 +59,11 @@ class Inverses:
         """Return the correction, unless the inverse is exact or no subspace is worth it."""
         if objective.tangent is None or not isinstance(inverse, Preconditioner):
             return None
-        if not self._subspaces:
-            self._subspaces = [leading_subspace(objective, inverse.curvature.layers)]
+        anew = not self._subspaces
+        if anew:
+            self._subspaces = [leading_subspace(objective, inverse.curvature)]
         (subspace,) = self._subspaces
-        return None if subspace is None else Correction(objective, subspace, inverse)
+        return None if subspace is None else Correction(objective, subspace, inverse, anew)
 
     def learn(self, solution: Solution) -> None:
         """Remember what the solver found, unless the inverses are exact."""

@@ -95,9 +95,8 @@ class LayerRecorder(TorchFunctionMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         kind = getattr(func, "__name__", "").split(".")[0]
-        if kind == "flatten" and id(args[0]) in self.positions:
-            self.positions[id(output)] = self.positions[id(args[0])]
-            self.matrices.append(output)
+        if kind == "flatten" and args and id(args[0]) in self.positions and output.ndim == 2:
+            self._note_matrix(args[0], output)
         if kind in _LAYERS and not kwargs and id(args[1]) in self.positions:
             bias = self.positions.get(id(args[2])) if len(args) > 2 else None
             weight = self.positions[id(args[1])]
@@ -105,6 +104,12 @@ class LayerRecorder(TorchFunctionMode):
             # Whatever works in place on the output must not reach the recorded one.
             return output.clone()
         return output
+
+    def _note_matrix(self, weight: Tensor, flat: Tensor) -> None:
+        """Take a weight with all but its first axis flattened for the weight itself."""
+        if len(flat) == len(weight):
+            self.positions[id(flat)] = self.positions[id(weight)]
+            self.matrices.append(flat)
 
 
 def _by_sample(rows: Tensor, n_samples: int) -> Tensor:

@@ -61,8 +61,8 @@ class Layer(NamedTuple):
 
     @property
     def decomposed(self) -> bool:
-        """Whether the eigenvectors of both factors are known."""
-        return self.output.vectors is not None and self.inputs.vectors is not None
+        """Whether eigenvectors of both factors are known."""
+        return all(s.vectors is not None and s.values.numel() for s in (self.output, self.inputs))
 
 
 class Preconditioner:

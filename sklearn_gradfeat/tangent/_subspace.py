@@ -8,6 +8,7 @@ outputs at the positions p. In the leading eigenvectors ``G`` and ``A`` of its K
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,19 +19,23 @@ from torch import Tensor
 from sklearn_gradfeat.tangent._kfac import record
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
 from sklearn_gradfeat.tangent._patches import LayerCall
-from sklearn_gradfeat.tangent._preconditioner import Layer
+from sklearn_gradfeat.tangent._preconditioner import Curvature, Layer
 from sklearn_gradfeat.tangent._products import Tensors
 
 # What an evaluation may cost, as a share of what the layers alone cost in a pass.
 _SHARE = 1 / 8
 # Multiplications that take as long as reading a number.
 _READING = 16
-# Numbers that the rows of all samples may take: half a gibibyte in float32.
-_MAX_NUMBERS = 2**27
+# What the rows of all samples may take, in bytes.
+_MAX_BYTES = 2**29
+# Every output takes a pass backwards through the head before the first row is there.
+_MAX_OUTPUTS = 32
 # Where the layers take fewer multiplications for a sample, a pass is as good as free.
 _MIN_COST = 2**15
-# Curvatures of leading directions, as shares of the largest; weaker ones are never among them.
+# Shares of the largest curvature that the leading eigenvectors of either side have to reach.
 _FLOORS = np.geomspace(1e-6, 0.5, 40)
+# A map is right if it errs by no more than this power of the rounding unit.
+_ROUNDING = 0.4
 
 
 @dataclass(frozen=True)
@@ -81,20 +86,46 @@ class Subspace:
         The objective on all displacements.
     blocks : list of Block
         At most one for each layer.
+    total : float
+        The curvature of the loss that theirs goes with.
     """
 
-    def __init__(self, objective: TangentObjective, blocks: list[Block]) -> None:
+    def __init__(self, objective: TangentObjective, blocks: list[Block], total: float) -> None:
         assert objective.tangent is not None
+        self.total = total
         self.head, self.blocks = objective.tangent.head, blocks
         self.affine = replace(objective, tangent=None)
         self.sizes = [sum(self.affine.sizes), *(block.curvature.numel() for block in blocks)]
-        batches = [
-            _projected(objective.tangent, blocks, boundary, rows.stop - rows.start)
-            for rows, boundary in objective.tangent.batches()
-        ]
-        self.rows = [
-            tuple(map(torch.cat, zip(*b, strict=True))) for b in zip(*batches, strict=True)
-        ]
+        self.rows: list[Tensors] = []
+        for rows, boundary in objective.tangent.batches():
+            n = rows.stop - rows.start
+            for i, projected in enumerate(_projected(objective.tangent, blocks, boundary, n)):
+                if i == len(self.rows):
+                    shapes = ((objective.n_samples, *part.shape[1:]) for part in projected)
+                    self.rows.append(tuple(map(objective.like.new_empty, shapes)))
+                for whole, part in zip(self.rows[i], projected, strict=True):
+                    whole[rows] = part
+
+    def exact(self, objective: TangentObjective) -> bool:
+        """Whether the map is that of the objective.
+
+        It is not where layers hand samples on in another order, or where a parameter is used
+        by anything but recorded layers.
+        """
+        generator = torch.Generator().manual_seed(0)
+        coordinates = torch.randn(sum(self.sizes), generator=generator, dtype=torch.float64)
+        x = coordinates.to(objective.like)
+        x[: self.sizes[0]] = 0
+        expected = objective.forward(self.extend(x))
+        bound = torch.finfo(x.dtype).eps ** _ROUNDING * float(expected.norm())
+        return bool((self.forward(x) - expected).norm() <= bound)
+
+    def only(self, kept: Sequence[int]) -> Subspace:
+        """Return the subspace of some of the layers."""
+        part = copy.copy(self)
+        part.blocks, part.rows = [self.blocks[i] for i in kept], [self.rows[i] for i in kept]
+        part.sizes = [self.sizes[0], *(self.sizes[1 + i] for i in kept)]
+        return part
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits, of shape (n_samples, n_outputs), float64."""
@@ -129,15 +160,17 @@ class Subspace:
         return torch.cat([affine, *(block.restrict(pieces) for block in self.blocks)])
 
 
-def leading_subspace(objective: TangentObjective, layers: Sequence[Layer]) -> Subspace | None:
+def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subspace | None:
     """Return the largest subspace that is cheap, if there is one.
+
+    Layers whose part of the map is not that of the objective are left out of it.
 
     Parameters
     ----------
     objective : TangentObjective
         The objective, with displacements.
-    layers : sequence of Layer
-        The Kronecker factors.
+    curvature : Curvature
+        Its Kronecker factors.
 
     Returns
     -------
@@ -148,23 +181,36 @@ def leading_subspace(objective: TangentObjective, layers: Sequence[Layer]) -> Su
     rows, boundary = next(iter(tangent.batches()))
     calls = record(tangent.head, tangent.head.values, boundary)[1]
     n_positions = _positions(calls, rows.stop - rows.start)
-    layers = [layer for layer in layers if layer.weight in n_positions and layer.decomposed]
+    layers = [
+        layer for layer in curvature.layers if layer.weight in n_positions and layer.decomposed
+    ]
     positions = [n_positions[layer.weight] for layer in layers]
     widths = [(layer.factor.output.shape[-1], layer.factor.inputs.shape[-1]) for layer in layers]
     most = _SHARE * sum(n * g * a for n, (g, a) in zip(positions, widths, strict=True))
-    if not layers or most < _SHARE * _MIN_COST:
-        return None
     n_outputs = len(tangent.omega)
+    if not layers or most < _SHARE * _MIN_COST or n_outputs > _MAX_OUTPUTS:
+        return None
     largest = max(float(layer.output.values.max() * layer.inputs.values.max()) for layer in layers)
-    for floor in largest * _FLOORS:
+    room = _MAX_BYTES / objective.like.element_size() / objective.n_samples
+    for floor in largest * _FLOORS if largest > 0 else ():
         ranks = [_ranks(layer, floor) for layer in layers]
         sized = list(zip(positions, ranks, strict=True))
         numbers = sum(n * (a + n_outputs * g) for n, (g, a) in sized)
         cost = sum(n * g * a for n, (g, a) in sized) + _READING * numbers
-        if cost <= most and numbers * objective.n_samples <= _MAX_NUMBERS:
+        if cost <= most and numbers <= room:
             found = [(layer, r) for layer, r in zip(layers, ranks, strict=True) if min(r) > 0]
-            return Subspace(objective, [Block.of(*each) for each in found])
+            blocks = [Block.of(*each) for each in found]
+            return _checked(objective, Subspace(objective, blocks, curvature.total))
     return None
+
+
+def _checked(objective: TangentObjective, subspace: Subspace) -> Subspace | None:
+    """Return the part of a subspace that has the right map, if any."""
+    if subspace.exact(objective):
+        return subspace
+    alone = [i for i in range(len(subspace.blocks)) if subspace.only([i]).exact(objective)]
+    rest = subspace.only(alone)
+    return rest if alone and rest.exact(objective) else None
 
 
 def _ranks(layer: Layer, floor: float) -> tuple[int, int]:
@@ -198,21 +244,21 @@ def _projected(
     with torch.enable_grad():
         activation, calls = record(head, leaves, boundary)
     outputs = [call.output for call in calls]
-    gradients = [
-        torch.autograd.grad(
+    of_block = [[i for i, call in enumerate(calls) if call.weight == b.weight] for b in blocks]
+    pulled: list[list[Tensor]] = [[] for _ in blocks]
+    for row in tangent.omega:
+        gradients = torch.autograd.grad(
             activation, outputs, row.expand_as(activation),
             retain_graph=True, materialize_grads=True,
-        )
-        for row in tangent.omega
-    ]  # fmt: skip
-    of_block: list[Tensors] = []
-    for block in blocks:
-        inputs, outward = [], []
-        for call, *g in zip(calls, *gradients, strict=True):
-            if call.weight == block.weight:
-                rows = call.scaled_rows(head.values, head.scales, n_samples)
-                inputs.append(rows[0] @ block.inputs)
-                pulled = [call.output_rows(each, n_samples)[0] @ block.outputs for each in g]
-                outward.append(torch.stack(pulled, 1))
-        of_block.append((torch.cat(inputs, 1), torch.cat(outward, 2).flatten(2)))
-    return of_block
+        )  # fmt: skip
+        for block, chosen, found in zip(blocks, of_block, pulled, strict=True):
+            parts = [calls[i].output_rows(gradients[i], n_samples)[0] for i in chosen]
+            found.append((torch.cat(parts, 1) @ block.outputs).flatten(1))
+    inputs = [
+        torch.cat([calls[i].scaled_rows(head.values, head.scales, n_samples)[0] for i in chosen], 1)
+        for chosen in of_block
+    ]
+    return [
+        (rows @ block.inputs, torch.stack(gradients, 1))
+        for rows, block, gradients in zip(inputs, blocks, pulled, strict=True)
+    ]
