@@ -119,6 +119,12 @@ def silent(values, boundary):
     return torch.relu(linear(x, w, b) - 1e4) + x[:, :6]
 
 
+def the_same_for_all_samples(values, boundary):
+    (w, b), (x,) = values, boundary
+    rows = torch.arange(192, dtype=x.dtype).view(16, 12) / 192
+    return torch.tanh(linear(rows, w, b)).mean(0) * x[:, :6]
+
+
 def beside_a_tied_one(values, boundary):
     return tied(values[:1], boundary)[:, :6] + torch.tanh(linear(boundary[0], *values[1:]))
 
@@ -130,6 +136,7 @@ def beside_a_tied_one(values, boundary):
         (bias_in_two_places, [(6, 12), (6,)], None),
         (time_first, [(6, 6), (6,)], None),
         (silent, [(6, 12), (6,)], None),
+        (the_same_for_all_samples, [(6, 12), (6,)], None),
         (beside_a_tied_one, [(6, 12), (6, 12), (6,)], [1]),
     ],
 )
@@ -144,7 +151,9 @@ def test_only_layers_with_the_right_map(head, shapes, kept):
     omega = torch.randn(CLASSES, features.shape[1], generator=generator, dtype=torch.float64)
 
     def batches(stride=1):
-        yield slice(0, N, stride), (boundary[0][::stride],)
+        for start in range(0, N, 16) if stride == 1 else (0,):
+            rows = slice(start, min(start + 16, N)) if stride == 1 else slice(0, N, stride)
+            yield rows, (boundary[0][rows],)
 
     loss = Multinomial(torch.arange(N) % CLASSES, torch.full((N,), 1 / N).double(), CLASSES)
     tangent = TangentTerm(linearized, batches, omega, 1e-3)

@@ -38,6 +38,10 @@ _FLOORS = np.geomspace(1e-6, 0.5, 40)
 _ROUNDING = 0.4
 
 
+class LayoutError(Exception):
+    """A layer does not see the samples one by one in every batch."""
+
+
 @dataclass(frozen=True)
 class Block:
     """The part of one layer: orthonormal columns on the output and on the input side.
@@ -104,6 +108,8 @@ class Subspace:
                     shapes = ((objective.n_samples, *part.shape[1:]) for part in projected)
                     self.rows.append(tuple(map(objective.like.new_empty, shapes)))
                 for whole, part in zip(self.rows[i], projected, strict=True):
+                    if part.shape[1:] != whole.shape[1:]:
+                        raise LayoutError
                     whole[rows] = part
 
     def exact(self, objective: TangentObjective) -> bool:
@@ -200,7 +206,10 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
         if cost <= most and numbers <= room:
             found = [(layer, r) for layer, r in zip(layers, ranks, strict=True) if min(r) > 0]
             blocks = [Block.of(*each) for each in found]
-            return _checked(objective, Subspace(objective, blocks, curvature.total))
+            try:
+                return _checked(objective, Subspace(objective, blocks, curvature.total))
+            except LayoutError:
+                return None
     return None
 
 
@@ -245,6 +254,9 @@ def _projected(
         activation, calls = record(head, leaves, boundary)
     outputs = [call.output for call in calls]
     of_block = [[i for i, call in enumerate(calls) if call.weight == b.weight] for b in blocks]
+    if any(calls[i].output_rows(outputs[i], n_samples).shape[1] != n_samples
+           for chosen in of_block for i in chosen):  # fmt: skip
+        raise LayoutError
     pulled: list[list[Tensor]] = [[] for _ in blocks]
     for row in tangent.omega:
         gradients = torch.autograd.grad(
