@@ -205,10 +205,11 @@ def minimize(
         if callback is not None and callback(n_iter, point.value, point.x):
             status = "interrupted" if norm > tolerance else "converged"
             break
-        if norm > tolerance and not same_curvature(curvature, loss, point.logits):
+        if not same_curvature(curvature, loss, point.logits):
             memory = _Memory(precondition(point.logits))
             curvature = float(loss.curvatures(point.logits).sum())
             natural = memory.precondition(point.gradient)
+            norm = _norm(point.gradient, natural)
             correct = coarse(memory.precondition) if coarse and correct else None
     learned = Secants([(step, change) for step, change, _ in memory.pairs], penalty)
     return Solution(point.x, path, n_iter, passes, status, norm, learned)
