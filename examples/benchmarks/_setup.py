@@ -1,5 +1,6 @@
 """Models, data and environment of the benchmarks."""
 
+import argparse
 import ast
 import importlib.util
 import json
@@ -129,10 +130,26 @@ def need_data(path):
         sys.exit(print("--data is no zip file, so there is nothing to measure."))
 
 
-def save(rows, arguments):
-    """Write rows, setting and environment as JSON."""
-    setting = {k: v for k, v in vars(arguments).items() if k not in ("data", "output")}
-    result = {"environment": environment(), "setting": setting, "rows": rows}
+def task_parser(description):
+    """Return a parser of what a task, an encoder and the penalties depend on."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--data", type=Path, help="zip file of train/ and test/<class>/*.jpg")
+    add("--encoders", nargs="+", default=list(SHIPPED[:1]), help="names, or files of weights")
+    add("--n-train", type=int, default=2000)
+    add("--n-test", type=int, help="default: all")
+    add("--alpha", type=float, default=1e-3)
+    add("--gradient-alpha", type=float, default=1e-4)
+    add("--max-iter", type=int, default=100)
+    add("--repeats", type=int, default=3)
+    add("--seed", type=int, default=0)
+    return parser
+
+
+def save(rows, arguments, **known):
+    """Write rows, environment and setting, that of the command line and what else is known."""
+    setting = {k: v for k, v in vars(arguments).items() if k not in ("data", "output", "task")}
+    result = {"environment": environment(), "setting": setting | known, "rows": rows}
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 

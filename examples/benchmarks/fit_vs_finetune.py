@@ -16,7 +16,6 @@ to choose one costs each of the models several times its row. Graphs are capture
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import itertools
 import math
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 from _finetuning import RECIPES, Head, accuracy, below, fine_tune, fine_tune_with_skorch
-from _setup import Task, empty_store, encoder, need_data, save
+from _setup import Task, empty_store, encoder, need_data, save, task_parser
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -35,7 +34,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.backbones._shipped import SHIPPED
 
 SKORCH = importlib.util.find_spec("skorch") is not None
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -151,21 +149,12 @@ def table(rows):
 
 def main():
     """Run what was asked for, write JSON, print Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = task_parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", type=Path, help="zip file of train/ and test/<class>/*.jpg")
-    add("--encoders", nargs="+", default=list(SHIPPED[:1]), help="names, or files of weights")
-    add("--n-train", type=int, default=2000)
-    add("--n-test", type=int, help="default: all")
     add("--n-layers", type=int, default=1, help="topmost convolutions")
-    add("--alpha", type=float, default=1e-3)
-    add("--gradient-alpha", type=float, default=1e-4)
     add("--logistic-alpha", type=float, default=1e-3, help="1 / (C * number of images)")
-    add("--max-iter", type=int, default=100)
     add("--rate-factor", type=float, default=1.0, help="on the published learning rates")
     add("--patience", type=int, default=10, help="epochs of fine-tuning without a better one")
-    add("--repeats", type=int, default=3)
-    add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("fit_vs_finetune.json"))
     arguments = parser.parse_args()
     need_data(arguments.data)

@@ -23,7 +23,6 @@ recipe goes on until it has met both, or to the limit. Graph and kernels are loa
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
@@ -35,13 +34,12 @@ from unittest import mock
 import torch
 from _finetuning import RECIPES
 from _reference import Judge, LinearModel, train
-from _setup import Task, empty_store, encoder, need_data, save
+from _setup import Task, empty_store, encoder, need_data, save, task_parser
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import GradientFeatureClassifier
 from sklearn_gradfeat._stages import Stages
-from sklearn_gradfeat.backbones._shipped import SHIPPED
 
 TARGETS = ("objective", "accuracy")
 
@@ -160,20 +158,11 @@ def table(rows):
 
 def main():
     """Run what was asked for, write JSON, print Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = task_parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", type=Path, help="zip file of train/ and test/<class>/*.jpg")
-    add("--encoders", nargs="+", default=list(SHIPPED[:1]), help="names, or files of weights")
-    add("--n-train", type=int, default=2000)
-    add("--n-test", type=int, help="default: all")
-    add("--alpha", type=float, default=1e-3)
-    add("--gradient-alpha", type=float, default=1e-4)
-    add("--max-iter", type=int, default=100)
     add("--slack", type=float, default=0.01, help="share of the decrease in our second stage")
     add("--limit", type=float, default=20, help="of a recipe, in units of our time")
     add("--every", type=int, default=100, help="iterations between judgements")
-    add("--repeats", type=int, default=3)
-    add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("fit_vs_reference.json"))
     arguments = parser.parse_args()
     need_data(arguments.data)

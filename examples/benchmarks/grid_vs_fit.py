@@ -11,7 +11,6 @@ the estimator with the same search built in, without a store; all others are Gri
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from _setup import digits, empty_store, environment, images
+from _setup import digits, empty_store, images, save
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
@@ -126,9 +125,7 @@ def main():
         task[0].set_params(features=arguments.features)
     parameter = "alpha" if arguments.features == "activation" else "gradient_alpha"
     rows = compare(name, *task, arguments.repeats, parameter)
-    setting = {"folds": FOLDS, parameter: ALPHAS.tolist(), "repeats": arguments.repeats}
-    result = {"environment": environment(), "setting": setting, "rows": rows}
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    save(rows, arguments, folds=FOLDS, **{parameter: ALPHAS.tolist()})
     print(table(rows))
 
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 import warnings
 from pathlib import Path
 
 import torch
 from _finetuning import RECIPES, Head, accuracy, below, fine_tune
-from _setup import Task, encoder, environment
+from _setup import Task, encoder, save
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
@@ -212,14 +211,12 @@ def main(argv=None):
     add("--output", type=Path, default=Path("paper_tables.json"))
     arguments = parser.parse_args(argv)
     task = Task(arguments)
-    setting = {name: value for name, value in vars(arguments).items() if name != "output"}
-    setting |= {"data": arguments.data.name, "n_train": len(task.y), "n_test": len(task.y_test)}
+    sizes = {"n_train": len(task.y), "n_test": len(task.y_test)}
     rows = []
     for number, name in itertools.product(arguments.tables, arguments.encoders):
         for row in (table_3 if number == 3 else table_1)(name, task, arguments):
             rows.append(row)
-            result = {"environment": environment(), "setting": setting, "rows": rows}
-            arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+            save(rows, arguments, data=arguments.data.name, **sizes)
             arguments.output.with_suffix(".md").write_text(markdown(rows))
     print(markdown(rows))
 

@@ -216,7 +216,7 @@ def main():
     parser.add_argument("--data", type=Path, help="zip file of train/<class>/*.jpg")
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
     parser.add_argument("--n-train", type=int, default=10_000, help="images")
-    parser.add_argument("--max-iter", type=int, default=200)
+    parser.add_argument("--max-iter", type=int, default=200, help="of Newton-CG: passes")
     parser.add_argument("--output", type=Path, default=Path("solver.json"))
     arguments = parser.parse_args()
     rows = []

@@ -17,7 +17,6 @@ the explicit side ends above that of the fit, as a share of the latter: which of
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _setup import digits, environment
+from _setup import digits, save
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
@@ -166,10 +165,7 @@ def main():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         rows = [row for name in arguments.problems for row in compare(name, arguments)]
-    setting = {k: v for k, v in vars(arguments).items() if k != "output"}
-    setting |= {"alpha": ALPHA, "gradient_alpha": GRADIENT_ALPHA}
-    result = {"environment": environment(), "setting": setting, "rows": rows}
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    save(rows, arguments, alpha=ALPHA, gradient_alpha=GRADIENT_ALPHA)
     print(table(rows))
 
 
