@@ -1,5 +1,7 @@
 """The leading subspace: its map against the whole one, and what it does for the solver."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from sklearn_gradfeat.tangent import (
     TangentObjective,
     TangentTerm,
 )
-from sklearn_gradfeat.tangent import _subspace as subspaces
+from sklearn_gradfeat.tangent import _leading as subspaces
 from sklearn_gradfeat.tangent._patches import LayerRecorder
 from tests.networks import NETWORKS, build
 
@@ -34,25 +36,24 @@ def every_size_is_worth_it(monkeypatch):
     monkeypatch.setattr(subspaces, "_SHARE", 0.5)
 
 
+def batches(boundary, stride=1):
+    """Iterate over batches of unequal size."""
+    for start in range(0, N, 16 * stride):
+        rows = slice(start, min(start + 16 * stride, N), stride)
+        yield rows, tuple(z[rows] for z in boundary)
+
+
 def objective_of(kind, loss=None, alpha=1e-4):
-    """Return the objective of a tiny network, in batches of unequal size."""
+    """Return the objective of a tiny network."""
     module, names = build(kind)
     network = FrozenBackbone(module, X[:2], torch.float64, None).network(names)
     boundary = network.trunk(X)
     head = LinearizedHead(network.head, network.parameters, "ntk")
 
-    def batches(stride=1):
-        chosen = [z[::stride] for z in boundary]
-        for start in range(0, len(chosen[0]), 16):
-            rows = slice(start * stride, min((start + 16) * stride, N), stride)
-            if stride == 1:
-                rows = slice(start, min(start + 16, N))
-            yield rows, tuple(z[start : start + 16] for z in chosen)
-
     features = head.activation(boundary)
     omega = torch.randn(CLASSES, features.shape[1], generator=generator, dtype=torch.float64)
     loss = loss or Multinomial(torch.arange(N) % CLASSES, torch.full((N,), 1 / N).double(), CLASSES)
-    tangent = TangentTerm(head, batches, omega, alpha)
+    tangent = TangentTerm(head, partial(batches, boundary), omega, alpha)
     return TangentObjective(loss, features, tangent, 1e-3, True, N, X[:0, 0, 0, 0], X.device)
 
 
@@ -150,13 +151,8 @@ def test_only_layers_with_the_right_map(head, shapes, kept):
     features = linearized.activation(boundary)
     omega = torch.randn(CLASSES, features.shape[1], generator=generator, dtype=torch.float64)
 
-    def batches(stride=1):
-        for start in range(0, N, 16) if stride == 1 else (0,):
-            rows = slice(start, min(start + 16, N)) if stride == 1 else slice(0, N, stride)
-            yield rows, (boundary[0][rows],)
-
     loss = Multinomial(torch.arange(N) % CLASSES, torch.full((N,), 1 / N).double(), CLASSES)
-    tangent = TangentTerm(linearized, batches, omega, 1e-3)
+    tangent = TangentTerm(linearized, partial(batches, boundary), omega, 1e-3)
     objective = TangentObjective(loss, features, tangent, 1e-3, True, N, X[:0, 0, 0, 0], X.device)
     subspace = subspace_of(objective)
     assert (subspace and [block.weight for block in subspace.blocks]) == kept

@@ -80,8 +80,9 @@ class Solution:
 class _Memory:
     """Curvature pairs and the two-loop recursion around a preconditioner."""
 
-    def __init__(self, precondition: Inverse) -> None:
-        self.precondition = precondition
+    def __init__(self, precondition: Callable[[Tensor], Inverse], loss: Loss, logits: Tensor):
+        self.precondition = precondition(logits)
+        self.curvature = float(loss.curvatures(logits).sum())
         self.scale = 1.0
         self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
 
@@ -171,9 +172,8 @@ def minimize(
     """
     loss, penalty = objective.loss, objective.penalty
     point = start(objective, x)
-    memory = _Memory(precondition(point.logits))
+    memory = _Memory(precondition, loss, point.logits)
     memory.recall(secants, penalty)
-    curvature = float(loss.curvatures(point.logits).sum())
     natural = memory.precondition(point.gradient)
     norm = _norm(point.gradient, natural)
     correct = coarse(memory.precondition) if coarse and norm > _FAR * tolerance else None
@@ -205,9 +205,8 @@ def minimize(
         if callback is not None and callback(n_iter, point.value, point.x):
             status = "interrupted" if norm > tolerance else "converged"
             break
-        if not same_curvature(curvature, loss, point.logits):
-            memory = _Memory(precondition(point.logits))
-            curvature = float(loss.curvatures(point.logits).sum())
+        if not same_curvature(memory.curvature, loss, point.logits):
+            memory = _Memory(precondition, loss, point.logits)
             natural = memory.precondition(point.gradient)
             norm = _norm(point.gradient, natural)
             correct = coarse(memory.precondition) if coarse and correct else None

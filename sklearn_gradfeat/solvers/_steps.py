@@ -46,9 +46,15 @@ class Point(NamedTuple):
 
 def start(objective: LinearObjective, x: Tensor) -> Point:
     """Return the point at ``x``."""
-    loss, penalty, logits = objective.loss, objective.penalty, objective.forward(x)
-    gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
-    return Point(x, logits, gradient, loss.value(logits) + float(penalty * x @ x) / 2)
+    logits = objective.forward(x)
+    value = objective.loss.value(logits) + float(objective.penalty * x @ x) / 2
+    return _with_gradient(objective, x, logits, value)
+
+
+def _with_gradient(objective: LinearObjective, x: Tensor, logits: Tensor, value: float) -> Point:
+    """Return a point; its gradient takes a pass."""
+    gradient = objective.adjoint(objective.loss.gradient(logits)) + objective.penalty * x
+    return Point(x, logits, gradient, value)
 
 
 def _line(objective: LinearObjective, point: Point, direction: Tensor, change: Tensor) -> Line:
@@ -62,23 +68,21 @@ def stepped(
     objective: LinearObjective, point: Point, direction: Tensor
 ) -> tuple[Point | None, int]:
     """Return the best point along a direction, if it is better at all, and the passes it took."""
-    loss, penalty, bottom = objective.loss, objective.penalty, objective.loss.bottom
+    penalty, bottom = objective.penalty, objective.loss.bottom
     change, adjoint = objective.forward_adjoint(
         direction, point.logits if bottom is None else bottom
     )
     step, gain = search(_line(objective, point, direction, change), point.value)
     if gain >= 0:
         return None, 1
-    logits, x = point.logits + step * change, point.x + step * direction
-    passes = 1
+    logits, x, value = point.logits + step * change, point.x + step * direction, point.value + gain
     if bottom is not None:
         gradient = point.gradient + step * (adjoint + penalty * direction)
-    else:
-        if step != 1.0:
-            adjoint = objective.adjoint(loss.gradient(logits))
-            passes += 1
+    elif step == 1.0:
         gradient = adjoint + penalty * x
-    return Point(x, logits, gradient, point.value + gain), passes
+    else:
+        return _with_gradient(objective, x, logits, value), 2
+    return Point(x, logits, gradient, value), 1
 
 
 def stepped_and_corrected(
@@ -100,7 +104,5 @@ def corrected(
     objective: LinearObjective, point: Point, correct: Correct, norm: float
 ) -> tuple[Point, int]:
     """Return what a correction makes of a point."""
-    loss, penalty = objective.loss, objective.penalty
     x, logits, gain = correct(point.x, point.logits, norm)
-    gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
-    return Point(x, logits, gradient, point.value + gain), 1
+    return _with_gradient(objective, x, logits, point.value + gain), 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from sklearn_gradfeat.solvers import Secants, Solution, same_curvature
 from sklearn_gradfeat.tangent._correction import Correction
+from sklearn_gradfeat.tangent._leading import leading_subspace
 from sklearn_gradfeat.tangent._objective import TangentObjective
 from sklearn_gradfeat.tangent._preconditioner import Curvature, Preconditioner
 from sklearn_gradfeat.tangent._samples import SampleInverse, tangent_gram
-from sklearn_gradfeat.tangent._subspace import Subspace, leading_subspace
+from sklearn_gradfeat.tangent._subspace import Subspace
 
 
 class Inverses:
@@ -53,7 +55,7 @@ class Inverses:
 
     def coarse(self, objective: TangentObjective) -> Callable[[Any], Correction | None]:
         """Return the function that corrects points within leading directions, given an inverse."""
-        return lambda inverse: self._correction(objective, inverse)
+        return functools.partial(self._correction, objective)
 
     def _correction(self, objective: TangentObjective, inverse: Any) -> Correction | None:
         """Return the correction, unless the inverse is exact or no subspace is worth it."""

@@ -26,7 +26,7 @@ from torch.func import grad, vmap
 
 from sklearn_gradfeat._attention import differentiable_attention
 from sklearn_gradfeat.tangent._head import LinearizedHead
-from sklearn_gradfeat.tangent._patches import LayerCall, LayerRecorder
+from sklearn_gradfeat.tangent._patches import LayerCall, output_gradients, record
 from sklearn_gradfeat.tangent._products import Tensors
 from sklearn_gradfeat.tangent._spectrum import Spectrum
 
@@ -118,23 +118,16 @@ def factors(
     weights: Tensor,
 ) -> tuple[dict[int, Factor], dict[int, Tensor]]:
     """Return the factors of the layers and the diagonals of the other parameters."""
-    leaves = tuple(value.detach().requires_grad_() for value in head.values)
     found: dict[int, Factor] = {}
     diagonals: dict[int, Tensor] = {}
     n_samples = len(weights)
     for rows, boundary in batches:
         w = weights[rows]
-        with torch.enable_grad():
-            activation, calls = record(head, leaves, boundary)
+        activation, calls = record(head, boundary, differentiable=True)
         if not activation.requires_grad:
             raise ValueError("The activation does not depend on the gradient layers.")
-        outputs = [call.output for call in calls]
         chosen: list[_Positions] = []
-        for column in columns if calls else ():
-            grads = torch.autograd.grad(
-                activation, outputs, column.expand_as(activation),
-                retain_graph=True, materialize_grads=True,
-            )  # fmt: skip
+        for grads in output_gradients(activation, calls, columns):
             rows_out = [c.output_rows(g, len(w)) for c, g in zip(calls, grads, strict=True)]
             if not chosen:  # the first column is the strongest
                 chosen = [_strongest(r, w) for r in rows_out]
@@ -145,7 +138,7 @@ def factors(
             for call, gradient, positions in zip(calls, rows_out, chosen, strict=True):
                 found[call.weight].add_output(positions.of(gradient, n_rows), w)
         covered = {*found, *(f.bias for f in found.values())}
-        rest = [i for i in range(len(leaves)) if i not in covered]
+        rest = [i for i in range(len(head.values)) if i not in covered]
         for i, square in zip(rest, _squares(head, rest, boundary, columns, w), strict=True):
             diagonals[i] = diagonals.get(i, 0.0) + square
     return found, diagonals
@@ -200,19 +193,11 @@ def enough_samples(head: LinearizedHead, boundary: Tensors) -> int:
     """Return how many samples give every Gram matrix enough rows, from a few of them."""
     n_samples = len(boundary[0])
     most = _MIN_SAMPLES
-    for call in record(head, head.values, boundary)[1]:
+    for call in record(head, boundary)[1]:
         n_positions = call.output_rows(call.output, n_samples).shape[2]
         n_columns = head.values[call.weight][0].numel()
         most = max(most, math.ceil(_ROWS_PER_COLUMN * n_columns / n_positions))
     return min(most, _MAX_SAMPLES)
-
-
-def record(
-    head: LinearizedHead, values: Tensors, boundary: Tensors
-) -> tuple[Tensor, list[LayerCall]]:
-    """Return the activation, and every application of a layer with one of the values."""
-    with differentiable_attention(), LayerRecorder(values) as recorder:
-        return head.head(values, boundary), recorder.calls
 
 
 def _squares(

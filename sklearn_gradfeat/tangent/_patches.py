@@ -7,7 +7,7 @@ sample, ``(groups, n_samples, positions, columns)``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from sklearn_gradfeat._attention import differentiable_attention
+from sklearn_gradfeat.tangent._head import LinearizedHead
+from sklearn_gradfeat.tangent._products import Tensors
 
 _LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 _ALL = slice(None)
@@ -110,6 +114,31 @@ class LayerRecorder(TorchFunctionMode):
         if len(flat) == len(weight):
             self.positions[id(flat)] = self.positions[id(weight)]
             self.matrices.append(flat)
+
+
+def record(
+    head: LinearizedHead, boundary: Tensors, *, differentiable: bool = False
+) -> tuple[Tensor, list[LayerCall]]:
+    """Return the activation, and every application of a layer with one of the parameters."""
+    values = tuple(value.detach().requires_grad_(differentiable) for value in head.values)
+    with (
+        torch.set_grad_enabled(differentiable),
+        differentiable_attention(),
+        LayerRecorder(values) as recorder,
+    ):
+        return head.head(values, boundary), recorder.calls
+
+
+def output_gradients(
+    activation: Tensor, calls: Sequence[LayerCall], columns: Tensor
+) -> Iterator[Tensors]:
+    """Yield the gradients of ``column · activation`` in the outputs of recorded layers."""
+    outputs = [call.output for call in calls]
+    for column in columns if calls else ():
+        yield torch.autograd.grad(
+            activation, outputs, column.expand_as(activation),
+            retain_graph=True, materialize_grads=True,
+        )  # fmt: skip
 
 
 def _by_sample(rows: Tensor, n_samples: int) -> Tensor:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from sklearn_gradfeat.tangent._head import LinearizedHead
-from sklearn_gradfeat.tangent._kfac import record
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
-from sklearn_gradfeat.tangent._patches import LayerCall
+from sklearn_gradfeat.tangent._patches import LayerCall, output_gradients, record
 from sklearn_gradfeat.tangent._products import Tensors
 
 # A Gram matrix of this size is 128 MiB, and factored in seconds.
@@ -103,19 +102,10 @@ def _layer_rows(
     Scaled inputs of shape (n_samples, n_inputs) and gradients of the logits in the output,
     (n_samples, n_outputs, width); None where those are not all that there is.
     """
-    leaves = tuple(value.detach().requires_grad_() for value in head.values)
-    with torch.enable_grad():
-        activation, calls = record(head, leaves, boundary)
-    if not _all_linear(calls, len(leaves), n_samples):
+    activation, calls = record(head, boundary, differentiable=True)
+    if not _all_linear(calls, len(head.values), n_samples):
         return None
-    outputs = [call.output for call in calls]
-    gradients = [
-        torch.autograd.grad(
-            activation, outputs, row.expand_as(activation),
-            retain_graph=True, materialize_grads=True,
-        )
-        for row in omega
-    ]  # fmt: skip
+    gradients = output_gradients(activation, calls, omega)
     inputs = [call.scaled_rows(head.values, head.scales, n_samples)[0, :, 0] for call in calls]
     return [(a, torch.stack(g, 1)) for a, *g in zip(inputs, *gradients, strict=True)]
 

@@ -12,28 +12,14 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.tangent._kfac import record
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
-from sklearn_gradfeat.tangent._patches import LayerCall
-from sklearn_gradfeat.tangent._preconditioner import Curvature, Layer
+from sklearn_gradfeat.tangent._patches import LayerCall, output_gradients, record
+from sklearn_gradfeat.tangent._preconditioner import Layer
 from sklearn_gradfeat.tangent._products import Tensors
 
-# What an evaluation may cost, as a share of what the layers alone cost in a pass.
-_SHARE = 1 / 8
-# Multiplications that take as long as reading a number.
-_READING = 16
-# What the rows of all samples may take, in bytes.
-_MAX_BYTES = 2**29
-# Every output takes a pass backwards through the head before the first row is there.
-_MAX_OUTPUTS = 32
-# Where the layers take fewer multiplications for a sample, a pass is as good as free.
-_MIN_COST = 2**15
-# Shares of the largest curvature that the leading eigenvectors of either side have to reach.
-_FLOORS = np.geomspace(1e-6, 0.5, 40)
 # A map is right if it errs by no more than this power of the rounding unit.
 _ROUNDING = 0.4
 
@@ -47,7 +33,7 @@ class Block:
     """The part of one layer: orthonormal columns on the output and on the input side.
 
     ``weight`` and ``bias`` are positions in the tuple of parameters; ``curvature`` is that of
-    every entry of ``R``.
+    every entry of ``R``; ``n_positions`` is how often a sample meets the weight.
     """
 
     weight: int
@@ -55,13 +41,20 @@ class Block:
     outputs: Tensor
     inputs: Tensor
     curvature: Tensor
+    n_positions: int
 
     @classmethod
-    def of(cls, layer: Layer, ranks: tuple[int, int]) -> Block:
+    def of(cls, layer: Layer, ranks: tuple[int, int], n_positions: int) -> Block:
         """Take so many eigenvectors of either factor."""
         sides = zip((layer.output, layer.inputs), ranks, strict=True)
         (g, outputs), (a, inputs) = ((s.values[0, -r:], s.columns(r)) for s, r in sides)
-        return cls(layer.weight, layer.factor.bias, outputs, inputs, g[:, None] * a)
+        return cls(layer.weight, layer.factor.bias, outputs, inputs, g[:, None] * a, n_positions)
+
+    def empty(self, like: Tensor, n_samples: int, n_outputs: int) -> Tensors:
+        """Return room for inputs and gradients as :func:`_projected` gives them."""
+        n_leading, n_inputs = self.curvature.shape
+        inputs = like.new_empty(n_samples, self.n_positions, n_inputs)
+        return inputs, like.new_empty(n_samples, n_outputs, self.n_positions * n_leading)
 
     def extend(self, r: Tensor, pieces: list[Tensor]) -> None:
         """Write displacements from coordinates."""
@@ -100,17 +93,13 @@ class Subspace:
         self.head, self.blocks = objective.tangent.head, blocks
         self.affine = replace(objective, tangent=None)
         self.sizes = [sum(self.affine.sizes), *(block.curvature.numel() for block in blocks)]
-        self.rows: list[Tensors] = []
+        n_outputs = objective.loss.n_outputs
+        self.rows = [b.empty(objective.like, objective.n_samples, n_outputs) for b in blocks]
         for rows, boundary in objective.tangent.batches():
-            n = rows.stop - rows.start
-            for i, projected in enumerate(_projected(objective.tangent, blocks, boundary, n)):
-                if i == len(self.rows):
-                    shapes = ((objective.n_samples, *part.shape[1:]) for part in projected)
-                    self.rows.append(tuple(map(objective.like.new_empty, shapes)))
-                for whole, part in zip(self.rows[i], projected, strict=True):
-                    if part.shape[1:] != whole.shape[1:]:
-                        raise LayoutError
-                    whole[rows] = part
+            projected = _projected(objective.tangent, blocks, boundary, rows.stop - rows.start)
+            for places, parts in zip(self.rows, projected, strict=True):
+                for place, part in zip(places, parts, strict=True):
+                    place[rows] = part
 
     def exact(self, objective: TangentObjective) -> bool:
         """Whether the map is that of the objective.
@@ -166,80 +155,6 @@ class Subspace:
         return torch.cat([affine, *(block.restrict(pieces) for block in self.blocks)])
 
 
-def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subspace | None:
-    """Return the largest subspace that is cheap, if there is one.
-
-    Layers whose part of the map is not that of the objective are left out of it.
-
-    Parameters
-    ----------
-    objective : TangentObjective
-        The objective, with displacements.
-    curvature : Curvature
-        Its Kronecker factors.
-
-    Returns
-    -------
-    Subspace or None
-    """
-    tangent = objective.tangent
-    assert tangent is not None
-    rows, boundary = next(iter(tangent.batches()))
-    calls = record(tangent.head, tangent.head.values, boundary)[1]
-    n_positions = _positions(calls, rows.stop - rows.start)
-    layers = [
-        layer for layer in curvature.layers if layer.weight in n_positions and layer.decomposed
-    ]
-    positions = [n_positions[layer.weight] for layer in layers]
-    widths = [(layer.factor.output.shape[-1], layer.factor.inputs.shape[-1]) for layer in layers]
-    most = _SHARE * sum(n * g * a for n, (g, a) in zip(positions, widths, strict=True))
-    n_outputs = len(tangent.omega)
-    if not layers or most < _SHARE * _MIN_COST or n_outputs > _MAX_OUTPUTS:
-        return None
-    largest = max(float(layer.output.values.max() * layer.inputs.values.max()) for layer in layers)
-    room = _MAX_BYTES / objective.like.element_size() / objective.n_samples
-    for floor in largest * _FLOORS if largest > 0 else ():
-        ranks = [_ranks(layer, floor) for layer in layers]
-        sized = list(zip(positions, ranks, strict=True))
-        numbers = sum(n * (a + n_outputs * g) for n, (g, a) in sized)
-        cost = sum(n * g * a for n, (g, a) in sized) + _READING * numbers
-        if cost <= most and numbers <= room:
-            found = [(layer, r) for layer, r in zip(layers, ranks, strict=True) if min(r) > 0]
-            blocks = [Block.of(*each) for each in found]
-            try:
-                return _checked(objective, Subspace(objective, blocks, curvature.total))
-            except LayoutError:
-                return None
-    return None
-
-
-def _checked(objective: TangentObjective, subspace: Subspace) -> Subspace | None:
-    """Return the part of a subspace that has the right map, if any."""
-    if subspace.exact(objective):
-        return subspace
-    alone = [i for i in range(len(subspace.blocks)) if subspace.only([i]).exact(objective)]
-    rest = subspace.only(alone)
-    return rest if alone and rest.exact(objective) else None
-
-
-def _ranks(layer: Layer, floor: float) -> tuple[int, int]:
-    """Return how many directions on either side have a curvature above a floor."""
-    g, a = layer.output.values, layer.inputs.values
-    return int((g * a.max() > floor).sum()), int((a * g.max() > floor).sum())
-
-
-def _positions(calls: Sequence[LayerCall], n_samples: int) -> dict[int, int]:
-    """Return the number of positions of the layers that can be restricted, by their weight."""
-    found: dict[int, int] = {}
-    unfit = set()
-    for call in calls:
-        _, by_sample, n, _ = call.output_rows(call.output, n_samples).shape
-        found[call.weight] = found.get(call.weight, 0) + n
-        if call.groups > 1 or by_sample != n_samples:
-            unfit.add(call.weight)
-    return {weight: n for weight, n in found.items() if weight not in unfit}
-
-
 def _projected(
     tangent: TangentTerm, blocks: Sequence[Block], boundary: Tensors, n_samples: int
 ) -> list[Tensors]:
@@ -249,23 +164,16 @@ def _projected(
     (n_samples, n_outputs, n_positions * rank).
     """
     head = tangent.head
-    leaves = tuple(value.detach().requires_grad_() for value in head.values)
-    with torch.enable_grad():
-        activation, calls = record(head, leaves, boundary)
-    outputs = [call.output for call in calls]
-    of_block = [[i for i, call in enumerate(calls) if call.weight == b.weight] for b in blocks]
-    if any(calls[i].output_rows(outputs[i], n_samples).shape[1] != n_samples
-           for chosen in of_block for i in chosen):  # fmt: skip
+    activation, calls = record(head, boundary, differentiable=True)
+    found = positions(calls, n_samples)
+    if any(found.get(block.weight) != block.n_positions for block in blocks):
         raise LayoutError
+    of_block = [[i for i, call in enumerate(calls) if call.weight == b.weight] for b in blocks]
     pulled: list[list[Tensor]] = [[] for _ in blocks]
-    for row in tangent.omega:
-        gradients = torch.autograd.grad(
-            activation, outputs, row.expand_as(activation),
-            retain_graph=True, materialize_grads=True,
-        )  # fmt: skip
-        for block, chosen, found in zip(blocks, of_block, pulled, strict=True):
+    for gradients in output_gradients(activation, calls, tangent.omega):
+        for block, chosen, kept in zip(blocks, of_block, pulled, strict=True):
             parts = [calls[i].output_rows(gradients[i], n_samples)[0] for i in chosen]
-            found.append((torch.cat(parts, 1) @ block.outputs).flatten(1))
+            kept.append((torch.cat(parts, 1) @ block.outputs).flatten(1))
     inputs = [
         torch.cat([calls[i].scaled_rows(head.values, head.scales, n_samples)[0] for i in chosen], 1)
         for chosen in of_block
@@ -274,3 +182,15 @@ def _projected(
         (rows @ block.inputs, torch.stack(gradients, 1))
         for rows, block, gradients in zip(inputs, blocks, pulled, strict=True)
     ]
+
+
+def positions(calls: Sequence[LayerCall], n_samples: int) -> dict[int, int]:
+    """Return the number of positions of the layers that can be restricted, by their weight."""
+    found: dict[int, int] = {}
+    unfit = set()
+    for call in calls:
+        _, by_sample, n, _ = call.output_rows(call.output, n_samples).shape
+        found[call.weight] = found.get(call.weight, 0) + n
+        if call.groups > 1 or by_sample != n_samples:
+            unfit.add(call.weight)
+    return {weight: n for weight, n in found.items() if weight not in unfit}
