@@ -62,39 +62,42 @@ def seconds(function, *arguments):
     return time.perf_counter() - start
 
 
-def repeat(model, network, X, y, preprocess):
-    """Return the seconds of every run, one after the other, and the passes of a fit."""
-    empty_store()
-    return {
-        "forward": seconds(forward, network, X, preprocess, torch.contiguous_format),
-        "channels last": seconds(forward, network, X, preprocess, torch.channels_last),
-        "cold fit": seconds(model.fit, X, y),
-        "warm fit": seconds(model.fit, X, y),
-        "predict_proba": seconds(model.set_params(feature_store=None).predict_proba, X),
-        "passes": model.n_passes_,
-    }
+def repeat(models, network, X, y, preprocess):
+    """Return the seconds of every run, one after the other, by kind of features."""
+    layouts = {"forward": torch.contiguous_format, "channels last": torch.channels_last}
+    plain = {run: seconds(forward, network, X, preprocess, at) for run, at in layouts.items()}
+    runs = {}
+    for features, model in models.items():
+        empty_store()
+        fits = {run: seconds(model.fit, X, y) for run in ("cold fit", "warm fit")}
+        model.set_params(feature_store=None)
+        runs[features] = plain | fits | {"predict_proba": seconds(model.predict_proba, X)}
+        model.set_params(feature_store="auto")
+    return runs
 
 
 def compare(name, network, layers, X, y, arguments):
     """Return one row for each kind of features."""
     preprocess = Preprocess(arguments.size)
-    rows = []
+    models = {}
     for features in ("activation", "full"):
-        model = GradientFeatureClassifier(
+        models[features] = model = GradientFeatureClassifier(
             network, preprocess=preprocess, features=features, gradient_layers=layers,
             alpha=0.1, gradient_alpha=1e-4, batch_size=64,
         )  # fmt: skip
         clone(model).set_params(max_iter=1, tol=1).fit(X[:64], y[:64])  # captures the graph
-        runs = [repeat(clone(model), network, X, y, preprocess) for _ in range(arguments.repeats)]
-        ratios = {run: statistics.median(r[run] / r["forward"] for r in runs) for run in RUNS}
+    repeats = [repeat(models, network, X, y, preprocess) for _ in range(arguments.repeats)]
+    rows = []
+    for features, model in models.items():
+        runs = [of_kind[features] for of_kind in repeats]
         rows.append(
             {
                 "network": name,
                 "features": features,
                 "n_samples": len(X),
-                "ratios": ratios,
-                "n_passes": runs[0]["passes"],
-                "seconds": {run: statistics.median(r[run] for r in runs) for run in RUNS},
+                "ratios": {k: statistics.median(r[k] / r["forward"] for r in runs) for k in RUNS},
+                "n_passes": model.n_passes_,
+                "seconds": {k: statistics.median(r[k] for r in runs) for k in RUNS},
             }
         )
     return rows
@@ -127,7 +130,7 @@ def main():
     rows = []
     for name, (network, layers) in networks(model.backbone).items():
         rows += compare(name, network, layers, X, y, arguments)
-    save(rows, arguments)
+        save(rows, arguments)
     print("In units of the first run, one pass of the plain network:\n")
     print(table(rows))
 
