@@ -85,7 +85,8 @@ def compare(name, network, layers, X, y, arguments):
             network, preprocess=preprocess, features=features, gradient_layers=layers,
             alpha=0.1, gradient_alpha=1e-4, batch_size=64,
         )  # fmt: skip
-        clone(model).set_params(max_iter=1, tol=1).fit(X[:64], y[:64])  # captures the graph
+        few = slice(None, None, len(X) // 64)
+        clone(model).set_params(max_iter=1, tol=1).fit(X[few], y[few])  # captures the graph
     repeats = [repeat(models, network, X, y, preprocess) for _ in range(arguments.repeats)]
     rows = []
     for features, model in models.items():
