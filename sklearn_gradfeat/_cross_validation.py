@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,7 +23,15 @@ from sklearn_gradfeat._base import BaseGradientFeature
 from sklearn_gradfeat._callbacks import FitCallbacks
 from sklearn_gradfeat._input import restored_on_error, validate_samples
 from sklearn_gradfeat._scoring import ScoringMixin
-from sklearn_gradfeat._search import Grid, known_logits, penalty_path, place
+from sklearn_gradfeat._search import (
+    Candidate,
+    Grid,
+    known_logits,
+    left_out_path,
+    penalty_path,
+    place,
+)
+from sklearn_gradfeat._stages import Stages
 from sklearn_gradfeat._targets import Problem
 from sklearn_gradfeat._training import Prepared, warn_of_search
 
@@ -54,6 +62,15 @@ class _Data(NamedTuple):
         return self.y[rows], None if self.weights is None else self.weights[rows]
 
 
+class _Part(NamedTuple):
+    """A fold: its problem, the samples to score on, and the models to be scored."""
+
+    problem: Problem
+    test: npt.NDArray[np.intp]
+    stages: Stages
+    candidates: Iterator[Candidate]
+
+
 def searched(constraints: dict[str, Any]) -> dict[str, Any]:
     """Return the constraints of an estimator with a search for its penalties."""
     kept = {n: c for n, c in constraints.items() if n not in ("alpha", "gradient_alpha")}
@@ -76,16 +93,12 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
     def _fit_search(self, X: Any, y: Any, sample_weight: Any, params: dict[str, Any]) -> Any:
         """Search, fit the best model, and set the fitted attributes all at once."""
         _raise_for_params(params, self, "fit", allow=["groups"])
-        self._check_penalties()
+        self._check_search()
         with restored_on_error(self, "n_features_in_", "feature_names_in_"):
             X, y = validate_samples(self, X, y)
             problem = self._problem(y, sample_weight)
             to_split, to_score = self._routed(sample_weight, params)
-            cv = check_cv(self.cv, y, classifier=is_classifier(self))
-            folds = [
-                (np.arange(len(y))[train], np.arange(len(y))[test])
-                for train, test in cv.split(X, y, **to_split)
-            ]
+            folds = self._folds(X, y, to_split)
             metadata = (
                 params if sample_weight is None else {**params, "sample_weight": sample_weight}
             )
@@ -107,7 +120,14 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
         callbacks.end()
         return self
 
-    def _check_penalties(self) -> None:
+    def _folds(self, X: Any, y: npt.NDArray[Any], to_split: dict[str, Any]) -> Folds | None:
+        """Return training and test rows of every fold; None to leave every sample out once."""
+        if isinstance(self.cv, str):
+            return None
+        cv, rows = check_cv(self.cv, y, classifier=is_classifier(self)), np.arange(len(y))
+        return [(rows[train], rows[test]) for train, test in cv.split(X, y, **to_split)]
+
+    def _check_search(self) -> None:
         """Refuse lists of anything but penalties."""
         for name in ("alphas", "gradient_alphas"):
             values = np.asarray(getattr(self, name))
@@ -120,24 +140,22 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
 
     @torch.inference_mode(False)
     def _search(
-        self, data: _Data, problem: Problem, folds: Folds, to_score: dict[str, Any]
+        self, data: _Data, problem: Problem, folds: Folds | None, to_score: dict[str, Any]
     ) -> dict[str, Any]:
         """Score all penalties on all folds; return the fitted attributes that say which is best."""
         grid = place(self.alphas, self.gradient_alphas, data.prepared.stages(problem))
-        scores = np.empty((len(folds), *grid.shape))
+        scores = np.empty((1 if folds is None else len(folds), *grid.shape))
         unfinished = 0
         with tqdm(total=scores.size, unit="model", disable=not self.verbose) as bar:
-            for number, (train, test) in enumerate(folds):
-                try:
-                    part = self._problem(*data.part(train))
-                except ValueError as error:
-                    raise ValueError(f"Training samples of fold {number}: {error}") from error
-                unfinished += self._score_fold(
-                    data, part, (train, test), grid, to_score, scores[number], bar.update
-                )
+            for number, part in enumerate(self._parts(data, problem, folds, grid)):
+                score = self._score_of(data, part, to_score)
+                for candidate in part.candidates:
+                    scores[number][candidate.pair] = score(candidate, grid)
+                    unfinished += not candidate.converged
+                    bar.update()
         warn_of_search(unfinished, scores.size, data.prepared.settings)
         # Averaged as in GridSearchCV, so that ties are the same.
-        means = np.average(scores.reshape(len(folds), -1).T.copy(), axis=1)
+        means = np.average(scores.reshape(len(scores), -1).T.copy(), axis=1)
         best = int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
         chosen = grid.parameters(divmod(best, grid.shape[1]))
         return {
@@ -148,34 +166,45 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
             **{f"{name}_": value for name, value in chosen.items()},
         }
 
-    def _score_fold(
-        self,
-        data: _Data,
-        problem: Problem,
-        fold: tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]],
-        grid: Grid,
-        to_score: dict[str, Any],
-        scores: npt.NDArray[np.float64],
-        progress: Callable[[], Any],
-    ) -> int:
-        """Fill in the scores of a fold; return how many models did not converge."""
-        train, test = fold
-        stages = data.prepared.subset(train).stages(problem)
-        offset = problem.offset(stages.loss.n_outputs)
+    def _parts(
+        self, data: _Data, problem: Problem, folds: Folds | None, grid: Grid
+    ) -> Iterator[_Part]:
+        """Iterate over the folds, with the models to score on each."""
+        if folds is None:
+            everything = np.arange(len(data.y))
+            stages = data.prepared.stages(problem)
+            yield _Part(problem, everything, stages, left_out_path(stages, grid))
+            return
+        for number, (train, test) in enumerate(folds):
+            try:
+                fold = self._problem(*data.part(train))
+            except ValueError as error:
+                raise ValueError(f"Training samples of fold {number}: {error}") from error
+            stages = data.prepared.subset(train).stages(fold)
+            yield _Part(fold, test, stages, penalty_path(stages, grid))
+
+    def _score_of(
+        self, data: _Data, part: _Part, to_score: dict[str, Any]
+    ) -> Callable[[Candidate, Grid], float]:
+        """Return the function that scores the models of a fold."""
+        test = part.test
+        offset = part.problem.offset(part.stages.loss.n_outputs)
         features = data.prepared.features.subset(test)
         rows = data.X[test] if isinstance(data.X, np.ndarray) else Rows(data.X, test)
         given = _check_method_params(data.X, to_score, indices=test)
-        scorer, scored = self._get_scorer(), self._fold_model(data.prepared, problem)
-        unfinished = 0
-        for pair, centred, converged in penalty_path(stages, grid):
-            model = centred.shifted(offset)
-            logits = known_logits(features, stages.linearized, model)
-            scored.set_params(**grid.parameters(pair))
-            vars(scored).update(model.attributes(), left_out=(rows, logits.cpu().numpy()))
-            scores[pair] = scorer(scored, rows, data.y[test], **given)
-            unfinished += not converged
-            progress()
-        return unfinished
+        scorer, scored = self._get_scorer(), self._fold_model(data.prepared, part.problem)
+
+        def score(candidate: Candidate, grid: Grid) -> float:
+            model = candidate.model.shifted(offset)
+            if candidate.logits is None:
+                logits = known_logits(features, part.stages.linearized, model).cpu().numpy()
+            else:
+                logits = candidate.logits.cpu().numpy() + offset
+            scored.set_params(**grid.parameters(candidate.pair))
+            vars(scored).update(model.attributes(), left_out=(rows, logits))
+            return float(scorer(scored, rows, data.y[test], **given))
+
+        return score
 
     def _fold_model(self, prepared: Prepared, problem: Problem) -> Any:
         """Return an estimator of a fold, that a scorer takes for a fitted one."""

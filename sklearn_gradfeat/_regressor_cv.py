@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 from sklearn.base import _fit_context
+from sklearn.utils._param_validation import StrOptions
 
 from sklearn_gradfeat._callbacks import with_callbacks
 from sklearn_gradfeat._cross_validation import CrossValidated, LeftOut, searched
@@ -74,9 +76,12 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
     gradient_alphas : int or array-like of shape (n_gradient_alphas,), default=5
         The same for ``gradient_alpha``, the L2 penalty on ``w₂``. All combinations are tried.
         Without gradient features there is nothing to try.
-    cv : int, splitter or iterable, default=None
-        The folds; None is 5, stratified for classes. Splitters that need groups get them from
-        the ``groups`` of ``fit``.
+    cv : int, splitter, iterable or "loo", default=None
+        The folds; None is 5. Splitters that need groups get them from the ``groups`` of
+        ``fit``. ``"loo"`` scores the predictions of every sample by the model of all others,
+        from one factorisation for each pair of penalties, which takes no fit of the second stage
+        at all: for squared errors, up to 4096 samples times outputs, and gradient layers that
+        are linear and see a sample once. There ``ω̄`` remains that of all samples.
     scoring : str, callable or None, default=None
         A scorer, as in :class:`~sklearn.model_selection.GridSearchCV`; None is R².
     refit : bool, default=True
@@ -123,7 +128,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
     best_score_ : float
         Their mean score over the folds.
     scores_ : ndarray of shape (n_folds, n_alphas, n_gradient_alphas)
-        All scores.
+        All scores; with ``cv="loo"`` there is one fold, of all samples.
     alphas_ : ndarray of shape (n_alphas,)
         The values that were tried, in the order of ``scores_``.
     gradient_alphas_ : ndarray of shape (n_gradient_alphas,) or None
@@ -173,7 +178,10 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
 
     _fold_class = _LeftRegressor
     _default_scoring = "r2"
-    _parameter_constraints = searched(GradientFeatureRegressor._parameter_constraints)
+    _parameter_constraints = {  # noqa: RUF012
+        **searched(GradientFeatureRegressor._parameter_constraints),
+        "cv": ["cv_object", StrOptions({"loo"})],
+    }
 
     def __init__(
         self,
@@ -256,3 +264,19 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
             If a parameter, ``X`` or ``y`` cannot be used; the message names it.
         """
         return self._fit_search(X, y, sample_weight, params)
+
+    def _check_search(self):
+        super()._check_search()
+        if not isinstance(self.cv, str):
+            return
+        if self.loss != "squared_error":
+            raise ValueError(
+                f"cv='loo' is for loss='squared_error', but loss is {self.loss!r}. Set cv to a "
+                "number of folds."
+            )
+        for name in ("alphas", "gradient_alphas"):
+            if np.min(getattr(self, name)) == 0:
+                raise ValueError(
+                    f"{name} contains 0, and cv='loo' needs penalties above zero. Take a small "
+                    "number, or set cv to a number of folds."
+                )

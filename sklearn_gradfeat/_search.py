@@ -14,7 +14,13 @@ from sklearn_gradfeat._model import Model
 from sklearn_gradfeat._stages import Stages
 from sklearn_gradfeat.features import Features
 from sklearn_gradfeat.solvers import Solution
-from sklearn_gradfeat.tangent import LinearizedHead, largest_curvature
+from sklearn_gradfeat.tangent import (
+    MAX_ROWS,
+    LinearizedHead,
+    largest_curvature,
+    leave_one_out,
+    tangent_gram,
+)
 
 # Penalties by number are spread over so many powers of ten below the largest curvature.
 _DECADES = 4
@@ -41,11 +47,15 @@ class Grid(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """The model of one pair of penalties, and where that is in the grid."""
+    """The model of one pair of penalties, and where that is in the grid.
+
+    ``logits`` are those of the samples that score it, where they are no logits of the model.
+    """
 
     pair: tuple[int, int]
     model: Model
     converged: bool
+    logits: Tensor | None = None
 
 
 def place(alphas: Any, gradient_alphas: Any, stages: Stages) -> Grid:
@@ -116,6 +126,54 @@ def penalty_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
             penalty = float(grid.gradient_alphas[j])
             model, solution = stages.fit_gradient(base, penalty, model, _unwatched)
             yield Candidate((i, j), model, _converged(base.solution, solution))
+
+
+def left_out_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
+    """Predict every sample by the models of all others, for all penalties in a grid.
+
+    Parameters
+    ----------
+    stages : Stages
+        Both stages on all samples, for squared errors.
+    grid : Grid
+        The penalties, in any order, all above zero.
+
+    Yields
+    ------
+    Candidate
+        With the model of the first stage.
+
+    Raises
+    ------
+    ValueError
+        If there is one sample or too many, or no Gram matrix that is cheap.
+    """
+    n_samples, n_outputs = len(stages.features.activation), stages.loss.n_outputs
+    if n_samples * n_outputs > MAX_ROWS:
+        raise ValueError(
+            f"cv='loo' takes {MAX_ROWS} samples times outputs at most, but there are "
+            f"{n_samples} x {n_outputs}. Set cv to a number of folds."
+        )
+    if int((stages.loss.weights > 0).sum()) < 2:
+        raise ValueError("cv='loo' needs at least 2 samples with a positive weight.")
+    former = None
+    for i in _descending(grid.alphas):
+        alpha = float(grid.alphas[i])
+        base = stages.fit_activation(alpha, former, _unwatched)
+        former, converged = base.model, _converged(base.solution)
+        if grid.gradient_alphas is None:
+            objective = stages.objective(alpha, stages.features.activation, None)
+            yield Candidate((i, 0), base.model, converged, leave_one_out(objective, None))
+            continue
+        gram = tangent_gram(stages.tangent(base.model, 0.0), n_samples)
+        if gram is None:
+            raise ValueError(
+                "cv='loo' takes gradient layers that are linear and see each sample once. Set "
+                "gradient_layers to such, or cv to a number of folds."
+            )
+        for j in _descending(grid.gradient_alphas):
+            objective = stages.second(base, float(grid.gradient_alphas[j]))
+            yield Candidate((i, j), base.model, converged, leave_one_out(objective, gram))
 
 
 def _descending(penalties: Penalties) -> list[int]:

@@ -110,6 +110,11 @@ class Stages:
         """Return the gradient features at the output weights of the first stage."""
         return TangentTerm(self.linearized, self.features.batches, base.omega, gradient_alpha)
 
+    def second(self, base: Base, gradient_alpha: float) -> TangentObjective:
+        """Return the objective of the linear model whose first stage is given."""
+        activation = self.features.activation if self.settings.features == "full" else None
+        return self.objective(base.alpha, activation, self.tangent(base.model, gradient_alpha))
+
     def intercept(self, free: Tensor) -> Tensor:
         """Return the intercept, zeros where it is not part of the model."""
         return free if self.settings.fit_intercept else self.like.new_zeros(self.loss.n_outputs)
@@ -150,8 +155,7 @@ class Stages:
         """Fit the linear model to the accuracy of the first stage, from ``start`` on."""
         kind = self.settings.features
         full = kind == "full"
-        term = self.tangent(base.model, gradient_alpha)
-        objective = self.objective(base.alpha, self.features.activation if full else None, term)
+        objective = self.second(base, gradient_alpha)
 
         def model(x: Tensor) -> Model:
             parts = objective.split(x)

@@ -40,7 +40,8 @@ class Inverses:
 
     def of(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
         """Return the function that inverts the Hessian at given logits: exactly where cheap."""
-        if self._grams and self._gram is None and objective.tangent is not None:
+        wide = objective.like.dtype == torch.float64
+        if wide and self._grams and self._gram is None and objective.tangent is not None:
             self._gram = tangent_gram(objective.tangent, objective.n_samples)
             self._grams = self._gram is not None
         gram = self._gram

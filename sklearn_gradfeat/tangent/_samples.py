@@ -16,8 +16,8 @@ from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
 from sklearn_gradfeat.tangent._patches import LayerCall, output_gradients, record
 from sklearn_gradfeat.tangent._products import Tensors
 
-# A Gram matrix of this size is 128 MiB, and factored in seconds.
-_MAX_ROWS = 4096
+# Samples times outputs. A Gram matrix of this size is 128 MiB, and factored in seconds.
+MAX_ROWS = 4096
 # A block without a penalty gets this share of its curvature as one. More would make the inverse
 # less exact there, less would cost digits everywhere.
 _FLOOR = 1e-6
@@ -73,11 +73,11 @@ def _level(penalty: float, curvature: Tensor) -> float:
 def tangent_gram(tangent: TangentTerm, n_samples: int) -> Tensor | None:
     """Return ``Ω J Jᵀ Ωᵀ``, over pairs of sample and output, where it is cheap.
 
-    None for many samples, below float64, and for parameters of anything but linear layers
-    that see one row of each sample.
+    None for many samples, and for parameters of anything but linear layers that see one row of
+    each sample.
     """
     omega = tangent.omega
-    if n_samples * len(omega) > _MAX_ROWS or omega.dtype != torch.float64:
+    if n_samples * len(omega) > MAX_ROWS:
         return None
     batches = []
     for rows, boundary in tangent.batches():
