@@ -219,7 +219,7 @@ class Samples:
         """Bring what was read to the device, through ``preprocess``."""
         if self.device.type == "mps" and raw.dtype == torch.float64:
             raw = raw.float()  # the device has no float64
-        raw = raw.to(self.device)
+        raw = to_device(raw, self.device)
         cooked = raw if self.preprocess is None else self.preprocess(raw)
         if not isinstance(cooked, Tensor) or cooked.shape[:1] != raw.shape[:1]:
             got = tuple(cooked.shape) if isinstance(cooked, Tensor) else type(cooked).__name__
@@ -229,6 +229,13 @@ class Samples:
             )
         keep = self.indices and not cooked.is_floating_point()
         return cooked.to(self.device, torch.int64 if keep else self.dtype)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor; from host memory to CUDA by way of locked pages, so that nobody waits."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def slices(n_samples: int, batch_size: int, stride: int = 1) -> Iterator[slice]:

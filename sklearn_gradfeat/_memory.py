@@ -1,4 +1,4 @@
-"""Smaller batches where memory runs out."""
+"""How much memory there is, and smaller batches where it runs out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ Result = TypeVar("Result")
 
 # What torch's allocators say, in exceptions that are not always of a class of their own.
 _COMPLAINTS = ("can't allocate memory", "out of memory")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory a device has left besides that of the host."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
 
 
 def in_smaller_batches(run: Callable[[int], Result], batch_size: int) -> Result:

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
+from sklearn_gradfeat._memory import free_bytes
+from sklearn_gradfeat.features._chunks import Boundary
 from sklearn_gradfeat.tangent import LinearizedHead
 
 ROOM = 20
@@ -65,6 +67,34 @@ def test_the_head_goes_on_with_less(kind, monkeypatch):
     with pytest.warns(RuntimeWarning, match="Trying again with (30|15) samples"):
         model = fitted(kind)
     np.testing.assert_allclose(model.coef_, expected.coef_, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [GradientFeatureClassifier, GradientFeatureClassifierCV])
+def test_a_device_keeps_the_boundary_where_it_has_room(kind, monkeypatch):
+    options = {"kind": kind, "batch_size": 16, "gradient_layers": ["1"]}
+    plain = fitted(**options)
+    taken = []
+    take = Boundary.take
+
+    def counted(self, rows):
+        taken.append(rows)
+        return take(self, rows)
+
+    monkeypatch.setattr(Boundary, "take", counted)
+    counts = []
+    for room in (0, 100, 2**30):  # none, too little, enough
+        monkeypatch.setattr(
+            "sklearn_gradfeat.features._trunk.free_bytes", lambda _, room=room: room
+        )
+        taken.clear()
+        model = fitted(**options)
+        counts.append(len(taken))
+        assert np.array_equal(model.decision_function(X), plain.decision_function(X))
+    assert counts[2] < counts[0] <= counts[1]
+
+
+def test_the_host_has_no_memory_besides():
+    assert free_bytes(torch.device("cpu")) == 0
 
 
 def test_no_room_for_a_single_sample():

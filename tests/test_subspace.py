@@ -81,6 +81,14 @@ def test_map_is_that_of_the_objective(kind):
     torch.testing.assert_close(pulled, subspace.restrict(objective.adjoint(cotangent)))
 
 
+def test_rows_are_summed_where_that_is_less_to_keep():
+    blocks = [block for kind in KINDS for block in subspace_of(objective_of(kind)).blocks]
+    for block in blocks:
+        (g, a), n = block.curvature.shape, block.n_positions
+        assert block.summed == (CLASSES * g * a <= n * (a + CLASSES * g))
+    assert {block.summed for block in blocks} == {True, False}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_restriction_is_the_orthogonal_projection(kind):
     objective = objective_of(kind)
@@ -180,10 +188,14 @@ def test_many_outputs_have_none(monkeypatch):
 
 def test_memory_is_bounded(monkeypatch):
     objective = objective_of("residual")
-    size = sum(a.nbytes + g.nbytes for a, g in subspace_of(objective).rows)
+    size = n_bytes(subspace_of(objective))
     monkeypatch.setattr(subspaces, "_MAX_BYTES", size // 2)
     fewer = subspace_of(objective)
-    assert 0 < sum(a.nbytes + g.nbytes for a, g in fewer.rows) <= size // 2
+    assert 0 < n_bytes(fewer) <= size // 2
+
+
+def n_bytes(subspace):
+    return sum(part.nbytes for rows in subspace.rows for part in rows)
 
 
 @pytest.mark.parametrize("loss", ["multinomial", "squared"])

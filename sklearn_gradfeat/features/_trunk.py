@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat._arrays import MIN_ROWS, Samples, is_lazy, slices
+from sklearn_gradfeat._arrays import MIN_ROWS, Samples, is_lazy, slices, to_device
+from sklearn_gradfeat._memory import free_bytes
 from sklearn_gradfeat.features._chunks import Boundary, Chunk, Place, Tensors, held
 from sklearn_gradfeat.features._store import FeatureKey, Store, sample_names
 
@@ -59,9 +60,29 @@ class Features:
             for rows, raw in _read_ahead(self.boundary, spans):
                 yield rows, (self.boundary.prepare(raw),)
             return
+        kept = self._kept
         for rows in spans:
-            taken = self.boundary.take(rows)
-            yield rows, tuple(z.to(self.activation.device) for z in taken)
+            yield rows, self._moved(rows) if kept is None else tuple(z[rows] for z in kept)
+
+    @functools.cached_property
+    def _kept(self) -> Tensors | None:
+        """The whole boundary on a device with memory of its own, if it takes half of that."""
+        assert isinstance(self.boundary, Boundary)
+        n_samples, device = len(self.activation), self.activation.device
+        room = free_bytes(device) // 2
+        if not room or sum(z.nbytes for z in self.boundary.take(slice(1))) * n_samples > room:
+            return None
+        whole: Tensors = ()
+        for rows in slices(n_samples, self.batch_size):
+            part = self._moved(rows)
+            whole = whole or tuple(z.new_empty(n_samples, *z.shape[1:]) for z in part)
+            for z, some in zip(whole, part, strict=True):
+                z[rows] = some
+        return whole
+
+    def _moved(self, rows: slice) -> Tensors:
+        """Return the boundary of some samples on the device."""
+        return tuple(to_device(z, self.activation.device) for z in self.boundary.take(rows))
 
 
 class Batch(NamedTuple):
@@ -146,7 +167,7 @@ class Trunk:
         made = {name: i for i, name in enumerate(new)}
         places = [p or Place(kept, made[name]) for p, name in zip(found, names, strict=True)]
         taken = Boundary(places).take(slice(None))
-        return tuple(z.to(self.samples.device) for z in taken), places, len(new)
+        return tuple(to_device(z, self.samples.device) for z in taken), places, len(new)
 
     def _compute_some(self, raw: Tensor, rows: list[int]) -> Tensors:
         """Return the boundary of some samples of a batch."""

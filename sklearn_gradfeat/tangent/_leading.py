@@ -54,12 +54,11 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     room = _MAX_BYTES / objective.like.element_size() / objective.n_samples
     for floor in largest * _FLOORS if largest > 0 else ():
         ranks = [_ranks(layer, floor) for layer in layers]
-        sized = list(zip(n_positions, ranks, strict=True))
-        numbers = sum(n * (a + n_outputs * g) for n, (g, a) in sized)
-        cost = sum(n * g * a for n, (g, a) in sized) + _READING * numbers
-        if cost <= most and numbers <= room:
+        sizes = [Block.size(r, n, n_outputs) for r, n in zip(ranks, n_positions, strict=True)]
+        numbers, cost = (sum(each) for each in zip(*sizes, strict=True))
+        if cost + _READING * numbers <= most and numbers <= room:
             each = zip(layers, ranks, n_positions, strict=True)
-            blocks = [Block.of(layer, r, n) for layer, r, n in each if min(r) > 0]
+            blocks = [Block.of(layer, r, n, n_outputs) for layer, r, n in each if min(r) > 0]
             try:
                 return _checked(objective, Subspace(objective, blocks, curvature.total))
             except LayoutError:

@@ -3,7 +3,8 @@
 A layer adds ``Σ_p g_pᵀ U a_p`` to a logit, for its inputs ``a_p`` and the gradients ``g_p`` in its
 outputs at the positions p. In the leading eigenvectors ``G`` and ``A`` of its Kronecker factors,
 ``U = G R Aᵀ``, that is ``Σ_p (Gᵀ g_p)ᵀ R (Aᵀ a_p)``. Once the rows are projected, the model in
-``R`` is evaluated without the network: exactly, and many times as fast.
+``R`` is evaluated without the network: exactly, and many times as fast. Where positions are many,
+the sum over them, the gradient in ``R``, is smaller than its terms and is kept in their place.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Block:
     """The part of one layer: orthonormal columns on the output and on the input side.
 
     ``weight`` and ``bias`` are positions in the tuple of parameters; ``curvature`` is that of
-    every entry of ``R``; ``n_positions`` is how often a sample meets the weight.
+    every entry of ``R``; ``n_positions`` is how often a sample meets the weight; ``summed`` says
+    whether the gradients in ``R`` are kept, or the projected rows.
     """
 
     weight: int
@@ -42,19 +44,57 @@ class Block:
     inputs: Tensor
     curvature: Tensor
     n_positions: int
+    summed: bool
 
     @classmethod
-    def of(cls, layer: Layer, ranks: tuple[int, int], n_positions: int) -> Block:
+    def of(cls, layer: Layer, ranks: tuple[int, int], n_positions: int, n_outputs: int) -> Block:
         """Take so many eigenvectors of either factor."""
         sides = zip((layer.output, layer.inputs), ranks, strict=True)
         (g, outputs), (a, inputs) = ((s.values[0, -r:], s.columns(r)) for s, r in sides)
-        return cls(layer.weight, layer.factor.bias, outputs, inputs, g[:, None] * a, n_positions)
+        apart, summed = _numbers(ranks, n_positions, n_outputs)
+        return cls(
+            layer.weight, layer.factor.bias, outputs, inputs, g[:, None] * a, n_positions,
+            summed <= apart,
+        )  # fmt: skip
+
+    @staticmethod
+    def size(ranks: tuple[int, int], n_positions: int, n_outputs: int) -> tuple[int, int]:
+        """Return numbers to keep for a sample, and multiplications of an evaluation."""
+        apart, summed = _numbers(ranks, n_positions, n_outputs)
+        if summed <= apart:
+            return summed, summed
+        return apart, n_positions * ranks[0] * ranks[1]
 
     def empty(self, like: Tensor, n_samples: int, n_outputs: int) -> Tensors:
-        """Return room for inputs and gradients as :func:`_projected` gives them."""
+        """Return room for what :meth:`rows` gives."""
         n_leading, n_inputs = self.curvature.shape
+        if self.summed:
+            return (like.new_empty(n_samples, n_outputs, n_leading * n_inputs),)
         inputs = like.new_empty(n_samples, self.n_positions, n_inputs)
         return inputs, like.new_empty(n_samples, n_outputs, self.n_positions * n_leading)
+
+    def rows(self, inputs: Tensor, gradients: Sequence[Tensor]) -> Tensors:
+        """Return what is kept of inputs and of projected gradients, one tensor an output."""
+        projected = inputs @ self.inputs
+        if self.summed:
+            return (torch.stack([(g.mT @ projected).flatten(1) for g in gradients], 1),)
+        return projected, torch.stack([g.flatten(1) for g in gradients], 1)
+
+    def forward(self, rows: Tensors, r: Tensor) -> Tensor:
+        """Return the part of the logits, of shape (n_samples, n_outputs)."""
+        if self.summed:
+            return rows[0] @ r
+        inputs, gradients = rows
+        moved = (inputs @ r.view_as(self.curvature).T).flatten(1)
+        return torch.bmm(gradients, moved[:, :, None])[:, :, 0]
+
+    def adjoint(self, rows: Tensors, cotangent: Tensor) -> Tensor:
+        """Return the transpose of :meth:`forward`, applied to ``cotangent``."""
+        if self.summed:
+            return cotangent.reshape(-1) @ rows[0].flatten(0, 1)
+        inputs, gradients = rows
+        pulled = torch.bmm(cotangent[:, None], gradients).view(-1, len(self.curvature))
+        return (pulled.T @ inputs.flatten(0, 1)).reshape(-1)
 
     def extend(self, r: Tensor, pieces: list[Tensor]) -> None:
         """Write displacements from coordinates."""
@@ -126,19 +166,16 @@ class Subspace:
         """Return the logits, of shape (n_samples, n_outputs), float64."""
         affine, *coordinates = x.split(self.sizes)
         logits = self.affine.forward(affine)
-        for block, r, (inputs, gradients) in zip(self.blocks, coordinates, self.rows, strict=True):
-            moved = (inputs @ r.view_as(block.curvature).T).flatten(1)
-            logits += torch.bmm(gradients, moved[:, :, None])[:, :, 0].to(logits)
+        for block, r, rows in zip(self.blocks, coordinates, self.rows, strict=True):
+            logits += block.forward(rows, r).to(logits)
         return logits
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """Return the transpose of :meth:`forward`, applied to ``cotangent``."""
         parts = [self.affine.adjoint(cotangent)]
-        narrow = cotangent.to(parts[0])[:, None]
-        for block, (inputs, gradients) in zip(self.blocks, self.rows, strict=True):
-            pulled = torch.bmm(narrow, gradients).view(-1, len(block.curvature))
-            parts.append((pulled.T @ inputs.flatten(0, 1)).reshape(-1))
-        return torch.cat(parts)
+        narrow = cotangent.to(parts[0])
+        pairs = zip(self.blocks, self.rows, strict=True)
+        return torch.cat([*parts, *(block.adjoint(rows, narrow) for block, rows in pairs)])
 
     def extend(self, x: Tensor) -> Tensor:
         """Return the unknowns of the objective from coordinates."""
@@ -158,11 +195,7 @@ class Subspace:
 def _projected(
     tangent: TangentTerm, blocks: Sequence[Block], boundary: Tensors, n_samples: int
 ) -> list[Tensors]:
-    """Return the rows of some samples, for each block.
-
-    Inputs of shape (n_samples, n_positions, rank) and gradients of the logits,
-    (n_samples, n_outputs, n_positions * rank).
-    """
+    """Return what every block keeps of some samples."""
     head = tangent.head
     activation, calls = record(head, boundary, differentiable=True)
     found = positions(calls, n_samples)
@@ -173,15 +206,21 @@ def _projected(
     for gradients in output_gradients(activation, calls, tangent.omega):
         for block, chosen, kept in zip(blocks, of_block, pulled, strict=True):
             parts = [calls[i].output_rows(gradients[i], n_samples)[0] for i in chosen]
-            kept.append((torch.cat(parts, 1) @ block.outputs).flatten(1))
+            kept.append(torch.cat(parts, 1) @ block.outputs)
     inputs = [
         torch.cat([calls[i].scaled_rows(head.values, head.scales, n_samples)[0] for i in chosen], 1)
         for chosen in of_block
     ]
     return [
-        (rows @ block.inputs, torch.stack(gradients, 1))
+        block.rows(rows, gradients)
         for rows, block, gradients in zip(inputs, blocks, pulled, strict=True)
     ]
+
+
+def _numbers(ranks: tuple[int, int], n_positions: int, n_outputs: int) -> tuple[int, int]:
+    """Return how many numbers a sample has as rows, and as the sums over their products."""
+    g, a = ranks
+    return n_positions * (a + n_outputs * g), n_outputs * g * a
 
 
 def positions(calls: Sequence[LayerCall], n_samples: int) -> dict[int, int]:
