@@ -1,6 +1,7 @@
 """The optimum of stage two, against scikit-learn and dense solvers on explicit features."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.solvers._steps import penalised
 from tests.networks import NETWORKS, build
 from tests.oracles import dense_jacobian, dense_optimum, ntk_scales
 
@@ -176,3 +178,12 @@ def test_the_unit_of_the_activations_does_not_matter(features):
     probabilities = [model.predict_proba(X) for model in fits.values()]
     np.testing.assert_allclose(*probabilities, rtol=1e-7)
     assert fits[1.0].n_iter_ == fits[1e3].n_iter_
+
+
+def test_penalty_is_summed_in_float64():
+    numbers = np.random.default_rng(0)
+    penalty, x, y = numbers.random((3, 10**6), dtype=np.float32)
+    loss = SimpleNamespace(weights=torch.zeros(1, dtype=torch.float64))
+    objective = SimpleNamespace(penalty=torch.from_numpy(penalty), loss=loss)
+    found = penalised(objective, torch.from_numpy(x), torch.from_numpy(y))
+    assert found == pytest.approx((penalty.astype(float) * x) @ y.astype(float), rel=1e-12)

@@ -33,6 +33,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn_gradfeat import GradientFeatureClassifier, _stages
 from sklearn_gradfeat.solvers import minimize
 from sklearn_gradfeat.solvers._line_search import Line, search
+from sklearn_gradfeat.solvers._steps import penalised
 from sklearn_gradfeat.tangent import Inverses
 
 SHARES = (0.1, 0.01, 0.001, 0.0001)
@@ -140,12 +141,12 @@ def newton_cg(objective, x, inverses, max_iter):
     loss, penalty = objective.loss, objective.penalty
     logits = objective.forward(x)
     inverse = inverses.of(objective.objective)(logits)
-    value, share = loss.value(logits) + float(penalty * x @ x) / 2, 0.3
+    value, share = loss.value(logits) + penalised(objective, x, x) / 2, 0.3
     while objective.passes < max_iter:
         gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
         direction, change = conjugate_gradients(objective, gradient, logits, inverse, share)
-        penalised = penalty * direction
-        line = Line(loss, logits, change, float(penalised @ x), float(penalised @ direction))
+        parts = (penalised(objective, direction, y) for y in (x, direction))
+        line = Line(loss, logits, change, *parts)
         step, gain = search(line, value)
         if gain >= 0:
             return
@@ -217,7 +218,7 @@ def compare(name, model, X, y, solvers, max_iter):
         SOLVERS[solver](watched, x, Inverses(), max_iter)
         runs[solver] = watched.records
     logits = objective.forward(x)
-    start = objective.loss.value(logits) + float(objective.penalty * x @ x) / 2
+    start = objective.loss.value(logits) + penalised(objective, x, x) / 2
     optimum = min(value for records in runs.values() for value, *_ in records)
     rows = []
     for solver, records in runs.items():

@@ -82,6 +82,7 @@ class Features:
 
     def _moved(self, rows: slice) -> Tensors:
         """Return the boundary of some samples on the device."""
+        assert isinstance(self.boundary, Boundary)
         return tuple(to_device(z, self.activation.device) for z in self.boundary.take(rows))
 
 

@@ -47,7 +47,7 @@ class Point(NamedTuple):
 def start(objective: LinearObjective, x: Tensor) -> Point:
     """Return the point at ``x``."""
     logits = objective.forward(x)
-    value = objective.loss.value(logits) + float(objective.penalty * x @ x) / 2
+    value = objective.loss.value(logits) + penalised(objective, x, x) / 2
     return _with_gradient(objective, x, logits, value)
 
 
@@ -59,9 +59,14 @@ def _with_gradient(objective: LinearObjective, x: Tensor, logits: Tensor, value:
 
 def _line(objective: LinearObjective, point: Point, direction: Tensor, change: Tensor) -> Line:
     """Return the objective along a direction that changes the logits like this."""
-    penalised = objective.penalty * direction
-    linear, quadratic = float(penalised @ point.x), float(penalised @ direction)
+    linear, quadratic = (penalised(objective, direction, x) for x in (point.x, direction))
     return Line(objective.loss, point.logits, change, linear, quadratic)
+
+
+def penalised(objective: LinearObjective, x: Tensor, y: Tensor) -> float:
+    """Return ``Σ penalty x y``, in float64: over millions of numbers float32 is off by 1e-5."""
+    penalty = objective.penalty.to(objective.loss.weights)
+    return float((penalty * x.to(penalty)) @ y.to(penalty))
 
 
 def stepped(

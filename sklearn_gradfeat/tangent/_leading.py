@@ -14,7 +14,7 @@ _SHARE = 1 / 8
 # Multiplications that take as long as reading a number.
 _READING = 16
 # What the rows of all samples may take, in bytes.
-_MAX_BYTES = 2**29
+_MAX_BYTES = 2**31
 # Every output takes a pass backwards through the head before the first row is there.
 _MAX_OUTPUTS = 32
 # Where the layers take fewer multiplications for a sample, a pass is as good as free.
