@@ -39,14 +39,25 @@ Folds: TypeAlias = Sequence[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
 
 
 class LeftOut(BaseGradientFeature):
-    """A model of a fold, to be scored: its logits for the samples left out are known."""
+    """A model of a fold, to be scored: its logits for the samples left out are known.
+
+    ``one_by_one`` says that they are those of as many models, of which this is none.
+    """
 
     left_out: tuple[Any, npt.NDArray[Any]]
+    one_by_one = False
 
     def _logits(self, X: Any) -> npt.NDArray[Any]:
         """Return the logits; those of other samples go through the network."""
         rows, logits = self.left_out
-        return logits if X is rows else super()._logits(X)
+        if X is rows:
+            return logits
+        if self.one_by_one:
+            raise ValueError(
+                "scoring: with cv='loo' a scorer must predict the X that it is given, since every "
+                "sample has a model of its own. Set cv to a number of folds."
+            )
+        return super()._logits(X)
 
 
 class _Data(NamedTuple):
@@ -63,10 +74,11 @@ class _Data(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A fold: its problem, the samples to score on, and the models to be scored."""
+    """A fold: its problem, rows and samples to score on, and the models to be scored."""
 
     problem: Problem
     test: npt.NDArray[np.intp]
+    samples: Any
     stages: Stages
     candidates: Iterator[Candidate]
 
@@ -123,6 +135,11 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
     def _folds(self, X: Any, y: npt.NDArray[Any], to_split: dict[str, Any]) -> Folds | None:
         """Return training and test rows of every fold; None to leave every sample out once."""
         if isinstance(self.cv, str):
+            if to_split.get("groups") is not None:
+                raise ValueError(
+                    "groups: cv='loo' leaves samples out one by one, whatever their group. Set cv "
+                    "to a splitter that knows groups, such as GroupKFold."
+                )
             return None
         cv, rows = check_cv(self.cv, y, classifier=is_classifier(self)), np.arange(len(y))
         return [(rows[train], rows[test]) for train, test in cv.split(X, y, **to_split)]
@@ -173,7 +190,7 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
         if folds is None:
             everything = np.arange(len(data.y))
             stages = data.prepared.stages(problem)
-            yield _Part(problem, everything, stages, left_out_path(stages, grid))
+            yield _Part(problem, everything, data.X, stages, left_out_path(stages, grid))
             return
         for number, (train, test) in enumerate(folds):
             try:
@@ -181,16 +198,16 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
             except ValueError as error:
                 raise ValueError(f"Training samples of fold {number}: {error}") from error
             stages = data.prepared.subset(train).stages(fold)
-            yield _Part(fold, test, stages, penalty_path(stages, grid))
+            samples = data.X[test] if isinstance(data.X, np.ndarray) else Rows(data.X, test)
+            yield _Part(fold, test, samples, stages, penalty_path(stages, grid))
 
     def _score_of(
         self, data: _Data, part: _Part, to_score: dict[str, Any]
     ) -> Callable[[Candidate, Grid], float]:
         """Return the function that scores the models of a fold."""
-        test = part.test
+        test, rows = part.test, part.samples
         offset = part.problem.offset(part.stages.loss.n_outputs)
         features = data.prepared.features.subset(test)
-        rows = data.X[test] if isinstance(data.X, np.ndarray) else Rows(data.X, test)
         given = _check_method_params(data.X, to_score, indices=test)
         scorer, scored = self._get_scorer(), self._fold_model(data.prepared, part.problem)
 
@@ -201,7 +218,8 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
             else:
                 logits = candidate.logits.cpu().numpy() + offset
             scored.set_params(**grid.parameters(candidate.pair))
-            vars(scored).update(model.attributes(), left_out=(rows, logits))
+            known = {"left_out": (rows, logits), "one_by_one": candidate.logits is not None}
+            vars(scored).update(model.attributes(), **known)
             return float(scorer(scored, rows, data.y[test], **given))
 
         return score

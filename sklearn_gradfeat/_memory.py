@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -47,6 +48,7 @@ def in_smaller_batches(run: Callable[[int], Result], batch_size: int) -> Result:
                 raise
         # Not in the handler, where the traceback keeps the tensors of the failed attempt.
         batch_size = (batch_size + 1) // 2
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         warnings.warn(

@@ -81,7 +81,8 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         ``fit``. ``"loo"`` scores the predictions of every sample by the model of all others,
         from one factorisation for each pair of penalties, which takes no fit of the second stage
         at all: for squared errors, up to 4096 samples times outputs, and gradient layers that
-        are linear and see a sample once. There ``ω̄`` remains that of all samples.
+        are linear and see a sample once. There ``ω̄`` remains that of all samples, and what a
+        scorer sees of the model besides its predictions is the first stage.
     scoring : str, callable or None, default=None
         A scorer, as in :class:`~sklearn.model_selection.GridSearchCV`; None is R².
     refit : bool, default=True
@@ -274,7 +275,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
                 f"cv='loo' is for loss='squared_error', but loss is {self.loss!r}. Set cv to a "
                 "number of folds."
             )
-        for name in ("alphas", "gradient_alphas"):
+        for name in ("alphas", "gradient_alphas")[: 1 + (self.features != "activation")]:
             if np.min(getattr(self, name)) == 0:
                 raise ValueError(
                     f"{name} contains 0, and cv='loo' needs penalties above zero. Take a small "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +41,7 @@ class Prepared(NamedTuple):
     def attempt(self, run: Callable[[Prepared], Result]) -> Result:
         """Return what ``run`` makes of the samples, in smaller batches if memory runs out."""
         return in_smaller_batches(
-            lambda size: run(self._replace(features=replace(self.features, batch_size=size))),
+            lambda size: run(self._replace(features=self.features.in_batches(size))),
             self.features.batch_size,
         )
 

@@ -131,6 +131,54 @@ def test_what_it_cannot_do_is_an_error(options, message):
         searching(**options).fit(ROWS, TARGETS)
 
 
+class Tied(nn.Module):
+    """A weight that a recorded layer and another operator use."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layer = nn.Linear(3, 5)
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x)) @ self.layer.weight
+
+
+def test_weights_with_another_use_have_no_gram():
+    with pytest.raises(ValueError, match="gradient_layers"):
+        searching(Tied()).fit(ROWS, TARGETS)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_common_offset_costs_no_digits(offset):
+    X = rng.normal(size=(40, 3)) + offset
+    y = X @ [1.0, 2.0, 3.0] + rng.normal(size=40)
+    options = {"features": "activation", "scoring": mean_squared, "alphas": [1e-5, 1e-3]}
+    model, centred = (
+        searching(nn.Identity(), **options).fit(rows, y) for rows in (X, X - X.mean(0))
+    )
+    np.testing.assert_allclose(model.scores_, centred.scores_, rtol=1e-6)
+
+
+def test_penalties_below_rounding():
+    with pytest.raises(ValueError, match="penalties as small as 1e-20"):
+        searching(alphas=[1e-20]).fit(ROWS, TARGETS)
+
+
+def test_scorers_must_predict_what_they_are_given():
+    with pytest.raises(ValueError, match="scoring"):
+        searching(scoring=lambda model, X, y: model.score(X.copy(), y)).fit(ROWS, TARGETS)
+
+
+def test_groups_are_refused():
+    with pytest.raises(ValueError, match="groups"):
+        searching().fit(ROWS, TARGETS, groups=np.arange(len(ROWS)) // 2)
+
+
+def test_unused_penalties_may_be_zero():
+    searching(features="activation", gradient_alphas=[0.0]).fit(ROWS, TARGETS)
+
+
 def test_one_sample():
     weights = np.eye(1, len(ROWS))[0]
     with pytest.raises(ValueError, match="at least 2 samples"):

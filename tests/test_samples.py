@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 from torch import nn
 
+from sklearn_gradfeat import GradientFeatureRegressor
 from sklearn_gradfeat._losses import Bernoulli, Multinomial, Squared
 from sklearn_gradfeat.tangent import (
     LinearizedHead,
@@ -106,17 +108,42 @@ class Twice(nn.Module):
         return self.layer(torch.tanh(self.layer(x)))
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3).double()
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x)) @ self.layer.weight
+
+
 @pytest.mark.parametrize(
     "module",
     [
         Twice(),
+        Tied(),
         nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).double(),
         nn.Sequential(nn.Unflatten(1, (3, 1)), nn.Linear(1, 2), nn.Flatten()).double(),
         nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 1, 2), nn.Flatten()).double(),
     ],
-    ids=["shared", "norm", "positions", "convolution"],
+    ids=["shared", "tied", "norm", "positions", "convolution"],
 )
 def test_none_for_other_layers(module):
     head, batches = linearized(module, [n for n, _ in module.named_parameters()])
     width = head.activation((X,)).shape[1]
     assert tangent_gram(TangentTerm(head, batches, torch.ones(1, width).double(), 0.1), N) is None
+
+
+def test_fit_of_tied_weights_reaches_the_optimum():
+    y = np.sin(X[:, 0].numpy() * 3)
+    model = GradientFeatureRegressor(
+        Tied(), gradient_layers="all", alpha=0.01, gradient_alpha=1e-4, tol=1e-10, max_iter=1000
+    ).fit(X.numpy(), y)
+    names = model.gradient_layers_
+    module = model.backbone
+    J = dense_jacobian(module, names, X) * ntk_scales(module, names)
+    f = module(X).detach().numpy()
+    unit = np.sqrt(0.01 / 1e-4)
+    columns = np.hstack([f, unit * np.einsum("d,ndp->np", model.omega_[0], J)])
+    oracle = Ridge(0.01 * N).fit(columns, y)
+    np.testing.assert_allclose(model.predict(X.numpy()), oracle.predict(columns), rtol=1e-4)

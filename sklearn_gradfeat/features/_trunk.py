@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -42,16 +42,33 @@ class Features:
         is the whole network, so that there is nothing worth keeping.
     batch_size : int
         Number of samples in a batch.
+    may_keep : bool
+        Whether the boundary may be kept on the computing device.
+    part_of : (Features, tensor) or None
+        The features that these are some rows of, and which rows.
     """
 
     activation: Tensor
     boundary: Boundary | Samples
     batch_size: int
+    may_keep: bool = True
+    part_of: tuple[Features, Tensor] | None = None
+
+    def in_batches(self, size: int) -> Features:
+        """Return the same in batches of another size; smaller ones need the room they have."""
+        return replace(self, batch_size=size, may_keep=size >= self.batch_size)
 
     def subset(self, rows: npt.NDArray[np.intp]) -> Features:
         """Return what is known of some samples, without a copy of the boundary."""
-        activation = self.activation[torch.from_numpy(rows).to(self.activation.device)]
-        return Features(activation, self.boundary.subset(rows), self.batch_size)
+        chosen = torch.from_numpy(rows).to(self.activation.device)
+        whole, of = self.part_of or (self, None)
+        return Features(
+            self.activation[chosen],
+            self.boundary.subset(rows),
+            self.batch_size,
+            self.may_keep,
+            (whole, chosen if of is None else of[chosen]),
+        )
 
     def batches(self, stride: int = 1) -> Iterator[tuple[slice, Tensors]]:
         """Iterate over (rows, boundary tensors on the device) of every ``stride``-th sample."""
@@ -60,16 +77,19 @@ class Features:
             for rows, raw in _read_ahead(self.boundary, spans):
                 yield rows, (self.boundary.prepare(raw),)
             return
-        kept = self._kept
+        whole, chosen = self.part_of or (self, None)
         for rows in spans:
-            yield rows, self._moved(rows) if kept is None else tuple(z[rows] for z in kept)
+            if whole.kept is None:
+                yield rows, self._moved(rows)
+            else:
+                yield rows, tuple(z[rows if chosen is None else chosen[rows]] for z in whole.kept)
 
     @functools.cached_property
-    def _kept(self) -> Tensors | None:
+    def kept(self) -> Tensors | None:
         """The whole boundary on a device with memory of its own, if it takes half of that."""
         assert isinstance(self.boundary, Boundary)
         n_samples, device = len(self.activation), self.activation.device
-        room = free_bytes(device) // 2
+        room = free_bytes(device) // 2 if self.may_keep else 0
         if not room or sum(z.nbytes for z in self.boundary.take(slice(1))) * n_samples > room:
             return None
         whole: Tensors = ()

@@ -232,4 +232,4 @@ def _norm(gradient: Tensor, natural: Tensor) -> float:
             "The gradient of the objective is not finite. Scale X so that the activations of "
             "the backbone are of moderate size, or increase alpha."
         )
-    return math.sqrt(max(0.0, square))
+    return math.sqrt(abs(square))

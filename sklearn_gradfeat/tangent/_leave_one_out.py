@@ -14,6 +14,9 @@ from torch import Tensor
 
 from sklearn_gradfeat.tangent._objective import TangentObjective
 
+# Where a sample weighs less than this share of its own features, float64 has no digits left for it.
+_DIGITS = 1e12
+
 
 def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
     """Return what the models that lack one sample each predict for that.
@@ -32,6 +35,11 @@ def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
     -------
     tensor of shape (n_samples, n_outputs), float64
         Samples of weight zero are predicted by the model of all others, which is that of all.
+
+    Raises
+    ------
+    ValueError
+        If penalties are so small that rounding would decide.
     """
     targets, weights = objective.loss.bottom, objective.loss.weights
     assert targets is not None
@@ -40,7 +48,14 @@ def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
     used = (weights > 0).repeat_interleave(n_outputs)
     y = targets.reshape(-1)[used]
     system = kernel[used][:, used]
-    system.diagonal().add_(1 / weights.repeat_interleave(n_outputs)[used])
+    own = 1 / weights.repeat_interleave(n_outputs)[used]
+    if system.diagonal().max() > _DIGITS * own.min():
+        smallest = float(objective.penalty[objective.penalty > 0].min())
+        raise ValueError(
+            f"cv='loo' has no digits left at penalties as small as {smallest:.3g}. "
+            "Increase the smallest alphas and gradient_alphas, or set cv to a number of folds."
+        )
+    system.diagonal().add_(own)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
     intercept = torch.zeros_like(targets[0])
     if objective.fit_intercept:
@@ -59,13 +74,31 @@ def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
 
 
 def _kernel(objective: TangentObjective, gram: Tensor | None) -> Tensor:
-    """Return the Gram matrix of the unknowns that have penalties, in units of those."""
-    one = torch.eye(objective.loss.n_outputs).to(objective.loss.weights)
+    """Return the Gram matrix of the unknowns that have penalties, in units of those.
+
+    An intercept takes up what all samples have in common, which is taken off for its digits.
+    """
+    weights = objective.loss.weights
+    one = torch.eye(objective.loss.n_outputs).to(weights)
     kernel = torch.zeros_like(one).repeat((objective.n_samples,) * 2)
     if objective.features is not None:
         rows = objective.features.to(one)
+        if objective.fit_intercept:
+            rows = rows - weights @ rows
         kernel += torch.kron(rows @ rows.T / objective.alpha, one)
     if objective.tangent is not None:
         assert gram is not None
-        kernel += gram.to(one) / objective.tangent.alpha
+        gram = gram.to(one)
+        kernel += (_centred(gram, weights) if objective.fit_intercept else gram) / (
+            objective.tangent.alpha
+        )
     return kernel
+
+
+def _centred(gram: Tensor, weights: Tensor) -> Tensor:
+    """Return the Gram matrix of rows without their weighted mean, output by output."""
+    pairs = gram.view(len(weights), -1, len(weights), len(gram) // len(weights))
+    left = torch.einsum("i,icjd->cjd", weights, pairs)
+    right = torch.einsum("icjd,j->icd", pairs, weights)
+    both = torch.einsum("i,icd->cd", weights, right)
+    return (pairs - left - right[:, :, None] + both[:, None]).view_as(gram)

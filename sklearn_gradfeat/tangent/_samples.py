@@ -74,7 +74,7 @@ def tangent_gram(tangent: TangentTerm, n_samples: int) -> Tensor | None:
     """Return ``Ω J Jᵀ Ωᵀ``, over pairs of sample and output, where it is cheap.
 
     None for many samples, and for parameters of anything but linear layers that see one row of
-    each sample.
+    each sample, and are used nowhere else.
     """
     omega = tangent.omega
     if n_samples * len(omega) > MAX_ROWS:
@@ -91,7 +91,25 @@ def tangent_gram(tangent: TangentTerm, n_samples: int) -> Tensor | None:
         inputs, gradients = (torch.cat(parts) for parts in zip(*layer, strict=True))
         gradients = gradients.flatten(0, 1)
         gram = gram + torch.kron(inputs @ inputs.T, pairs) * (gradients @ gradients.T)
-    return gram
+    return gram if _is_gram(gram, tangent, n_samples) else None
+
+
+def _is_gram(gram: Tensor, tangent: TangentTerm, n_samples: int) -> bool:
+    """Whether the matrix does to random numbers what the tangent products do.
+
+    It does not where anything but the recorded layers uses their parameters.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = (n_samples, len(tangent.omega))
+    given = torch.randn(size, generator=generator, dtype=torch.float64).to(tangent.omega)
+    u = given.new_zeros(tangent.head.size)
+    for rows, boundary in tangent.batches():
+        u += tangent.head.vjp(boundary, given[rows] @ tangent.omega)
+    expected = torch.empty_like(given)
+    for rows, boundary in tangent.batches():
+        expected[rows] = tangent.head.jvp(boundary, u) @ tangent.omega.T
+    error = (gram @ given.reshape(-1)).view_as(expected) - expected
+    return bool(error.norm() <= torch.finfo(given.dtype).eps ** 0.4 * expected.norm())
 
 
 def _layer_rows(
