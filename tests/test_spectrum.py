@@ -65,3 +65,18 @@ def test_few_rows_are_decomposed_by_their_products():
     assert few.values.shape == (1, 39)
     solved, expected = (KroneckerInverse(output, s, ALPHA)(matrix) for s in (few, gram))
     torch.testing.assert_close(solved, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (2, 6, 6)])
+def test_decomposition_that_fails_is_done_in_another_way(shape, monkeypatch):
+    rows = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = rows.mT @ rows
+    expected = Spectrum.of(matrix)
+
+    def failing(matrix):
+        raise torch.linalg.LinAlgError("The algorithm failed to converge")
+
+    monkeypatch.setattr("torch.linalg.eigh", failing)
+    found = Spectrum.of(matrix)
+    torch.testing.assert_close(found.values, expected.values)
+    torch.testing.assert_close(found.vectors @ (found.values[..., None] * found.vectors.mT), matrix)

@@ -650,6 +650,23 @@ def test_full_disk_warns_once_and_computes(counted, path, monkeypatch):
     assert hasattr(features, "coef_")
 
 
+def test_disk_that_is_full_before_there_is_a_store(counted, path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.warns(UserWarning, match="the disk is full: features are computed") as caught:
+        features = model(counted, feature_store=path).fit(X, Y)
+    assert len(caught) == 1
+    expected = model(counted, feature_store=None).fit(X, Y)
+    assert np.array_equal(features.coef_, expected.coef_)
+    monkeypatch.undo()
+    clone(features).fit(X, Y)  # there is room again
+    start = passes(counted)
+    clone(features).fit(X, Y)
+    assert passes(counted) == start
+
+
 def test_read_only_store_is_read(counted, written, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied")

@@ -149,6 +149,8 @@ def task_parser(description):
 def save(rows, arguments, **known):
     """Write rows, environment and setting, that of the command line and what else is known."""
     setting = {k: v for k, v in vars(arguments).items() if k not in ("data", "output", "task")}
+    data = getattr(arguments, "data", None)
+    setting |= {"data": None if data is None else data.name}
     result = {"environment": environment(), "setting": setting | known, "rows": rows}
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 

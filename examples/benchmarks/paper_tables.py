@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from _finetuning import RECIPES, Head, accuracy, below, fine_tune
-from _setup import Task, encoder, save
+from _setup import Task, encoder, need_data, save
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
@@ -197,7 +197,7 @@ def main(argv=None):
     """Run what was asked for; write JSON and Markdown after every row, print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="zip file of train/ and test/<class>/*.jpg")
+    add("--data", type=Path, help="zip file of train/ and test/<class>/*.jpg")
     add("--tables", type=int, nargs="+", default=[3, 1], choices=[1, 3])
     add("--encoders", nargs="+", default=list(SHIPPED), help="names, or files of weights")
     add("--n-train", type=int, help="default: all")
@@ -210,13 +210,14 @@ def main(argv=None):
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("paper_tables.json"))
     arguments = parser.parse_args(argv)
+    need_data(arguments.data)
     task = Task(arguments)
     sizes = {"n_train": len(task.y), "n_test": len(task.y_test)}
     rows = []
     for number, name in itertools.product(arguments.tables, arguments.encoders):
         for row in (table_3 if number == 3 else table_1)(name, task, arguments):
             rows.append(row)
-            save(rows, arguments, data=arguments.data.name, **sizes)
+            save(rows, arguments, **sizes)
             arguments.output.with_suffix(".md").write_text(markdown(rows))
     print(markdown(rows))
 

@@ -9,7 +9,8 @@ Solvers start at the fitted activations and run without a tolerance, one after t
 * "Newton-CG": conjugate gradients on the exact Hessian, with the same preconditioner;
 * "no preconditioner": plain L-BFGS, for comparison.
 
-The optimum is the lowest objective that any of them reached. A pass is one evaluation of the head
+The optimum is the lowest objective that any of them reached, which is as far as float32 goes if one
+of them had iterations enough. A pass is one evaluation of the head
 over all samples: the linear map or its adjoint, or both at the same point. Making the subspace
 is no pass; its seconds count, as do those of the preconditioner.
 
@@ -60,7 +61,10 @@ PROBLEMS = {
     "conv5": ("VAE encoder, conv5", lambda path, n: convnet(path, n, ["conv5"])),
     "conv4-5": ("VAE encoder, conv4-5", lambda path, n: convnet(path, n, ["conv4", "conv5"])),
     "head": ("EfficientNet-Lite0, head conv", lambda path, n: efficientnet(path, n, "last")),
-    "blocks": ("EfficientNet-Lite0, 3 blocks", lambda path, n: efficientnet(path, n, 3)),
+    "blocks": (
+        "EfficientNet-Lite0, head conv and 2 blocks",
+        lambda path, n: efficientnet(path, n, 3),
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from sklearn_gradfeat.features._chunks import Chunk, HeldChunk, Place, Tensors
 from sklearn_gradfeat.features._environment import (
     data_file,
+    is_full,
     note_state,
     open_environment,
     refusal,
@@ -184,8 +185,10 @@ _stores: dict[tuple[int, int], DiskStore] = {}
 _lock = threading.RLock()
 
 
-def disk_store(path: str | os.PathLike[str]) -> DiskStore:
+def disk_store(path: str | os.PathLike[str]) -> DiskStore | None:
     """Return the store in a directory, the same one for everybody in the process.
+
+    On a full disk there is none, with a warning.
 
     Raises
     ------
@@ -199,7 +202,14 @@ def disk_store(path: str | os.PathLike[str]) -> DiskStore:
         for identity, known in list(_stores.items()):
             if _identity(known.directory) != identity:  # deleted meanwhile
                 del _stores[identity]
-        store = _stores.get(_identity(directory)) or DiskStore(directory)
+        try:
+            store = _stores.get(_identity(directory)) or DiskStore(directory)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            text = f"The feature store {str(directory)!r} cannot be opened, the disk is full"
+            warnings.warn(f"{text}: features are computed in every fit.", UserWarning, stacklevel=2)
+            return None
         _stores[_identity(directory)] = store
         return store
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,9 @@ _FORMAT_KEY = b"format"
 _FORMAT = {"name": "sklearn-gradfeat features", "version": 1}
 _SMALLEST = 2**20
 _READERS = 1024
+# More than LMDB's table of that many readers takes.
+_LOCK_BYTES = 2**17
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def data_file(directory: Path) -> Path:
@@ -62,7 +66,29 @@ def open_environment(directory: Path) -> tuple[lmdb.Environment, bool]:
                 raise type(error)(error.errno, reason, str(directory)) from error
             return _open(directory, readonly=True), False
     except lmdb.Error as error:
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from error
         raise refusal(directory, str(error)) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk has no room."""
+    return error.errno in _FULL
+
+
+def _reserve_locks(file: Path) -> None:
+    """Take the room for LMDB's table of readers before it is mapped into memory.
+
+    On a full disk the first write there would end the process.
+    """
+    table = file.with_name(f"{file.name}-lock")
+    if hasattr(os, "posix_fallocate") and not table.exists():
+        try:
+            with table.open("wb") as handle:
+                os.posix_fallocate(handle.fileno(), 0, _LOCK_BYTES)
+        except OSError:
+            table.unlink(missing_ok=True)
+            raise
 
 
 def _open(directory: Path, readonly: bool) -> lmdb.Environment:
@@ -73,6 +99,8 @@ def _open(directory: Path, readonly: bool) -> lmdb.Environment:
     exists = file.exists() and file.stat().st_size > 0
     if exists and not _is_as_noted(directory):
         _check_pages(directory)
+    if not readonly:
+        _reserve_locks(file)
     auto = _config.get_config()["store_bytes"] == "auto"
     # Zero is the size that the file was made for, which other processes go by, too.
     size = 0 if exists and auto else max(_config.store_bytes(), _SMALLEST)

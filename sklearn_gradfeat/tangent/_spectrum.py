@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ class Spectrum:
         n = matrix.shape[-1]
         if n <= _MAX_EXACT:
             # In float32 the decomposition of a nearly singular matrix may fail, even silently.
-            values, vectors = torch.linalg.eigh(matrix.to(home, torch.float64))
+            values, vectors = _eigh(matrix.to(home, torch.float64))
             return cls(values.clamp(min=0).to(matrix), vectors.to(matrix))
         values, vectors = _leading(matrix.to(home))
         trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -50,7 +52,7 @@ class Spectrum:
         """Decompose ``rowsᵀ rows`` for rows of shape (1, n_rows, n), fewer than n."""
         home = "cpu" if rows.device.type == "mps" else rows.device
         wide = rows[0].to(home, torch.float64)
-        values, vectors = torch.linalg.eigh(wide @ wide.T)
+        values, vectors = _eigh(wide @ wide.T)
         # Below that the vectors drown in the rounding errors of the largest value.
         kept = values > len(wide) * torch.finfo(rows.dtype).eps * values[-1]
         values = values[kept]
@@ -74,6 +76,22 @@ class Spectrum:
         return self.vectors[0, :, -n:]
 
 
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors of symmetric matrices, float64.
+
+    Divide and conquer, which torch uses, is fast but may fail to converge; QR iterations do not.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        host = matrix.cpu().numpy()
+        found = [scipy.linalg.eigh(one, driver="ev") for one in host.reshape(-1, *host.shape[-2:])]
+        values, vectors = (torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))
+        shape = matrix.shape
+        return values.view(shape[:-1]).to(matrix), vectors.view(shape).to(matrix)
+    return values, vectors
+
+
 def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues with their eigenvectors, by subspace iteration."""
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +99,7 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
     basis = start.to(matrix.device).expand(*matrix.shape[:-1], _RANK)
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(matrix @ basis).Q
-    values, vectors = torch.linalg.eigh((basis.mT @ matrix @ basis).double())
+    values, vectors = _eigh((basis.mT @ matrix @ basis).double())
     return values.clamp(min=0), basis @ vectors.to(basis)
 
 
