@@ -2,8 +2,8 @@
 
 The plain network runs in inference mode over the same images in the same batches, as it is and
 with channels last; the first is the unit. A cold fit starts with an empty feature store, a warm
-one finds what the cold one left; the graph of the network was captured before. ResNet18 has random weights, since nothing is downloaded; that
-changes the number of iterations, not their price.
+one finds what the cold one left; the graph of the network was captured before. ResNet18 has random
+weights, since nothing is downloaded; that changes the number of iterations, not their price.
 
     python examples/benchmarks/fit_vs_forward.py --data cifar10.zip --output fit_vs_forward.json
 """

@@ -62,7 +62,7 @@ PROBLEMS = {
     "conv4-5": ("VAE encoder, conv4-5", lambda path, n: convnet(path, n, ["conv4", "conv5"])),
     "head": ("EfficientNet-Lite0, head conv", lambda path, n: efficientnet(path, n, "last")),
     "blocks": (
-        "EfficientNet-Lite0, head conv and 2 blocks",
+        "EfficientNet-Lite0, top 3",
         lambda path, n: efficientnet(path, n, 3),
     ),
 }
