@@ -26,7 +26,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_predict
 from torch import nn
 
 import sklearn_gradfeat
-from sklearn_gradfeat import GradientFeatureClassifier, config_context, set_config
+from sklearn_gradfeat import GradientFeatureClassifier, _config, config_context, set_config
 from sklearn_gradfeat.features import FeatureKey, MemoryStore, _disk, disk_store, memory_store
 from sklearn_gradfeat.features._chunks import Boundary, HeldChunk, Place
 from sklearn_gradfeat.features._trunk import Trunk
@@ -96,9 +96,16 @@ def test_grid_search_passes_every_sample_once(counted, path, monkeypatch, kind, 
     search = GridSearchCV(features, GRID, cv=5, n_jobs=n_jobs).fit(images, y)
     assert passes(counted) == 30
     assert n_jobs > 1 or sum(in_process) == 30
-    GridSearchCV(clone(features), GRID, cv=5).fit(images, y)
+    GridSearchCV(clone(features), GRID, cv=5, n_jobs=n_jobs).fit(images, y)
     search.predict_proba(images[::-1])
     assert passes(counted) == 30
+
+
+def test_stores_take_a_quarter_of_the_memory_unless_told(monkeypatch):
+    monkeypatch.setattr("sklearn_gradfeat._config._memory", lambda: 4000)
+    assert (_config.store_bytes(), _config.memory_store_bytes()) == (1000, 1000)
+    with config_context(store_bytes=7):
+        assert (_config.store_bytes(), _config.memory_store_bytes()) == (7, 7)
 
 
 def test_workers_share_among_their_tasks(counted):
