@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple, TypeAlias
@@ -34,6 +35,7 @@ from sklearn_gradfeat._search import (
 from sklearn_gradfeat._stages import Stages
 from sklearn_gradfeat._targets import Problem
 from sklearn_gradfeat._training import Prepared, warn_of_search
+from sklearn_gradfeat.tangent import MAX_ROWS
 
 Folds: TypeAlias = Sequence[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
 
@@ -140,6 +142,11 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
                     "groups: cv='loo' leaves samples out one by one, whatever their group. Set cv "
                     "to a splitter that knows groups, such as GroupKFold."
                 )
+            if y.size > MAX_ROWS:
+                raise ValueError(
+                    f"cv='loo' takes {MAX_ROWS} samples times outputs at most, but y has shape "
+                    f"{y.shape}. Set cv to a number of folds."
+                )
             return None
         cv, rows = check_cv(self.cv, y, classifier=is_classifier(self)), np.arange(len(y))
         return [(rows[train], rows[test]) for train, test in cv.split(X, y, **to_split)]
@@ -171,6 +178,10 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
                     unfinished += not candidate.converged
                     bar.update()
         warn_of_search(unfinished, scores.size, data.prepared.settings)
+        if not np.isfinite(scores).all():
+            warnings.warn(
+                "One or more of the test scores are non-finite.", UserWarning, stacklevel=2
+            )
         # Averaged as in GridSearchCV, so that ties are the same.
         means = np.average(scores.reshape(len(scores), -1).T.copy(), axis=1)
         best = int(np.argmax(np.where(np.isnan(means), -np.inf, means)))

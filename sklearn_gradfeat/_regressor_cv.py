@@ -81,8 +81,8 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         ``fit``. ``"loo"`` scores the predictions of every sample by the model of all others,
         from one factorisation for each pair of penalties, which takes no fit of the second stage
         at all: for squared errors, up to 4096 samples times outputs, and gradient layers that
-        are linear and see a sample once. There ``ω̄`` remains that of all samples, and what a
-        scorer sees of the model besides its predictions is the first stage.
+        are linear, or convolutions as large as their input. There ``ω̄`` remains that of all
+        samples, and what a scorer sees of the model besides its predictions is the first stage.
     scoring : str, callable or None, default=None
         A scorer, as in :class:`~sklearn.model_selection.GridSearchCV`; None is R².
     refit : bool, default=True

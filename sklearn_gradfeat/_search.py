@@ -15,7 +15,6 @@ from sklearn_gradfeat._stages import Stages
 from sklearn_gradfeat.features import Features
 from sklearn_gradfeat.solvers import Solution
 from sklearn_gradfeat.tangent import (
-    MAX_ROWS,
     LinearizedHead,
     largest_curvature,
     leave_one_out,
@@ -146,14 +145,8 @@ def left_out_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
     Raises
     ------
     ValueError
-        If there is one sample or too many, or no Gram matrix that is cheap.
+        If there is one sample only, or no Gram matrix that is cheap.
     """
-    n_samples, n_outputs = len(stages.features.activation), stages.loss.n_outputs
-    if n_samples * n_outputs > MAX_ROWS:
-        raise ValueError(
-            f"cv='loo' takes {MAX_ROWS} samples times outputs at most, but there are "
-            f"{n_samples} x {n_outputs}. Set cv to a number of folds."
-        )
     if int((stages.loss.weights > 0).sum()) < 2:
         raise ValueError("cv='loo' needs at least 2 samples with a positive weight.")
     former = None
@@ -165,11 +158,11 @@ def left_out_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
             objective = stages.objective(alpha, stages.features.activation, None)
             yield Candidate((i, 0), base.model, converged, leave_one_out(objective, None))
             continue
-        gram = tangent_gram(stages.tangent(base.model, 0.0), n_samples)
+        gram = tangent_gram(stages.tangent(base.model, 0.0), len(stages.features.activation))
         if gram is None:
             raise ValueError(
-                "cv='loo' takes gradient layers that are linear and see each sample once. Set "
-                "gradient_layers to such, or cv to a number of folds."
+                "cv='loo' takes gradient layers that are linear, or convolutions as large as their "
+                "input. Set gradient_layers to such, or cv to a number of folds."
             )
         for j in _descending(grid.gradient_alphas):
             objective = stages.second(base, float(grid.gradient_alphas[j]))

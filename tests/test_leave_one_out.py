@@ -194,7 +194,7 @@ def test_file_holds_the_choice(tmp_path):
 
 
 def test_too_many_samples(monkeypatch):
-    monkeypatch.setattr("sklearn_gradfeat._search.MAX_ROWS", 2 * len(ROWS) - 1)
+    monkeypatch.setattr("sklearn_gradfeat._cross_validation.MAX_ROWS", 2 * len(ROWS) - 1)
     searching(nn.Identity(), features="activation").fit(ROWS, TARGETS)
-    with pytest.raises(ValueError, match=r"24 x 2\. Set cv"):
+    with pytest.raises(ValueError, match=r"\(24, 2\)\. Set cv"):
         searching().fit(ROWS, np.column_stack([TARGETS, TARGETS]))
