@@ -171,7 +171,7 @@ def test_few_samples_have_the_optimum_of_many(loss, monkeypatch):
         loss=loss, epsilon=0.5, alpha=0.01, random_state=0, tol=1e-18, max_iter=2000
     )
     exact = clone(model).fit(rows, y)
-    monkeypatch.setattr("sklearn_gradfeat.tangent._samples._MAX_ROWS", 0)
+    monkeypatch.setattr("sklearn_gradfeat.tangent._samples.MAX_ROWS", 0)
     other = clone(model).fit(rows, y)
     np.testing.assert_allclose(exact.predict(rows), other.predict(rows), rtol=1e-6)
     assert exact.n_iter_ < other.n_iter_
