@@ -43,7 +43,7 @@ class Features:
     batch_size : int
         Number of samples in a batch.
     may_keep : bool
-        Whether the boundary may be kept on the computing device.
+        Whether the boundary may be kept on the computing device; of a part, the whole decides.
     part_of : (Features, tensor) or None
         The features that these are some rows of, and which rows.
     """
@@ -66,8 +66,7 @@ class Features:
             self.activation[chosen],
             self.boundary.subset(rows),
             self.batch_size,
-            self.may_keep,
-            (whole, chosen if of is None else of[chosen]),
+            part_of=(whole, chosen if of is None else of[chosen]),
         )
 
     def batches(self, stride: int = 1) -> Iterator[tuple[slice, Tensors]]:

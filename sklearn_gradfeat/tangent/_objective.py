@@ -20,6 +20,15 @@ from sklearn_gradfeat._losses import Loss
 from sklearn_gradfeat.tangent._head import LinearizedHead
 from sklearn_gradfeat.tangent._products import Tensors
 
+# Two maps are the same if they differ by no more than this power of the rounding unit.
+_ROUNDING = 0.4
+
+
+def agrees(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether outcomes of a map are the same, up to rounding in the precision of the map."""
+    bound = torch.finfo(dtype).eps ** _ROUNDING * float(expected.norm())
+    return bool((found - expected).norm() <= bound)
+
 
 class Batches(Protocol):
     """The boundary tensors of all samples, batch by batch."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sklearn_gradfeat.tangent._head import LinearizedHead
-from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
+from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm, agrees
 from sklearn_gradfeat.tangent._patches import LayerCall, output_gradients, record
 from sklearn_gradfeat.tangent._products import Tensors
 
@@ -108,8 +108,7 @@ def _is_gram(gram: Tensor, tangent: TangentTerm, n_samples: int) -> bool:
     expected = torch.empty_like(given)
     for rows, boundary in tangent.batches():
         expected[rows] = tangent.head.jvp(boundary, u) @ tangent.omega.T
-    error = (gram @ given.reshape(-1)).view_as(expected) - expected
-    return bool(error.norm() <= torch.finfo(given.dtype).eps ** 0.4 * expected.norm())
+    return agrees((gram @ given.reshape(-1)).view_as(expected), expected, given.dtype)
 
 
 def _layer_rows(

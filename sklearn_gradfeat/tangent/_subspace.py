@@ -16,13 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
+from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm, agrees
 from sklearn_gradfeat.tangent._patches import LayerCall, output_gradients, record
 from sklearn_gradfeat.tangent._preconditioner import Layer
 from sklearn_gradfeat.tangent._products import Tensors
-
-# A map is right if it errs by no more than this power of the rounding unit.
-_ROUNDING = 0.4
 
 
 class LayoutError(Exception):
@@ -152,8 +149,7 @@ class Subspace:
         x = coordinates.to(objective.like)
         x[: self.sizes[0]] = 0
         expected = objective.forward(self.extend(x))
-        bound = torch.finfo(x.dtype).eps ** _ROUNDING * float(expected.norm())
-        return bool((self.forward(x) - expected).norm() <= bound)
+        return agrees(self.forward(x), expected, x.dtype)
 
     def only(self, kept: Sequence[int]) -> Subspace:
         """Return the subspace of some of the layers."""
