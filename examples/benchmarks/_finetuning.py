@@ -81,11 +81,15 @@ def below(network, bottom, preprocess, X, device):
 
 
 @torch.inference_mode()
+def predict(head, z):
+    """Return the most probable class of every sample, as numpy's array."""
+    device = head.classifier.weight.device
+    return torch.cat([head(batch.to(device)).argmax(1).cpu() for batch in z.split(500)]).numpy()
+
+
 def accuracy(head, z, y):
     """Return the share of samples that a head gets right."""
-    device = head.classifier.weight.device
-    found = torch.cat([head(batch.to(device)).argmax(1).cpu() for batch in z.split(500)])
-    return float((found == y).float().mean())
+    return float((predict(head, z) == y.numpy()).mean())
 
 
 def fine_tune(head, train, held_out, recipe, rate, patience, seed):

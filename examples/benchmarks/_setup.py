@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import PredefinedSplit, train_test_split
 from sklearn.preprocessing import LabelEncoder, StandardScaler
 
 import sklearn_gradfeat
@@ -113,6 +113,9 @@ class Task:
         self.rows, self.held_out = train_test_split(
             range(len(self.y)), test_size=0.1, stratify=self.y, random_state=arguments.seed
         )
+        folds = np.full(len(self.y), -1)
+        folds[self.held_out] = 0
+        self.held_out_fold = PredefinedSplit(folds)
 
 
 def encoder(name):
