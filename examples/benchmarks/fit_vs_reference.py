@@ -32,9 +32,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from _datasets import Task, need_data
 from _finetuning import RECIPES
 from _reference import Judge, LinearModel, train
-from _setup import Task, empty_store, encoder, need_data, save, task_parser
+from _setup import empty_store, encoder, save, task_parser
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 

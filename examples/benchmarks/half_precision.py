@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from _setup import Preprocess, empty_store, need_data, read_images, save
+from _datasets import need_data, read_images
+from _setup import Preprocess, empty_store, save
 from sklearn.base import clone
 from solver import PROBLEMS, objective_of
 from torchvision.models import resnet18

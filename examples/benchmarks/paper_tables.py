@@ -1,9 +1,16 @@
-"""Tables 1 and 3 of the paper [1] for CIFAR-10, beside the figures that are printed there.
+"""The paper's tables [1] on the data at hand, beside the figures that are printed there.
 
-Penalties and learning rates are chosen on a tenth of the training images. The linear models are
+Table 3: activation, gradient, full and fine-tuning, for an encoder without labels. Table 1: the
+same with random parameters. Table 2: several labels an image, with EfficientNet-Lite0. Penalties
+and learning rates are chosen on a tenth of the training images. The linear models are
 then fitted to all of them; fine-tuning needs that tenth to know when to stop.
 
     python examples/benchmarks/paper_tables.py --data cifar10.zip --output paper_tables.json
+
+--data is a zip file or a folder of train/<class>/*.jpg and test/<class>/*.jpg, or the folder where
+torchvision keeps CIFAR-10, CIFAR-100 or SVHN. Table 2 makes squares of four such images, or takes
+the folder of torchvision's VOCDetection (VOCdevkit/VOC2007/) or CocoDetection (annotations/,
+train2014/, val2014/).
 
 [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning, ICLR 2020,
     arXiv:2004.05529.
@@ -14,14 +21,24 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import statistics
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from _finetuning import RECIPES, Head, below, fine_tune, predict
-from _setup import Task, encoder, need_data, save
+from _datasets import MultiLabelTask, Task, need_data
+from _finetuning import (
+    RECIPES,
+    Head,
+    accuracy,
+    below,
+    fine_tune,
+    mean_average_precision,
+    take,
+)
+from _setup import Preprocess, efficientnet, encoder, save
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
@@ -44,10 +61,21 @@ TABLE_1 = {
     (True, True, False): ((70.28, 69.84), (71.08, 70.10), (71.60, 70.64)),
     (True, True, True): ((70.14, 70.51), (70.89, 70.78), (71.55, 71.37)),
 }
+# Accuracies in percent, of the entries of MODELS, by encoder and data.
 TABLE_3 = {
-    "bigan": {"activation": 62.87, "gradient": 70.14, "full": 70.51, "fine-tuning": 71.78},
-    "vae": {"activation": 52.05, "gradient": 61.47, "full": 61.16, "fine-tuning": 65.16},
+    ("bigan", "SVHN"): (82.04, 89.91, 89.96, 91.15),
+    ("bigan", "CIFAR-10"): (62.87, 70.14, 70.51, 71.78),
+    ("bigan", "CIFAR-100"): (34.30, 38.99, 39.37, 41.05),
+    ("vae", "SVHN"): (81.95, 91.44, 90.90, 93.61),
+    ("vae", "CIFAR-10"): (52.05, 61.47, 61.16, 65.16),
+    ("vae", "CIFAR-100"): (29.20, 35.10, 34.83, 37.86),
 }
+# Mean average precisions in percent, likewise, with ResNet18: of one crop (table 2), of ten (4).
+TABLES_2_AND_4 = {
+    "VOC07": (82.65, 83.05, 83.50, 82.97),
+    "COCO14": (62.98, 66.33, 66.45, 63.43),
+}
+MODELS = ("activation", "gradient", "full", "fine-tuning")
 
 
 def choose(model, task, parameter, values):
@@ -63,7 +91,7 @@ def choose(model, task, parameter, values):
     for name in ("alpha", "gradient_alpha", "warm_start"):
         del shared[name]
     search = GradientFeatureClassifierCV(
-        **shared, cv=task.held_out_fold, refit=False,
+        **shared, cv=task.held_out_fold, refit=False, scoring=score if task.multilabel else None,
         **{f"{name}s": grid for name, grid in penalties.items()},
     )  # fmt: skip
     with warnings.catch_warnings():
@@ -72,27 +100,34 @@ def choose(model, task, parameter, values):
     return model.set_params(**{parameter: getattr(search, f"{parameter}_")})
 
 
+def score(model, X, y):
+    """Return the mean average precision."""
+    return mean_average_precision(model.decision_function(X), y)
+
+
 def measure(model, task):
-    """Fit to all training images; return how it went, and which test images are right."""
+    """Fit to all training images; return how it went, and what it makes of the test images."""
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(task.X, task.y)
+    seconds = time.perf_counter() - start
+    found = (model.decision_function if task.multilabel else model.predict)(task.X_test)
     return {
-        "right": model.predict(task.X_test) == task.y_test,
+        "test": [found if task.multilabel else found == task.y_test],
         "alpha": model.alpha,
         "gradient_alpha": None if model.features == "activation" else model.gradient_alpha,
         "converged": not any(w.category is ConvergenceWarning for w in caught),
         "passes": model.n_passes_,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
     }
 
 
-def fitted_activation(network, preprocess, task, arguments):
+def fitted_activation(network, preprocess, task, arguments, **parameters):
     """Return the logistic regression on activations, with the best penalty."""
     model = GradientFeatureClassifier(
         network, preprocess=preprocess, features="activation", max_iter=arguments.max_iter,
-        tol=arguments.tol, random_state=arguments.seed,
+        tol=arguments.tol, random_state=arguments.seed, **parameters,
     )  # fmt: skip
     return choose(model, task, "alpha", arguments.alphas)
 
@@ -103,82 +138,116 @@ def gradient_model(activation, features, task, alphas, **parameters):
     return choose(model, task, "gradient_alpha", alphas)
 
 
-def fine_tuning(network, preprocess, activation, task, arguments):
-    """Iterate over (recipe, figures) of fine-tuning the topmost convolution.
+def fine_tuning(activation, task, arguments):
+    """Iterate over (recipe, figures) of fine-tuning the gradient layers.
 
     The recipe that does better on the held-out tenth runs again with other seeds.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bottom = len(list(network.children())) - 1
-    z, z_test = (below(network, bottom, preprocess, X, device) for X in (task.X, task.X_test))
-    y, y_test = torch.from_numpy(task.y), torch.from_numpy(task.y_test)
-    train, held_out = ((z[rows], y[rows]) for rows in (task.rows, task.held_out))
     # Not the fit to all images: it would seem too good on the held-out ones.
     fitted = clone(activation)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         fitted.fit(task.X[task.rows], task.y[task.rows])
+    z, z_test = (below(fitted, X, device) for X in (task.X, task.X_test))
+    parts = [(take(z, rows), task.y[rows]) for rows in (task.rows, task.held_out)]
+    metric = mean_average_precision if task.multilabel else accuracy
 
     def run(recipe, factor, seed):
-        head = Head(network, bottom, fitted.coef_, fitted.intercept_).to(device)
+        head = Head(fitted, device)
         limits = (recipe.rate * factor, arguments.patience, seed)
-        return fine_tune(head, train, held_out, recipe, *limits), head
+        best = fine_tune(head, *parts, recipe, *limits, metric)
+        logits = head.logits(z_test)
+        return best, logits if task.multilabel else logits.argmax(1) == task.y_test
 
-    best = {}
+    tuned = {}
     for name, recipe in RECIPES.items():
         start = time.perf_counter()
-        scores = [(*run(recipe, f, arguments.seed), f) for f in arguments.rate_factors]
-        score, head, factor = max(scores, key=lambda entry: entry[0])
-        best[name] = (score, factor, [head], time.perf_counter() - start)
-    better = max(best, key=lambda name: best[name][0])
-    for name, (_, factor, heads, seconds) in best.items():
+        runs = [(*run(recipe, f, arguments.seed), f) for f in arguments.rate_factors]
+        best, test, factor = max(runs, key=lambda entry: entry[0])
+        tuned[name] = (best, [test], factor, time.perf_counter() - start)
+    better = max(tuned, key=lambda name: tuned[name][0])
+    for name, (_, tests, factor, seconds) in tuned.items():
         recipe = RECIPES[name]
-        for seed in range(1, arguments.seeds if name == better else 1):
-            heads.append(run(recipe, factor, arguments.seed + seed)[1])
-        right = np.stack([predict(head, z_test) == y_test.numpy() for head in heads])
-        figures = {"right": right, "rate": recipe.rate * factor, "seconds": seconds}
+        for more in range(1, arguments.seeds if name == better else 1):
+            tests.append(run(recipe, factor, arguments.seed + more)[1])
+        figures = {"test": tests, "rate": recipe.rate * factor, "seconds": seconds}
         yield f"fine-tuning, {name}", figures
 
 
-def compared(figures, base):
-    """Replace the test images that are right by their share and its distance from the base's.
+def compared(figures, base, task):
+    """Replace what a model makes of the test images by its score and its gain on ``base``.
 
-    Both in percent, with standard errors: of a share, and of a difference between two on the
-    same images. Several seeds are averaged.
+    Both in percent, with standard errors over the test images: those of a model, and of the
+    difference between two on the same images. Several seeds are averaged.
     """
-    right = np.atleast_2d(figures.pop("right"))
-    difference = 100 * (right.mean(0) - base)
-    accuracies = 100 * right.mean(1)
-    n = right.shape[1]
-    mean = float(accuracies.mean())
+    tests = np.stack(figures.pop("test"))
+    (base,) = base
+    if task.multilabel:
+        scores = [mean_average_precision(logits, task.y_test) for logits in tests]
+        gain = statistics.mean(scores) - mean_average_precision(base, task.y_test)
+        error, gain_error = bootstrap(tests, base, task.y_test)
+    else:
+        scores = tests.mean(1)
+        difference = tests.mean(0) - base
+        gain, mean = difference.mean(), scores.mean()
+        error = math.sqrt(mean * (1 - mean) / len(base))
+        gain_error = difference.std() / math.sqrt(len(base))
     return {
-        "accuracy": mean,
-        "error": math.sqrt(mean * (100 - mean) / n),
-        "accuracies": accuracies.tolist(),
-        "gain": float(difference.mean()),
-        "gain_error": float(difference.std()) / math.sqrt(n),
+        "score": 100 * float(np.mean(scores)),
+        "error": 100 * float(error),
+        "scores": [100 * float(value) for value in scores],
+        "gain": 100 * float(gain),
+        "gain_error": 100 * float(gain_error),
         **figures,
     }
 
 
-def table_3(name, task, arguments):
-    """Iterate over the rows of an encoder: three linear models, two ways of fine-tuning."""
-    network, preprocess = encoder(name)
-    published = next((v for k, v in TABLE_3.items() if k in Path(name).stem), {})
-    activation = fitted_activation(network, preprocess, task, arguments)
+def bootstrap(tests, base, y, n_draws=200):
+    """Return the standard errors of the mean average precision, and of its gain on the base's."""
+    rng = np.random.default_rng(0)
+    draws = []
+    for rows in rng.integers(len(y), size=(n_draws, len(y))):
+        scores = [mean_average_precision(logits[rows], y[rows]) for logits in [base, *tests]]
+        draws.append((statistics.mean(scores[1:]), statistics.mean(scores[1:]) - scores[0]))
+    return np.std(draws, axis=0)
+
+
+def four_models(activation, task, arguments, published):
+    """Iterate over the rows of a network: three linear models, two ways of fine-tuning."""
 
     def models():
         yield "activation", measure(activation, task)
         for features in ("gradient", "full"):
             model = gradient_model(activation, features, task, arguments.gradient_alphas)
             yield features, measure(model, task)
-        yield from fine_tuning(network, preprocess, activation, task, arguments)
+        yield from fine_tuning(activation, task, arguments)
 
-    base = None
+    base, known = None, dict(zip(MODELS, published or (), strict=False))
     for model, figures in models():
-        base = figures["right"] if base is None else base
-        row = {"table": 3, "encoder": name, "model": model, **compared(figures, base)}
-        yield {**row, "published": published.get(model.partition(",")[0])}
+        base = figures["test"] if base is None else base
+        row = {"model": model, **compared(figures, base, task)}
+        yield {**row, "published": known.get(model.partition(",")[0])}
+
+
+def table_2(task, arguments):
+    """Iterate over the rows of several labels: EfficientNet-Lite0 as ImageNet left it."""
+    activation = fitted_activation(
+        efficientnet(), Preprocess(arguments.side), task, arguments,
+        activation_layer="_avg_pooling",
+    )  # fmt: skip
+    for row in four_models(activation, task, arguments, TABLES_2_AND_4.get(task.source)):
+        yield {"table": 2, "encoder": "EfficientNet-Lite0", "data": task.source, **row}
+
+
+def table_3(name, task, arguments):
+    """Iterate over the rows of an encoder."""
+    network, preprocess = encoder(name)
+    keys = ((known, task.source) for known in ("bigan", "vae") if known in Path(name).stem)
+    published = TABLE_3.get(next(keys, None))
+    activation = fitted_activation(network, preprocess, task, arguments)
+    for row in four_models(activation, task, arguments, published):
+        yield {"table": 3, "encoder": name, **row}
 
 
 def partly_random(network, layers, below_pretrained, layers_pretrained, seed):
@@ -202,9 +271,9 @@ def table_1(name, task, arguments):
     network, preprocess = encoder(name)
     activation = fitted_activation(network, preprocess, task, arguments)
     figures = measure(activation, task)
-    base = figures["right"]
-    row = {"table": 1, "encoder": name, "model": "activation", **compared(figures, base)}
-    yield {**row, "published": TABLE_3["bigan"]["activation"]}
+    base = figures["test"]
+    row = {"table": 1, "encoder": name, "model": "activation", **compared(figures, base, task)}
+    yield {**row, "published": TABLE_3["bigan", "CIFAR-10"][0]}
     alphas = {}
     for (layers, names), (key, published) in itertools.product(LAYERS.items(), TABLE_1.items()):
         lower, upper, fitted = key
@@ -219,7 +288,7 @@ def table_1(name, task, arguments):
             candidates = alphas.get((key, features), arguments.gradient_alphas)
             model = gradient_model(activation, features, task, candidates, **options)
             alphas[key, features] = [model.gradient_alpha]
-            result = compared(measure(model, task), base)
+            result = compared(measure(model, task), base, task)
             row = {"table": 1, "encoder": name, "theta_1": lower, "theta_2": upper}
             row |= {"omega": fitted, "layers": layers, "model": features, **result}
             yield {**row, "published": of_paper}
@@ -230,19 +299,20 @@ def markdown(rows):
     lines = []
     for (number, name), chosen in itertools.groupby(rows, lambda r: (r["table"], r["encoder"])):
         lines += ["", f"Table {number}, {Path(name).stem}", ""]
-        lines += (per_model if number == 3 else per_combination)(list(chosen))
+        lines += (per_combination if number == 1 else per_model)(list(chosen))
     return "\n".join([*lines, ""])
 
 
 def per_model(rows):
     """Return a table with a line for each model."""
+    metric = "mean average precision" if rows[0]["table"] == 2 else "accuracy"
     lines = [
-        "| model | accuracy, % | more than activation | published, % | seconds |",
+        f"| model | {metric}, % | more than activation | published, % | seconds |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in rows:
         unfinished = "" if row.get("converged", True) else " (not converged)"
-        cells = [row["model"], f"{row['accuracy']:.2f} ± {row['error']:.2f}{unfinished}"]
+        cells = [row["model"], f"{row['score']:.2f} ± {row['error']:.2f}{unfinished}"]
         gain = f"{row['gain']:+.2f} ± {row['gain_error']:.2f}"
         cells += ["" if row["model"] == "activation" else gain]
         cells += ["" if row["published"] is None else f"{row['published']:.2f}"]
@@ -256,7 +326,7 @@ def per_combination(rows):
     figures = {(r["theta_1"], r["theta_2"], r["omega"], r["layers"], r["model"]): r for r in rows}
     columns = list(itertools.product(LAYERS, ("gradient", "full")))
     lines = [
-        f"activation: {activation['accuracy']:.2f} ({activation['published']:.2f})",
+        f"activation: {activation['score']:.2f} ({activation['published']:.2f})",
         "",
         f"| θ̄₁ | θ̄₂ | ω̄ | {' | '.join(map(' '.join, columns))} |",
         f"|---|---|---|{'---:|' * len(columns)}",
@@ -265,12 +335,10 @@ def per_combination(rows):
         cells = [("random", "pretrained")[pretrained] for pretrained in key[:2]]
         cells.append(("random", "fitted")[key[2]])
         for column in columns:
-            row = figures.get(key + column)
-            unfinished = "" if row is None or row["converged"] else "*"
-            known = (
-                "" if row is None else f"{row['accuracy']:.2f}{unfinished} ({row['published']:.2f})"
-            )
-            cells.append(known)
+            cells.append("")
+            if (row := figures.get(key + column)) is not None:
+                unfinished = "" if row["converged"] else "*"
+                cells[-1] = f"{row['score']:.2f}{unfinished} ({row['published']:.2f})"
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", "*: not converged"]
 
@@ -279,13 +347,14 @@ def main(argv=None):
     """Run what was asked for; write JSON and Markdown after every row, print Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", type=Path, help="zip file of train/ and test/<class>/*.jpg")
-    add("--tables", type=int, nargs="+", default=[3, 1], choices=[1, 3])
-    add("--encoders", nargs="+", default=list(SHIPPED), help="names, or files of weights")
+    add("--data", type=Path, help="files of images, see the top of this file")
+    add("--tables", type=int, nargs="+", default=[3, 2, 1], choices=[1, 2, 3])
+    add("--encoders", nargs="+", default=list(SHIPPED), help="names, or files; tables 1 and 3")
     add("--n-train", type=int, help="default: all")
     add("--n-test", type=int, help="default: all")
-    add("--alphas", type=float, nargs="+", default=[1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
-    add("--gradient-alphas", type=float, nargs="+", default=[1e-4, 1e-5, 1e-6, 1e-7])
+    add("--side", type=int, default=96, help="height and width of images in table 2")
+    add("--alphas", type=float, nargs="+", default=[1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+    add("--gradient-alphas", type=float, nargs="+", default=[1e-2, 1e-3, 1e-4, 1e-5])
     add("--rate-factors", type=float, nargs="+", default=[1.0, 0.1, 0.01])
     add("--patience", type=int, default=10, help="epochs of fine-tuning without a better one")
     add("--seeds", type=int, default=3, help="runs of the better way of fine-tuning")
@@ -295,13 +364,21 @@ def main(argv=None):
     add("--output", type=Path, default=Path("paper_tables.json"))
     arguments = parser.parse_args(argv)
     need_data(arguments.data)
-    task = Task(arguments)
-    sizes = {"n_train": len(task.y), "n_test": len(task.y_test)}
-    rows = []
-    for number, name in itertools.product(arguments.tables, arguments.encoders):
-        for row in (table_3 if number == 3 else table_1)(name, task, arguments):
+    rows, sizes = [], {}
+    for number in arguments.tables:
+        task = (MultiLabelTask if number == 2 else Task)(arguments)
+        sizes[f"table_{number}"] = {
+            "data": task.source, "n_train": len(task.y), "n_test": len(task.y_test)
+        }  # fmt: skip
+        tables = {1: table_1, 3: table_3}
+        found = (
+            [table_2(task, arguments)]
+            if number == 2
+            else [tables[number](name, task, arguments) for name in arguments.encoders]
+        )
+        for row in itertools.chain.from_iterable(found):
             rows.append(row)
-            save(rows, arguments, **sizes)
+            save(rows, arguments, sizes=sizes)
             arguments.output.with_suffix(".md").write_text(markdown(rows))
     print(markdown(rows))
 

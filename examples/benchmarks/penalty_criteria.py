@@ -23,7 +23,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from _setup import digits, read_images, save
+from _datasets import read_images
+from _setup import digits, save
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split

@@ -29,7 +29,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from _setup import environment, nearest, random_images, read_images, resident
+from _datasets import read_images
+from _setup import environment, nearest, random_images, resident
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import GradientFeatureClassifier, _stages

@@ -28,7 +28,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from _setup import digits, docstrings, images, read_images, save
+from _datasets import read_images
+from _setup import digits, docstrings, images, save
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import GradientFeatureClassifier, _stages

