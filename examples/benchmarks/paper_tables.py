@@ -266,7 +266,7 @@ def partly_random(network, layers, below_pretrained, layers_pretrained, seed):
 def table_1(name, task, arguments):
     """Iterate over the rows of an encoder: what is random, by the gradient layers.
 
-    The penalty is chosen with the topmost layer alone, and kept for more of them.
+    The penalty is chosen with the first choice of layers, and kept for the others.
     """
     network, preprocess = encoder(name)
     activation = fitted_activation(network, preprocess, task, arguments)
@@ -275,8 +275,9 @@ def table_1(name, task, arguments):
     row = {"table": 1, "encoder": name, "model": "activation", **compared(figures, base, task)}
     yield {**row, "published": TABLE_3["bigan", "CIFAR-10"][0]}
     alphas = {}
-    for (layers, names), (key, published) in itertools.product(LAYERS.items(), TABLE_1.items()):
+    for layers, (key, published) in itertools.product(arguments.layers, TABLE_1.items()):
         lower, upper, fitted = key
+        names = LAYERS[layers]
         other = partly_random(network, names, lower, upper, arguments.seed)
         options = {
             "gradient_layers": names,
@@ -324,7 +325,7 @@ def per_combination(rows):
     """Return a table with a line for what is random, and published figures in parentheses."""
     activation, *rows = rows
     figures = {(r["theta_1"], r["theta_2"], r["omega"], r["layers"], r["model"]): r for r in rows}
-    columns = list(itertools.product(LAYERS, ("gradient", "full")))
+    columns = list(itertools.product(dict.fromkeys(r["layers"] for r in rows), MODELS[1:3]))
     lines = [
         f"activation: {activation['score']:.2f} ({activation['published']:.2f})",
         "",
@@ -350,6 +351,7 @@ def main(argv=None):
     add("--data", type=Path, help="files of images, see the top of this file")
     add("--tables", type=int, nargs="+", default=[3, 2, 1], choices=[1, 2, 3])
     add("--encoders", nargs="+", default=list(SHIPPED), help="names, or files; tables 1 and 3")
+    add("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS), help="table 1")
     add("--n-train", type=int, help="default: all")
     add("--n-test", type=int, help="default: all")
     add("--side", type=int, default=96, help="height and width of images in table 2")

@@ -1,0 +1,165 @@
+"""Can a cheap score on the training images choose how many layers take part?
+
+For each network the topmost one, two and three are fitted, with the penalty of the gradients chosen
+on a tenth of the training images. Two scores come from a share of those images alone:
+
+alignment
+    of the tangent kernel with what the activations leave to explain [1]: with the rows G of
+    gradient features and the residual r of the first stage, ``|Gᵀr|² / (|GGᵀ| |r|²)``.
+validation
+    the log-loss of a fit to half of that share on the other half.
+
+    python examples/benchmarks/gradient_layers.py --data cifar10.zip --output gradient_layers.json
+
+[1] N. Cristianini et al., On kernel-target alignment, NeurIPS 2001.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from _datasets import Task, need_data
+from _setup import Preprocess, efficientnet, empty_store, encoder, save
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import StratifiedKFold, train_test_split
+
+from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
+
+DEPTHS = (1, 2, 3)
+N_PROBES = 10
+
+
+def options(name):
+    """Return the parameters that make a network's activations."""
+    if name != "efficientnet":
+        network, preprocess = encoder(name)
+        return {"backbone": network, "preprocess": preprocess}
+    pooling = {"activation_layer": "_avg_pooling"}
+    return {"backbone": efficientnet(), "preprocess": Preprocess(), **pooling}
+
+
+@torch.no_grad()
+def alignment(model, X, y):
+    """Return the alignment of the kernel, between 0 and 1."""
+    stages = model._prepare(X).stages(model._problem(y, None))
+    base = stages.fit_activation(model.alpha, None, lambda *_: False)
+    logits = stages.objective(model.alpha, stages.features.activation, None).forward(
+        torch.cat([base.model.weights.flatten(), base.model.intercept])
+    )
+    residual = stages.loss.gradient(logits)
+    objective = stages.objective(0.0, None, stages.tangent(base.model, 0.0))
+    nothing = stages.like.new_zeros(objective.sizes[1])
+
+    def transposed(cotangent):
+        return objective.split(objective.adjoint(cotangent)).u
+
+    rng, squares = np.random.default_rng(0), []
+    for _ in range(N_PROBES):
+        signs = torch.from_numpy(rng.choice([-1.0, 1.0], size=tuple(residual.shape)))
+        through = objective.forward(torch.cat([nothing, transposed(signs)]))
+        squares.append(float(through.square().sum()))
+    norm = math.sqrt(np.mean(squares))
+    explained = float(transposed(residual).double().square().sum())
+    return explained / (norm * float(residual.square().sum()))
+
+
+def timed(function, *arguments):
+    """Return what a call returns, and its seconds, with an empty feature store."""
+    empty_store()
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        result = function(*arguments)
+    return result, time.perf_counter() - start
+
+
+def compare(name, task, arguments):
+    """Iterate over the rows of a network, one for each depth."""
+    few, _ = train_test_split(
+        np.arange(len(task.y)), train_size=arguments.share, stratify=task.y, random_state=0
+    )
+    X, y, base, shared = task.X[few], task.y[few], None, options(name)
+    halves = StratifiedKFold(2).split(few, y)
+    (half,) = list(halves)[:1]
+    for depth in DEPTHS:
+        common = {**shared, "gradient_layers": depth, "max_iter": arguments.max_iter}
+        grid = {"alphas": [arguments.alpha], "gradient_alphas": arguments.gradient_alphas}
+        model = GradientFeatureClassifierCV(**common, **grid, cv=task.held_out_fold)
+        _, seconds = timed(model.fit, task.X, task.y)
+        aligned, aligned_seconds = timed(
+            alignment, GradientFeatureClassifier(**common, alpha=arguments.alpha), X, y
+        )
+        small = GradientFeatureClassifierCV(
+            **common, **grid, cv=[half], refit=False, scoring="neg_log_loss"
+        )
+        _, small_seconds = timed(small.fit, X, y)
+        right = model.predict(task.X_test) == task.y_test
+        base = right if base is None else base
+        difference = 100.0 * right - 100.0 * base
+        yield {
+            "network": name,
+            "depth": depth,
+            "layers": model.gradient_layers_,
+            "accuracy": 100 * float(right.mean()),
+            "gain": float(difference.mean()),
+            "gain_error": float(difference.std()) / math.sqrt(len(right)),
+            "held_out": 100 * model.best_score_,
+            "gradient_alpha": model.gradient_alpha_,
+            "seconds": seconds,
+            "alignment": aligned,
+            "alignment_seconds": aligned_seconds,
+            "validation": -small.best_score_,
+            "validation_seconds": small_seconds,
+        }
+
+
+def table(rows):
+    """Return the rows as a Markdown table."""
+    lines = [
+        "| network | layers | accuracy, % | gain | fit and search, s | alignment | s "
+        "| validation | s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['network']} | {row['depth']} | {row['accuracy']:.1f} | "
+            f"{row['gain']:+.1f} ± {row['gain_error']:.1f} | {row['seconds']:.0f} | "
+            f"{row['alignment']:.3f} | {row['alignment_seconds']:.0f} | "
+            f"{row['validation']:.3f} | {row['validation_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    """Run what was asked for, write JSON after every row, print Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    known = ["convnet-rotation", "convnet-vae", "efficientnet"]
+    add("--data", type=Path, help="files of images, as paper_tables.py takes them")
+    add("--networks", nargs="+", default=known, choices=known)
+    add("--n-train", type=int, default=2000)
+    add("--n-test", type=int, default=2000)
+    add("--share", type=float, default=0.25, help="of the training images, for the scores")
+    add("--alpha", type=float, default=1e-2)
+    add("--gradient-alphas", type=float, nargs="+", default=[1e-2, 1e-3, 1e-4])
+    add("--max-iter", type=int, default=100)
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=Path("gradient_layers.json"))
+    arguments = parser.parse_args()
+    need_data(arguments.data)
+    task, rows = Task(arguments), []
+    for name in arguments.networks:
+        for row in compare(name, task, arguments):
+            rows.append(row)
+            save(rows, arguments)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
