@@ -203,14 +203,15 @@ def test_table_2(make, known, scripts, tmp_path, capsys):
     data = make(tmp_path / "data", *([48] if make is folder_of_classes else []))
     result = run(scripts, data, tmp_path / "o.json", "--tables", "2", "--side", "32")
     rows = result["rows"]
-    names = ["activation", "gradient", "full", "fine-tuning, Adam", "fine-tuning, SGD"]
+    models = ["activation", "gradient", "full", "input of θ₂"]
+    names = [*models, "fine-tuning, Adam", "fine-tuning, SGD"]
     assert [row["model"] for row in rows] == names
     assert [row["published"] for row in rows[:3]] == known
     assert rows[0]["gain"] == 0
     assert rows[0]["gain_error"] == 0
     assert all(0 < row["score"] <= 100 for row in rows)
     assert all(row["gain"] == pytest.approx(row["score"] - rows[0]["score"]) for row in rows)
-    assert sorted(len(row["scores"]) for row in rows) == [1, 1, 1, 1, 2]
+    assert sorted(len(row["scores"]) for row in rows) == [1, 1, 1, 1, 1, 2]
     assert "mean average precision" in capsys.readouterr().out
 
 
@@ -218,7 +219,9 @@ def test_table_3(scripts, tmp_path):
     """Two classes; accuracies by hand."""
     data = folder_of_classes(tmp_path / "data", 24)
     output = tmp_path / "o.json"
-    result = run(scripts, data, output, "--tables", "3", "--encoders", "convnet-vae")
+    models = ["--models", "full", "input of θ₂", "fine-tuning"]
+    result = run(scripts, data, output, "--tables", "3", "--encoders", "convnet-vae", *models)
+    assert "gradient" not in [row["model"] for row in result["rows"]]
     assert result["setting"]["sizes"]["table_3"] == {"data": "data", "n_train": 48, "n_test": 48}
     for row in result["rows"]:
         p = row["score"] / 100
@@ -226,6 +229,10 @@ def test_table_3(scripts, tmp_path):
         assert row["score"] == pytest.approx(np.mean(row["scores"]))
         assert row["published"] is None
     assert "| full |" in output.with_suffix(".md").read_text()
+    plots = scripts("plot_tables")
+    (axes,) = plots.draw(plots.groups([output])).axes
+    drawn = [float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "o"]
+    assert drawn == [row["score"] for row in result["rows"]]
 
 
 def test_random_parameters(scripts):

@@ -19,6 +19,7 @@ train2014/, val2014/).
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import math
 import statistics
@@ -76,6 +77,7 @@ TABLES_2_AND_4 = {
     "COCO14": (62.98, 66.33, 66.45, 63.43),
 }
 MODELS = ("activation", "gradient", "full", "fine-tuning")
+CONTROL = "input of θ₂"
 
 
 def choose(model, task, parameter, values):
@@ -136,6 +138,21 @@ def gradient_model(activation, features, task, alphas, **parameters):
     """Return a model with gradients and the best penalty."""
     model = clone(activation).set_params(features=features, **parameters)
     return choose(model, task, "gradient_alpha", alphas)
+
+
+def on_input(activation, task, arguments):
+    """Return the logistic regression on the input of the gradient layers, and its task.
+
+    ``activation`` is fitted.
+    """
+    flat = copy.copy(task)
+    for name in ("X", "X_test"):
+        tensors = below(activation, getattr(task, name), torch.device("cpu"))
+        setattr(flat, name, torch.cat([t.flatten(1) for t in tensors], 1).numpy())
+    model = clone(activation).set_params(
+        backbone=nn.Identity(), preprocess=None, activation_layer=None, precision="float32"
+    )
+    return choose(model, flat, "alpha", arguments.alphas), flat
 
 
 def fine_tuning(activation, task, arguments):
@@ -214,14 +231,22 @@ def bootstrap(tests, base, y, n_draws=200):
 
 
 def four_models(activation, task, arguments, published):
-    """Iterate over the rows of a network: three linear models, two ways of fine-tuning."""
+    """Iterate over the rows of a network: three linear models, two ways of fine-tuning.
+
+    And a control that the paper does not have: a logistic regression on what the gradient layers
+    take, all of it.
+    """
 
     def models():
         yield "activation", measure(activation, task)
         for features in ("gradient", "full"):
-            model = gradient_model(activation, features, task, arguments.gradient_alphas)
-            yield features, measure(model, task)
-        yield from fine_tuning(activation, task, arguments)
+            if features in arguments.models:
+                model = gradient_model(activation, features, task, arguments.gradient_alphas)
+                yield features, measure(model, task)
+        if CONTROL in arguments.models:
+            yield CONTROL, measure(*on_input(activation, task, arguments))
+        if "fine-tuning" in arguments.models:
+            yield from fine_tuning(activation, task, arguments)
 
     base, known = None, dict(zip(MODELS, published or (), strict=False))
     for model, figures in models():
@@ -352,6 +377,8 @@ def main(argv=None):
     add("--tables", type=int, nargs="+", default=[3, 2, 1], choices=[1, 2, 3])
     add("--encoders", nargs="+", default=list(SHIPPED), help="names, or files; tables 1 and 3")
     add("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS), help="table 1")
+    models = [*MODELS[1:3], CONTROL, MODELS[3]]
+    add("--models", nargs="+", default=models, choices=models, help="tables 2 and 3")
     add("--n-train", type=int, help="default: all")
     add("--n-test", type=int, help="default: all")
     add("--side", type=int, default=96, help="height and width of images in table 2")

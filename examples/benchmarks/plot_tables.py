@@ -1,0 +1,64 @@
+"""Draw what paper_tables.py measured with several models, tables 2 and 3.
+
+    python examples/benchmarks/plot_tables.py table3.json table2.json --output tables.svg
+
+Bars are one standard error over the test images; hollow circles are the paper's figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+
+def groups(paths):
+    """Return the rows of every network, with the number of training images."""
+    found = []
+    for path in paths:
+        content = json.loads(path.read_text())
+        for (number, name), rows in itertools.groupby(
+            content["rows"], lambda row: (row["table"], row["encoder"])
+        ):
+            if number != 1:
+                size = content["setting"]["sizes"][f"table_{number}"]
+                found.append((number, Path(name).stem, size, list(rows)))
+    return found
+
+
+def draw(found):
+    """Return a figure with a panel for each network."""
+    figure, panels = plt.subplots(
+        1, len(found), figsize=(3.2 * len(found), 2.8), squeeze=False, layout="constrained"
+    )
+    for axes, (number, name, size, rows) in zip(panels[0], found, strict=True):
+        places = range(len(rows))[::-1]
+        for place, row in zip(places, rows, strict=True):
+            axes.errorbar(row["score"], place, xerr=row["error"], fmt="o", color="C0", capsize=3)
+            if row["published"] is not None:
+                axes.plot(row["published"], place, "o", mfc="none", color="0.5")
+        axes.set_yticks(places, [row["model"] for row in rows] if axes is panels[0][0] else [])
+        metric = "mean average precision" if number == 2 else "accuracy"
+        axes.set_xlabel(f"{metric}, %")
+        axes.set_title(f"{name}\n{size['data']}, {size['n_train']:,} images", fontsize="medium")
+        axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def main():
+    """Read the tables and write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("tables", type=Path, nargs="+", help="JSON files of paper_tables.py")
+    parser.add_argument("--output", type=Path, default=Path("tables.svg"))
+    arguments = parser.parse_args()
+    mpl.rcParams["svg.hashsalt"] = "tables"  # the same bytes for the same tables
+    figure = draw(groups(arguments.tables))
+    figure.savefig(arguments.output, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
