@@ -219,7 +219,7 @@ def test_table_3(scripts, tmp_path):
     """Two classes; accuracies by hand."""
     data = folder_of_classes(tmp_path / "data", 24)
     output = tmp_path / "o.json"
-    models = ["--models", "full", "input of θ₂", "fine-tuning"]
+    models = ["--models", "full", "fine-tuning"]
     result = run(scripts, data, output, "--tables", "3", "--encoders", "convnet-vae", *models)
     assert "gradient" not in [row["model"] for row in result["rows"]]
     assert result["setting"]["sizes"]["table_3"] == {"data": "data", "n_train": 48, "n_test": 48}

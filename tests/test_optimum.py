@@ -92,6 +92,19 @@ def test_stage_one_is_logistic_regression(target):
     np.testing.assert_array_equal(model.coef_, model.omega_)
 
 
+@pytest.mark.parametrize("n_features", [300, 9000])
+def test_more_features_than_samples(n_features):
+    """The preconditioner is then exact for the samples, however many features there are."""
+    wide = rng.randn(N, n_features)
+    model = GradientFeatureClassifier(nn.Identity(), features="activation", alpha=0.02, tol=1e-12)
+    model.fit(wide, TARGETS["multinomial"], sample_weight=WEIGHTS)
+    oracle = LogisticRegression(C=1 / (0.02 * WEIGHTS.sum()), tol=1e-10, max_iter=10000)
+    oracle.fit(wide, TARGETS["multinomial"], sample_weight=WEIGHTS)
+    expected = oracle.decision_function(wide)
+    np.testing.assert_allclose(model.decision_function(wide), expected, atol=1e-4)
+    assert model.n_passes_ < 60
+
+
 def test_gradient_features_alone():
     model, module = fit("plain", "binary", features="gradient", gradient_alpha=0.01)
     _, g = explicit(model, module)

@@ -65,6 +65,9 @@ def test_few_rows_are_decomposed_by_their_products():
     assert few.values.shape == (1, 39)
     solved, expected = (KroneckerInverse(output, s, ALPHA)(matrix) for s in (few, gram))
     torch.testing.assert_close(solved, expected, rtol=1e-6, atol=1e-7)
+    one = Spectrum.of_rows(rows[0])
+    assert torch.equal(one.values, few.values[0])
+    assert torch.equal(one.vectors, few.vectors[0])
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (2, 6, 6)])

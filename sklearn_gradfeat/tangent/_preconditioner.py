@@ -132,6 +132,8 @@ def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spec
         rows = objective.features
     mean = weights @ rows if objective.fit_intercept else rows.new_zeros(rows.shape[1])
     rows = rows - mean
+    if len(rows) < rows.shape[1]:
+        return mean, Spectrum.of_rows(weights.sqrt()[:, None] * rows)
     weighted = weights[:, None] * rows
     wide = rows.shape[1] > MAX_WIDTH
     factor = Spectrum((weighted * rows).sum(0), None) if wide else Spectrum.of(weighted.T @ rows)

@@ -49,15 +49,16 @@ class Spectrum:
 
     @classmethod
     def of_rows(cls, rows: Tensor) -> Spectrum:
-        """Decompose ``rowsᵀ rows`` for rows of shape (1, n_rows, n), fewer than n."""
-        home = "cpu" if rows.device.type == "mps" else rows.device
-        wide = rows[0].to(home, torch.float64)
+        """Decompose ``rowsᵀ rows``, for rows of shape (n_rows, n) or (1, n_rows, n), n_rows < n."""
+        home, one = "cpu" if rows.device.type == "mps" else rows.device, rows.shape[:-2]
+        wide = rows.reshape(rows.shape[-2:]).to(home, torch.float64)
         values, vectors = _eigh(wide @ wide.T)
         # Below that the vectors drown in the rounding errors of the largest value.
         kept = values > len(wide) * torch.finfo(rows.dtype).eps * values[-1]
         values = values[kept]
         vectors = wide.T @ vectors[:, kept] / values.sqrt()
-        return cls(values[None].to(rows), vectors[None].to(rows), rows.new_zeros(1))
+        values, vectors = (t.reshape(*one, *t.shape).to(rows) for t in (values, vectors))
+        return cls(values, vectors, rows.new_zeros(one))
 
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the last axis in the eigenbasis, and what the basis leaves out."""
