@@ -9,7 +9,6 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sklearn.base import clone
 from sklearn.utils import check_random_state
@@ -164,8 +163,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         """Run both stages and return the fitted attributes."""
         attributes = prepared.attributes | problem.attributes
         stages, kind = prepared.stages(problem), prepared.settings.features
-        offset = problem.offset(stages.loss.n_outputs)
-        warm = self._warm_model(prepared, offset)
+        warm = self._warm_model(prepared, problem, stages.loss.n_outputs)
         with tqdm(unit="iteration", disable=not self.verbose) as bar:
 
             def monitor(
@@ -176,7 +174,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
                 if stage != kind:
                     return False
                 return callbacks.iteration(
-                    iteration, lambda: attributes | model().shifted(offset).attributes()
+                    iteration, lambda: attributes | problem.finished(model()).attributes()
                 )
 
             model, solutions = train(stages, alpha, gradient_alpha, warm, monitor)
@@ -185,23 +183,23 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         last = solutions[kind]
         return {
             **attributes,
-            **model.shifted(offset).attributes(),
+            **problem.finished(model).attributes(),
             "n_iter_": last.n_iter,
             "n_passes_": last.n_passes,
             "objective_path_": np.array(last.objective_path),
         }
 
-    def _warm_model(self, prepared: Prepared, offset: npt.NDArray[np.float64]) -> Model | None:
-        """Return the former solution, less the offset, if it can serve as the start."""
+    def _warm_model(self, prepared: Prepared, problem: Problem, n_outputs: int) -> Model | None:
+        """Return the former solution, if it can serve as the start."""
         activation = prepared.features.activation
-        shape = (len(offset), activation.shape[1])
+        shape = (n_outputs, activation.shape[1])
         if not self.warm_start or getattr(self, "coef_", np.empty(0)).shape != shape:
             return None
         if {n: v.shape for n, v in self.gradient_coef_.items()} != {
             n: tuple(p.shape) for n, p in prepared.network.parameters.items()
         }:
             return None
-        return Model.of(self, activation.device, activation.dtype).shifted(-offset)
+        return problem.unfinished(Model.of(self, activation.device, activation.dtype))
 
     @torch.inference_mode(False)
     def _logits(self, X: Any) -> np.ndarray[Any, Any]:

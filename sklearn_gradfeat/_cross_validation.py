@@ -247,7 +247,7 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
                 setattr(model, name, getattr(self, name))
         return model
 
-    def _warm_model(self, prepared: Prepared, offset: npt.NDArray[np.float64]) -> None:
+    def _warm_model(self, prepared: Prepared, problem: Problem, n_outputs: int) -> None:
         """Start from nothing: the model is that of the plain estimator with these penalties."""
 
     def __sklearn_is_fitted__(self) -> bool:

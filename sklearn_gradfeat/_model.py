@@ -42,6 +42,15 @@ class Model:
         """Return the model that predicts as much more of every output."""
         return replace(self, intercept=self.intercept + torch.from_numpy(offset).to(self.intercept))
 
+    def scaled(self, factor: float) -> Model:
+        """Return the model that predicts so many times as much."""
+        return replace(
+            self,
+            weights=self.weights * factor,
+            intercept=self.intercept * factor,
+            displacements={name: value * factor for name, value in self.displacements.items()},
+        )
+
     def attributes(self) -> dict[str, Any]:
         """Return the model as attributes of a fitted estimator."""
         return {

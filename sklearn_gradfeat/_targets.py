@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import _check_sample_weight, check_array, column_or_1d
 
 from sklearn_gradfeat._losses import Bernoulli, Huber, Loss, Multinomial, Squared
+from sklearn_gradfeat._model import Model
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,68 @@ class Problem:
         What the fitted estimator is to know of the targets.
     centre : ndarray of shape (n_outputs,) or None
         What was taken off the targets and goes back to the intercept; None is zero.
+    scale : float
+        What makes the outputs of the optimum those of the estimator.
     """
 
     loss: Callable[[torch.device], Loss]
     attributes: dict[str, Any]
     centre: npt.NDArray[np.float64] | None = None
+    scale: float = 1.0
 
     def offset(self, n_outputs: int) -> npt.NDArray[np.float64]:
         """Return the centre as numbers."""
         return np.zeros(n_outputs) if self.centre is None else self.centre
+
+    def finished(self, model: Model) -> Model:
+        """Return the model of the estimator, given the optimum of the loss."""
+        return model.scaled(self.scale).shifted(self.offset(len(model.intercept)))
+
+    def unfinished(self, model: Model) -> Model:
+        """Return the inverse of :meth:`finished`."""
+        return model.shifted(-self.offset(len(model.intercept))).scaled(1 / self.scale)
+
+
+@dataclass(frozen=True)
+class Classification(Problem):
+    """What classes or labels make of a fit.
+
+    Attributes
+    ----------
+    targets : ndarray of shape (n_samples,) or (n_samples, n_labels)
+        Class indices, or zeros and ones.
+    weights : ndarray of shape (n_samples,)
+        Adding up to one.
+    part : callable
+        Maps rows to the problem of these samples, with the same classes.
+    """
+
+    targets: npt.NDArray[Any] = field(kw_only=True)
+    weights: npt.NDArray[np.float64] = field(kw_only=True)
+    part: Callable[[npt.NDArray[np.intp]], Classification] = field(kw_only=True)
+
+    @classmethod
+    def of(
+        cls,
+        targets: npt.NDArray[Any],
+        weights: npt.NDArray[np.float64],
+        classes: npt.NDArray[Any],
+        loss: str,
+    ) -> Classification:
+        """Return the problem for encoded targets and a loss by name."""
+        attributes = {"classes_": classes, "_multilabel": targets.ndim == 2}
+
+        def part(rows: npt.NDArray[np.intp]) -> Classification:
+            few = weights[rows]
+            return cls.of(targets[rows], few / few.sum(), classes, loss)
+
+        return cls(
+            lambda device: classification_loss(targets, weights, len(classes), loss, device),
+            attributes,
+            targets=targets,
+            weights=weights,
+            part=part,
+        )
 
 
 def encode(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -65,14 +119,22 @@ def classification_loss(
     targets: npt.NDArray[Any],
     weights: npt.NDArray[np.float64],
     n_classes: int,
+    loss: str,
     device: torch.device,
 ) -> Loss:
-    """Return the loss that fits the targets: one logit for two classes."""
+    """Return the loss that fits the targets: one output for two classes.
+
+    Squared errors are those to 1 for the class or label of a sample, and -1 for any other.
+    """
     w = torch.from_numpy(weights).to(device)
-    if targets.ndim == 1 and n_classes > 2:
+    several = targets.ndim == 1 and n_classes > 2
+    if several and loss == "log_loss":
         return Multinomial(torch.from_numpy(targets).to(device, torch.int64), w, n_classes)
-    columns = targets.reshape(len(targets), -1).astype(np.float64)
-    return Bernoulli(torch.from_numpy(columns).to(device), w)
+    columns = np.eye(n_classes)[targets] if several else targets.reshape(len(targets), -1)
+    zeros_and_ones = torch.from_numpy(columns.astype(np.float64)).to(device)
+    if loss == "squared":
+        return Squared(2 * zeros_and_ones - 1, w)
+    return Bernoulli(zeros_and_ones, w)
 
 
 def numeric(y: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -22,6 +22,14 @@ class Factory:
         return "Factory()"
 
 
+def failing(estimator):
+    """Return the checks that an estimator is known to fail, and why."""
+    if getattr(estimator, "loss", None) != "squared":
+        return {}
+    why = "which samples make logits of the predictions depends on how often each is repeated"
+    return {"check_sample_weight_equivalence_on_dense_data": why}
+
+
 @parametrize_with_checks(
     [
         GradientFeatureClassifier(),
@@ -29,6 +37,7 @@ class Factory:
         GradientFeatureClassifier(features="gradient"),
         GradientFeatureClassifier(Factory()),
         GradientFeatureClassifier(precision="float32"),
+        GradientFeatureClassifier(loss="squared"),
         GradientFeatureRegressor(),
         GradientFeatureRegressor(features="activation"),
         GradientFeatureRegressor(features="gradient"),
@@ -38,7 +47,8 @@ class Factory:
         GradientFeatureClassifierCV(alphas=2, gradient_alphas=2, cv=3),
         GradientFeatureRegressorCV(alphas=2, gradient_alphas=2, cv=3),
         GradientFeatureRegressorCV(features="activation", cv=3),
-    ]
+    ],
+    expected_failed_checks=failing,
 )
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_estimator_checks(estimator, check):
