@@ -105,7 +105,7 @@ class InputTerm:
             self.moves = tuple(model.displacements.values())
         device = extractor.backbone.example.device
         backbone = extractor.backbone.to(device, extractor.dtype)
-        self.network: Network = backbone.network(list(model.displacements))
+        self.network: Network = backbone.network(list(model.displacements), extractor.leak)
         self.linearized = LinearizedHead(self.network.head, self.network.parameters, "standard")
 
     @torch.inference_mode(False)

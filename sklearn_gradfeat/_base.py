@@ -43,6 +43,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         "gradient_backbone": [None, str, nn.Module, callable],
         "activation_layer": [None, str],
         "preprocess": [StrOptions({"auto"}), None, callable],
+        "head_leak": [None, Interval(Real, 0, 1, closed="left")],
         "features": [StrOptions({"full", "activation", "gradient"})],
         "omega": [StrOptions({"fitted", "random"})],
         "parametrization": [StrOptions({"ntk", "standard"})],

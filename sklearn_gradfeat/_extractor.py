@@ -47,6 +47,8 @@ class Extractor:
         Whether the trunk runs in bfloat16.
     takes_indices : bool
         Whether integers reach the network as they are.
+    leak : float or None
+        The slope of the rectifiers above the gradient layers.
     """
 
     backbone: FrozenBackbone
@@ -54,6 +56,7 @@ class Extractor:
     dtype: torch.dtype
     half: bool
     takes_indices: bool
+    leak: float | None = None
 
     def on(self, device: torch.device) -> Extractor:
         """Return the extractor on a device; one without float64 computes in float32."""
@@ -73,10 +76,10 @@ class Extractor:
     def network(self, names: Sequence[str]) -> Network:
         """Return the network split below the parameters ``names``, each part in its dtype."""
         device = self.backbone.example.device
-        network = self.backbone.to(device, self.dtype).network(names)
+        network = self.backbone.to(device, self.dtype).network(names, self.leak)
         if network.trunk is None:
             return network
-        below = self.backbone.network(names)
+        below = self.backbone.network(names, self.leak)
         return replace(network, trunk=below.trunk, cut=below.cut)
 
     def batches(
@@ -165,6 +168,11 @@ def build_extractor(estimator: Any, X: Any, seed: int) -> tuple[Extractor, list[
         if estimator.features != "activation":
             if estimator.gradient_backbone is None:
                 names = frozen.choose(estimator.gradient_layers)
+            elif estimator.head_leak is not None:
+                raise ValueError(
+                    "head_leak changes the activation and the derivative, so it cannot be combined "
+                    "with gradient_backbone. Set one of the two to None."
+                )
             else:
                 other = resolve_backbone(estimator.gradient_backbone, tuple(X.shape[1:]), seed + 1)
                 owner = _owner(estimator.gradient_backbone)
@@ -172,7 +180,8 @@ def build_extractor(estimator: Any, X: Any, seed: int) -> tuple[Extractor, list[
                 frozen, names = gradients_elsewhere(frozen, moved, estimator.gradient_layers)
     # f - g + g cancels in one precision only.
     half = estimator.precision == "bfloat16" and estimator.gradient_backbone is None
-    return Extractor(frozen, preprocess, dtype, half, indices), names
+    leak = None if estimator.head_leak is None else float(estimator.head_leak)
+    return Extractor(frozen, preprocess, dtype, half, indices, leak), names
 
 
 def _owner(backbone: Any) -> Any:

@@ -190,7 +190,8 @@ class _Saved:
                     "can hold that: pass it as `preprocess`."
                 )
         dtype = getattr(torch, stored["dtype"])
-        return Extractor(frozen, preprocess, dtype, stored["half"], stored["takes_indices"])
+        known = (stored["half"], stored["takes_indices"], stored.get("leak"))
+        return Extractor(frozen, preprocess, dtype, *known)
 
     def check(self, estimator: Any) -> None:
         """Raise an error unless network and transform compute what they did when it was saved."""

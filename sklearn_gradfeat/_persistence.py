@@ -149,6 +149,7 @@ def _extractor(extractor: Extractor) -> dict[str, Any]:
         "dtype": _name(extractor.dtype),
         "half": extractor.half,
         "takes_indices": extractor.takes_indices,
+        "leak": extractor.leak,
         "preprocess": None if preprocess is None else describe(preprocess),
     }
 

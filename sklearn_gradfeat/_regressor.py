@@ -58,6 +58,10 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         ``"auto"`` is the transform of a named network, which takes uint8 images or floats
         in [0, 1] of any size, grey or RGB, channels first or last; for any other backbone
         it is nothing.
+    head_leak : float, default=None
+        Slope below zero of the rectifiers above the gradient layers, at least 0 and below 1, for
+        activation and derivative alike: a rectifier passes no derivative where its input is
+        negative. None leaves them as they are.
     features : {"full", "activation", "gradient"}, default="full"
         The terms of the model: both, ``W f`` alone, or ``ω̄ J w₂`` alone.
     omega : {"fitted", "random"}, default="fitted"
@@ -174,6 +178,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         gradient_backbone=None,
         activation_layer=None,
         preprocess="auto",
+        head_leak=None,
         features="full",
         omega="fitted",
         parametrization="ntk",
@@ -197,6 +202,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         self.gradient_backbone = gradient_backbone
         self.activation_layer = activation_layer
         self.preprocess = preprocess
+        self.head_leak = head_leak
         self.features = features
         self.omega = omega
         self.parametrization = parametrization

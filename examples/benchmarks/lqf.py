@@ -1,10 +1,8 @@
 """What two of LQF's three changes [1] are worth here: squared loss, and leaky rectifiers.
 
-The third, K-FAC, is part of the solver. Squared errors are those of a regression on targets of
-plus and minus one; the class with the largest prediction is chosen. The rectifier above the
-gradient layer gets a slope of 0.2 below zero, in the activation and in the derivative. Every
-variant has the penalties that are best on the test images: so the accuracies are too high, but the
-choice adds no noise to the differences.
+The third, K-FAC, is part of the solver. ``head_leak`` is 0.2 or None. Every variant has the
+penalties that are best on the test images: so the accuracies are too high, but the choice adds no
+noise to the differences.
 
     python examples/benchmarks/lqf.py --data cifar10.zip --output lqf.json
 
@@ -14,7 +12,6 @@ choice adds no noise to the differences.
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import math
 import warnings
@@ -25,97 +22,44 @@ from _datasets import Task, need_data
 from _setup import Preprocess, efficientnet, encoder, save
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import PredefinedSplit
-from torch import nn
-from torch.nn.functional import leaky_relu
 
-from sklearn_gradfeat import (
-    GradientFeatureClassifier,
-    GradientFeatureClassifierCV,
-    GradientFeatureRegressor,
-    GradientFeatureRegressorCV,
-)
+from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
 
 LEAK = 0.2
 
 
-class LeakyConvNet(nn.Module):
-    """A ConvNet with another slope above its topmost convolution."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = copy.deepcopy(network)
-
-    def forward(self, x):
-        *below, top = self.network.children()
-        for layer in below:
-            x = leaky_relu(layer(x), self.network.slope)
-        return leaky_relu(top(x), LEAK).mean((2, 3))
+def options(name):
+    """Return the parameters that make a network's activations."""
+    if name != "efficientnet":
+        network, preprocess = encoder(name)
+        return {"backbone": network, "preprocess": preprocess}
+    pooling = {"activation_layer": "_avg_pooling"}
+    return {"backbone": efficientnet(), "preprocess": Preprocess(), **pooling}
 
 
-class Truncated(nn.Module):
-    """EfficientNet-Lite0 up to its average pooling, with a slope in the topmost rectifier."""
-
-    def __init__(self, network, slope):
-        super().__init__()
-        self.network, self.slope = network, slope
-
-    def forward(self, x):
-        network = self.network
-        x = network._swish(network._bn0(network._conv_stem(x)))
-        for block in network._blocks:
-            x = block(x)
-        x = network._bn1(network._conv_head(x))
-        return leaky_relu(x, self.slope).clamp(max=6).mean((2, 3))
-
-
-def networks(name):
-    """Return a network, the same with the slope, and their transform."""
-    if name == "efficientnet":
-        network = efficientnet().eval()
-        return Truncated(network, 0.0), Truncated(copy.deepcopy(network), LEAK), Preprocess()
-    network, preprocess = encoder(name)
-    return network, LeakyConvNet(network), preprocess
-
-
-def largest(model, X, Y):
-    """Return the share of samples with the largest prediction for the right class."""
-    return float((model.predict(X).argmax(1) == Y.argmax(1)).mean())
-
-
-def search(loss, backbone, preprocess, layer, task, arguments):
+def search(loss, leak, network, task, arguments):
     """Return which test images are right, and the penalties."""
-    X, y = np.concatenate([task.X, task.X_test]), np.concatenate([task.y, task.y_test])
-    options = {
-        "preprocess": preprocess,
-        "gradient_layers": layer,
-        "alphas": arguments.alphas,
-        "gradient_alphas": arguments.gradient_alphas,
-        "cv": PredefinedSplit(np.repeat([-1, 0], [len(task.y), len(task.y_test)])),
-        "max_iter": arguments.max_iter,
-        "refit": False,
-    }
-    squared = loss == "squared"
-    Model = GradientFeatureRegressor if squared else GradientFeatureClassifier
-    if squared:
-        y = 2.0 * np.eye(y.max() + 1)[y] - 1
-        searched = GradientFeatureRegressorCV(backbone, **options, scoring=largest).fit(X, y)
-    else:
-        searched = GradientFeatureClassifierCV(backbone, **options).fit(X, y)
+    common = {**network, "loss": loss, "head_leak": leak, "max_iter": arguments.max_iter}
+    searched = GradientFeatureClassifierCV(
+        **common,
+        alphas=arguments.alphas,
+        gradient_alphas=arguments.gradient_alphas,
+        cv=PredefinedSplit(np.repeat([-1, 0], [len(task.y), len(task.y_test)])),
+        refit=False,
+    )
+    searched.fit(np.concatenate([task.X, task.X_test]), np.concatenate([task.y, task.y_test]))
     penalties = {"alpha": searched.alpha_, "gradient_alpha": searched.gradient_alpha_}
-    kept = {name: options[name] for name in ("preprocess", "gradient_layers", "max_iter")}
-    model = Model(backbone, **kept, **penalties).fit(X[: len(task.y)], y[: len(task.y)])
-    found = model.predict(task.X_test)
-    return {"right": (found.argmax(1) if squared else found) == task.y_test, **penalties}
+    model = GradientFeatureClassifier(**common, **penalties).fit(task.X, task.y)
+    return {"right": model.predict(task.X_test) == task.y_test, **penalties}
 
 
 def compare(name, task, arguments):
     """Iterate over the rows of a network; gains are those on cross-entropy without a leak."""
-    *backbones, preprocess = networks(name)
-    base, layer = None, "*conv_head" if name == "efficientnet" else "*conv5"
-    for loss, leak in itertools.product(("cross-entropy", "squared"), (False, True)):
+    network, base = options(name), None
+    for loss, leak in itertools.product(("log_loss", "squared"), (None, LEAK)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            figures = search(loss, backbones[leak], preprocess, layer, task, arguments)
+            figures = search(loss, leak, network, task, arguments)
         right = figures.pop("right")
         base = right if base is None else base
         difference = 100.0 * right - 100.0 * base
@@ -137,7 +81,7 @@ def table(rows):
         "|---|---|---|---:|---:|---|",
     ]
     for row in rows:
-        leak = LEAK if row["leak"] else "none"
+        leak = "none" if row["leak"] is None else row["leak"]
         lines.append(
             f"| {row['network']} | {row['loss']} | {leak} | {row['accuracy']:.1f} | "
             f"{row['gain']:+.1f} ± {row['gain_error']:.1f} | "

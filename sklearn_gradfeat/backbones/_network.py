@@ -32,7 +32,8 @@ from sklearn_gradfeat.backbones._fingerprint import (
 )
 from sklearn_gradfeat.backbones._fold import fold_batch_norms
 from sklearn_gradfeat.backbones._layers import choose_parameters
-from sklearn_gradfeat.backbones._partition import boundary, extract
+from sklearn_gradfeat.backbones._leak import is_rectifier
+from sklearn_gradfeat.backbones._partition import boundary, downstream, extract
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -99,7 +100,7 @@ class FrozenBackbone:
         self.module.requires_grad_(False)  # not before lazy modules have their parameters
         self.example = torch.zeros_like(example)
         self.dtype = dtype
-        self._networks: dict[tuple[str, ...], Network] = {}
+        self._networks: dict[tuple[tuple[str, ...], float | None], Network] = {}
         self._others: dict[tuple[torch.device, torch.dtype], FrozenBackbone] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,19 +142,20 @@ class FrozenBackbone:
         """What tells this network from others."""
         return fingerprint(self.captured)
 
-    def network(self, names: Sequence[str]) -> Network:
+    def network(self, names: Sequence[str], leak: float | None = None) -> Network:
         """Return the network split below the parameters ``names``.
 
-        Without any, the trunk is the whole network.
+        Without any, the trunk is the whole network. ``leak`` is the slope of the rectifiers above
+        the parameters; None leaves them as they are.
         """
         with _LOCK:
-            key = tuple(names)
+            key = (tuple(names), leak if names else None)
             if key not in self._networks:
                 captured = self.captured
                 self._networks[key] = (
-                    _eager_network(self.module, key)
+                    _eager_network(self.module, *key)
                     if isinstance(captured, CaptureError)
-                    else _split_network(captured, key)
+                    else _split_network(captured, *key)
                 )
             return self._networks[key]
 
@@ -196,18 +198,27 @@ def _check_layer(module: nn.Module, layer: str) -> None:
         )
 
 
-def _split_network(captured: Captured, names: tuple[str, ...]) -> Network:
+def _split_network(captured: Captured, names: tuple[str, ...], leak: float | None) -> Network:
     """Cut a graph below the chosen parameters."""
     chosen = [captured.parameters[name] for name in names]
+    if leak is not None and not any(map(is_rectifier, downstream(captured.used(), chosen))):
+        raise ValueError(
+            "head_leak: no ReLU, ReLU6 or leaky ReLU lies between the gradient layers and the "
+            "activation. Set it to None."
+        )
     cut = boundary(captured, chosen) if chosen else [captured.output]
     trunk = None if cut == [captured.input] else extract(captured, [captured.input], cut)
-    head = extract(captured, cut, [captured.output], chosen)
+    head = extract(captured, cut, [captured.output], chosen, leak)
     values = {name: captured.tensors[captured.parameters[name]] for name in names}
     return Network(trunk, values, head, cut_places(captured, cut))
 
 
-def _eager_network(module: ActivationModule, names: tuple[str, ...]) -> Network:
+def _eager_network(module: ActivationModule, names: tuple[str, ...], leak: float | None) -> Network:
     """Take the whole module as the head, or as the trunk where nothing is chosen."""
+    if leak is not None:
+        raise ValueError(
+            "head_leak needs a backbone that can be captured as a graph; set it to None."
+        )
     if not names:
         return Network(EagerHead(module, []), {}, lambda activation: (activation,))
     available = dict(module.module.named_parameters())

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from scipy.sparse.csgraph import maximum_flow
 from torch import SymInt, Tensor, fx
 
 from sklearn_gradfeat.backbones._capture import WEIGHTED, Captured, operator_name
+from sklearn_gradfeat.backbones._leak import is_rectifier, leaky
 
 _INFINITE = 2**26
 
@@ -61,12 +62,12 @@ def boundary(captured: Captured, chosen: Iterable[fx.Node]) -> list[fx.Node]:
         In graph order. The input alone where no cut is possible.
     """
     used = captured.used()
-    head = _downstream(used, chosen)
+    head = downstream(used, chosen)
     if captured.output not in head:
         raise ValueError(
             "gradient_layers chooses only parameters that the activation does not depend on."
         )
-    samples = _downstream(used, [captured.input])
+    samples = downstream(used, [captured.input])
     between = [node for node in used if node in samples and node not in head]
     edges = _edges(captured, between, head, samples)
     source, sink = 2 * len(between), 2 * len(between) + 1
@@ -76,7 +77,7 @@ def boundary(captured: Captured, chosen: Iterable[fx.Node]) -> list[fx.Node]:
     return cut if cut and storable else [captured.input]
 
 
-def _downstream(used: list[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
+def downstream(used: list[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
     """Return the nodes with a value that depends on ``sources`` through tensors."""
     reached = set(sources)
     for node in used:
@@ -145,13 +146,16 @@ def extract(
     captured: Captured,
     inputs: list[fx.Node],
     outputs: list[fx.Node],
-    chosen: Iterable[fx.Node] = (),
+    chosen: Sequence[fx.Node] = (),
+    leak: float | None = None,
 ) -> fx.GraphModule:
     """Return the part of the graph between ``inputs`` and ``outputs`` as a module.
 
     Its arguments are the ``chosen`` parameters, then the inputs, samples first; it
-    returns a tuple of the outputs, samples first. All other tensors become buffers.
+    returns a tuple of the outputs, samples first. All other tensors become buffers. Rectifiers
+    that depend on ``chosen`` get the slope ``leak`` unless it is None.
     """
+    above = set() if leak is None else downstream(captured.used(), chosen)
     graph, root = fx.Graph(), torch.nn.Module()
     copies: dict[fx.Node, fx.Node] = {}
     for node in [*chosen, *inputs]:
@@ -166,6 +170,8 @@ def extract(
             copies[node] = graph.get_attr(node.name)
         elif captured.is_batch_size(node.meta.get("val")):
             copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (sized, 0))
+        elif leak is not None and node in above and is_rectifier(node):
+            copies[node] = leaky(node, copies[node.all_input_nodes[0]], leak)
         elif _at_one_position(node):
             copies[node] = _as_product(node, graph, copies)
         else:

@@ -1,0 +1,153 @@
+"""Rectifiers of the head with a slope below zero, against networks that are written with it."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.model_selection import GridSearchCV
+from torch import nn
+from torch.nn.functional import leaky_relu
+
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    GradientFeatureClassifierCV,
+    GradientFeatureRegressor,
+    load,
+)
+
+N, SLOPE = 40, 0.2
+rng = np.random.default_rng(0)
+X = rng.normal(size=(N, 2, 8, 8)).astype(np.float32)
+Y = np.arange(N) % 3
+OPTIONS = {"gradient_layers": "middle", "alpha": 0.02, "gradient_alpha": 0.01}
+OPTIONS |= {"precision": "float64", "tol": 1e-14}
+
+
+BOUNDED = nn.Hardtanh(0, 1)
+
+
+class Net(nn.Module):
+    """A rectifier below the gradient layer ``middle``, one beside it, and some above."""
+
+    def __init__(self, kind="relu", slope=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.slope = kind, slope
+        self.bottom, self.middle, self.top = (
+            nn.Conv2d(i, o, 3, padding=1) for i, o in ((2, 6), (6, 6), (6, 8))
+        )
+        with torch.no_grad():
+            self.middle.weight.mul_(8)  # beyond the bounds
+
+    def rectified(self, x):
+        slope = 0.0 if self.slope is None else self.slope
+        if self.kind in ("relu6", "hardtanh"):
+            bounded, most = (nn.functional.relu6, 6) if self.kind == "relu6" else (BOUNDED, 1)
+            written = torch.clamp(leaky_relu(x, slope), max=most)
+            return bounded(x) if self.slope is None else written
+        if self.kind == "leaky":
+            return leaky_relu(x, 0.01 if self.slope is None else self.slope)
+        return torch.relu(x) if self.slope is None else leaky_relu(x, self.slope)
+
+    def forward(self, x):
+        x = torch.relu(self.bottom(x))
+        beside = torch.relu(self.bottom(x[:, :2]))
+        x = self.rectified(self.middle(x)) + beside
+        return self.rectified(self.top(x))
+
+
+@pytest.mark.parametrize("kind", ["relu", "relu6", "hardtanh", "leaky"])
+def test_classifier_is_that_of_the_leaky_network(kind):
+    """Rectifiers below and beside the gradient layer stay as they are."""
+    model = GradientFeatureClassifier(Net(kind), head_leak=SLOPE, **OPTIONS).fit(X, Y)
+    expected = GradientFeatureClassifier(Net(kind, SLOPE), **OPTIONS).fit(X, Y)
+    plain = GradientFeatureClassifier(Net(kind), **OPTIONS).fit(X, Y)
+    found = model.decision_function(X)
+    np.testing.assert_allclose(found, expected.decision_function(X), atol=1e-6)
+    assert abs(found - plain.decision_function(X)).max() > 1e-2
+    np.testing.assert_allclose(
+        model.gradient_coef_["middle.weight"], expected.gradient_coef_["middle.weight"], atol=1e-6
+    )
+
+
+def test_regressor():
+    y = rng.normal(size=(N, 2))
+    model = GradientFeatureRegressor(Net(), head_leak=SLOPE, **OPTIONS).fit(X, y)
+    expected = GradientFeatureRegressor(Net(slope=SLOPE), **OPTIONS).fit(X, y)
+    np.testing.assert_allclose(model.predict(X), expected.predict(X), atol=1e-6)
+
+
+def test_slope_of_zero_is_a_plain_rectifier():
+    model = GradientFeatureClassifier(Net("leaky"), head_leak=0, **OPTIONS).fit(X, Y)
+    expected = GradientFeatureClassifier(Net("relu"), **OPTIONS).fit(X, Y)
+    np.testing.assert_allclose(model.decision_function(X), expected.decision_function(X), atol=1e-6)
+
+
+def test_without_gradients_there_is_no_head():
+    options = {**OPTIONS, "features": "activation"}
+    model = GradientFeatureClassifier(Net(), head_leak=SLOPE, **options).fit(X, Y)
+    plain = GradientFeatureClassifier(Net(), **options).fit(X, Y)
+    assert np.array_equal(model.coef_, plain.coef_)
+
+
+def test_round_trips(tmp_path):
+    net = Net()
+    model = GradientFeatureClassifier(net, head_leak=SLOPE, **OPTIONS).fit(X, Y)
+    expected = model.predict_proba(X)
+    model.save(tmp_path / "model.gf")
+    stored = load(tmp_path / "model.gf", backbone=Net())
+    assert np.array_equal(stored.predict_proba(X), expected)
+    assert np.array_equal(pickle.loads(pickle.dumps(model)).predict_proba(X), expected)
+    with torch.no_grad():
+        exported = model.to_torch()(torch.tensor(X).double())
+    np.testing.assert_allclose(exported.numpy(), expected, atol=1e-6)
+
+
+def test_searched():
+    """The slopes of a grid share what the frozen layers compute."""
+    grid = {"head_leak": [None, 0.1, 0.5]}
+    model = GradientFeatureClassifier(Net(), **{**OPTIONS, "tol": 1e-4})
+    search = GridSearchCV(model, grid, cv=2, error_score="raise").fit(X, Y)
+    scores = search.cv_results_["mean_test_score"]
+    for slope, score in zip(grid["head_leak"][1:], scores[1:], strict=True):
+        alone = GridSearchCV(model.set_params(backbone=Net(slope=slope)), {"tol": [1e-4]}, cv=2)
+        assert alone.fit(X, Y).best_score_ == score
+    options = {"alphas": [0.02], "gradient_alphas": [0.01], "cv": 2, "gradient_layers": "middle"}
+    own = GradientFeatureClassifierCV(Net(), head_leak=0.5, precision="float64", **options)
+    assert own.fit(X, Y).best_score_ == scores[2]
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+class Refused(Net):
+    """A network that cannot be captured: its path depends on the numbers."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() > -1e9 else x
+
+
+def test_nothing_to_leak():
+    smooth = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GELU())
+    model = GradientFeatureClassifier(smooth, gradient_layers="2", head_leak=SLOPE)
+    with pytest.raises(ValueError, match="head_leak: no ReLU"):
+        model.fit(X, Y)
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured")
+def test_network_without_a_graph():
+    with pytest.raises(ValueError, match="head_leak needs a backbone that can be captured"):
+        GradientFeatureClassifier(Refused(), head_leak=SLOPE, **OPTIONS).fit(X, Y)
+
+
+def test_gradients_elsewhere():
+    model = GradientFeatureClassifier(Net(), gradient_backbone=Net(), head_leak=SLOPE, **OPTIONS)
+    with pytest.raises(ValueError, match="cannot be combined with gradient_backbone"):
+        model.fit(X, Y)
+
+
+@pytest.mark.parametrize("slope", [-0.1, 1, "relu"])
+def test_slopes_out_of_range(slope):
+    with pytest.raises(ValueError, match="head_leak"):
+        GradientFeatureClassifier(Net(), head_leak=slope, **OPTIONS).fit(X, Y)
