@@ -235,6 +235,30 @@ def test_table_3(scripts, tmp_path):
     assert drawn == [row["score"] for row in result["rows"]]
 
 
+def test_fine_tuning_starts_anew(scripts):
+    """Neither the estimator nor another head changes with a head that is trained."""
+    import torch
+
+    from sklearn_gradfeat import GradientFeatureClassifier
+
+    tuning = scripts("_finetuning")
+    network, preprocess = scripts("_setup").encoder("convnet-vae")
+    X, y = pixels(20), np.arange(20) % 4
+    fitted = GradientFeatureClassifier(
+        network, preprocess=preprocess, features="activation", alpha=0.1
+    ).fit(X, y)
+    kept, device = fitted.coef_.copy(), torch.device("cpu")
+    z = tuning.below(fitted, X, device)
+    first, second = (tuning.Head(fitted, device) for _ in range(2))
+    np.testing.assert_allclose(first.logits(z), fitted.decision_function(X), atol=1e-4)
+    before = second.logits(z)
+    recipe = tuning.RECIPES["SGD"]
+    tuning.fine_tune(first, (z, y), (z, y), recipe, 0.01, patience=1, seed=0)
+    assert abs(first.logits(z) - before).max() > 1e-3
+    assert np.array_equal(second.logits(z), before)
+    assert np.array_equal(fitted.coef_, kept)
+
+
 def test_random_parameters(scripts):
     """Each of the four combinations leaves the other layers as they are."""
     import torch

@@ -51,7 +51,7 @@ class Head(nn.Module):
         extractor = fitted._extractor.on(device)
         self.network = extractor.network(extractor.backbone.choose(fitted.gradient_layers))
         self.layers = nn.ParameterList(p.clone() for p in self.network.parameters.values())
-        weights, intercept = (torch.from_numpy(a) for a in (fitted.coef_, fitted.intercept_))
+        weights, intercept = (torch.tensor(a) for a in (fitted.coef_, fitted.intercept_))
         if len(weights) < len(fitted.classes_):  # one logit for two classes
             weights, intercept = (torch.stack([0 * t[0], t[0]]) for t in (weights, intercept))
         self.classifier = nn.Linear(*weights.T.shape)
