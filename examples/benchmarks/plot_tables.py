@@ -8,7 +8,6 @@ Bars are one standard error over the test images; hollow circles are the paper's
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from pathlib import Path
 
@@ -17,34 +16,34 @@ import matplotlib.pyplot as plt
 
 
 def groups(paths):
-    """Return the rows of every network, with the number of training images."""
-    found = []
+    """Return (table, network, sizes, rows by model) of every network; files are joined."""
+    found = {}
     for path in paths:
         content = json.loads(path.read_text())
-        for (number, name), rows in itertools.groupby(
-            content["rows"], lambda row: (row["table"], row["encoder"])
-        ):
+        for row in content["rows"]:
+            number, name = row["table"], Path(row["encoder"]).stem
             if number != 1:
                 size = content["setting"]["sizes"][f"table_{number}"]
-                found.append((number, Path(name).stem, size, list(rows)))
+                key = (number, name, size["data"], size["n_train"])
+                found.setdefault(key, {})[row["model"]] = row
     return found
 
 
 def draw(found):
     """Return a figure with a panel for each network."""
     figure, panels = plt.subplots(
-        1, len(found), figsize=(3.2 * len(found), 2.8), squeeze=False, layout="constrained"
+        1, len(found), figsize=(4.5 * len(found), 2.8), squeeze=False, layout="constrained"
     )
-    for axes, (number, name, size, rows) in zip(panels[0], found, strict=True):
+    for axes, ((number, name, data, n_train), rows) in zip(panels[0], found.items(), strict=True):
         places = range(len(rows))[::-1]
-        for place, row in zip(places, rows, strict=True):
+        for place, row in zip(places, rows.values(), strict=True):
             axes.errorbar(row["score"], place, xerr=row["error"], fmt="o", color="C0", capsize=3)
             if row["published"] is not None:
                 axes.plot(row["published"], place, "o", mfc="none", color="0.5")
-        axes.set_yticks(places, [row["model"] for row in rows] if axes is panels[0][0] else [])
+        axes.set_yticks(places, list(rows))
         metric = "mean average precision" if number == 2 else "accuracy"
         axes.set_xlabel(f"{metric}, %")
-        axes.set_title(f"{name}\n{size['data']}, {size['n_train']:,} images", fontsize="medium")
+        axes.set_title(f"{name}\n{data}, {n_train:,} images", fontsize="medium")
         axes.grid(axis="x", alpha=0.3)
     return figure
 
