@@ -21,6 +21,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_expit, log_softmax
 
 from sklearn_gradfeat._search import known_logits
+from sklearn_gradfeat._stages import unwatched
 from sklearn_gradfeat._targets import Classification
 from sklearn_gradfeat._training import Prepared, train
 
@@ -53,7 +54,7 @@ def calibrated(
     rows = np.arange(len(left_out))
     fitted, scored = (rows[~left_out], rows[left_out]) if left_out.any() else (rows, rows)
     stages = prepared.subset(fitted).stages(problem.part(fitted))
-    model, _ = train(stages, alpha, gradient_alpha, None, lambda *_: False)
+    model, _ = train(stages, alpha, gradient_alpha, None, unwatched)
     outputs = known_logits(prepared.subset(scored).features, stages.linearized, model)
     scale = best_scale(
         outputs.double().cpu().numpy(), problem.targets[scored], problem.weights[scored]
@@ -91,8 +92,8 @@ def best_scale(
     float
         Positive, so that no prediction changes.
     """
-    doubt = 1 / (len(outputs) + 2)
-    if outputs.shape[1] > 1 and targets.ndim == 1:
+    doubt, several = 1 / (len(outputs) + 2), outputs.shape[1] > 1 and targets.ndim == 1
+    if several:
         sure = np.eye(outputs.shape[1])[targets]
         believed = (1 - doubt) * sure + doubt / (outputs.shape[1] - 1) * (1 - sure)
     else:
@@ -101,7 +102,7 @@ def best_scale(
 
     def loss(logarithm: float) -> float:
         logits = math.exp(logarithm) * outputs
-        if outputs.shape[1] > 1 and targets.ndim == 1:
+        if several:
             terms = believed * log_softmax(logits, axis=1)
         else:
             terms = believed * log_expit(logits) + (1 - believed) * log_expit(-logits)

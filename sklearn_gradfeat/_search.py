@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from sklearn_gradfeat._model import Model
-from sklearn_gradfeat._stages import Stages
+from sklearn_gradfeat._stages import Stages, unwatched
 from sklearn_gradfeat.features import Features
 from sklearn_gradfeat.solvers import Solution
 from sklearn_gradfeat.tangent import (
@@ -82,7 +82,7 @@ def place(alphas: Any, gradient_alphas: Any, stages: Stages) -> Grid:
 
     def gradient_term() -> Any:
         middle = float(np.sort(chosen)[len(chosen) // 2])
-        base = stages.fit_activation(middle, None, _unwatched)
+        base = stages.fit_activation(middle, None, unwatched)
         return stages.objective(0.0, None, stages.tangent(base.model, 0.0))
 
     return Grid(chosen, _values(gradient_alphas, gradient_term))
@@ -116,14 +116,14 @@ def penalty_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
     """
     former = None
     for i in _descending(grid.alphas):
-        base = stages.fit_activation(float(grid.alphas[i]), former, _unwatched)
+        base = stages.fit_activation(float(grid.alphas[i]), former, unwatched)
         former = model = base.model
         if grid.gradient_alphas is None:
             yield Candidate((i, 0), model, _converged(base.solution))
             continue
         for j in _descending(grid.gradient_alphas):
             penalty = float(grid.gradient_alphas[j])
-            model, solution = stages.fit_gradient(base, penalty, model, _unwatched)
+            model, solution = stages.fit_gradient(base, penalty, model, unwatched)
             yield Candidate((i, j), model, _converged(base.solution, solution))
 
 
@@ -152,7 +152,7 @@ def left_out_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
     former = None
     for i in _descending(grid.alphas):
         alpha = float(grid.alphas[i])
-        base = stages.fit_activation(alpha, former, _unwatched)
+        base = stages.fit_activation(alpha, former, unwatched)
         former, converged = base.model, _converged(base.solution)
         if grid.gradient_alphas is None:
             objective = stages.objective(alpha, stages.features.activation, None)
@@ -178,11 +178,6 @@ def _descending(penalties: Penalties) -> list[int]:
 def _converged(*stages: Solution) -> bool:
     """Whether all stages met the tolerance."""
     return all(solution.status == "converged" for solution in stages)
-
-
-def _unwatched(stage: str, iteration: int, value: float, model: Callable[[], Model]) -> bool:
-    """Let the solver go on."""
-    return False
 
 
 def known_logits(features: Features, head: LinearizedHead, model: Model) -> Tensor:

@@ -40,6 +40,11 @@ class Settings:
 Monitor: TypeAlias = Callable[[str, int, float, Callable[[], Model]], bool]
 
 
+def unwatched(stage: str, iteration: int, value: float, model: Callable[[], Model]) -> bool:
+    """Let the solver go on."""
+    return False
+
+
 @dataclass(frozen=True)
 class Base:
     """The outcome of the first stage, where second stages start.

@@ -61,13 +61,13 @@ class Classification(Problem):
         Class indices, or zeros and ones.
     weights : ndarray of shape (n_samples,)
         Adding up to one.
-    part : callable
-        Maps rows to the problem of these samples, with the same classes.
+    loss_name : str
+        As in the classifier.
     """
 
     targets: npt.NDArray[Any] = field(kw_only=True)
     weights: npt.NDArray[np.float64] = field(kw_only=True)
-    part: Callable[[npt.NDArray[np.intp]], Classification] = field(kw_only=True)
+    loss_name: str = field(kw_only=True)
 
     @classmethod
     def of(
@@ -78,19 +78,18 @@ class Classification(Problem):
         loss: str,
     ) -> Classification:
         """Return the problem for encoded targets and a loss by name."""
-        attributes = {"classes_": classes, "_multilabel": targets.ndim == 2}
-
-        def part(rows: npt.NDArray[np.intp]) -> Classification:
-            few = weights[rows]
-            return cls.of(targets[rows], few / few.sum(), classes, loss)
-
         return cls(
             lambda device: classification_loss(targets, weights, len(classes), loss, device),
-            attributes,
+            {"classes_": classes, "_multilabel": targets.ndim == 2},
             targets=targets,
             weights=weights,
-            part=part,
+            loss_name=loss,
         )
+
+    def part(self, rows: npt.NDArray[np.intp]) -> Classification:
+        """Return the problem of some samples, with the same classes."""
+        few, classes = self.weights[rows], self.attributes["classes_"]
+        return self.of(self.targets[rows], few / few.sum(), classes, self.loss_name)
 
 
 def encode(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

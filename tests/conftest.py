@@ -4,6 +4,16 @@ import os
 
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # before scipy is imported, for check_estimator
 
+import importlib
+
+import pytest
 import torch
 
 torch.set_warn_always(True)
+
+
+@pytest.fixture
+def scripts(request, monkeypatch):
+    """Import the scripts in SCRIPTS of the module by name, as Python does for their own folder."""
+    monkeypatch.syspath_prepend(str(request.module.SCRIPTS))
+    return importlib.import_module

@@ -1,6 +1,5 @@
 """The tables of examples/benchmarks, on tiny data sets of every format that they take."""
 
-import importlib
 import itertools
 import json
 import pickle
@@ -20,13 +19,6 @@ FAST = [
 ]  # fmt: skip
 VOC = """<annotation><filename>{name}.jpg</filename>{objects}</annotation>"""
 OBJECT = "<object><name>{}</name><difficult>{}</difficult></object>"
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """Import the scripts by name, as Python does for a script's own folder."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module
 
 
 def pixels(n, seed=0, shape=(32, 32, 3)):
@@ -134,6 +126,15 @@ def test_svhn(scripts, tmp_path, monkeypatch):
     assert labels.tolist() == ["0", "0", "3", "3"]  # SVHN calls a zero ten
     assert np.array_equal(found, X[[1, 3, 0, 2]])
     assert datasets._name(tmp_path, labels) == "SVHN"
+
+
+def test_first_of_several_data_sets(scripts, tmp_path):
+    """The name is that of the images which are read."""
+    datasets = scripts("_datasets")
+    for folder in ("cifar-100-python", "cifar-10-batches-py", "VOCdevkit"):
+        (tmp_path / folder).mkdir()
+    assert datasets._name(tmp_path, []) == "CIFAR-10"
+    assert datasets._name(tmp_path, [], datasets.PHOTOGRAPHS | datasets.IMAGES) == "VOC07"
 
 
 def test_no_images(scripts, tmp_path):

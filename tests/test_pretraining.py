@@ -1,6 +1,5 @@
 """The pretext tasks of examples/pretraining, on a few images of noise."""
 
-import importlib
 import json
 import zipfile
 from pathlib import Path
@@ -21,13 +20,6 @@ TASKS = {
     "bigan": ["bigan"],
     "wasserstein": ["bigan", "--wasserstein"],
 }
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    """Import the scripts by name, as Python does for a script's own folder."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,13 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN, VOCDetection
 
 from sklearn_gradfeat import ImageFiles
 
+# What a folder holds by what is in it, the first that fits.
+PHOTOGRAPHS = {"VOC07": "VOCdevkit", "COCO14": "annotations"}
+IMAGES = {
+    "CIFAR-10": CIFAR10.base_folder,
+    "CIFAR-100": CIFAR100.base_folder,
+    "SVHN": "train_32x32.mat",
+}
 CIFAR10_CLASSES = {
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 }  # fmt: skip
@@ -56,14 +63,13 @@ def read_images(path, split, n_images=None):
 
 def _sources(path, split):
     """Return images, or functions that read a file, and the names of their classes."""
-    train = split == "train"
-    for dataset in (CIFAR10, CIFAR100):
-        if (path / dataset.base_folder).is_dir():
-            found = dataset(path, train=train)
-            return found.data, np.array(found.classes)[found.targets]
-    if (path / f"{split}_32x32.mat").is_file():
+    held = _held(path, IMAGES)
+    if held == "SVHN":
         found = SVHN(path, split=split)
         return found.data.transpose(0, 2, 3, 1), found.labels.astype(str)
+    if held is not None:
+        found = (CIFAR10 if held == "CIFAR-10" else CIFAR100)(path, train=split == "train")
+        return found.data, np.array(found.classes)[found.targets]
     if path.is_dir():
         files = {file.relative_to(path).as_posix(): file.read_bytes for file in path.glob("*/*/*")}
     else:
@@ -78,17 +84,15 @@ def _sources(path, split):
     return [files[name] for name in names], np.array([name.split("/")[1] for name in names])
 
 
-def _name(path, classes):
+def _held(path, known):
+    """Return which of the known data sets a folder holds, None for any other files."""
+    return next((name for name, mark in known.items() if (path / mark).exists()), None)
+
+
+def _name(path, classes, known=IMAGES):
     """Return what the data are called in the paper, if they are in it."""
-    if (path / "VOCdevkit").is_dir():
-        return "VOC07"
-    if (path / "annotations").is_dir():
-        return "COCO14"
-    if (path / "train_32x32.mat").is_file():
-        return "SVHN"
-    if (path / CIFAR100.base_folder).is_dir():
-        return "CIFAR-100"
-    return "CIFAR-10" if set(classes) == CIFAR10_CLASSES else path.stem
+    files = "CIFAR-10" if set(classes) == CIFAR10_CLASSES else path.stem
+    return _held(path, known) or files
 
 
 def _decode(content):
@@ -142,7 +146,7 @@ class MultiLabelTask(Task):
         self.y, self.y_test = (
             encoder.transform([row & known for row in rows]) for rows in labels.values()
         )
-        self.source = _name(arguments.data, encoder.classes_)
+        self.source = _name(arguments.data, encoder.classes_, PHOTOGRAPHS | IMAGES)
         self._hold_out(arguments.seed, None)
 
 
@@ -165,11 +169,12 @@ def read_photographs(path, split, side, seed):
     -------
     (array-like of shape (n_images, height, width, 3), list of set)
     """
-    if (path / "VOCdevkit").is_dir():
+    held = _held(path, PHOTOGRAPHS)
+    if held == "VOC07":
         found = VOCDetection(path, year="2007", image_set="trainval" if split == "train" else split)
         trees = (VOCDetection.parse_voc_xml(node) for node in map(_root, found.annotations))
         return ImageFiles(found.images, size=side), [_easy(tree) for tree in trees]
-    if (path / "annotations").is_dir():
+    if held == "COCO14":
         return _coco(path, "train" if split == "train" else "val", side)
     return tiles(*read_images(path, split), seed)
 

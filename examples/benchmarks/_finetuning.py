@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import average_precision_score
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -35,6 +38,12 @@ RECIPES = {
 }
 
 
+def gradient_network(fitted, device):
+    """Return the extractor of a fitted estimator, and its network split below θ₂."""
+    extractor = fitted._extractor.on(device)
+    return extractor, extractor.network(extractor.backbone.choose(fitted.gradient_layers))
+
+
 class Head(nn.Module):
     """Gradient layers at their pretrained values, and a fitted classifier, to be fine-tuned.
 
@@ -48,8 +57,7 @@ class Head(nn.Module):
 
     def __init__(self, fitted, device):
         super().__init__()
-        extractor = fitted._extractor.on(device)
-        self.network = extractor.network(extractor.backbone.choose(fitted.gradient_layers))
+        _, self.network = gradient_network(fitted, device)
         self.layers = nn.ParameterList(p.clone() for p in self.network.parameters.values())
         weights, intercept = (torch.tensor(a) for a in (fitted.coef_, fitted.intercept_))
         if len(weights) < len(fitted.classes_):  # one logit for two classes
@@ -66,23 +74,28 @@ class Head(nn.Module):
     @torch.inference_mode()
     def logits(self, boundary):
         """Return the logits of tensors in host memory, as numpy's array."""
-        device, batches = (
-            self.classifier.weight.device,
-            zip(*(t.split(500) for t in boundary), strict=True),
-        )
+        device = self.classifier.weight.device
+        batches = zip(*(t.split(500) for t in boundary), strict=True)
         parts = [self(*(t.to(device) for t in batch)).cpu() for batch in batches]
         return torch.cat(parts).numpy()
 
 
 def below(fitted, X, device):
     """Return the tensors that the gradient layers take, in host memory."""
-    extractor = fitted._extractor.on(device)
-    network = extractor.network(extractor.backbone.choose(fitted.gradient_layers))
+    extractor, network = gradient_network(fitted, device)
     parts = [
         [tensor.cpu() for tensor in boundary]
         for _, boundary in extractor.batches(X, network, 500, verbose=False)
     ]
     return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+
+def fitted_to_rows(model, task):
+    """Return a clone fitted without the held-out images, where it would seem too good."""
+    fitted = clone(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return fitted.fit(task.X[task.rows], task.y[task.rows])
 
 
 def take(boundary, rows):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import sklearn
 import torch
-from _datasets import read_images
+from _datasets import Task, need_data, read_images
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
@@ -57,14 +57,23 @@ def efficientnet():
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
 
 
+def pretrained(name, side=96):
+    """Return the parameters of an estimator that make a network's activations.
+
+    ``name`` is ``"efficientnet"``, for images enlarged to ``side``, or what :func:`encoder` takes.
+    """
+    if name != "efficientnet":
+        network, preprocess = encoder(name)
+        return {"backbone": network, "preprocess": preprocess}
+    pooling = {"activation_layer": "_avg_pooling"}
+    return {"backbone": efficientnet(), "preprocess": Preprocess(side), **pooling}
+
+
 def images(path, n_train):
     """Return a model and data: JPEG images, EfficientNet-Lite0."""
     X, y = read_images(path, "train", n_train)
-    model = GradientFeatureClassifier(
-        efficientnet(), activation_layer="_avg_pooling", preprocess=Preprocess(),
-        alpha=0.1, gradient_alpha=1e-4,
-    )  # fmt: skip
-    return model, X, y
+    network = pretrained("efficientnet")
+    return GradientFeatureClassifier(**network, alpha=0.1, gradient_alpha=1e-4), X, y
 
 
 def docstrings(n_each=100):
@@ -109,6 +118,40 @@ def task_parser(description):
     add("--repeats", type=int, default=3)
     add("--seed", type=int, default=0)
     return parser
+
+
+def network_parser(description):
+    """Return a parser of what :func:`run_networks` depends on, without the default of output."""
+    parser = argparse.ArgumentParser(description=description)
+    add, known = parser.add_argument, ["convnet-rotation", "convnet-vae", "efficientnet"]
+    add("--data", type=Path, help="files of images, as paper_tables.py takes them")
+    add("--networks", nargs="+", default=known, choices=known)
+    add("--n-train", type=int, default=2000)
+    add("--n-test", type=int, help="default: all")
+    add("--max-iter", type=int, default=100)
+    add("--seed", type=int, default=0)
+    return parser
+
+
+def run_networks(arguments, compare, table):
+    """Write the rows of every network as JSON, after each of them, and print the table."""
+    need_data(arguments.data)
+    task, rows = Task(arguments), []
+    for name in arguments.networks:
+        for row in compare(name, task, arguments):
+            rows.append(row)
+            save(rows, arguments)
+    print(table(rows))
+
+
+def gain_on(base, right):
+    """Return how much more is right than in the base on the same images, in percent.
+
+    ``right`` may be the mean of several runs. The error is one standard error.
+    """
+    difference = 100.0 * right - 100.0 * base
+    error = float(difference.std()) / math.sqrt(len(difference))
+    return {"gain": float(difference.mean()), "gain_error": error}
 
 
 def save(rows, arguments, **known):

@@ -33,6 +33,7 @@ from _finetuning import (
     below,
     fine_tune,
     fine_tune_with_skorch,
+    fitted_to_rows,
     take,
 )
 from _reference import convolutions
@@ -111,11 +112,7 @@ def repeat(network, preprocess, task, arguments, seed):
     models = linear_models(network, preprocess, names, arguments)
     runs = {name: fitted(model, task) for name, model in models.items()}
     runs["LogisticRegression"] = logistic_regression(network, preprocess, task, arguments)
-    # Not that of all images: it would seem too good on the held-out ones.
-    start = clone(models["activation"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        start.fit(task.X[task.rows], task.y[task.rows])
+    start = fitted_to_rows(models["activation"], task)
     tuned = fine_tuning(start, task, arguments, seed)
     return runs | dict(tuned)
 

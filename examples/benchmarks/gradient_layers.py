@@ -16,7 +16,6 @@ validation
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 import warnings
@@ -24,31 +23,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _datasets import Task, need_data
-from _setup import Preprocess, efficientnet, empty_store, encoder, save
+from _setup import empty_store, gain_on, network_parser, pretrained, run_networks
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
+from sklearn_gradfeat._stages import unwatched
 
 DEPTHS = (1, 2, 3)
 N_PROBES = 10
-
-
-def options(name):
-    """Return the parameters that make a network's activations."""
-    if name != "efficientnet":
-        network, preprocess = encoder(name)
-        return {"backbone": network, "preprocess": preprocess}
-    pooling = {"activation_layer": "_avg_pooling"}
-    return {"backbone": efficientnet(), "preprocess": Preprocess(), **pooling}
 
 
 @torch.no_grad()
 def alignment(model, X, y):
     """Return the alignment of the kernel, between 0 and 1."""
     stages = model._prepare(X).stages(model._problem(y, None))
-    base = stages.fit_activation(model.alpha, None, lambda *_: False)
+    base = stages.fit_activation(model.alpha, None, unwatched)
     logits = stages.objective(model.alpha, stages.features.activation, None).forward(
         torch.cat([base.model.weights.flatten(), base.model.intercept])
     )
@@ -84,7 +74,7 @@ def compare(name, task, arguments):
     few, _ = train_test_split(
         np.arange(len(task.y)), train_size=arguments.share, stratify=task.y, random_state=0
     )
-    X, y, base, shared = task.X[few], task.y[few], None, options(name)
+    X, y, base, shared = task.X[few], task.y[few], None, pretrained(name)
     halves = StratifiedKFold(2).split(few, y)
     (half,) = list(halves)[:1]
     for depth in DEPTHS:
@@ -101,14 +91,12 @@ def compare(name, task, arguments):
         _, small_seconds = timed(small.fit, X, y)
         right = model.predict(task.X_test) == task.y_test
         base = right if base is None else base
-        difference = 100.0 * right - 100.0 * base
         yield {
             "network": name,
             "depth": depth,
             "layers": model.gradient_layers_,
             "accuracy": 100 * float(right.mean()),
-            "gain": float(difference.mean()),
-            "gain_error": float(difference.std()) / math.sqrt(len(right)),
+            **gain_on(base, right),
             "held_out": 100 * model.best_score_,
             "gradient_alpha": model.gradient_alpha_,
             "seconds": seconds,
@@ -137,28 +125,15 @@ def table(rows):
 
 
 def main():
-    """Run what was asked for, write JSON after every row, print Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Run what was asked for."""
+    parser = network_parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    known = ["convnet-rotation", "convnet-vae", "efficientnet"]
-    add("--data", type=Path, help="files of images, as paper_tables.py takes them")
-    add("--networks", nargs="+", default=known, choices=known)
-    add("--n-train", type=int, default=2000)
-    add("--n-test", type=int, default=2000)
     add("--share", type=float, default=0.25, help="of the training images, for the scores")
     add("--alpha", type=float, default=1e-2)
     add("--gradient-alphas", type=float, nargs="+", default=[1e-2, 1e-3, 1e-4])
-    add("--max-iter", type=int, default=100)
-    add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("gradient_layers.json"))
-    arguments = parser.parse_args()
-    need_data(arguments.data)
-    task, rows = Task(arguments), []
-    for name in arguments.networks:
-        for row in compare(name, task, arguments):
-            rows.append(row)
-            save(rows, arguments)
-    print(table(rows))
+    parser.set_defaults(n_test=2000)
+    run_networks(parser.parse_args(), compare, table)
 
 
 if __name__ == "__main__":

@@ -11,30 +11,18 @@ noise to the differences.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import math
 import warnings
 from pathlib import Path
 
 import numpy as np
-from _datasets import Task, need_data
-from _setup import Preprocess, efficientnet, encoder, save
+from _setup import gain_on, network_parser, pretrained, run_networks
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import PredefinedSplit
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
 
 LEAK = 0.2
-
-
-def options(name):
-    """Return the parameters that make a network's activations."""
-    if name != "efficientnet":
-        network, preprocess = encoder(name)
-        return {"backbone": network, "preprocess": preprocess}
-    pooling = {"activation_layer": "_avg_pooling"}
-    return {"backbone": efficientnet(), "preprocess": Preprocess(), **pooling}
 
 
 def search(loss, leak, network, task, arguments):
@@ -55,21 +43,19 @@ def search(loss, leak, network, task, arguments):
 
 def compare(name, task, arguments):
     """Iterate over the rows of a network; gains are those on cross-entropy without a leak."""
-    network, base = options(name), None
+    network, base = pretrained(name), None
     for loss, leak in itertools.product(("log_loss", "squared"), (None, LEAK)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             figures = search(loss, leak, network, task, arguments)
         right = figures.pop("right")
         base = right if base is None else base
-        difference = 100.0 * right - 100.0 * base
         yield {
             "network": name,
             "loss": loss,
             "leak": leak,
             "accuracy": 100 * float(right.mean()),
-            "gain": float(difference.mean()),
-            "gain_error": float(difference.std()) / math.sqrt(len(right)),
+            **gain_on(base, right),
             **figures,
         }
 
@@ -91,27 +77,13 @@ def table(rows):
 
 
 def main():
-    """Run what was asked for, write JSON after every row, print Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Run what was asked for."""
+    parser = network_parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", type=Path, help="files of images, as paper_tables.py takes them")
-    known = ["convnet-rotation", "convnet-vae", "efficientnet"]
-    add("--networks", nargs="+", default=known, choices=known)
-    add("--n-train", type=int, default=2000)
-    add("--n-test", type=int, help="default: all")
     add("--alphas", type=float, nargs="+", default=[1.0, 1e-1, 1e-2, 1e-3])
     add("--gradient-alphas", type=float, nargs="+", default=[1e-2, 1e-3, 1e-4, 1e-5])
-    add("--max-iter", type=int, default=100)
-    add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("lqf.json"))
-    arguments = parser.parse_args()
-    need_data(arguments.data)
-    task, rows = Task(arguments), []
-    for name in arguments.networks:
-        for row in compare(name, task, arguments):
-            rows.append(row)
-            save(rows, arguments)
-    print(table(rows))
+    run_networks(parser.parse_args(), compare, table)
 
 
 if __name__ == "__main__":

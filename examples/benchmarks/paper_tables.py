@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import math
 import statistics
@@ -36,10 +37,11 @@ from _finetuning import (
     accuracy,
     below,
     fine_tune,
+    fitted_to_rows,
     mean_average_precision,
     take,
 )
-from _setup import Preprocess, efficientnet, encoder, save
+from _setup import gain_on, pretrained, save
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
@@ -125,11 +127,11 @@ def measure(model, task):
     }
 
 
-def fitted_activation(network, preprocess, task, arguments, **parameters):
+def fitted_activation(network, task, arguments):
     """Return the logistic regression on activations, with the best penalty."""
     model = GradientFeatureClassifier(
-        network, preprocess=preprocess, features="activation", max_iter=arguments.max_iter,
-        tol=arguments.tol, random_state=arguments.seed, **parameters,
+        **network, features="activation", max_iter=arguments.max_iter, tol=arguments.tol,
+        random_state=arguments.seed,
     )  # fmt: skip
     return choose(model, task, "alpha", arguments.alphas)
 
@@ -161,11 +163,7 @@ def fine_tuning(activation, task, arguments):
     The recipe that does better on the held-out tenth runs again with other seeds.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Not the fit to all images: it would seem too good on the held-out ones.
-    fitted = clone(activation)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted.fit(task.X[task.rows], task.y[task.rows])
+    fitted = fitted_to_rows(activation, task)
     z, z_test = (below(fitted, X, device) for X in (task.X, task.X_test))
     parts = [(take(z, rows), task.y[rows]) for rows in (task.rows, task.held_out)]
     metric = mean_average_precision if task.multilabel else accuracy
@@ -204,18 +202,16 @@ def compared(figures, base, task):
         scores = [mean_average_precision(logits, task.y_test) for logits in tests]
         gain = statistics.mean(scores) - mean_average_precision(base, task.y_test)
         error, gain_error = bootstrap(tests, base, task.y_test)
+        gained = {"gain": 100 * gain, "gain_error": 100 * float(gain_error)}
     else:
         scores = tests.mean(1)
-        difference = tests.mean(0) - base
-        gain, mean = difference.mean(), scores.mean()
-        error = math.sqrt(mean * (1 - mean) / len(base))
-        gain_error = difference.std() / math.sqrt(len(base))
+        error = math.sqrt(scores.mean() * (1 - scores.mean()) / len(base))
+        gained = gain_on(base, tests.mean(0))
     return {
         "score": 100 * float(np.mean(scores)),
         "error": 100 * float(error),
         "scores": [100 * float(value) for value in scores],
-        "gain": 100 * float(gain),
-        "gain_error": 100 * float(gain_error),
+        **gained,
         **figures,
     }
 
@@ -257,20 +253,16 @@ def four_models(activation, task, arguments, published):
 
 def table_2(task, arguments):
     """Iterate over the rows of several labels: EfficientNet-Lite0 as ImageNet left it."""
-    activation = fitted_activation(
-        efficientnet(), Preprocess(arguments.side), task, arguments,
-        activation_layer="_avg_pooling",
-    )  # fmt: skip
+    activation = fitted_activation(pretrained("efficientnet", arguments.side), task, arguments)
     for row in four_models(activation, task, arguments, TABLES_2_AND_4.get(task.source)):
         yield {"table": 2, "encoder": "EfficientNet-Lite0", "data": task.source, **row}
 
 
 def table_3(name, task, arguments):
     """Iterate over the rows of an encoder."""
-    network, preprocess = encoder(name)
     keys = ((known, task.source) for known in ("bigan", "vae") if known in Path(name).stem)
     published = TABLE_3.get(next(keys, None))
-    activation = fitted_activation(network, preprocess, task, arguments)
+    activation = fitted_activation(pretrained(name), task, arguments)
     for row in four_models(activation, task, arguments, published):
         yield {"table": 3, "encoder": name, **row}
 
@@ -293,8 +285,8 @@ def table_1(name, task, arguments):
 
     The penalty is chosen with the first choice of layers, and kept for the others.
     """
-    network, preprocess = encoder(name)
-    activation = fitted_activation(network, preprocess, task, arguments)
+    network = pretrained(name)
+    activation = fitted_activation(network, task, arguments)
     figures = measure(activation, task)
     base = figures["test"]
     row = {"table": 1, "encoder": name, "model": "activation", **compared(figures, base, task)}
@@ -303,7 +295,7 @@ def table_1(name, task, arguments):
     for layers, (key, published) in itertools.product(arguments.layers, TABLE_1.items()):
         lower, upper, fitted = key
         names = LAYERS[layers]
-        other = partly_random(network, names, lower, upper, arguments.seed)
+        other = partly_random(network["backbone"], names, lower, upper, arguments.seed)
         options = {
             "gradient_layers": names,
             "gradient_backbone": None if lower and upper else other,
@@ -393,19 +385,20 @@ def main(argv=None):
     add("--output", type=Path, default=Path("paper_tables.json"))
     arguments = parser.parse_args(argv)
     need_data(arguments.data)
+    read = functools.cache(lambda kind: kind(arguments))
     rows, sizes = [], {}
     for number in arguments.tables:
-        task = (MultiLabelTask if number == 2 else Task)(arguments)
+        task = read(MultiLabelTask if number == 2 else Task)
         sizes[f"table_{number}"] = {
             "data": task.source, "n_train": len(task.y), "n_test": len(task.y_test)
         }  # fmt: skip
-        tables = {1: table_1, 3: table_3}
-        found = (
-            [table_2(task, arguments)]
-            if number == 2
-            else [tables[number](name, task, arguments) for name in arguments.encoders]
-        )
-        for row in itertools.chain.from_iterable(found):
+        if number == 2:
+            found = table_2(task, arguments)
+        else:
+            table = {1: table_1, 3: table_3}[number]
+            tables = (table(name, task, arguments) for name in arguments.encoders)
+            found = itertools.chain.from_iterable(tables)
+        for row in found:
             rows.append(row)
             save(rows, arguments, sizes=sizes)
             arguments.output.with_suffix(".md").write_text(markdown(rows))

@@ -201,14 +201,18 @@ def _check_layer(module: nn.Module, layer: str) -> None:
 def _split_network(captured: Captured, names: tuple[str, ...], leak: float | None) -> Network:
     """Cut a graph below the chosen parameters."""
     chosen = [captured.parameters[name] for name in names]
-    if leak is not None and not any(map(is_rectifier, downstream(captured.used(), chosen))):
-        raise ValueError(
-            "head_leak: no ReLU, ReLU6 or leaky ReLU lies between the gradient layers and the "
-            "activation. Set it to None."
-        )
+    slopes = {}
+    if leak is not None:
+        above = downstream(captured.used(), chosen)
+        slopes = {node: leak for node in above if is_rectifier(node)}
+        if not slopes:
+            raise ValueError(
+                "head_leak: no ReLU, ReLU6 or leaky ReLU lies between the gradient layers and the "
+                "activation. Set it to None."
+            )
     cut = boundary(captured, chosen) if chosen else [captured.output]
     trunk = None if cut == [captured.input] else extract(captured, [captured.input], cut)
-    head = extract(captured, cut, [captured.output], chosen, leak)
+    head = extract(captured, cut, [captured.output], chosen, slopes)
     values = {name: captured.tensors[captured.parameters[name]] for name in names}
     return Network(trunk, values, head, cut_places(captured, cut))
 

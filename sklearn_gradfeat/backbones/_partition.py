@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from scipy.sparse.csgraph import maximum_flow
 from torch import SymInt, Tensor, fx
 
 from sklearn_gradfeat.backbones._capture import WEIGHTED, Captured, operator_name
-from sklearn_gradfeat.backbones._leak import is_rectifier, leaky
+from sklearn_gradfeat.backbones._leak import leaky
 
 _INFINITE = 2**26
 
@@ -146,16 +147,15 @@ def extract(
     captured: Captured,
     inputs: list[fx.Node],
     outputs: list[fx.Node],
-    chosen: Sequence[fx.Node] = (),
-    leak: float | None = None,
+    chosen: Iterable[fx.Node] = (),
+    slopes: Mapping[fx.Node, float] = MappingProxyType({}),
 ) -> fx.GraphModule:
     """Return the part of the graph between ``inputs`` and ``outputs`` as a module.
 
     Its arguments are the ``chosen`` parameters, then the inputs, samples first; it
     returns a tuple of the outputs, samples first. All other tensors become buffers. Rectifiers
-    that depend on ``chosen`` get the slope ``leak`` unless it is None.
+    get the slopes that are given for them.
     """
-    above = set() if leak is None else downstream(captured.used(), chosen)
     graph, root = fx.Graph(), torch.nn.Module()
     copies: dict[fx.Node, fx.Node] = {}
     for node in [*chosen, *inputs]:
@@ -170,8 +170,8 @@ def extract(
             copies[node] = graph.get_attr(node.name)
         elif captured.is_batch_size(node.meta.get("val")):
             copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (sized, 0))
-        elif leak is not None and node in above and is_rectifier(node):
-            copies[node] = leaky(node, copies[node.all_input_nodes[0]], leak)
+        elif node in slopes:
+            copies[node] = leaky(node, copies[node.all_input_nodes[0]], slopes[node])
         elif _at_one_position(node):
             copies[node] = _as_product(node, graph, copies)
         else:
