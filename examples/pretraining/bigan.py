@@ -24,28 +24,41 @@ from _networks import N_FEATURES, Encoder, decoder
 from torch import nn
 from torch.nn.functional import softplus
 
-from sklearn_gradfeat.backbones._convnet import ConvNet
-
 N_LATENT = 64
+N_COMMON = 512  # of what the discriminator makes of an image, and of latent variables
 PENALTY = 10.0
 CRITIC_STEPS = 5  # for each of encoder and generator, [3]
 
 
 class Discriminator(nn.Module):
-    """One logit for a pair; no batch norm, so that the gradient penalty is each sample's own."""
+    """One logit for a pair; no batch norm, so that the gradient penalty is each sample's own.
+
+    It is half as wide as the encoder, or most of a step would be its own.
+    """
 
     def __init__(self, dropout):
         super().__init__()
-        self.of_image = nn.Sequential(ConvNet(slope=0.2), nn.Dropout(dropout))
-        self.of_latent = nn.Sequential(*self._layers(N_LATENT, 512, dropout))
+        self.of_image = nn.Sequential(*self._convolutions(), *self._layer(2048, N_COMMON, dropout))
+        self.of_latent = nn.Sequential(
+            *self._layer(N_LATENT, N_COMMON, dropout), *self._layer(N_COMMON, N_COMMON, dropout)
+        )
         self.joint = nn.Sequential(
-            *self._layers(N_FEATURES + 512, 1024, dropout), nn.Linear(1024, 1)
+            *self._layer(2 * N_COMMON, 1024, dropout),
+            *self._layer(1024, 1024, dropout),
+            nn.Linear(1024, 1),
         )
 
     @staticmethod
-    def _layers(n_in, n_out, dropout):
-        for n in (n_in, n_out):
-            yield from (nn.Linear(n, n_out), nn.LeakyReLU(0.2), nn.Dropout(dropout))
+    def _convolutions():
+        n_in = 3
+        for n_out, size, stride in ((16, 5, 1), (32, 4, 2), (64, 4, 1), (128, 4, 2)):
+            yield from (nn.Conv2d(n_in, n_out, size, stride), nn.LeakyReLU(0.2))
+            n_in = n_out
+        yield nn.Flatten()
+
+    @staticmethod
+    def _layer(n_in, n_out, dropout):
+        return nn.Linear(n_in, n_out), nn.LeakyReLU(0.2), nn.Dropout(dropout)
 
     def forward(self, images, latent):
         pair = torch.cat([self.of_image(images), self.of_latent(latent)], dim=1)
