@@ -1,7 +1,7 @@
 """Probabilities from squared errors: the scale that turns their predictions into logits.
 
-It is the inverse of a temperature [1]_, and it is chosen on samples that the model did not see,
-since on its own it would be too sure of itself.
+It is the inverse of a temperature [1]_, one for all classes or one for each label. It is chosen on
+samples that the model did not see, since on its own it would be too sure of itself.
 
 References
 ----------
@@ -12,7 +12,9 @@ References
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,17 +27,18 @@ from sklearn_gradfeat._stages import unwatched
 from sklearn_gradfeat._targets import Classification
 from sklearn_gradfeat._training import Prepared, train
 
-_EVERY = 5  # one sample in so many calibrates
+_N_PARTS = 5  # of the samples
+_ENOUGH = 100  # samples that calibrate
 _LOGARITHMS = (-6.0, 9.0)  # of the scales that are possible
 
 
 def calibrated(
     prepared: Prepared, problem: Classification, alpha: float, gradient_alpha: float
 ) -> Classification:
-    """Return the problem with the scale that fits the samples left out best.
+    """Return the problem with the scales that fit samples best that were left out.
 
-    Every fifth sample of a class, or of all for several labels, is left out of a fit to the others.
-    With fewer there is none to leave out, and all serve for both.
+    A fifth of the samples is left out of a fit to the others; with few samples another fifth of
+    another fit, and so on. The only sample of a class is in all fits.
 
     Parameters
     ----------
@@ -49,33 +52,46 @@ def calibrated(
     Returns
     -------
     Classification
+        Without scales if no class has two samples.
     """
-    left_out = _every_fifth(problem.targets, problem.weights > 0)
-    rows = np.arange(len(left_out))
-    fitted, scored = (rows[~left_out], rows[left_out]) if left_out.any() else (rows, rows)
-    stages = prepared.subset(fitted).stages(problem.part(fitted))
-    model, _ = train(stages, alpha, gradient_alpha, None, unwatched)
-    outputs = known_logits(prepared.subset(scored).features, stages.linearized, model)
-    scale = best_scale(
-        outputs.double().cpu().numpy(), problem.targets[scored], problem.weights[scored]
-    )
-    return replace(problem, scale=scale)
+    rows = np.arange(len(problem.weights))
+    outputs, scored = [], []
+    for part in _parts(problem.targets, problem.weights > 0):
+        left_in, left_out = np.delete(rows, part), rows[part]
+        stages = prepared.subset(left_in).stages(problem.part(left_in))
+        model, _ = train(stages, alpha, gradient_alpha, None, unwatched)
+        features = prepared.subset(left_out).features
+        outputs.append(known_logits(features, stages.linearized, model).double().cpu().numpy())
+        scored.append(left_out)
+    if not scored:
+        return problem
+    of_all = np.concatenate(scored)
+    found = best_scales(np.concatenate(outputs), problem.targets[of_all], problem.weights[of_all])
+    return replace(problem, scale=found)
 
 
-def _every_fifth(targets: npt.NDArray[Any], counted: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-    """Return a mask of every fifth sample of each class, among those that count."""
+def _parts(
+    targets: npt.NDArray[Any], counted: npt.NDArray[np.bool_]
+) -> Iterator[npt.NDArray[np.intp]]:
+    """Iterate over fifths of each class, among those that count, until there are enough."""
     classes = np.zeros(len(targets), int) if targets.ndim == 2 else targets
-    mask = np.zeros(len(targets), bool)
+    place = np.full(len(targets), -1)
     for label in np.unique(classes):
         members = np.flatnonzero((classes == label) & counted)
-        mask[members[_EVERY - 1 :: _EVERY]] = True
-    return mask
+        if len(members) > 1:
+            place[members] = np.arange(len(members)) % _N_PARTS
+    n_scored = 0
+    for i in reversed(range(_N_PARTS)):
+        part = np.flatnonzero(place == i)
+        if len(part) and n_scored < _ENOUGH:
+            yield part
+            n_scored += len(part)
 
 
-def best_scale(
+def best_scales(
     outputs: npt.NDArray[Any], targets: npt.NDArray[Any], weights: npt.NDArray[np.float64]
-) -> float:
-    """Return the factor that makes logits of outputs, by the smallest log-loss.
+) -> npt.NDArray[np.float64]:
+    """Return the factors that make logits of outputs, by the smallest log-loss.
 
     Parameters
     ----------
@@ -89,24 +105,30 @@ def best_scale(
 
     Returns
     -------
-    float
-        Positive, so that no prediction changes.
+    ndarray of shape (n_outputs,)
+        Positive, and one number for all classes, so that no prediction changes.
     """
-    doubt, several = 1 / (len(outputs) + 2), outputs.shape[1] > 1 and targets.ndim == 1
-    if several:
-        sure = np.eye(outputs.shape[1])[targets]
-        believed = (1 - doubt) * sure + doubt / (outputs.shape[1] - 1) * (1 - sure)
-    else:
-        columns = targets.reshape(len(targets), -1)
-        believed = (1 - doubt) * columns + doubt * (1 - columns)
+    doubt, n_outputs = 1 / (len(outputs) + 2), outputs.shape[1]
+    if n_outputs > 1 and targets.ndim == 1:
+        sure = np.eye(n_outputs)[targets]
+        believed = (1 - doubt) * sure + doubt / (n_outputs - 1) * (1 - sure)
+        one = _smallest(lambda f: -(weights @ (believed * log_softmax(f * outputs, axis=1)).sum(1)))
+        return np.full(n_outputs, one)
+    columns = targets.reshape(len(targets), -1)
+    believed = (1 - doubt) * columns + doubt * (1 - columns)
 
-    def loss(logarithm: float) -> float:
-        logits = math.exp(logarithm) * outputs
-        if several:
-            terms = believed * log_softmax(logits, axis=1)
-        else:
-            terms = believed * log_expit(logits) + (1 - believed) * log_expit(-logits)
-        return -float(weights @ terms.sum(1))
+    def loss(factor: float, b: npt.NDArray[Any], output: npt.NDArray[Any]) -> float:
+        logits = factor * output
+        return -float(weights @ (b * log_expit(logits) + (1 - b) * log_expit(-logits)))
 
-    found = minimize_scalar(loss, bounds=_LOGARITHMS, method="bounded", options={"xatol": 1e-8})
+    labels = zip(believed.T, outputs.T, strict=True)
+    return np.array([_smallest(partial(loss, b=b, output=output)) for b, output in labels])
+
+
+def _smallest(loss: Callable[[float], float]) -> float:
+    """Return the factor with the smallest loss."""
+    found = minimize_scalar(
+        lambda logarithm: loss(math.exp(logarithm)),
+        bounds=_LOGARITHMS, method="bounded", options={"xatol": 1e-8},
+    )  # fmt: skip
     return math.exp(found.x)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.utils._param_validation import StrOptions
@@ -78,8 +79,9 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
     loss : {"log_loss", "squared"}, default="log_loss"
         What the model minimises: the cross-entropy, or half the squared errors of predictions of
         1 for the class or label of a sample and -1 for any other. The latter are then multiplied
-        with what makes the best logits of them on every fifth sample, for a model of the others;
-        so a fit takes almost twice as long. No decision depends on that factor.
+        with what makes the best logits of them on every fifth sample, for a model of the others:
+        one factor for all classes, or one for each label. A fit takes almost twice as long,
+        with few samples up to six times. No decision depends on the factors.
     alpha : float, default=1e-4
         L2 penalty: ``alpha / 2`` times the squared norm of ``W``, on a loss that is a
         weighted mean. scikit-learn's ``C`` is ``1 / (alpha * sample_weight.sum())``.
@@ -258,6 +260,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         weights = sample_weights(y, sample_weight, self.class_weight)
         return Classification.of(targets, weights, classes, self.loss)
 
+    @torch.inference_mode(False)
     def _train(self, prepared, problem, alpha, gradient_alpha, callbacks):
         if self.loss == "squared":
             problem = calibrated(prepared, problem, alpha, gradient_alpha)
@@ -330,8 +333,8 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         """
         logits = self._logits(X)
         if self._multilabel:
-            return log_expit(logits)
-        if logits.shape[1] == 1:
+            logs = log_expit(logits)
+        elif logits.shape[1] == 1:
             logs = log_expit(np.hstack([-logits, logits]))
         else:
             logs = log_softmax(logits, axis=1)

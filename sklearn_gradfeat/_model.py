@@ -42,13 +42,14 @@ class Model:
         """Return the model that predicts as much more of every output."""
         return replace(self, intercept=self.intercept + torch.from_numpy(offset).to(self.intercept))
 
-    def scaled(self, factor: float) -> Model:
-        """Return the model that predicts so many times as much."""
+    def scaled(self, factors: npt.NDArray[np.float64]) -> Model:
+        """Return the model that predicts so many times as much of every output."""
+        column = torch.from_numpy(factors).to(self.intercept)[:, None]
         return replace(
             self,
-            weights=self.weights * factor,
-            intercept=self.intercept * factor,
-            displacements={name: value * factor for name, value in self.displacements.items()},
+            weights=self.weights * column,
+            intercept=self.intercept * column[:, 0],
+            omega=self.omega * column,
         )
 
     def attributes(self) -> dict[str, Any]:

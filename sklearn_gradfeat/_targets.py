@@ -29,14 +29,14 @@ class Problem:
         What the fitted estimator is to know of the targets.
     centre : ndarray of shape (n_outputs,) or None
         What was taken off the targets and goes back to the intercept; None is zero.
-    scale : float
-        What makes the outputs of the optimum those of the estimator.
+    scale : ndarray of shape (n_outputs,) or None
+        What makes the outputs of the optimum those of the estimator; None is one.
     """
 
     loss: Callable[[torch.device], Loss]
     attributes: dict[str, Any]
     centre: npt.NDArray[np.float64] | None = None
-    scale: float = 1.0
+    scale: npt.NDArray[np.float64] | None = None
 
     def offset(self, n_outputs: int) -> npt.NDArray[np.float64]:
         """Return the centre as numbers."""
@@ -44,11 +44,13 @@ class Problem:
 
     def finished(self, model: Model) -> Model:
         """Return the model of the estimator, given the optimum of the loss."""
-        return model.scaled(self.scale).shifted(self.offset(len(model.intercept)))
+        scaled = model if self.scale is None else model.scaled(self.scale)
+        return scaled.shifted(self.offset(len(model.intercept)))
 
     def unfinished(self, model: Model) -> Model:
         """Return the inverse of :meth:`finished`."""
-        return model.shifted(-self.offset(len(model.intercept))).scaled(1 / self.scale)
+        shifted = model.shifted(-self.offset(len(model.intercept)))
+        return shifted if self.scale is None else shifted.scaled(1 / self.scale)
 
 
 @dataclass(frozen=True)

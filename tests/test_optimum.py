@@ -105,6 +105,15 @@ def test_more_features_than_samples(n_features):
     assert model.n_passes_ < 60
 
 
+@pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("loss", ["log_loss", "squared"])
+def test_more_features_than_samples_without_a_penalty(loss):
+    """Directions that no sample has are next to free, so rounding errors along them are large."""
+    X, y = np.random.default_rng(0).normal(size=(200, 400)).astype(np.float32), np.arange(200) % 3
+    model = GradientFeatureClassifier(nn.Identity(), features="activation", alpha=0, loss=loss)
+    assert model.fit(X, y).score(X, y) == 1
+
+
 def test_gradient_features_alone():
     model, module = fit("plain", "binary", features="gradient", gradient_alpha=0.01)
     _, g = explicit(model, module)

@@ -25,7 +25,7 @@ def flattened(matrix, rank):
 
 @pytest.mark.parametrize(("largest", "rank"), [(100, None), (25, 12), (10, 12)])
 def test_inverse_against_dense_solve(monkeypatch, largest, rank):
-    monkeypatch.setattr(_spectrum, "_MAX_EXACT", largest)
+    monkeypatch.setattr(_spectrum, "MAX_EXACT", largest)
     monkeypatch.setattr(_spectrum, "_RANK", rank)
     monkeypatch.setattr(_spectrum, "_ITERATIONS", 60)
     output, inputs = decaying(20, 0), decaying(30, 1)

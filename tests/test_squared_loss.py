@@ -17,7 +17,7 @@ from sklearn_gradfeat import (
     GradientFeatureRegressor,
     load,
 )
-from sklearn_gradfeat._calibration import _every_fifth, best_scale
+from sklearn_gradfeat._calibration import _parts, best_scales
 from tests.networks import build
 from tests.oracles import dense_jacobian, dense_regression, ntk_scales
 
@@ -60,18 +60,22 @@ def rows(**options):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_optimum_is_that_of_a_dense_regression(target):
-    """Up to one factor, that of the logits."""
+    """Up to the factors of the logits, one for all classes or one for each label."""
     model, module = model_of(target)
     names = model.gradient_layers_
     J = dense_jacobian(module, names, IMAGES) * ntk_scales(module, names)
     with torch.no_grad():
         f = module(torch.tensor(IMAGES)).flatten(2).mean(2).numpy()
-    g = np.einsum("cd,ndp->ncp", model.omega_, J)
+    first = Ridge(alpha=0.02).fit(f, coded(target), WEIGHTS / WEIGHTS.sum())
+    omega = first.coef_.reshape(model.omega_.shape)
+    scale = (model.omega_ * omega).sum(1) / (omega**2).sum(1)
+    assert (scale > 0).all()
+    assert target == "multilabel" or np.ptp(scale) < 1e-6
+    np.testing.assert_allclose(model.omega_, scale[:, None] * omega, atol=1e-5 * scale.max())
+    g = np.einsum("cd,ndp->ncp", omega, J)
     expected = dense_regression(f, g, coded(target), WEIGHTS, 0.02, 0.005)
     found = model.decision_function(IMAGES).reshape(N, -1)
-    scale = float((found * expected).sum() / (expected**2).sum())
-    assert scale > 0
-    np.testing.assert_allclose(found, scale * expected, atol=1e-5 * scale)
+    np.testing.assert_allclose(found, scale * expected, atol=1e-5 * scale.max())
 
 
 @pytest.mark.parametrize("features", ["activation", "gradient", "full"])
@@ -125,7 +129,7 @@ def test_they_are_calibrated(few):
     model = rows().fit(DIGITS[TRAIN], y[TRAIN])
     logits = model.decision_function(DIGITS[TEST]).reshape(-1, 1 if few == 2 else few)
     weights = np.full(len(logits), 1 / len(logits))
-    best = best_scale(logits, y[TEST], weights)
+    best = best_scales(logits, y[TEST], weights)[0]
     assert 0.6 < best < 1.6
     p = model.predict_proba(DIGITS[TEST])
     assert log_loss(y[TEST], p) < 1.1 * log_loss(
@@ -142,7 +146,7 @@ def test_training_samples_would_be_too_sure():
     options = {"features": "activation", "loss": "squared", "alpha": 1e-6}
     model = GradientFeatureClassifier(nn.Identity(), **options).fit(X[:150], y[:150])
     logits = model.decision_function(X[:150])[:, None]
-    assert best_scale(logits, y[:150], np.full(150, 1 / 150)) > 3
+    assert best_scales(logits, y[:150], np.full(150, 1 / 150)) > 3
 
 
 def test_best_scale_of_two_classes_against_scikit_learn():
@@ -150,38 +154,72 @@ def test_best_scale_of_two_classes_against_scikit_learn():
     y = rng.integers(0, 2, 4000)
     outputs = (2.0 * y - 1 + 2 * rng.normal(size=4000))[:, None]
     oracle = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10).fit(outputs, y)
-    found = best_scale(outputs, y, np.full(4000, 1 / 4000))
+    (found,) = best_scales(outputs, y, np.full(4000, 1 / 4000))
     assert found == pytest.approx(oracle.coef_[0, 0], rel=5e-3)
 
 
 def test_best_scale_of_several_classes_is_stationary():
     y = rng.integers(0, 4, 4000)
     outputs = 2.0 * np.eye(4)[y] + 2 * rng.normal(size=(4000, 4))
-    p = softmax(best_scale(outputs, y, np.full(4000, 1 / 4000)) * outputs, axis=1)
+    p = softmax(best_scales(outputs, y, np.full(4000, 1 / 4000)) * outputs, axis=1)
     assert abs(((p - np.eye(4)[y]) * outputs).sum(1).mean()) < 5e-3
 
 
 def test_scale_is_finite_and_positive_whatever_the_outputs_say():
     y, weights = np.array([0, 1, 0, 1]), np.full(4, 0.25)
     perfect, wrong = 2.0 * y[:, None] - 1, 1 - 2.0 * y[:, None]
-    assert 0.5 < best_scale(perfect, y, weights) < 100
-    assert 0 < best_scale(wrong, y, weights) < 0.01
-    assert np.isfinite(best_scale(np.zeros((4, 1)), y, weights))
+    assert 0.5 < best_scales(perfect, y, weights) < 100
+    assert 0 < best_scales(wrong, y, weights) < 0.01
+    assert np.isfinite(best_scales(np.zeros((4, 1)), y, weights))
 
 
-def test_every_fifth_of_each_class_that_counts():
-    y = np.array([0] * 10 + [1] * 4 + [2] * 6)
-    counted = np.ones(20, bool)
-    assert np.flatnonzero(_every_fifth(y, counted)).tolist() == [4, 9, 18]
+def test_labels_have_their_own_scales():
+    """Also the rare one is no worse than what always says how rare it is."""
+    Y = (rng.random((2000, 3)) < [0.5, 0.02, 0.9]).astype(int)
+    X = Y @ rng.normal(size=(3, 20)) + rng.normal(size=(2000, 20))
+    model = GradientFeatureClassifier(nn.Identity(), features="activation", loss="squared")
+    p = model.fit(X[:1000], Y[:1000]).predict_proba(X[1000:])
+    base = np.tile(Y[:1000].mean(0), (1000, 1))
+    for label, found, constant in zip(Y[1000:].T, p.T, base.T, strict=True):
+        assert log_loss(label, found) < 0.95 * log_loss(label, constant)
+
+
+def test_a_fifth_of_each_class_that_counts_is_left_out():
+    y = np.array([0] * 1000 + [1] * 4 + [2] * 6 + [3])
+    counted = np.ones(1011, bool)
+    (only,) = _parts(y, counted)
+    assert only.tolist() == [*range(4, 1000, 5), 1008]
     counted[0] = False
-    assert np.flatnonzero(_every_fifth(y, counted)).tolist() == [5, 18]
-    assert np.flatnonzero(_every_fifth(np.eye(12), np.ones(12, bool))).tolist() == [4, 9]
+    (only,) = _parts(y, counted)
+    assert only.tolist() == [*range(5, 1000, 5), 1008]
+    (only,) = _parts(np.eye(500), np.ones(500, bool))
+    assert only.tolist() == list(range(4, 500, 5))
 
 
-def test_few_samples_serve_for_both():
-    X, y = DIGITS[:8], np.arange(8) % 2
-    model = rows().fit(X, y)
-    assert np.isfinite(model.predict_proba(X)).all()
+def test_few_samples_are_all_left_out_once():
+    y = np.array([0] * 10 + [1] * 2 + [2])
+    parts = list(_parts(y, np.ones(13, bool)))
+    assert [part.tolist() for part in parts] == [[4, 9], [3, 8], [2, 7], [1, 6, 11], [0, 5, 10]]
+
+
+def test_few_samples_are_not_too_sure():
+    """As with many: a few that are left out in turn say how sure the model may be."""
+    X, y = DIGITS[:41], CLASSES[:41]
+    p = rows().fit(X, y).predict_proba(DIGITS[TEST])
+    confidence, right = p.max(1), p.argmax(1) == CLASSES[TEST]
+    assert abs(confidence.mean() - right.mean()) < 0.1
+
+
+def test_one_sample_of_every_class():
+    model = rows().fit(DIGITS[:2], [0, 1])
+    assert np.array_equal(model.predict(DIGITS[:2]), [0, 1])
+    np.testing.assert_allclose(model.decision_function(DIGITS[:2]), [-1, 1], atol=0.2)
+
+
+def test_fits_the_same_in_inference_mode():
+    with torch.inference_mode():
+        inside = rows().fit(DIGITS[:60], CLASSES[:60])
+    assert np.array_equal(inside.coef_, rows().fit(DIGITS[:60], CLASSES[:60]).coef_)
 
 
 # --- everything else -------------------------------------------------------------------------
@@ -206,6 +244,9 @@ def test_search_has_no_probabilities():
     )
     with pytest.raises(ValueError, match="scoring: with loss='squared'"):
         search.fit(DIGITS[:60], CLASSES[:60] % 2)
+    search.set_params(scoring=lambda model, X, y: model.predict_log_proba(X).mean())
+    with pytest.raises(ValueError, match="scoring: with loss='squared'"):
+        search.fit(DIGITS[:60], np.eye(10)[CLASSES[:60]])
     search.set_params(scoring="roc_auc").fit(DIGITS[:60], CLASSES[:60] % 2)
 
 

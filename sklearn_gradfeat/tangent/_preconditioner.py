@@ -17,7 +17,7 @@ from sklearn_gradfeat.tangent._kfac import (
     loss_columns,
 )
 from sklearn_gradfeat.tangent._objective import TangentObjective, TangentTerm
-from sklearn_gradfeat.tangent._spectrum import KroneckerInverse, Spectrum, damping
+from sklearn_gradfeat.tangent._spectrum import MAX_EXACT, KroneckerInverse, Spectrum, damping
 
 # Curvature of the intercepts that is none, as a share of the largest.
 _FLAT = 1e-6
@@ -132,7 +132,7 @@ def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spec
         rows = objective.features
     mean = weights @ rows if objective.fit_intercept else rows.new_zeros(rows.shape[1])
     rows = rows - mean
-    if len(rows) < rows.shape[1]:
+    if len(rows) < rows.shape[1] and len(rows) <= MAX_EXACT:
         return mean, Spectrum.of_rows(weights.sqrt()[:, None] * rows)
     weighted = weights[:, None] * rows
     wide = rows.shape[1] > MAX_WIDTH

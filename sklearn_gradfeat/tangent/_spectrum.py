@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # Up to this width the full decomposition takes a few seconds; above, the leading part alone.
-_MAX_EXACT = 2048
+MAX_EXACT = 2048
 _RANK = 1024
 _ITERATIONS = 3
 
@@ -38,7 +38,7 @@ class Spectrum:
         """Decompose matrices of shape (..., n, n)."""
         home = "cpu" if matrix.device.type == "mps" else matrix.device
         n = matrix.shape[-1]
-        if n <= _MAX_EXACT:
+        if n <= MAX_EXACT:
             # In float32 the decomposition of a nearly singular matrix may fail, even silently.
             values, vectors = _eigh(matrix.to(home, torch.float64))
             return cls(values.clamp(min=0).to(matrix), vectors.to(matrix))
@@ -65,7 +65,11 @@ class Spectrum:
         if self.vectors is None:
             return rows, None
         projected = rows @ self.vectors
-        return projected, None if self.rest is None else rows - projected @ self.vectors.mT
+        if self.rest is None:
+            return projected, None
+        outside = rows - projected @ self.vectors.mT
+        # Again, for what rounding leaves: it is about to be divided by next to nothing.
+        return projected, outside - (outside @ self.vectors) @ self.vectors.mT
 
     def restore(self, rows: Tensor) -> Tensor:
         """Return the last axis from the eigenbasis."""
