@@ -1,8 +1,8 @@
 """What two of LQF's three changes [1] are worth here: squared loss, and leaky rectifiers.
 
 The third, K-FAC, is part of the solver. ``head_leak`` is 0.2 or None. Every variant has the
-penalties that are best on the test images: so the accuracies are too high, but the choice adds no
-noise to the differences.
+penalties that are best on the test images: so the accuracies are too high, most where many
+penalties do about as well, and the errors of the differences do not include the choice.
 
     python examples/benchmarks/lqf.py --data cifar10.zip --output lqf.json
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -25,7 +26,9 @@ def groups(paths):
             if number != 1:
                 size = content["setting"]["sizes"][f"table_{number}"]
                 key = (number, name, size["data"], size["n_train"])
-                found.setdefault(key, {})[row["model"]] = row
+                first = found.setdefault(key, {}).setdefault(row["model"], row)
+                if first["score"] != row["score"]:
+                    sys.exit(f"{path}: {row['model']} has another score in a former file.")
     return found
 
 
