@@ -9,8 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.io import savemat
+from sklearn.exceptions import ConvergenceWarning
+
+from sklearn_gradfeat import GradientFeatureClassifier
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "benchmarks"
 FAST = [
@@ -227,7 +231,9 @@ def test_table_3(scripts, tmp_path):
     assert result["setting"]["sizes"]["table_3"] == {"data": "data", "n_train": 48, "n_test": 48}
     for row in result["rows"]:
         p = row["score"] / 100
-        assert row["error"] == pytest.approx(100 * np.sqrt(p * (1 - p) / 48))
+        of_one = 100 * np.sqrt(p * (1 - p) / 48)
+        one_seed = len(row["scores"]) == 1
+        assert row["error"] == pytest.approx(of_one) if one_seed else row["error"] <= of_one
         assert row["score"] == pytest.approx(np.mean(row["scores"]))
         assert row["published"] is None
     assert "| full |" in output.with_suffix(".md").read_text()
@@ -237,12 +243,38 @@ def test_table_3(scripts, tmp_path):
     assert drawn == [row["score"] for row in result["rows"]]
 
 
+def test_table_1(scripts, tmp_path, monkeypatch):
+    """Some of the combinations, against the estimator with the options that they stand for."""
+    tables = scripts("paper_tables")
+    combinations = [(False, False, False), (True, False, True), (True, True, True)]
+    monkeypatch.setattr(tables, "TABLE_1", {key: tables.TABLE_1[key] for key in combinations})
+    monkeypatch.setattr(scripts("_datasets"), "CIFAR10_CLASSES", {"dark", "light"})
+    data, output = folder_of_classes(tmp_path / "data", 24), tmp_path / "o.json"
+    options = ["--tables", "1", "--encoders", "convnet-vae", "--layers", "conv5"]
+    first, *rows = run(scripts, data, output, *options)["rows"]
+    assert first["published"] == 62.87
+    keys = [(row["theta_1"], row["theta_2"], row["omega"], row["model"]) for row in rows]
+    assert keys == [(*key, kind) for key in combinations for kind in ("gradient", "full")]
+    published = [23.09, 62.83, 59.98, 65.46, 70.14, 70.51]
+    assert [row["published"] for row in rows] == published
+    network, preprocess = scripts("_setup").encoder("convnet-vae")
+    other = tables.partly_random(network, ["conv5"], True, False, 0)
+    model = GradientFeatureClassifier(
+        network, preprocess=preprocess, gradient_backbone=other, gradient_layers="conv5",
+        alpha=first["alpha"], gradient_alpha=1e-3, max_iter=3, random_state=0,
+    )  # fmt: skip
+    read = scripts("_datasets").read_images
+    with pytest.warns(ConvergenceWarning):
+        model.fit(*read(data, "train"))
+    expected = model.score(*read(data, "test"))
+    assert rows[3]["score"] == pytest.approx(100 * expected)
+    text = output.with_suffix(".md").read_text()
+    assert f"| pretrained | random | fitted | {rows[2]['score']:.2f}" in text
+    assert "(65.46) |" in text
+
+
 def test_fine_tuning_starts_anew(scripts):
     """Neither the estimator nor another head changes with a head that is trained."""
-    import torch
-
-    from sklearn_gradfeat import GradientFeatureClassifier
-
     tuning = scripts("_finetuning")
     network, preprocess = scripts("_setup").encoder("convnet-vae")
     X, y = pixels(20), np.arange(20) % 4
@@ -265,8 +297,6 @@ def test_fine_tuning_starts_anew(scripts):
 
 def test_random_parameters(scripts):
     """Each of the four combinations leaves the other layers as they are."""
-    import torch
-
     tables = scripts("paper_tables")
     network, _ = scripts("_setup").encoder("convnet-vae")
     pretrained = network.state_dict()

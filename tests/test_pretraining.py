@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sklearn_gradfeat.backbones._convnet import ConvNet
+from sklearn_gradfeat.backbones._shipped import load_convnet
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "pretraining"
 TASKS = {
@@ -86,10 +87,8 @@ def test_export_loads_into_the_convnet(task, train, scripts, capsys, tmp_path):
     found = {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
     encoder.load_state_dict(found)
     images = torch.rand(4, 3, 32, 32) * 2 - 1
-    convnet = ConvNet(slope)
-    weights = load_file(file)
-    assert {value.dtype for value in weights.values()} == {torch.float16}
-    convnet.load_state_dict(weights)
+    assert {value.dtype for value in load_file(file).values()} == {torch.float16}
+    convnet, _ = load_convnet(file)
     with torch.no_grad():
         torch.testing.assert_close(encoder.folded()(images), encoder(images), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(convnet(images), encoder(images), rtol=5e-3, atol=5e-3)

@@ -126,12 +126,14 @@ def test_regression_on_images():
     ("X", "match"),
     [
         (np.zeros((12, 3, 40, 3)), r"channels first or last.*Pass `preprocess`"),
+        (PIXELS[:, :, :, 0] / 255, r"\(3, 32\) may be grey images, or lack an axis.*`backbone`"),
+        (np.zeros((12, 50, 1)), r"\(50, 1\) may be grey images, or lack an axis.*`backbone`"),
         (np.zeros((12, 2, 40, 40)), "neither 1 nor 3 channels.*Convert"),
         (PIXELS.astype(int), r"dtype torch.int64.*astype\(numpy.uint8\).*`preprocess`"),
         (PIXELS / 1.0, r"must lie in \[0, 1\], X has values from 0 to 255.*Scale X"),
         (PIXELS[:, None], r"rows of numbers.*or images.*\(1, 3, 32, 32\). Pass `backbone`"),
     ],
-    ids=["layout", "channels", "dtype", "range", "video"],
+    ids=["layout", "one image", "series", "channels", "dtype", "range", "video"],
 )
 def test_what_is_no_image_or_could_be_two(X, match):
     with pytest.raises(ValueError, match=match):

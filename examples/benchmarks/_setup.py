@@ -14,7 +14,6 @@ import numpy as np
 import sklearn
 import torch
 from _datasets import Task, need_data, read_images
-from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
 
@@ -25,9 +24,7 @@ from sklearn_gradfeat import (
     TextTokenizer,
     config_context,
 )
-from sklearn_gradfeat.backbones._convnet import ConvNet
-from sklearn_gradfeat.backbones._images import ImagePreprocess
-from sklearn_gradfeat.backbones._shipped import SHIPPED, ToConvNet, load_shipped
+from sklearn_gradfeat.backbones._shipped import SHIPPED, load_convnet, load_shipped
 
 
 def digits():
@@ -97,11 +94,7 @@ def docstrings(n_each=100):
 
 def encoder(name):
     """Return a shipped network, or a ConvNet with the weights in a file, and its transform."""
-    if name in SHIPPED:
-        return load_shipped(name)
-    network = ConvNet()
-    network.load_state_dict(load_file(name))
-    return network, ImagePreprocess(ToConvNet())
+    return load_shipped(name) if name in SHIPPED else load_convnet(name)
 
 
 def task_parser(description):

@@ -10,8 +10,8 @@ then fitted to all of them; fine-tuning needs that tenth to know when to stop.
 --data is a zip file or a folder of train/<class>/*.jpg and test/<class>/*.jpg, or the folder where
 torchvision keeps CIFAR-10, CIFAR-100 or SVHN. Table 2 makes squares of four such images, or takes
 the folder of torchvision's VOCDetection (VOCdevkit/VOC2007/) or CocoDetection (annotations/,
-train2014/, val2014/). Average precision is scikit-learn's, where VOC07 takes eleven points of recall;
-difficult objects of VOC are as good as absent, where VOC leaves out their images.
+train2014/, val2014/). Average precision is scikit-learn's, where VOC07 takes eleven points of
+recall; difficult objects of VOC are as good as absent, where VOC leaves out their images.
 
 [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning, ICLR 2020,
     arXiv:2004.05529.
@@ -291,7 +291,7 @@ def table_1(name, task, arguments):
     figures = measure(activation, task)
     base = figures["test"]
     row = {"table": 1, "encoder": name, "model": "activation", **compared(figures, base, task)}
-    yield {**row, "published": TABLE_3["bigan", "CIFAR-10"][0]}
+    yield {**row, "published": TABLE_3.get(("bigan", task.source), (None,))[0]}
     alphas = {}
     for layers, (key, published) in itertools.product(arguments.layers, TABLE_1.items()):
         lower, upper, fitted = key
@@ -303,6 +303,7 @@ def table_1(name, task, arguments):
             "omega": "fitted" if fitted else "random",
         }
         known = published[list(LAYERS).index(layers)]
+        known = known if task.source == "CIFAR-10" else (None, None)
         for features, of_paper in zip(("gradient", "full"), known, strict=True):
             candidates = alphas.get((key, features), arguments.gradient_alphas)
             model = gradient_model(activation, features, task, candidates, **options)
@@ -339,13 +340,20 @@ def per_model(rows):
     return lines
 
 
+def beside(row):
+    """Return a score with the published one in parentheses."""
+    unfinished = "" if row["converged"] else "*"
+    published = "" if row["published"] is None else f" ({row['published']:.2f})"
+    return f"{row['score']:.2f}{unfinished}{published}"
+
+
 def per_combination(rows):
     """Return a table with a line for what is random, and published figures in parentheses."""
     activation, *rows = rows
     figures = {(r["theta_1"], r["theta_2"], r["omega"], r["layers"], r["model"]): r for r in rows}
     columns = list(itertools.product(dict.fromkeys(r["layers"] for r in rows), MODELS[1:3]))
     lines = [
-        f"activation: {activation['score']:.2f} ({activation['published']:.2f})",
+        f"activation: {beside(activation)}",
         "",
         f"| θ̄₁ | θ̄₂ | ω̄ | {' | '.join(map(' '.join, columns))} |",
         f"|---|---|---|{'---:|' * len(columns)}",
@@ -356,8 +364,7 @@ def per_combination(rows):
         for column in columns:
             cells.append("")
             if (row := figures.get(key + column)) is not None:
-                unfinished = "" if row["converged"] else "*"
-                cells[-1] = f"{row['score']:.2f}{unfinished} ({row['published']:.2f})"
+                cells[-1] = beside(row)
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", "*: not converged"]
 

@@ -19,6 +19,8 @@ from _images import load_images
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from sklearn_gradfeat.backbones._convnet import ConvNet
+
 
 def parser(description, epochs, batch_size):
     """Return the options that all tasks have."""
@@ -115,9 +117,13 @@ def _resume(task, arguments):
 
 
 def export(encoder, path):
-    """Write an encoder as the weights of a ConvNet, in float16, and print their hash."""
-    weights = encoder.folded().state_dict()
-    weights = {name: value.half().cpu().contiguous() for name, value in weights.items()}
+    """Write an encoder as the weights of a ConvNet, in float16, and print their hash.
+
+    A slope that is not the usual one is noted in the file.
+    """
+    network = encoder.folded()
+    weights = {n: value.half().cpu().contiguous() for n, value in network.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path)
+    note = None if network.slope == ConvNet().slope else {"slope": str(network.slope)}
+    save_file(weights, path, metadata=note)
     print(f"{path}  SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}")

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from _images import load_images, to_network
-from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sklearn_gradfeat.backbones._convnet import ConvNet
+from sklearn_gradfeat.backbones._shipped import load_convnet
 
 
 def activations(network, pixels):
@@ -28,10 +27,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="train/ and test/<class>/*.jpg")
-    parser.add_argument("--slope", type=float, default=0.01, help="0.2 for bigan.py --wasserstein")
     arguments = parser.parse_args(argv)
-    network = ConvNet(arguments.slope)
-    network.load_state_dict(load_file(arguments.weights))
+    network, _ = load_convnet(arguments.weights)
     pixels, classes = load_images(arguments.data)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, tol=1e-3))
     probe.fit(activations(network, pixels), classes)

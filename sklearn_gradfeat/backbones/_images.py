@@ -63,6 +63,12 @@ def check_images(shape: tuple[int, ...]) -> None:
             "(n_samples, height, width, channels) or (n_samples, height, width). "
             f"The samples of X have shape {shape}."
         )
+    if len(shape) == 2 and set(shape) & set(_CHANNELS):
+        raise ValueError(
+            f"Samples of shape {shape} may be grey images, or lack an axis. Give X the shape "
+            "(n_samples, channels, height, width), or pass `backbone`, a torch module for such "
+            "samples."
+        )
 
 
 def channels_first(batch: Tensor) -> Tensor:

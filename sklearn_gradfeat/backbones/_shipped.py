@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
+from importlib.resources import as_file, files
+from pathlib import Path
 
-import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -41,7 +42,13 @@ def load_shipped(name: str) -> tuple[ConvNet, ImagePreprocess]:
     -------
     (ConvNet, ImagePreprocess)
     """
-    path = files(__package__) / "weights" / f"{name}.safetensors"
-    network = ConvNet()
-    network.load_state_dict(safetensors.torch.load(path.read_bytes()))
+    with as_file(files(__package__) / "weights" / f"{name}.safetensors") as path:
+        return load_convnet(path)
+
+
+def load_convnet(path: Path) -> tuple[ConvNet, ImagePreprocess]:
+    """Return a network from a file of ``examples/pretraining``, and its input transform."""
+    with safe_open(path, "pt") as file:
+        network = ConvNet(**{name: float(value) for name, value in (file.metadata() or {}).items()})
+        network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return network, ImagePreprocess(ToConvNet())
