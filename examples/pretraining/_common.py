@@ -19,7 +19,7 @@ from _images import load_images
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat.backbones._convnet import ConvNet
+from sklearn_gradfeat.backbones._convnet import SLOPE
 
 
 def parser(description, epochs, batch_size):
@@ -124,6 +124,6 @@ def export(encoder, path):
     network = encoder.folded()
     weights = {n: value.half().cpu().contiguous() for n, value in network.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    note = None if network.slope == ConvNet().slope else {"slope": str(network.slope)}
+    note = None if network.slope == SLOPE else {"slope": str(network.slope)}
     save_file(weights, path, metadata=note)
     print(f"{path}  SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}")

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import leaky_relu, linear
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sklearn_gradfeat.backbones._convnet import ConvNet
+from sklearn_gradfeat.backbones._convnet import SLOPE, ConvNet
 
 N_FEATURES = 512
 
@@ -15,7 +15,7 @@ N_FEATURES = 512
 class Encoder(nn.Module):
     """A ConvNet with a batch norm after every convolution, for 32 x 32 pixels."""
 
-    def __init__(self, slope=0.01):
+    def __init__(self, slope=SLOPE):
         super().__init__()
         self.network = ConvNet(slope)
         convolutions = self.network.children()
@@ -48,7 +48,7 @@ def convolve(layer, images):
     return linear(images.flatten(1), layer.weight.flatten(1), layer.bias)[:, :, None, None]
 
 
-def decoder(n_latent, width=32, slope=0.01):
+def decoder(n_latent, width=32, slope=SLOPE):
     """Return the encoder's mirror image, from latent variables to 32 x 32 pixels.
 
     ``width`` is the number of channels below the pixels; the encoder has 32.

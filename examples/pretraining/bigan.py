@@ -24,6 +24,8 @@ from _networks import N_FEATURES, Encoder, decoder
 from torch import nn
 from torch.nn.functional import softplus
 
+from sklearn_gradfeat.backbones._convnet import SLOPE
+
 N_LATENT = 64
 N_COMMON = 512  # of what the discriminator makes of an image, and of latent variables
 PENALTY = 10.0
@@ -69,7 +71,7 @@ class BiGAN(nn.Module):
     def __init__(self, wasserstein=False):
         super().__init__()
         self.wasserstein = wasserstein
-        self.encoder = Encoder(slope=0.2 if wasserstein else 0.01)
+        self.encoder = Encoder(slope=0.2 if wasserstein else SLOPE)
         self.posterior = nn.Linear(N_FEATURES, 2 * N_LATENT)
         self.generator = nn.Sequential(decoder(N_LATENT), nn.Tanh())
         self.discriminator = Discriminator(dropout=0.0 if wasserstein else 0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
+SLOPE = 0.01
 _LAYERS = ((32, 5, 1), (64, 4, 2), (128, 4, 1), (256, 4, 2), (512, 4, 1))
 
 
@@ -30,7 +31,7 @@ class ConvNet(nn.Module):
        Learning, ICLR 2020, arXiv:2004.05529.
     """
 
-    def __init__(self, slope: float = 0.01) -> None:
+    def __init__(self, slope: float = SLOPE) -> None:
         super().__init__()
         self.slope = slope
         channels = 3

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from sklearn_gradfeat.backbones._convnet import ConvNet
+from sklearn_gradfeat.backbones._convnet import SLOPE, ConvNet
 from sklearn_gradfeat.backbones._images import ImagePreprocess
 
 # The best one first: it is the default for images.
@@ -49,6 +49,6 @@ def load_shipped(name: str) -> tuple[ConvNet, ImagePreprocess]:
 def load_convnet(path: Path) -> tuple[ConvNet, ImagePreprocess]:
     """Return a network from a file of ``examples/pretraining``, and its input transform."""
     with safe_open(path, "pt") as file:
-        network = ConvNet(**{name: float(value) for name, value in (file.metadata() or {}).items()})
+        network = ConvNet(float((file.metadata() or {}).get("slope", SLOPE)))
         network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return network, ImagePreprocess(ToConvNet())
