@@ -81,7 +81,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         1 for the class or label of a sample and -1 for any other. The latter are then multiplied
         with what makes the best logits of them on every fifth sample, for a model of the others:
         one factor for all classes, or one for each label. A fit takes almost twice as long,
-        with few samples up to six times. No decision depends on the factors.
+        with few samples many times as long. No decision depends on the factors.
     alpha : float, default=1e-4
         L2 penalty: ``alpha / 2`` times the squared norm of ``W``, on a loss that is a
         weighted mean. scikit-learn's ``C`` is ``1 / (alpha * sample_weight.sum())``.

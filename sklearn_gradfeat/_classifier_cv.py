@@ -79,7 +79,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         1 for the class or label of a sample and -1 for any other. The latter are then multiplied
         with what makes the best logits of them on every fifth sample, for a model of the others:
         one factor for all classes, or one for each label. A fit takes almost twice as long,
-        with few samples up to six times. No decision depends on the factors.
+        with few samples many times as long. No decision depends on the factors.
     alphas : int or array-like of shape (n_alphas,), default=5
         The values of ``alpha`` to try, the L2 penalty on ``W``; or how many: these are then
         placed by the scale of the activations, from their largest curvature downward, over

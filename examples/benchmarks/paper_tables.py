@@ -302,8 +302,8 @@ def table_1(name, task, arguments):
             "gradient_backbone": None if lower and upper else other,
             "omega": "fitted" if fitted else "random",
         }
-        known = published[list(LAYERS).index(layers)]
-        known = known if task.source == "CIFAR-10" else (None, None)
+        of_cifar10 = task.source == "CIFAR-10"
+        known = published[list(LAYERS).index(layers)] if of_cifar10 else (None, None)
         for features, of_paper in zip(("gradient", "full"), known, strict=True):
             candidates = alphas.get((key, features), arguments.gradient_alphas)
             model = gradient_model(activation, features, task, candidates, **options)
