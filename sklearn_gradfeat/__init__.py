@@ -1,14 +1,15 @@
 """Gradients as features, as scikit-learn estimators."""
 
-from sklearn_gradfeat._classifier import GradientFeatureClassifier
-from sklearn_gradfeat._classifier_cv import GradientFeatureClassifierCV
-from sklearn_gradfeat._config import config_context, get_config, set_config
-from sklearn_gradfeat._image_files import ImageFiles
-from sklearn_gradfeat._loading import load
-from sklearn_gradfeat._regressor import GradientFeatureRegressor
-from sklearn_gradfeat._regressor_cv import GradientFeatureRegressorCV
-from sklearn_gradfeat._text import MaskedMean, TextTokenizer
-from sklearn_gradfeat.displays import (
+from sklearn_gradfeat.cache import config_context, get_config, set_config
+from sklearn_gradfeat.data import ImageFiles, MaskedMean, TextTokenizer
+from sklearn_gradfeat.estimators import (
+    GradientFeatureClassifier,
+    GradientFeatureClassifierCV,
+    GradientFeatureRegressor,
+    GradientFeatureRegressorCV,
+    load,
+)
+from sklearn_gradfeat.inspection import (
     FeatureComparisonDisplay,
     LayerContributionDisplay,
     ObjectiveDisplay,

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from sklearn_gradfeat import MaskedMean
-from sklearn_gradfeat.backbones import FrozenBackbone
-from sklearn_gradfeat.tangent import LinearizedHead
-from sklearn_gradfeat.tangent._kfac import factors
+from sklearn_gradfeat.backbones._frozen import FrozenBackbone
+from sklearn_gradfeat.curvature._kfac import factors
+from sklearn_gradfeat.linearized._jacobian import LinearizedHead
 
 
 def letters(texts, padding, truncation, max_length):

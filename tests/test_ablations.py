@@ -10,8 +10,8 @@ from sklearn.base import clone
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
-from sklearn_gradfeat.displays import LayerContributionDisplay
-from sklearn_gradfeat.features import memory_store
+from sklearn_gradfeat.cache._store import memory_store
+from sklearn_gradfeat.inspection._contributions import LayerContributionDisplay
 from tests.networks import build
 from tests.oracles import dense_jacobian, dense_optimum, dense_regression, ntk_scales
 from tests.tiny import NET, estimator, tiny_net

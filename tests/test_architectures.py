@@ -6,9 +6,9 @@ import pytest
 import torch
 import torchvision
 
-from sklearn_gradfeat.backbones import FrozenBackbone
-from sklearn_gradfeat.backbones._named import without_classifier
-from sklearn_gradfeat.tangent import LinearizedHead
+from sklearn_gradfeat.backbones._frozen import FrozenBackbone
+from sklearn_gradfeat.backbones._sources import without_classifier
+from sklearn_gradfeat.linearized._jacobian import LinearizedHead
 
 # What the default gradient_layers="last" means, for one network of every family.
 LAST = {

@@ -11,8 +11,7 @@ import torchvision
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.backbones._images import ImagePreprocess
-from sklearn_gradfeat.backbones._named import load_named, timm_transform
+from sklearn_gradfeat.backbones._sources import ImagePreprocess, load_named, timm_transform
 from tests.tiny import X, Y, estimator, tiny_net
 
 IMAGES = np.random.default_rng(1).integers(0, 256, (24, 3, 8, 8)).astype(np.uint8)

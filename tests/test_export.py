@@ -11,8 +11,9 @@ from sklearn.exceptions import NotFittedError
 from torch import fx, nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.backbones import FrozenBackbone
-from sklearn_gradfeat.tangent import LinearizedHead, UntraceableError, linearized_graph
+from sklearn_gradfeat.backbones._frozen import FrozenBackbone
+from sklearn_gradfeat.linearized._derivative_graph import UntraceableError, linearized_graph
+from sklearn_gradfeat.linearized._jacobian import LinearizedHead
 from tests.networks import NETWORKS, build
 from tests.test_architectures import LAST
 from tests.test_architectures import build as build_architecture

@@ -17,9 +17,10 @@ from sklearn.model_selection import GridSearchCV, cross_val_predict, train_test_
 from sklearn.pipeline import Pipeline
 from torchvision.transforms import v2 as transforms
 
-from sklearn_gradfeat import ImageFiles, _image_files
-from sklearn_gradfeat._arrays import Samples, is_lazy
-from sklearn_gradfeat.features import Trunk
+from sklearn_gradfeat import ImageFiles
+from sklearn_gradfeat.cache._runner import Trunk
+from sklearn_gradfeat.data import _image_files
+from sklearn_gradfeat.data._batches import Samples, is_lazy
 from tests.tiny import estimator
 
 RNG = np.random.default_rng(0)

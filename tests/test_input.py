@@ -724,7 +724,7 @@ def test_gradient_features_without_intercept_and_zero_weights_between():
 def test_attention_settings_survive_threads():
     import torch
 
-    from sklearn_gradfeat._attention import differentiable_attention
+    from sklearn_gradfeat.backbones._attention import differentiable_attention
 
     before = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
     first, second = differentiable_attention(), differentiable_attention()

@@ -7,8 +7,9 @@ from sklearn.linear_model import Ridge, RidgeCV
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureRegressor, GradientFeatureRegressorCV, load
-from sklearn_gradfeat._losses import Squared
-from sklearn_gradfeat.tangent import TangentObjective, leave_one_out, tangent_gram
+from sklearn_gradfeat.curvature._sample_space import leave_one_out, tangent_gram
+from sklearn_gradfeat.linearized._losses import Squared
+from sklearn_gradfeat.linearized._objective import TangentObjective
 from tests.oracles import dense_jacobian, ntk_scales
 from tests.test_samples import WEIGHTS, N, X, term
 
@@ -194,7 +195,7 @@ def test_file_holds_the_choice(tmp_path):
 
 
 def test_too_many_samples(monkeypatch):
-    monkeypatch.setattr("sklearn_gradfeat._cross_validation.MAX_ROWS", 2 * len(ROWS) - 1)
+    monkeypatch.setattr("sklearn_gradfeat.estimators._cross_validation.MAX_ROWS", 2 * len(ROWS) - 1)
     searching(nn.Identity(), features="activation").fit(ROWS, TARGETS)
     with pytest.raises(ValueError, match=r"\(24, 2\)\. Set cv"):
         searching().fit(ROWS, np.column_stack([TARGETS, TARGETS]))

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
-from sklearn_gradfeat._memory import free_bytes
-from sklearn_gradfeat.features._chunks import Boundary
-from sklearn_gradfeat.tangent import LinearizedHead
+from sklearn_gradfeat.cache._store import Boundary
+from sklearn_gradfeat.data._batches import free_bytes
+from sklearn_gradfeat.linearized._jacobian import LinearizedHead
 
 ROOM = 20
 RNG = np.random.default_rng(0)
@@ -83,9 +83,7 @@ def test_a_device_keeps_the_boundary_where_it_has_room(kind, monkeypatch):
     monkeypatch.setattr(Boundary, "take", counted)
     counts = []
     for room in (0, 100, 2**30):  # none, too little, enough
-        monkeypatch.setattr(
-            "sklearn_gradfeat.features._trunk.free_bytes", lambda _, room=room: room
-        )
+        monkeypatch.setattr("sklearn_gradfeat.cache._runner.free_bytes", lambda _, room=room: room)
         taken.clear()
         model = fitted(**options)
         counts.append(len(taken))

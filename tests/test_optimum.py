@@ -154,14 +154,14 @@ def test_order_repetition_and_batch_size_do_not_matter(seed, batch_size):
 
 
 def test_same_predictions_without_a_split(monkeypatch):
-    from sklearn_gradfeat.backbones import _network
+    from sklearn_gradfeat.backbones import _frozen
 
     split, _ = fit("transformer", "multinomial", alpha=0.05)
 
     def refuse(*args):
-        raise _network.CaptureError("refused for the test")
+        raise _frozen.CaptureError("refused for the test")
 
-    monkeypatch.setattr(_network, "capture", refuse)
+    monkeypatch.setattr(_frozen, "capture", refuse)
     with pytest.warns(UserWarning, match="refused for the test") as record:
         whole, _ = fit("transformer", "multinomial", alpha=0.05)
     assert len([w for w in record if w.category is UserWarning]) == 1

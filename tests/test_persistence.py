@@ -24,7 +24,7 @@ from torch import nn
 
 import sklearn_gradfeat
 from sklearn_gradfeat import GradientFeatureClassifier, MaskedMean, load
-from sklearn_gradfeat._archive import NotStorableError, pack, unpack
+from sklearn_gradfeat.io._archive import NotStorableError, pack, unpack
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
 DATA = Path(__file__).parent / "data"
@@ -365,7 +365,7 @@ def test_newer_format(saved):
 
 
 def test_unknown_estimator(path, saved, monkeypatch):
-    monkeypatch.setattr("sklearn_gradfeat._loading._ESTIMATORS", {"Other": None})
+    monkeypatch.setattr("sklearn_gradfeat.estimators._loading._ESTIMATORS", {"Other": None})
     with pytest.raises(ValueError, match=r"holds a GradientFeatureClassifier.*It has Other"):
         load(saved, NET)
 
@@ -373,7 +373,7 @@ def test_unknown_estimator(path, saved, monkeypatch):
 def test_every_estimator_can_be_loaded():
     public = [getattr(sklearn_gradfeat, name) for name in sklearn_gradfeat.__all__]
     estimators = {kind.__name__ for kind in public if hasattr(kind, "save")}
-    assert estimators == set(sklearn_gradfeat._loading._ESTIMATORS)
+    assert estimators == set(sklearn_gradfeat.estimators._loading._ESTIMATORS)
 
 
 # --- damage ----------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sklearn_gradfeat.backbones._convnet import ConvNet
-from sklearn_gradfeat.backbones._shipped import load_convnet
+from sklearn_gradfeat.backbones._builtin import ConvNet, load_convnet
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "pretraining"
 TASKS = {

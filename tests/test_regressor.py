@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.fixes import parse_version
 
 from sklearn_gradfeat import GradientFeatureRegressor
-from sklearn_gradfeat._losses import Huber, Squared
+from sklearn_gradfeat.linearized._losses import Huber, Squared
 from tests.networks import NETWORKS, build
 from tests.oracles import dense_jacobian, dense_regression, ntk_scales
 from tests.tiny import tiny_net
@@ -171,7 +171,7 @@ def test_few_samples_have_the_optimum_of_many(loss, monkeypatch):
         loss=loss, epsilon=0.5, alpha=0.01, random_state=0, tol=1e-18, max_iter=2000
     )
     exact = clone(model).fit(rows, y)
-    monkeypatch.setattr("sklearn_gradfeat.tangent._samples.MAX_ROWS", 0)
+    monkeypatch.setattr("sklearn_gradfeat.curvature._sample_space.MAX_ROWS", 0)
     other = clone(model).fit(rows, y)
     np.testing.assert_allclose(exact.predict(rows), other.predict(rows), rtol=1e-6)
     assert exact.n_iter_ < other.n_iter_

@@ -10,7 +10,7 @@ from sklearn.utils import estimator_html_repr
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.backbones._shipped import SHIPPED
+from sklearn_gradfeat.backbones._builtin import SHIPPED
 from tests import tiny
 from tests.tiny import NET, X, Y
 

@@ -7,14 +7,10 @@ from sklearn.linear_model import Ridge
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureRegressor
-from sklearn_gradfeat._losses import Bernoulli, Multinomial, Squared
-from sklearn_gradfeat.tangent import (
-    LinearizedHead,
-    SampleInverse,
-    TangentObjective,
-    TangentTerm,
-    tangent_gram,
-)
+from sklearn_gradfeat.curvature._sample_space import SampleInverse, tangent_gram
+from sklearn_gradfeat.linearized._jacobian import LinearizedHead
+from sklearn_gradfeat.linearized._losses import Bernoulli, Multinomial, Squared
+from sklearn_gradfeat.linearized._objective import TangentObjective, TangentTerm
 from tests.oracles import dense_jacobian, ntk_scales
 
 N, WIDTH = 9, 4
@@ -95,7 +91,7 @@ def test_no_penalty_leaves_a_positive_definite_inverse():
 
 def test_none_where_it_would_not_be_cheap(monkeypatch):
     tangent = term(2)
-    monkeypatch.setattr("sklearn_gradfeat.tangent._samples.MAX_ROWS", 2 * N - 1)
+    monkeypatch.setattr("sklearn_gradfeat.curvature._sample_space.MAX_ROWS", 2 * N - 1)
     assert tangent_gram(tangent, N) is None
 
 

@@ -27,7 +27,7 @@ from sklearn_gradfeat import (
     ObjectiveDisplay,
     load,
 )
-from sklearn_gradfeat._arrays import Rows
+from sklearn_gradfeat.data._batches import Rows
 from tests.test_freezing import Counting
 from tests.tiny import NET, X, Y, tiny_net
 
@@ -65,7 +65,7 @@ def test_grid_search_without_store_passes_them_for_every_fit():
 
 
 def test_first_stage_is_fitted_once_for_every_alpha(monkeypatch):
-    from sklearn_gradfeat._stages import Stages
+    from sklearn_gradfeat.training._stages import Stages
 
     fits = []
     fit_activation = Stages.fit_activation
@@ -80,7 +80,7 @@ def test_first_stage_is_fitted_once_for_every_alpha(monkeypatch):
 
 
 def test_path_takes_fewer_passes_than_a_grid_search(monkeypatch):
-    from sklearn_gradfeat import _stages
+    from sklearn_gradfeat.training import _stages
 
     passes, minimize = [], _stages.minimize
 
@@ -104,7 +104,7 @@ def test_path_takes_fewer_passes_than_a_grid_search(monkeypatch):
 
 
 def test_path_takes_fewer_passes_for_what_it_learned(monkeypatch):
-    from sklearn_gradfeat import _stages
+    from sklearn_gradfeat.training import _stages
 
     noisy = X + np.random.default_rng(0).normal(size=X.shape)
     grid = {"alphas": [0.01], "gradient_alphas": [0.1, 0.05, 0.025, 0.0125]}

@@ -13,9 +13,10 @@ from torch.nn.functional import conv2d, leaky_relu
 
 import sklearn_gradfeat
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor, load
-from sklearn_gradfeat.backbones import _resolve, resolve_backbone
-from sklearn_gradfeat.backbones._shipped import SHIPPED
-from sklearn_gradfeat.features import memory_store
+from sklearn_gradfeat.backbones import _sources
+from sklearn_gradfeat.backbones._builtin import SHIPPED
+from sklearn_gradfeat.backbones._sources import resolve_backbone
+from sklearn_gradfeat.cache._store import memory_store
 from tests.test_export import in_onnx_runtime
 
 WEIGHTS = Path(sklearn_gradfeat.__file__).parent / "backbones" / "weights"
@@ -159,7 +160,7 @@ def test_file_holds_no_weights_and_keeps_the_choice(fitted, tmp_path, monkeypatc
     """Not even where a later version has another network for images."""
     fitted.save(tmp_path / "model.safetensors")
     assert not any("backbone" in key for key in load_file(tmp_path / "model.safetensors"))
-    monkeypatch.setattr(_resolve, "SHIPPED", SHIPPED[::-1])
+    monkeypatch.setattr(_sources, "SHIPPED", SHIPPED[::-1])
     loaded = load(tmp_path / "model.safetensors")
     assert loaded.backbone is None
     assert np.array_equal(loaded.predict_proba(PIXELS), fitted.predict_proba(PIXELS))

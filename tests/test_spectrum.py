@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sklearn_gradfeat.tangent import _spectrum
-from sklearn_gradfeat.tangent._spectrum import KroneckerInverse, Spectrum
+from sklearn_gradfeat.curvature import _spectrum
+from sklearn_gradfeat.curvature._spectrum import KroneckerInverse, Spectrum
 
 ALPHA = 0.01
 

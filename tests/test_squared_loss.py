@@ -17,7 +17,7 @@ from sklearn_gradfeat import (
     GradientFeatureRegressor,
     load,
 )
-from sklearn_gradfeat._calibration import _parts, best_scales
+from sklearn_gradfeat.training._calibration import _parts, best_scales
 from tests.networks import build
 from tests.oracles import dense_jacobian, dense_regression, ntk_scales
 

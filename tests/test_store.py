@@ -26,10 +26,18 @@ from sklearn.model_selection import GridSearchCV, cross_val_predict
 from torch import nn
 
 import sklearn_gradfeat
-from sklearn_gradfeat import GradientFeatureClassifier, _config, config_context, set_config
-from sklearn_gradfeat.features import FeatureKey, MemoryStore, _disk, disk_store, memory_store
-from sklearn_gradfeat.features._chunks import Boundary, HeldChunk, Place
-from sklearn_gradfeat.features._trunk import Trunk
+from sklearn_gradfeat import GradientFeatureClassifier, config_context, set_config
+from sklearn_gradfeat.cache import _config, _disk
+from sklearn_gradfeat.cache._disk import disk_store
+from sklearn_gradfeat.cache._runner import Trunk
+from sklearn_gradfeat.cache._store import (
+    Boundary,
+    FeatureKey,
+    HeldChunk,
+    MemoryStore,
+    Place,
+    memory_store,
+)
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
 ROOT = Path(sklearn_gradfeat.__file__).parents[1]
@@ -102,7 +110,7 @@ def test_grid_search_passes_every_sample_once(counted, path, monkeypatch, kind, 
 
 
 def test_stores_take_a_quarter_of_the_memory_unless_told(monkeypatch):
-    monkeypatch.setattr("sklearn_gradfeat._config._memory", lambda: 4000)
+    monkeypatch.setattr("sklearn_gradfeat.cache._config._memory", lambda: 4000)
     assert (_config.store_bytes(), _config.memory_store_bytes()) == (1000, 1000)
     with config_context(store_bytes=7):
         assert (_config.store_bytes(), _config.memory_store_bytes()) == (7, 7)
@@ -649,7 +657,7 @@ def test_full_disk_warns_once_and_computes(counted, path, monkeypatch):
     def full(directory):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sklearn_gradfeat.features._disk.note_state", full)
+    monkeypatch.setattr("sklearn_gradfeat.cache._disk.note_state", full)
     features = model(counted, feature_store=path, batch_size=8)
     with pytest.warns(UserWarning, match="No space left on device") as caught:
         features.fit(X, Y)
@@ -678,7 +686,7 @@ def test_read_only_store_is_read(counted, written, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("sklearn_gradfeat.features._environment.file_lock", denied)
+    monkeypatch.setattr("sklearn_gradfeat.cache._disk_file.file_lock", denied)
     features = refit(counted, written)
     assert passes(counted) == 24
     features.predict(X + 1)

@@ -9,18 +9,15 @@ from torch import nn
 from torch.nn.functional import linear
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
-from sklearn_gradfeat._losses import Multinomial, Squared
-from sklearn_gradfeat.backbones import FrozenBackbone
-from sklearn_gradfeat.solvers import minimize
-from sklearn_gradfeat.tangent import (
-    Inverses,
-    LinearizedHead,
-    Preconditioner,
-    TangentObjective,
-    TangentTerm,
-)
-from sklearn_gradfeat.tangent import _leading as subspaces
-from sklearn_gradfeat.tangent._patches import LayerRecorder
+from sklearn_gradfeat.backbones._frozen import FrozenBackbone
+from sklearn_gradfeat.curvature import _coarse_space as subspaces
+from sklearn_gradfeat.curvature._inverses import Inverses
+from sklearn_gradfeat.curvature._layer_rows import LayerRecorder
+from sklearn_gradfeat.curvature._preconditioner import Preconditioner
+from sklearn_gradfeat.linearized._jacobian import LinearizedHead
+from sklearn_gradfeat.linearized._losses import Multinomial, Squared
+from sklearn_gradfeat.linearized._objective import TangentObjective, TangentTerm
+from sklearn_gradfeat.solvers._lbfgs import minimize
 from tests.networks import NETWORKS, build
 
 N, CLASSES = 40, 3
@@ -237,7 +234,7 @@ def test_a_good_start_makes_no_subspace():
 def test_estimators_use_it(estimator, monkeypatch):
     made = []
     monkeypatch.setattr(
-        "sklearn_gradfeat.tangent._inverses.leading_subspace",
+        "sklearn_gradfeat.curvature._inverses.leading_subspace",
         lambda *args: made.append(subspaces.leading_subspace(*args)) or made[-1],
     )
     with torch.random.fork_rng():

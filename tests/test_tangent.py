@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sklearn_gradfeat.backbones import FrozenBackbone
-from sklearn_gradfeat.tangent import LinearizedHead
-from sklearn_gradfeat.tangent._kfac import factors
+from sklearn_gradfeat.backbones._frozen import FrozenBackbone
+from sklearn_gradfeat.curvature._kfac import factors
+from sklearn_gradfeat.linearized._jacobian import LinearizedHead
 from tests.networks import NETWORKS, build
 from tests.oracles import dense_jacobian
 
@@ -137,7 +137,7 @@ def test_curvature_with_one_position_is_exact_in_the_diagonal(kind):
 @pytest.mark.parametrize("options", [{}, {"padding": 1}, {"padding": "same", "dilation": 2},
                                      {"stride": 2, "groups": 2}])  # fmt: skip
 def test_patches_times_weight_is_the_convolution(options):
-    from sklearn_gradfeat.tangent._patches import LayerRecorder
+    from sklearn_gradfeat.curvature._layer_rows import LayerRecorder
 
     for conv, x in (
         (torch.nn.Conv1d, torch.randn(3, 4, 9)),

@@ -24,7 +24,7 @@ from sklearn_gradfeat import (
     TextTokenizer,
     config_context,
 )
-from sklearn_gradfeat.backbones._shipped import SHIPPED, load_convnet, load_shipped
+from sklearn_gradfeat.backbones._builtin import SHIPPED, load_convnet, load_shipped
 
 
 def digits():

@@ -40,7 +40,7 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat._stages import Stages
+from sklearn_gradfeat.training._stages import Stages
 
 TARGETS = ("objective", "accuracy")
 

@@ -48,8 +48,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
-from sklearn_gradfeat.backbones._convnet import ConvNet
-from sklearn_gradfeat.backbones._shipped import SHIPPED
+from sklearn_gradfeat.backbones._builtin import SHIPPED, ConvNet
 
 TOP = ["conv3", "conv4", "conv5"]
 LAYERS = {"conv5": TOP[2:], "conv4-5": TOP[1:], "conv3-5": TOP}

@@ -29,9 +29,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 
-from sklearn_gradfeat import GradientFeatureClassifier, _stages
-from sklearn_gradfeat.solvers import minimize
-from sklearn_gradfeat.tangent import tangent_gram
+from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.curvature._sample_space import tangent_gram
+from sklearn_gradfeat.solvers._lbfgs import minimize
+from sklearn_gradfeat.training import _stages
 
 N_TRAIN = 400  # times ten classes is what a Gram matrix may have
 FLAT = 1e-6  # the penalty of the intercept

@@ -33,7 +33,8 @@ from _datasets import read_images
 from _setup import environment, nearest, random_images, resident
 from sklearn.exceptions import ConvergenceWarning
 
-from sklearn_gradfeat import GradientFeatureClassifier, _stages
+from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.training import _stages
 
 STUDIES = {
     "n_samples": (500, 2000, 5000, 20000, 50000),

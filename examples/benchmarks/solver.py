@@ -32,11 +32,12 @@ from _datasets import read_images
 from _setup import digits, docstrings, images, save
 from sklearn.exceptions import ConvergenceWarning
 
-from sklearn_gradfeat import GradientFeatureClassifier, _stages
-from sklearn_gradfeat.solvers import minimize
+from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.curvature._inverses import Inverses
+from sklearn_gradfeat.solvers._lbfgs import minimize
 from sklearn_gradfeat.solvers._line_search import Line, search
 from sklearn_gradfeat.solvers._steps import penalised
-from sklearn_gradfeat.tangent import Inverses
+from sklearn_gradfeat.training import _stages
 
 SHARES = (0.1, 0.01, 0.001, 0.0001)
 

@@ -33,8 +33,7 @@ from sklearn.metrics import log_loss
 from torch.func import functional_call, grad, vmap
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.backbones._mlp import random_mlp
-from sklearn_gradfeat.backbones._shipped import load_shipped
+from sklearn_gradfeat.backbones._builtin import load_shipped, random_mlp
 
 ALPHA, GRADIENT_ALPHA = 1e-2, 1e-3
 SIZES = (250, 500, 1000, 1797)

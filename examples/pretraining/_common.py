@@ -19,7 +19,7 @@ from _images import load_images
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat.backbones._convnet import SLOPE
+from sklearn_gradfeat.backbones._builtin import SLOPE
 
 
 def parser(description, epochs, batch_size):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import leaky_relu, linear
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sklearn_gradfeat.backbones._convnet import SLOPE, ConvNet
+from sklearn_gradfeat.backbones._builtin import SLOPE, ConvNet
 
 N_FEATURES = 512
 

@@ -24,7 +24,7 @@ from _networks import N_FEATURES, Encoder, decoder
 from torch import nn
 from torch.nn.functional import softplus
 
-from sklearn_gradfeat.backbones._convnet import SLOPE
+from sklearn_gradfeat.backbones._builtin import SLOPE
 
 N_LATENT = 64
 N_COMMON = 512  # of what the discriminator makes of an image, and of latent variables

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sklearn_gradfeat.backbones._shipped import load_convnet
+from sklearn_gradfeat.backbones._builtin import load_convnet
 
 
 def activations(network, pixels):

@@ -1,24 +1,45 @@
-"""What ``backbone=`` may be, turned into one frozen network."""
+"""``backbone=`` turned into one frozen network in two parts, trunk and head."""
 
-from sklearn_gradfeat.backbones._elsewhere import gradients_elsewhere
-from sklearn_gradfeat.backbones._freeze import freeze
-from sklearn_gradfeat.backbones._network import FrozenBackbone, Network, on_host
-from sklearn_gradfeat.backbones._resolve import (
+from sklearn_gradfeat.backbones._attention import (
+    differentiable_attention,
+)
+from sklearn_gradfeat.backbones._elsewhere import (
+    gradients_elsewhere,
+)
+from sklearn_gradfeat.backbones._fingerprint import (
+    UndigestibleError,
+    digest,
+)
+from sklearn_gradfeat.backbones._frozen import (
+    FrozenBackbone,
+    Network,
+    freeze,
+    on_host,
+)
+from sklearn_gradfeat.backbones._sources import (
     BackboneLike,
     Resolved,
     default_name,
     resolve_backbone,
     seeded,
 )
-from sklearn_gradfeat.backbones._stored import apart, sharing, stored_weights, with_weights
+from sklearn_gradfeat.backbones._weights import (
+    apart,
+    sharing,
+    stored_weights,
+    with_weights,
+)
 
 __all__ = [
     "BackboneLike",
     "FrozenBackbone",
     "Network",
     "Resolved",
+    "UndigestibleError",
     "apart",
     "default_name",
+    "differentiable_attention",
+    "digest",
     "freeze",
     "gradients_elsewhere",
     "on_host",

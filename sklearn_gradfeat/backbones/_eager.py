@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sklearn_gradfeat._attention import plain_attention
-from sklearn_gradfeat.backbones._capture import ActivationModule
+from sklearn_gradfeat.backbones._attention import plain_attention
+from sklearn_gradfeat.backbones._graph import ActivationModule
 
 _LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,

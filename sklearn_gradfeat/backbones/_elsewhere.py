@@ -6,9 +6,8 @@ import copy
 
 from torch import Tensor, nn
 
-from sklearn_gradfeat.backbones._capture import activation
-from sklearn_gradfeat.backbones._freeze import freeze
-from sklearn_gradfeat.backbones._network import FrozenBackbone
+from sklearn_gradfeat.backbones._frozen import FrozenBackbone, freeze
+from sklearn_gradfeat.backbones._graph import activation
 
 _PREFIX = "gradient."
 

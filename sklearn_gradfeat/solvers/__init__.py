@@ -1,4 +1,4 @@
-"""Minimisers of smooth convex objectives."""
+"""Minimise a smooth convex loss of a linear map; no network is known here."""
 
 from sklearn_gradfeat.solvers._lbfgs import (
     Secants,
@@ -7,10 +7,8 @@ from sklearn_gradfeat.solvers._lbfgs import (
     preconditioned_norm,
     same_curvature,
 )
-from sklearn_gradfeat.solvers._steps import LinearObjective
 
 __all__ = [
-    "LinearObjective",
     "Secants",
     "Solution",
     "minimize",

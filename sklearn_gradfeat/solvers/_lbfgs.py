@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat.linearized import Loss
 from sklearn_gradfeat.solvers._steps import (
     Correct,
     LinearObjective,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from scipy.optimize import brentq
 from torch import Tensor
 
-from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat.linearized import Loss
 
 _LARGEST_STEP = 2.0**20
 _SLOPE_SHARE = 0.5

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
-from sklearn_gradfeat._losses import Loss
+from sklearn_gradfeat.linearized import Loss
 from sklearn_gradfeat.solvers._line_search import Line, search
 
 # Moves (unknowns, logits) at a gradient norm, and says by how much that changes the objective.

@@ -1,0 +1,233 @@
+"""A module turned into one flat graph of ATen operators."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx, nn
+
+from sklearn_gradfeat.backbones._attention import plain_attention
+
+MATRIX = {"linear", "addmm", "matmul", "mm", "bmm"}
+WEIGHTED = MATRIX | {
+    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",
+}  # fmt: skip
+
+
+class CaptureError(Exception):
+    """The module cannot be turned into a graph."""
+
+
+@dataclass
+class Captured:
+    """A graph from one input to the activation, with its tensors.
+
+    Attributes
+    ----------
+    graph : torch.fx.Graph
+        ATen operators; functional, without mutation.
+    tensors : dict of node to tensor
+        The value of every placeholder but the input: parameters, buffers, constants.
+    parameters : dict of str to node
+        The placeholders of floating parameters by name, in graph order.
+    input, output : node
+        Where the samples enter and the activation leaves.
+    classes : dict of str to type
+        The class of every submodule by its path.
+    frozen : set of str
+        Names of parameters that must not be differentiated.
+    absorbed : dict of str to str
+        Parameters that no longer exist, and the one each was folded into.
+    """
+
+    graph: fx.Graph
+    tensors: dict[fx.Node, Tensor]
+    parameters: dict[str, fx.Node]
+    input: fx.Node
+    output: fx.Node
+    classes: dict[str, type]
+    frozen: set[str] = field(default_factory=set)
+    absorbed: dict[str, str] = field(default_factory=dict)
+
+    def is_batch_size(self, size: object) -> bool:
+        """Whether a size, or a node's value, is the symbolic number of samples."""
+        batch = self.input.meta["val"].shape[0]
+        return isinstance(size, SymInt) and bool(size.node.expr == batch.node.expr)
+
+    def used(self) -> list[fx.Node]:
+        """Return the nodes that the output depends on, in graph order."""
+        needed = {self.output}
+        for node in reversed(self.graph.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        return [node for node in self.graph.nodes if node in needed]
+
+
+class ActivationModule(nn.Module):
+    """A network whose output is the activation, of shape (n_samples, n_features).
+
+    Parameters
+    ----------
+    module : nn.Module
+        The network.
+    layer : str or None
+        Path of the submodule whose output is taken; None takes the network's own.
+    """
+
+    def __init__(self, module: nn.Module, layer: str | None) -> None:
+        super().__init__()
+        self.module = module
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activation, averaged over whatever follows its second axis."""
+        return activation(self.module, self.layer, x)
+
+
+def activation(module: nn.Module, layer: str | None, x: Tensor) -> Tensor:
+    """Return the output of a module or of its submodule ``layer``, as one row per sample."""
+    if layer is None:
+        output = module(x)
+    else:
+        seen: list[Any] = []
+        hook = module.get_submodule(layer).register_forward_hook(
+            lambda _module, _inputs, output: seen.append(output)
+        )
+        try:
+            module(x)
+        finally:
+            hook.remove()
+        if not seen:
+            raise ValueError(f"activation_layer={layer!r} is not used by the backbone.")
+        output = seen[-1]
+    check_activation(output, x.shape[0])
+    rows: Tensor = output.flatten(2).mean(2) if output.ndim > 2 else output
+    return rows
+
+
+def check_activation(output: Any, n_samples: int) -> None:
+    """Raise an error unless ``output`` can serve as the activation of a batch."""
+    advice = "Wrap the module, or name a submodule with `activation_layer`."
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"The backbone must return one tensor, it returned {type(output).__name__}. {advice}"
+        )
+    if output.ndim < 2:
+        raise ValueError(
+            "The backbone must return a tensor of shape (n_samples, n_features) or "
+            f"(n_samples, n_features, ...), it returned shape {tuple(output.shape)}. {advice}"
+        )
+    if output.shape[0] != n_samples:
+        raise ValueError(
+            f"The backbone must return one row per sample: it was given {n_samples} samples "
+            f"and returned shape {tuple(output.shape)}. {advice}"
+        )
+    if not output.is_floating_point():
+        raise TypeError(
+            f"The backbone must return floating point numbers, it returned {output.dtype}. {advice}"
+        )
+
+
+def run_once(module: Callable[[Tensor], Tensor], example: Tensor) -> Tensor:
+    """Call the module on an example; an error says what it was given."""
+    try:
+        with torch.no_grad(), plain_attention():
+            return module(example)
+    except (RuntimeError, IndexError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"The backbone failed on a batch of shape {tuple(example.shape)} and dtype "
+            f"{example.dtype}: {error}\nCheck that X, after `preprocess`, is what it expects."
+        ) from error
+
+
+def capture(module: ActivationModule, example: Tensor) -> Captured:
+    """Export a module to a graph with a free batch size.
+
+    Parameters
+    ----------
+    module : ActivationModule
+        The network, in evaluation mode.
+    example : tensor of shape (2 or more, ...)
+        A batch that the network accepts.
+
+    Returns
+    -------
+    Captured
+
+    Raises
+    ------
+    CaptureError
+        If ``torch.export`` refuses the module.
+    """
+    batch = torch.export.Dim("batch", min=2)
+    try:
+        with torch.no_grad(), plain_attention(), _quiet():
+            program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+            # Functional form: no operator writes into its input. Nothing is decomposed.
+            program = program.run_decompositions({})
+    except Exception as error:
+        raise CaptureError(str(error).strip().split("\n")[0] or type(error).__name__) from error
+    return _read(program, module)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing the graph that it refuses: the caller gets an exception."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Captured:
+    """Collect nodes, tensors and names of an exported program."""
+    signature = program.graph_signature
+    graph = program.graph_module.graph
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names |= signature.inputs_to_lifted_tensor_constants
+    values = {**program.constants, **program.state_dict}
+    tensors: dict[fx.Node, Tensor] = {}
+    parameters: dict[str, fx.Node] = {}
+    entry: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            tensors[node] = values[names[node.name]].detach()
+            if node.name in signature.inputs_to_parameters and tensors[node].is_floating_point():
+                parameters[names[node.name].removeprefix("module.")] = node
+        elif node.op == "placeholder":
+            entry.append(node)
+        elif node.op == "get_attr":
+            raise CaptureError(f"the graph holds a subgraph, {node.target}")
+    (outputs,) = next(iter(reversed(graph.nodes))).args
+    classes = {name: type(layer) for name, layer in module.module.named_modules()}
+    captured = Captured(graph, tensors, parameters, entry[0], outputs[-1], classes)
+    used = set(captured.used())
+    captured.parameters = {n: node for n, node in parameters.items() if node in used}
+    if captured.input not in used:
+        raise ValueError("The output of the backbone does not depend on its input.")
+    return captured
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the path of the innermost submodule that a node was called in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return str(path).removeprefix("module").removeprefix(".")
+
+
+def operator_name(node: fx.Node) -> str:
+    """Return the name of an ATen operator without its overload."""
+    return str(node.target).removeprefix("aten.").split(".")[0]

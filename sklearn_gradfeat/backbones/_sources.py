@@ -1,0 +1,230 @@
+"""What ``backbone=`` may be, turned into a module."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import TypeAlias
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.transforms import v2 as transforms
+
+from sklearn_gradfeat.backbones._builtin import SHIPPED, load_shipped, random_mlp
+from sklearn_gradfeat.backbones._images import ImagePreprocess, check_images
+
+
+@functools.lru_cache(maxsize=4)
+def load_named(name: str) -> tuple[nn.Module, ImagePreprocess]:
+    """Return a pretrained network without its classifier, and its input transform.
+
+    Parameters
+    ----------
+    name : str
+        ``"convnet-rotation"`` or another of those that are shipped, ``"resnet18"`` or
+        ``"torchvision/resnet18"``, or ``"timm/NAME"``.
+
+    Returns
+    -------
+    (nn.Module, ImagePreprocess)
+
+    Raises
+    ------
+    ValueError
+        If there is no network of that name.
+    OSError
+        If its weights cannot be downloaded.
+    """
+    if name in SHIPPED:
+        return load_shipped(name)
+    library, _, model = name.rpartition("/")
+    if library in ("", "torchvision"):
+        return _load_torchvision(name, model)
+    if library == "timm":
+        return _load_timm(name, model)
+    raise ValueError(
+        f"backbone={name!r}: networks come from 'torchvision/' or 'timm/', not {library!r}."
+    )
+
+
+def _load_torchvision(name: str, model: str) -> tuple[nn.Module, ImagePreprocess]:
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model not in known:
+        raise ValueError(_unknown(name, model, [*SHIPPED, *known]))
+    weights = torchvision.models.get_model_weights(model).DEFAULT
+    network = _download(name, lambda: torchvision.models.get_model(model, weights=weights))
+    return without_classifier(network), ImagePreprocess(weights.transforms())
+
+
+def _load_timm(name: str, model: str) -> tuple[nn.Module, ImagePreprocess]:
+    try:
+        import timm
+        from timm.data.config import resolve_model_data_config
+    except ImportError as error:
+        raise ImportError(
+            f"backbone={name!r} needs timm. Install it with pip install 'sklearn-gradfeat[timm]'."
+        ) from error
+    if model.partition(".")[0] not in timm.list_models():
+        raise ValueError(_unknown(name, model, [f"timm/{m}" for m in timm.list_models()]))
+    if "." in model and model not in timm.list_pretrained():
+        raise ValueError(_unknown(name, model, [f"timm/{m}" for m in timm.list_pretrained()]))
+    network = _download(name, lambda: timm.create_model(model, pretrained=True, num_classes=0))
+    config = resolve_model_data_config(network)
+    return network, ImagePreprocess(timm_transform(config))
+
+
+def timm_transform(config: dict[str, object]) -> transforms.Compose:
+    """Return timm's evaluation transform for batches of tensors."""
+    size: Sequence[int] = config["input_size"][-2:]  # type: ignore[index]
+    share = float(config["crop_pct"])  # type: ignore[arg-type]
+    mode = transforms.InterpolationMode(config["interpolation"])
+    return transforms.Compose(
+        [
+            _TimmResize(size, share, str(config.get("crop_mode", "center")), mode),
+            transforms.CenterCrop(size),
+            transforms.ConvertImageDtype(),
+            transforms.Normalize(config["mean"], config["std"]),
+        ]
+    )
+
+
+class _TimmResize:
+    """Resize as timm does: squash both sides, or keep the ratio and cover the target."""
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        share: float,
+        crop_mode: str,
+        mode: transforms.InterpolationMode,
+    ) -> None:
+        self.target = [int(side / share) for side in size]
+        self.squash, self.mode = crop_mode == "squash", mode
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Resize images of shape (n_samples, channels, height, width)."""
+        sides = self.target
+        if not self.squash:
+            ratio = max(t / s for t, s in zip(self.target, images.shape[-2:], strict=True))
+            sides = [round(s * ratio) for s in images.shape[-2:]]
+            if self.target[0] == self.target[1]:
+                short = min(images.shape[-2:])
+                sides = [int(self.target[0] * s / short) for s in images.shape[-2:]]
+        resized: Tensor = transforms.functional.resize(images, sides, self.mode, antialias=True)
+        return resized
+
+
+def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise OSError(
+            f"The weights of backbone={name!r} could not be downloaded ({error}). "
+            "Connect to the network, or build the module from a local file and pass it as "
+            "`backbone`, with its input transform as `preprocess`."
+        ) from error
+
+
+def _unknown(name: str, model: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(model, known, n=5, cutoff=0.0)
+    return (
+        f"backbone={name!r} is not known. The closest names are "
+        f"{', '.join(map(repr, nearest))}. Any torch module can be passed as well."
+    )
+
+
+def without_classifier(network: nn.Module) -> nn.Module:
+    """Replace the last linear layer, or a classifier of convolutions, by the identity."""
+    linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    path = linear[-1] if linear else "classifier"
+    parent, _, leaf = path.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, nn.Identity())
+    return network
+
+
+BackboneLike: TypeAlias = str | nn.Module | Callable[[], nn.Module] | None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A module, what prepares its input, and whether it looks integers up."""
+
+    module: nn.Module
+    preprocess: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def takes_indices(self) -> bool:
+        """Whether integers must reach the module as they are."""
+        lookups = (nn.Embedding, nn.EmbeddingBag)
+        return any(isinstance(layer, lookups) for layer in self.module.modules())
+
+
+def default_name(sample_shape: tuple[int, ...]) -> str | None:
+    """Return the name of the network that None stands for, if it has one: for images."""
+    return SHIPPED[0] if len(sample_shape) in (2, 3) else None
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator for a while, and give it back as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed: int) -> Resolved:
+    """Turn ``backbone`` into a module.
+
+    Parameters
+    ----------
+    backbone : None, str, nn.Module or callable
+        As in :class:`GradientFeatureClassifier`.
+    sample_shape : tuple of int
+        The shape of one sample.
+    seed : int
+        Seeds random weights.
+
+    Returns
+    -------
+    Resolved
+
+    Raises
+    ------
+    ValueError, TypeError
+        If there is no such network, or none for samples of this shape.
+    OSError
+        If the weights of a named network cannot be downloaded.
+    """
+    with seeded(seed):
+        return _resolve(backbone, sample_shape, seed)
+
+
+def _resolve(backbone: BackboneLike, sample_shape: tuple[int, ...], seed: int) -> Resolved:
+    """Turn ``backbone`` into a module; what draws weights uses torch's global generator."""
+    if backbone is None:
+        backbone = default_name(sample_shape)
+    if backbone is None:
+        if len(sample_shape) != 1:
+            raise ValueError(
+                "backbone=None takes rows of numbers, X of shape (n_samples, n_features), or "
+                f"images; the samples of X have shape {sample_shape}. Pass `backbone`, a torch "
+                "module for such samples or a callable that returns one."
+            )
+        return Resolved(random_mlp(sample_shape[0], seed))
+    if isinstance(backbone, str):
+        check_images(sample_shape)
+        return Resolved(*load_named(backbone))
+    if isinstance(backbone, nn.Module):
+        return Resolved(backbone)
+    module = backbone()
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"The backbone factory must return a torch.nn.Module, it returned "
+            f"{type(module).__name__}."
+        )
+    return Resolved(module)

@@ -1,0 +1,35 @@
+"""Every sample through the frozen layers once."""
+
+from sklearn_gradfeat.cache._config import (
+    config_context,
+    get_config,
+    set_config,
+)
+from sklearn_gradfeat.cache._disk import (
+    disk_store,
+)
+from sklearn_gradfeat.cache._extractor import (
+    Extractor,
+    build_extractor,
+)
+from sklearn_gradfeat.cache._runner import (
+    NOT_FINITE,
+    Features,
+)
+from sklearn_gradfeat.cache._store import (
+    Store,
+    memory_store,
+)
+
+__all__ = [
+    "NOT_FINITE",
+    "Extractor",
+    "Features",
+    "Store",
+    "build_extractor",
+    "config_context",
+    "disk_store",
+    "get_config",
+    "memory_store",
+    "set_config",
+]

@@ -1,0 +1,302 @@
+"""Passing samples through the frozen trunk, once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+from tqdm.auto import tqdm
+
+from sklearn_gradfeat.cache._store import (
+    Boundary,
+    Chunk,
+    FeatureKey,
+    Place,
+    Store,
+    Tensors,
+    held,
+    sample_names,
+)
+from sklearn_gradfeat.data import MIN_ROWS, Samples, free_bytes, is_lazy, slices, to_device
+
+# Operators whose outcome depends on how their input lies in memory.
+_BY_STRIDES = ("aten.as_strided", "aten.view_as_complex", "aten.view.dtype")
+
+NOT_FINITE = (
+    "The backbone returned NaN or infinity for some samples. Check its weights, the scale of X "
+    "and `preprocess`; set precision='float32' if it overflows in bfloat16."
+)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the linear model needs of the samples.
+
+    Attributes
+    ----------
+    activation : tensor of shape (n_samples, n_features)
+        The activations, on the computing device.
+    boundary : Boundary or Samples
+        The input of the head, wherever it is held; or the samples themselves where the head
+        is the whole network, so that there is nothing worth keeping.
+    batch_size : int
+        Number of samples in a batch.
+    may_keep : bool
+        Whether the boundary may be kept on the computing device; of a part, the whole decides.
+    part_of : (Features, tensor) or None
+        The features that these are some rows of, and which rows.
+    """
+
+    activation: Tensor
+    boundary: Boundary | Samples
+    batch_size: int
+    may_keep: bool = True
+    part_of: tuple[Features, Tensor] | None = None
+
+    def in_batches(self, size: int) -> Features:
+        """Return the same in batches of another size; smaller ones need the room they have."""
+        return replace(self, batch_size=size, may_keep=size >= self.batch_size)
+
+    def subset(self, rows: npt.NDArray[np.intp]) -> Features:
+        """Return what is known of some samples, without a copy of the boundary."""
+        chosen = torch.from_numpy(rows).to(self.activation.device)
+        whole, of = self.part_of or (self, None)
+        return Features(
+            self.activation[chosen],
+            self.boundary.subset(rows),
+            self.batch_size,
+            part_of=(whole, chosen if of is None else of[chosen]),
+        )
+
+    def batches(self, stride: int = 1) -> Iterator[tuple[slice, Tensors]]:
+        """Iterate over (rows, boundary tensors on the device) of every ``stride``-th sample."""
+        spans = slices(len(self.activation), self.batch_size, stride)
+        if isinstance(self.boundary, Samples):
+            for rows, raw in _read_ahead(self.boundary, spans):
+                yield rows, (self.boundary.prepare(raw),)
+            return
+        whole, chosen = self.part_of or (self, None)
+        for rows in spans:
+            if whole.kept is None:
+                yield rows, self._moved(rows)
+            else:
+                yield rows, tuple(z[rows if chosen is None else chosen[rows]] for z in whole.kept)
+
+    @functools.cached_property
+    def kept(self) -> Tensors | None:
+        """The whole boundary on a device with memory of its own, if it takes half of that."""
+        assert isinstance(self.boundary, Boundary)
+        n_samples, device = len(self.activation), self.activation.device
+        room = free_bytes(device) // 2 if self.may_keep else 0
+        if not room or sum(z.nbytes for z in self.boundary.take(slice(1))) * n_samples > room:
+            return None
+        whole: Tensors = ()
+        for rows in slices(n_samples, self.batch_size):
+            part = self._moved(rows)
+            whole = whole or tuple(z.new_empty(n_samples, *z.shape[1:]) for z in part)
+            for z, some in zip(whole, part, strict=True):
+                z[rows] = some
+        return whole
+
+    def _moved(self, rows: slice) -> Tensors:
+        """Return the boundary of some samples on the device."""
+        assert isinstance(self.boundary, Boundary)
+        return tuple(to_device(z, self.activation.device) for z in self.boundary.take(rows))
+
+
+class Batch(NamedTuple):
+    """Some samples: which, their boundary tensors on the device, and where those are kept."""
+
+    rows: slice
+    boundary: Tensors
+    places: Sequence[Place]
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The frozen part of a network, applied to the samples that are not in a store.
+
+    Parameters
+    ----------
+    samples : Samples
+        The input.
+    function : callable
+        Maps a batch to boundary tensors.
+    dtype : torch.dtype
+        Floating dtype of the boundary tensors.
+    half : bool
+        Run under bfloat16 autocast.
+    store : Store or None
+        Where to look first, and where to keep what had to be computed.
+    key : FeatureKey or None
+        What to look samples up by; None computes all of them.
+    """
+
+    samples: Samples
+    function: Callable[[Tensor], Tensors]
+    dtype: torch.dtype
+    half: bool
+    store: Store | None = None
+    key: FeatureKey | None = None
+
+    def batches(self, batch_size: int, *, verbose: bool, keep: bool) -> Iterator[Batch]:
+        """Iterate over all samples.
+
+        Parameters
+        ----------
+        batch_size : int
+            Number of samples in a batch.
+        verbose : bool
+            Show a progress bar; it counts the samples that have to be computed.
+        keep : bool
+            Say where the boundary tensors are kept, all of which then stay there.
+        """
+        used: set[Chunk] = set()
+        bar = tqdm(total=len(self.samples), desc="trunk", unit="sample", disable=not verbose)
+        with bar, torch.no_grad():
+            for rows, raw in _read_ahead(self.samples, slices(len(self.samples), batch_size)):
+                boundary, places, n_computed = self._look_up(raw, used, keep)
+                if keep:
+                    used.update(place.chunk for place in places)
+                bar.total -= len(raw) - n_computed
+                bar.update(n_computed)
+                yield Batch(rows, boundary, places)
+            bar.refresh()
+
+    def _look_up(
+        self, raw: Tensor, used: set[Chunk], keep: bool
+    ) -> tuple[Tensors, Sequence[Place], int]:
+        """Return a batch, where it is kept, and how many of its samples were computed."""
+        if self.store is None or self.key is None:
+            boundary = self._compute(raw)
+            chunk = held(boundary) if keep else None
+            return boundary, [Place(chunk, i) for i in range(len(raw))] if chunk else [], len(raw)
+        key, names = self.key.of(raw), sample_names(raw)
+        found = self.store.find(key, names)
+        new: dict[bytes, int] = {}
+        if None in found:
+            with self.store.computing(key):
+                found = self.store.find(key, names)  # another may have been faster
+                new = {name: i for i, name in enumerate(names) if found[i] is None}
+                if new:
+                    boundary = self._compute_some(raw, list(new.values()))
+                    kept = self.store.add(key, list(new), held(boundary), used)
+        if len(new) == len(raw):
+            return boundary, [Place(kept, i) for i in range(len(raw))], len(raw)
+        made = {name: i for i, name in enumerate(new)}
+        places = [p or Place(kept, made[name]) for p, name in zip(found, names, strict=True)]
+        taken = Boundary(places).take(slice(None))
+        return tuple(to_device(z, self.samples.device) for z in taken), places, len(new)
+
+    def _compute_some(self, raw: Tensor, rows: list[int]) -> Tensors:
+        """Return the boundary of some samples of a batch."""
+        if len(rows) == len(raw):
+            return self._compute(raw)
+        few = raw.ndim == 2 and not self.samples.indices and len(rows) < MIN_ROWS
+        repeated = [rows[i % len(rows)] for i in range(MIN_ROWS)] if few else rows
+        return tuple(z[: len(rows)] for z in self._compute(raw[repeated]))
+
+    @functools.cached_property
+    def _ignores_strides(self) -> bool:
+        """Whether the trunk is a graph without operators whose outcome depends on strides."""
+        return isinstance(self.function, fx.GraphModule) and not any(
+            str(node.target).startswith(_BY_STRIDES) for node in self.function.graph.nodes
+        )
+
+    def _compute(self, raw: Tensor) -> Tensors:
+        """Return the boundary of samples as they were read."""
+        x = self.samples.prepare(raw)
+        if x.ndim == 4 and x.device.type == "cpu" and self._ignores_strides:
+            x = x.contiguous(memory_format=torch.channels_last)  # faster there
+        with _autocast(x.device, self.half):
+            boundary = tuple(z.contiguous() for z in self.function(x))
+        if self.samples.preprocess is not None:  # which may return the same memory every time
+            boundary = tuple(z.clone() if _overlap(z, x) else z for z in boundary)
+        return tuple(z.to(self.dtype) if z.is_floating_point() else z for z in boundary)
+
+
+def compute_features(
+    n_samples: int,
+    batches: Iterable[Batch],
+    activation: Callable[[Tensors], Tensor],
+    batch_size: int,
+    inputs: Samples | None,
+    keep_boundary: bool,
+) -> Features:
+    """Run the network over all samples and keep its activation and its boundary.
+
+    Parameters
+    ----------
+    n_samples : int
+        Number of samples.
+    batches : iterable of Batch
+        All of them, batch by batch.
+    activation : callable
+        Maps boundary tensors to activations of shape (n_samples, n_features).
+    batch_size : int
+        Number of samples in a batch of later passes.
+    inputs : Samples or None
+        The samples where they are what the head takes, so that they need not be kept.
+    keep_boundary : bool
+        Whether later passes over the head are to come.
+
+    Returns
+    -------
+    Features
+    """
+    places: list[Place] = []
+    activations: Tensor | None = None
+    for batch in batches:
+        features = activation(batch.boundary)
+        if activations is None:
+            activations = features.new_empty((n_samples, *features.shape[1:]))
+        activations[batch.rows] = features
+        if keep_boundary:
+            places += batch.places
+    assert activations is not None
+    if not torch.isfinite(activations).all():
+        raise ValueError(NOT_FINITE)
+    return Features(activations, inputs or Boundary(places), batch_size)
+
+
+def _read_ahead(samples: Samples, spans: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """Iterate over (rows, batch); of a lazy X the next batch is read while this one is used."""
+    if not is_lazy(samples.X):
+        yield from ((rows, samples.read(rows)) for rows in spans)
+        return
+    todo = list(spans)
+    thread, ahead = _read_in_thread(samples, todo[0])
+    try:
+        for number, rows in enumerate(todo, 1):
+            raw = ahead.result()
+            if number < len(todo):
+                thread, ahead = _read_in_thread(samples, todo[number])
+            yield rows, raw
+    finally:
+        thread.shutdown()  # waits, so that no thread outlives a fit that fails
+
+
+def _read_in_thread(samples: Samples, rows: slice) -> tuple[ThreadPoolExecutor, Future[Tensor]]:
+    """Read a batch in a thread of its own, which ends with it."""
+    thread = ThreadPoolExecutor(1, "read-ahead")
+    future = thread.submit(samples.read, rows)
+    thread.shutdown(wait=False)
+    return thread, future
+
+
+def _autocast(device: torch.device, half: bool) -> AbstractContextManager[object]:
+    """Return the autocast context of the trunk."""
+    return torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are in the same memory."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -1,0 +1,19 @@
+"""Approximate curvature of the linear model, for the solver."""
+
+from sklearn_gradfeat.curvature._inverses import (
+    Inverses,
+    largest_curvature,
+)
+from sklearn_gradfeat.curvature._sample_space import (
+    MAX_ROWS,
+    leave_one_out,
+    tangent_gram,
+)
+
+__all__ = [
+    "MAX_ROWS",
+    "Inverses",
+    "largest_curvature",
+    "leave_one_out",
+    "tangent_gram",
+]

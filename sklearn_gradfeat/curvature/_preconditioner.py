@@ -1,0 +1,189 @@
+"""The inverse of the approximate Hessian of a :class:`TangentObjective`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sklearn_gradfeat.curvature._kfac import (
+    MAX_WIDTH,
+    Factor,
+    enough_samples,
+    factors,
+    loss_columns,
+)
+from sklearn_gradfeat.curvature._spectrum import MAX_EXACT, KroneckerInverse, Spectrum, damping
+from sklearn_gradfeat.linearized import TangentObjective, TangentTerm
+
+# Curvature of the intercepts that is none, as a share of the largest.
+_FLAT = 1e-6
+
+
+class Curvature:
+    """What the inverse Hessian takes from the samples; no penalty is part of it.
+
+    Parameters
+    ----------
+    objective : TangentObjective
+        The objective, whatever its penalties.
+    logits : tensor of shape (n_samples, n_outputs)
+        Where the curvature of the loss is taken.
+    """
+
+    def __init__(self, objective: TangentObjective, logits: Tensor) -> None:
+        like = objective.like
+        curvature = objective.loss.mean_curvature(logits).to(like)
+        shares = objective.loss.curvatures(logits).sum(1)
+        # Samples count by their curvature: those that are already fitted hardly matter.
+        total = shares.sum()
+        weights = (shares / total if total > 0 else objective.loss.weights).to(like)
+        self.total = float(total)
+        self.outputs = Spectrum.of(curvature)
+        self.mean, self.inputs = _centred(objective, weights)
+        self.layers: list[Layer] = []
+        self.diagonals: dict[int, Tensor] = {}
+        if objective.tangent is not None:
+            found, self.diagonals = _layer_factors(objective.tangent, curvature, weights)
+            self.layers = [Layer(i, factor, *factor.spectra()) for i, factor in found.items()]
+
+
+class Layer(NamedTuple):
+    """The factors of the layer with that weight."""
+
+    weight: int
+    factor: Factor
+    output: Spectrum
+    inputs: Spectrum
+
+    @property
+    def decomposed(self) -> bool:
+        """Whether eigenvectors of both factors are known."""
+        return all(s.vectors is not None and s.values.numel() for s in (self.output, self.inputs))
+
+
+class Preconditioner:
+    """Approximate inverse Hessian, with a block for the weights and one for each layer.
+
+    Parameters
+    ----------
+    objective : TangentObjective
+        The objective; its penalties enter exactly.
+    logits : tensor of shape (n_samples, n_outputs)
+        Where the curvature of the loss is taken.
+    curvature : Curvature, default=None
+        Takes the place of that at ``logits``: from elsewhere, or for other penalties.
+    """
+
+    def __init__(
+        self, objective: TangentObjective, logits: Tensor, curvature: Curvature | None = None
+    ) -> None:
+        self.objective = objective
+        self.curvature = curvature or Curvature(objective, logits)
+        outputs = self.curvature.outputs
+        self.weights = KroneckerInverse(outputs, self.curvature.inputs, objective.alpha)
+        one = Spectrum(objective.like.new_ones(1), None)
+        self.intercept = KroneckerInverse(_regular(outputs), one, 0.0)
+        self.layers = (
+            None if objective.tangent is None else _LayerInverses(objective.tangent, self.curvature)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the inverse to a flat vector."""
+        n = sum(self.objective.sizes[:2])
+        affine, u = self.affine(x[:n]), x[n:]
+        return torch.cat([affine, u if self.layers is None else self.layers(u)])
+
+    def affine(self, x: Tensor) -> Tensor:
+        """Apply the blocks of the weights and the intercept."""
+        weights, intercept = x.split(list(self.objective.sizes[:2]))
+        weights = weights.view(self.objective.loss.n_outputs, -1)
+        mean, column = self.curvature.mean, intercept.view(self.objective.loss.n_outputs, -1)
+        if column.numel():
+            weights = weights - column * mean
+        solved = self.weights(weights) if weights.numel() else weights
+        if column.numel():
+            column = self.intercept(column) - solved @ mean[:, None]
+        return torch.cat([solved.reshape(-1), column.reshape(-1)])
+
+
+def _regular(outputs: Spectrum) -> Spectrum:
+    """Return the spectrum with the largest value in place of those that vanish.
+
+    A softmax is blind to what all intercepts have in common. The gradient there is rounding
+    noise, which must not be enlarged.
+    """
+    largest = outputs.values.max()
+    safe = torch.where(outputs.values > _FLAT * largest, outputs.values, largest)
+    return replace(outputs, values=safe if largest > 0 else torch.ones_like(safe))
+
+
+def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spectrum]:
+    """Return the mean of the features and the factor of what is left of them without it.
+
+    Without a free intercept nothing may be taken off. With one, the centred weights and the
+    intercept do not depend on each other, and the penalty is on the weights alone.
+    """
+    rows = objective.like.new_empty(objective.n_samples, 0)
+    if objective.features is not None:
+        rows = objective.features
+    mean = weights @ rows if objective.fit_intercept else rows.new_zeros(rows.shape[1])
+    rows = rows - mean
+    if len(rows) < rows.shape[1] and len(rows) <= MAX_EXACT:
+        return mean, Spectrum.of_rows(weights.sqrt()[:, None] * rows)
+    weighted = weights[:, None] * rows
+    wide = rows.shape[1] > MAX_WIDTH
+    factor = Spectrum((weighted * rows).sum(0), None) if wide else Spectrum.of(weighted.T @ rows)
+    return mean, factor
+
+
+def _layer_factors(
+    tangent: TangentTerm, curvature: Tensor, weights: Tensor
+) -> tuple[dict[int, Factor], dict[int, Tensor]]:
+    """Return the factors of the layers and the diagonals of the other parameters."""
+    _, few = next(iter(tangent.batches(math.ceil(len(weights) / 2))))
+    stride = math.ceil(len(weights) / enough_samples(tangent.head, few))
+    part = weights[::stride]
+    total = part.sum()
+    share = weights / total if total > 0 else torch.full_like(weights, 1 / len(part))
+    columns = loss_columns(tangent.omega, curvature)
+    return factors(tangent.head, tangent.batches(stride), columns, share)
+
+
+class _LayerInverses:
+    """Inverses for the displacements, layer by layer."""
+
+    def __init__(self, tangent: TangentTerm, curvature: Curvature) -> None:
+        self.head = tangent.head
+        self.layers = [
+            (layer, KroneckerInverse(layer.output, layer.inputs, tangent.alpha))
+            for layer in curvature.layers
+        ]
+        self.diagonals = {
+            i: 1 / (d + damping(tangent.alpha, d)) for i, d in curvature.diagonals.items()
+        }
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Apply the inverses to a flat vector of displacements."""
+        pieces = list(self.head.pieces(u))
+        for i, scale in self.diagonals.items():
+            pieces[i] = pieces[i] * scale
+        for layer, inverse in self.layers:
+            _solve(pieces, layer.weight, layer.factor, inverse)
+        return torch.cat([piece.reshape(-1) for piece in pieces])
+
+
+def _solve(pieces: list[Tensor], i: int, factor: Factor, inverse: KroneckerInverse) -> None:
+    """Replace the pieces of a weight and its bias by their solution."""
+    weight = pieces[i]
+    matrix = weight.reshape(factor.groups, weight.shape[0] // factor.groups, -1)
+    if factor.bias is None:
+        pieces[i] = inverse(matrix).reshape(weight.shape)
+        return
+    bias = pieces[factor.bias]
+    solved = inverse(torch.cat([matrix, bias.view(*matrix.shape[:2], 1)], 2))
+    pieces[i] = solved[..., :-1].reshape(weight.shape)
+    pieces[factor.bias] = solved[..., -1].reshape(bias.shape)

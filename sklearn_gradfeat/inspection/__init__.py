@@ -1,0 +1,21 @@
+"""Attributions and displays of fitted estimators."""
+
+from sklearn_gradfeat.inspection._comparison import (
+    FeatureComparisonDisplay,
+)
+from sklearn_gradfeat.inspection._contributions import (
+    LayerContributionDisplay,
+)
+from sklearn_gradfeat.inspection._objective import (
+    ObjectiveDisplay,
+)
+from sklearn_gradfeat.inspection._saliency import (
+    SaliencyDisplay,
+)
+
+__all__ = [
+    "FeatureComparisonDisplay",
+    "LayerContributionDisplay",
+    "ObjectiveDisplay",
+    "SaliencyDisplay",
+]

@@ -1,0 +1,159 @@
+"""Where the logits of a fitted model come from: its terms, its layers, its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sklearn_gradfeat.backbones import Network, differentiable_attention
+from sklearn_gradfeat.cache import Extractor
+from sklearn_gradfeat.data import Samples
+from sklearn_gradfeat.linearized import LinearizedHead, Model, Tensors, to_numpy
+
+Groups = Mapping[str, Sequence[str]]
+
+
+@torch.inference_mode(False)
+def logit_parts(
+    extractor: Extractor, model: Model, X: Any, batch_size: int, groups: Groups
+) -> tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]:
+    """Return the logits in parts.
+
+    Parameters
+    ----------
+    extractor : Extractor
+        The way to the features.
+    model : Model
+        The linear model, on the device of the extractor.
+    X : ndarray or lazy array-like of shape (n_samples, ...)
+        Validated input.
+    batch_size : int
+        Number of samples that pass through the network at once.
+    groups : dict of str to list of str
+        The displaced parameters, each in one group.
+
+    Returns
+    -------
+    (ndarray, dict of str to ndarray), all of shape (n_samples, n_outputs)
+        ``W f(x)``; and ``Ω J w₂`` with the displacements of one group alone. With the
+        intercept they add up to the logits.
+    """
+    network = extractor.network(list(model.displacements))
+    head = LinearizedHead(network.head, network.parameters, "standard")
+    shape, dtype = (X.shape[0], len(model.intercept)), to_numpy(model.intercept).dtype
+    activation = np.empty(shape, dtype)
+    parts = {group: np.empty(shape, dtype) for group in groups}
+    for rows, boundary in extractor.batches(X, network, batch_size, verbose=False):
+        activation[rows] = to_numpy(head.activation(boundary) @ model.weights.T)
+        for group, names in groups.items():
+            moves = tuple(
+                move if name in names else torch.zeros_like(move)
+                for name, move in model.displacements.items()
+            )
+            tangent = head.jvp(boundary, head.flatten(moves))
+            parts[group][rows] = to_numpy(tangent @ model.omega.T)
+    return activation, parts
+
+
+@torch.inference_mode(False)
+def relative_displacements(extractor: Extractor, model: Model, groups: Groups) -> dict[str, float]:
+    """Return ``‖w₂‖ / ‖θ₂‖`` of every group of parameters.
+
+    The parameters are those of the network with its batch norms folded, in which the
+    displacements are.
+    """
+    values = extractor.network(list(model.displacements)).parameters
+
+    def norm(tensors: Mapping[str, Tensor], names: Sequence[str]) -> float:
+        return float(torch.cat([tensors[name].flatten().cpu().double() for name in names]).norm())
+
+    ratios = {}
+    for group, names in groups.items():
+        moved, size = norm(model.displacements, names), norm(values, names)
+        ratios[group] = moved / size if size else (np.inf if moved else 0.0)
+    return ratios
+
+
+class InputTerm:
+    """One term of the logits as a function of the network's input, with its derivative.
+
+    Trunk and head both run in the precision of the head here.
+
+    Parameters
+    ----------
+    extractor : Extractor
+        The way to the features.
+    model : Model
+        The linear model, on the device of the extractor.
+    term : {"gradient", "activation", "full"}
+        ``Ω J(x) w₂``, ``W f(x)``, or their sum.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, extractor: Extractor, model: Model, term: str) -> None:
+        self.extractor, self.model = extractor, model
+        self.weights = None if term == "gradient" else model.weights
+        self.moves: Tensors = ()
+        if term != "activation":
+            self.moves = tuple(model.displacements.values())
+        device = extractor.backbone.example.device
+        backbone = extractor.backbone.to(device, extractor.dtype)
+        self.network: Network = backbone.network(list(model.displacements), extractor.leak)
+        self.linearized = LinearizedHead(self.network.head, self.network.parameters, "standard")
+
+    @torch.inference_mode(False)
+    def inputs(self, X: Any) -> Tensor:
+        """Return samples as the network receives them."""
+        extractor = self.extractor
+        device = extractor.backbone.example.device
+        return Samples(
+            X, extractor.preprocess, extractor.dtype, device, extractor.takes_indices
+        ).batch(slice(None))
+
+    @torch.inference_mode(False)
+    def values(self, x: Tensor) -> Tensor:
+        """Return the term, of shape (n_samples, n_outputs)."""
+        with torch.no_grad():
+            boundary = self._boundary(x)
+        values = torch.zeros_like(self.model.intercept)
+        if self.weights is not None:
+            values = values + self.linearized.activation(boundary) @ self.weights.T
+        if self.moves:
+            tangent = self.linearized.jvp(boundary, self.linearized.flatten(self.moves))
+            values = values + tangent @ self.model.omega.T
+        return values
+
+    @torch.inference_mode(False)
+    def gradient(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
+        """Return the derivative of one logit of every sample in its input, shaped like ``x``.
+
+        ``Ω J(x) w₂`` is the derivative of ``Ω f`` along ``w₂``, hence the inner product of
+        ``w₂`` with the gradient of ``Ω f`` in the parameters; so its own derivative takes
+        a second backward pass, and no forward mode.
+        """
+        values = self.linearized.values
+        with torch.enable_grad(), differentiable_attention():
+            x = x.detach().clone().requires_grad_()
+            leaves = [value.detach().requires_grad_() for value in values]
+            activation = self.network.head(tuple(leaves), self._boundary(x))
+            total = 0 * activation.sum()
+            if self.weights is not None:
+                total = total + (activation * self.weights[list(outputs)]).sum()
+            if self.moves:
+                logits = (activation * self.model.omega[list(outputs)]).sum()
+                pulled = torch.autograd.grad(
+                    logits, leaves, create_graph=True, materialize_grads=True
+                )
+                pairs = zip(pulled, self.moves, strict=True)
+                total = total + torch.stack([(g * move).sum() for g, move in pairs]).sum()
+            (gradient,) = torch.autograd.grad(total, x, materialize_grads=True)
+        return gradient
+
+    def _boundary(self, x: Tensor) -> Tensors:
+        """Return the input of the head."""
+        return (x,) if self.network.trunk is None else self.network.trunk(x)

@@ -1,0 +1,182 @@
+"""What a file holds of a fitted estimator."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+from sklearn_gradfeat.backbones import default_name, stored_weights
+from sklearn_gradfeat.cache import Extractor
+from sklearn_gradfeat.io._archive import Arrays, NotStorableError, digest, pack, write_archive
+from sklearn_gradfeat.linearized import Model
+from sklearn_gradfeat.training import predict_logits
+
+WEIGHTS = "backbone."
+_PACKAGE = __name__.partition(".")[0]
+_NOTED = (_PACKAGE, "torch", "sklearn", "numpy")
+_CODE = ("backbone", "preprocess")
+_NOT_STORED = {"_extractor", "_metadata_request", "_skl_callbacks", "_sklearn_output_config"}
+
+
+def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
+    """Write a fitted estimator to a file.
+
+    Parameters
+    ----------
+    estimator : estimator
+        Fitted.
+    path : str or path-like
+        The file. One of that name is replaced once the new one is complete.
+
+    Raises
+    ------
+    ValueError
+        If a parameter or an attribute can be stored by pickle only, as a ``gradient_backbone``.
+    """
+    check_is_fitted(estimator)
+    kind = type(estimator)
+    if kind.__module__.partition(".")[0] != _PACKAGE:
+        raise TypeError(
+            f"save() knows the estimators of {_PACKAGE}, and {kind.__qualname__} is none of "
+            "them. Use joblib or pickle."
+        )
+    if estimator.gradient_backbone is not None:
+        raise ValueError(
+            "A model with a gradient_backbone can be stored by pickle only: it is there to check "
+            "the method. Use joblib or pickle."
+        )
+    arrays: Arrays = {}
+    parameters = estimator.get_params(deep=False)
+    attributes = {
+        name: value
+        for name, value in vars(estimator).items()
+        if name not in parameters and name not in _NOT_STORED
+    }
+    code = {name: describe(parameters.pop(name)) for name in _CODE if callable(parameters[name])}
+    document = {
+        "estimator": kind.__name__,
+        "versions": {name: import_module(name).__version__ for name in _NOTED},
+        "parameters": _packed(parameters, "parameters", arrays),
+        "code": code,
+        "attributes": _packed(attributes, "attributes", arrays),
+        "extractor": _extractor(estimator._extractor),
+        "backbone": _backbone(estimator, arrays),
+        "probe": pack(probe(estimator), "probe", arrays),
+        "transformed": pack(transformed(estimator), "transformed", arrays),
+    }
+    write_archive(path, document, arrays)
+
+
+def probe(estimator: Any) -> npt.NDArray[Any]:
+    """Return the logits for two samples that any machine can make up, to compare networks by.
+
+    They are computed on the CPU and past ``preprocess``, in the precision of the trunk.
+    """
+    device = torch.device("cpu")
+    extractor: Extractor = estimator._extractor.on(device)
+    extractor = replace(extractor, preprocess=None, half=False)
+    model = Model.of(estimator, device, extractor.dtype)
+    example = extractor.backbone.example
+    for samples in _made_up(example):
+        try:
+            return predict_logits(extractor, model, samples.numpy(), len(samples), False)
+        except (RuntimeError, ValueError, IndexError):
+            continue  # not in the domain of the network, such as a mask without any token
+    return np.full((len(example), len(model.intercept)), np.nan)
+
+
+def transformed(estimator: Any) -> npt.NDArray[np.float64]:
+    """Return two means of what ``preprocess`` makes of made-up samples, to compare it by.
+
+    One row for bytes, one for numbers from 0 to 1; NaN where it takes none of those.
+    """
+    means = np.full((2, 2), np.nan)
+    preprocess, shape = estimator._extractor.preprocess, (2, *estimator.sample_shape_)
+    if preprocess is None:
+        return means
+    wave = _wave(torch.Size(shape))
+    for row, samples in enumerate(((255 * wave).to(torch.uint8), wave.float())):
+        try:
+            values = preprocess(samples).double().flatten()
+        except Exception:  # whatever code of others may raise
+            continue
+        weights = torch.linspace(0, 1, len(values), dtype=torch.float64)
+        means[row] = float(values.mean()), float((weights * values).mean())
+    return means
+
+
+def _made_up(example: Tensor) -> list[Tensor]:
+    """Return batches to try in turn, each like the example in shape, layout and dtype."""
+    if not example.is_floating_point():
+        return [torch.zeros_like(example), torch.ones_like(example)]
+    return [_wave(example.shape).to(example.dtype)]
+
+
+def _wave(shape: torch.Size) -> Tensor:
+    """Return numbers from 0 to 1 that any machine can make up."""
+    return (0.5 + 0.5 * torch.arange(shape.numel(), dtype=torch.float64).sin()).view(shape)
+
+
+def describe(code: Any) -> str:
+    """Return the name of a module's class, or of a callable or its class."""
+    named = code if hasattr(code, "__qualname__") else type(code)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _packed(values: dict[str, Any], kind: str, arrays: Arrays) -> dict[str, Any]:
+    """Return parameters or attributes as JSON can hold them."""
+    try:
+        return {name: pack(value, f"{kind}.{name}", arrays) for name, value in values.items()}
+    except NotStorableError as error:
+        raise ValueError(
+            f"The model can be stored by pickle only: {error}. Set a parameter to a plain value "
+            "before saving, as in set_params(random_state=None); a fitted model does not need it."
+        ) from error
+
+
+def _extractor(extractor: Extractor) -> dict[str, Any]:
+    """Return the description of an extractor, without its backbone."""
+    preprocess = extractor.preprocess
+    return {
+        "dtype": _name(extractor.dtype),
+        "half": extractor.half,
+        "takes_indices": extractor.takes_indices,
+        "leak": extractor.leak,
+        "preprocess": None if preprocess is None else describe(preprocess),
+    }
+
+
+def _backbone(estimator: Any, arrays: Arrays) -> dict[str, Any]:
+    """Return the description of the backbone; unless it has a name, its weights are stored."""
+    backbone = estimator._extractor.backbone
+    weights = stored_weights(backbone)
+    name = estimator.backbone if isinstance(estimator.backbone, str) else None
+    if estimator.backbone is None:
+        name = default_name(estimator.sample_shape_)
+    if name is None:
+        arrays.update({f"{WEIGHTS}{key}": array for key, array in weights.items()})
+    example: Tensor = backbone.example
+    return {
+        "module": isinstance(estimator.backbone, nn.Module),
+        "name": name,
+        "digest": digest(weights),
+        "dtype": _name(backbone.dtype),
+        "example": {
+            "shape": list(example.shape),
+            "stride": list(example.stride()),
+            "dtype": _name(example.dtype),
+        },
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as ``"float32"``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,43 @@
+"""The linear model over a frozen head: Jacobian products, losses, objective."""
+
+from sklearn_gradfeat.linearized._derivative_graph import (
+    UntraceableError,
+    linearized_graph,
+)
+from sklearn_gradfeat.linearized._jacobian import (
+    LinearizedHead,
+    Tensors,
+)
+from sklearn_gradfeat.linearized._losses import (
+    Bernoulli,
+    Huber,
+    Loss,
+    Multinomial,
+    Squared,
+)
+from sklearn_gradfeat.linearized._model import (
+    Model,
+    to_numpy,
+)
+from sklearn_gradfeat.linearized._objective import (
+    TangentObjective,
+    TangentTerm,
+    agrees,
+)
+
+__all__ = [
+    "Bernoulli",
+    "Huber",
+    "LinearizedHead",
+    "Loss",
+    "Model",
+    "Multinomial",
+    "Squared",
+    "TangentObjective",
+    "TangentTerm",
+    "Tensors",
+    "UntraceableError",
+    "agrees",
+    "linearized_graph",
+    "to_numpy",
+]
