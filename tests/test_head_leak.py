@@ -60,7 +60,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("kind", ["relu", "relu6", "hardtanh", "leaky"])
 def test_classifier_is_that_of_the_leaky_network(kind):
     """Rectifiers below and beside the gradient layer stay as they are."""
-    model = GradientFeatureClassifier(Net(kind), head_leak=SLOPE, **OPTIONS).fit(X, Y)
+    model = GradientFeatureClassifier(Net(kind), negative_slope=SLOPE, **OPTIONS).fit(X, Y)
     expected = GradientFeatureClassifier(Net(kind, SLOPE), **OPTIONS).fit(X, Y)
     plain = GradientFeatureClassifier(Net(kind), **OPTIONS).fit(X, Y)
     found = model.decision_function(X)
@@ -73,27 +73,27 @@ def test_classifier_is_that_of_the_leaky_network(kind):
 
 def test_regressor():
     y = rng.normal(size=(N, 2))
-    model = GradientFeatureRegressor(Net(), head_leak=SLOPE, **OPTIONS).fit(X, y)
+    model = GradientFeatureRegressor(Net(), negative_slope=SLOPE, **OPTIONS).fit(X, y)
     expected = GradientFeatureRegressor(Net(slope=SLOPE), **OPTIONS).fit(X, y)
     np.testing.assert_allclose(model.predict(X), expected.predict(X), atol=1e-6)
 
 
 def test_slope_of_zero_is_a_plain_rectifier():
-    model = GradientFeatureClassifier(Net("leaky"), head_leak=0, **OPTIONS).fit(X, Y)
+    model = GradientFeatureClassifier(Net("leaky"), negative_slope=0, **OPTIONS).fit(X, Y)
     expected = GradientFeatureClassifier(Net("relu"), **OPTIONS).fit(X, Y)
     np.testing.assert_allclose(model.decision_function(X), expected.decision_function(X), atol=1e-6)
 
 
 def test_without_gradients_there_is_no_head():
     options = {**OPTIONS, "features": "activation"}
-    model = GradientFeatureClassifier(Net(), head_leak=SLOPE, **options).fit(X, Y)
+    model = GradientFeatureClassifier(Net(), negative_slope=SLOPE, **options).fit(X, Y)
     plain = GradientFeatureClassifier(Net(), **options).fit(X, Y)
     assert np.array_equal(model.coef_, plain.coef_)
 
 
 def test_round_trips(tmp_path):
     net = Net()
-    model = GradientFeatureClassifier(net, head_leak=SLOPE, **OPTIONS).fit(X, Y)
+    model = GradientFeatureClassifier(net, negative_slope=SLOPE, **OPTIONS).fit(X, Y)
     expected = model.predict_proba(X)
     model.save(tmp_path / "model.gf")
     stored = load(tmp_path / "model.gf", backbone=Net())
@@ -106,15 +106,15 @@ def test_round_trips(tmp_path):
 
 def test_searched():
     """The slopes of a grid share what the frozen layers compute."""
-    grid = {"head_leak": [None, 0.1, 0.5]}
+    grid = {"negative_slope": [None, 0.1, 0.5]}
     model = GradientFeatureClassifier(Net(), **{**OPTIONS, "tol": 1e-4})
     search = GridSearchCV(model, grid, cv=2, error_score="raise").fit(X, Y)
     scores = search.cv_results_["mean_test_score"]
-    for slope, score in zip(grid["head_leak"][1:], scores[1:], strict=True):
+    for slope, score in zip(grid["negative_slope"][1:], scores[1:], strict=True):
         alone = GridSearchCV(model.set_params(backbone=Net(slope=slope)), {"tol": [1e-4]}, cv=2)
         assert alone.fit(X, Y).best_score_ == score
     options = {"alphas": [0.02], "gradient_alphas": [0.01], "cv": 2, "gradient_layers": "middle"}
-    own = GradientFeatureClassifierCV(Net(), head_leak=0.5, precision="float64", **options)
+    own = GradientFeatureClassifierCV(Net(), negative_slope=0.5, precision="float64", **options)
     assert own.fit(X, Y).best_score_ == scores[2]
 
 
@@ -130,24 +130,26 @@ class Refused(Net):
 
 def test_nothing_to_leak():
     smooth = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GELU())
-    model = GradientFeatureClassifier(smooth, gradient_layers="2", head_leak=SLOPE)
-    with pytest.raises(ValueError, match="head_leak: no ReLU"):
+    model = GradientFeatureClassifier(smooth, gradient_layers="2", negative_slope=SLOPE)
+    with pytest.raises(ValueError, match="negative_slope: no ReLU"):
         model.fit(X, Y)
 
 
 @pytest.mark.filterwarnings("ignore:The backbone cannot be captured")
 def test_network_without_a_graph():
-    with pytest.raises(ValueError, match="head_leak needs a backbone that can be captured"):
-        GradientFeatureClassifier(Refused(), head_leak=SLOPE, **OPTIONS).fit(X, Y)
+    with pytest.raises(ValueError, match="negative_slope needs a backbone that can be captured"):
+        GradientFeatureClassifier(Refused(), negative_slope=SLOPE, **OPTIONS).fit(X, Y)
 
 
 def test_gradients_elsewhere():
-    model = GradientFeatureClassifier(Net(), gradient_backbone=Net(), head_leak=SLOPE, **OPTIONS)
+    model = GradientFeatureClassifier(
+        Net(), gradient_backbone=Net(), negative_slope=SLOPE, **OPTIONS
+    )
     with pytest.raises(ValueError, match="cannot be combined with gradient_backbone"):
         model.fit(X, Y)
 
 
 @pytest.mark.parametrize("slope", [-0.1, 1, "relu"])
 def test_slopes_out_of_range(slope):
-    with pytest.raises(ValueError, match="head_leak"):
-        GradientFeatureClassifier(Net(), head_leak=slope, **OPTIONS).fit(X, Y)
+    with pytest.raises(ValueError, match="negative_slope"):
+        GradientFeatureClassifier(Net(), negative_slope=slope, **OPTIONS).fit(X, Y)

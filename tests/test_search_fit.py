@@ -65,16 +65,16 @@ def test_grid_search_without_store_passes_them_for_every_fit():
 
 
 def test_first_stage_is_fitted_once_for_every_alpha(monkeypatch):
-    from sklearn_gradfeat.training._stages import Stages
+    from sklearn_gradfeat.training._stages import TwoStageFit
 
     fits = []
-    fit_activation = Stages.fit_activation
+    fit_activation = TwoStageFit.fit_activation
 
     def counted(self, alpha, *rest):
         fits.append(alpha)
         return fit_activation(self, alpha, *rest)
 
-    monkeypatch.setattr(Stages, "fit_activation", counted)
+    monkeypatch.setattr(TwoStageFit, "fit_activation", counted)
     classifier(gradient_alphas=[1.0, 0.1, 0.01], refit=False).fit(X, Y)
     assert fits == [0.5, 0.02] * 2
 
@@ -122,7 +122,7 @@ def test_path_takes_fewer_passes_for_what_it_learned(monkeypatch):
         model.fit(noisy, Y)
         return sum(each.n_passes for each in found)
 
-    assert passes() < 0.8 * passes(secants=None)
+    assert passes() < 0.8 * passes(curvature_pairs=None)
 
 
 # --- default grids -----------------------------------------------------------------------------

@@ -30,7 +30,9 @@ def test_inverse_against_dense_solve(monkeypatch, largest, rank):
     monkeypatch.setattr(_spectrum, "_ITERATIONS", 60)
     output, inputs = decaying(20, 0), decaying(30, 1)
     matrix = torch.randn(20, 30, dtype=torch.float64)
-    solved = KroneckerInverse(Spectrum.of(output), Spectrum.of(inputs), ALPHA)(matrix)
+    solved = KroneckerInverse(Spectrum.from_matrix(output), Spectrum.from_matrix(inputs), ALPHA)(
+        matrix
+    )
     kept = [m if len(m) <= largest else flattened(m, rank) for m in (output, inputs)]
     dense = torch.kron(*kept) + ALPHA * torch.eye(600, dtype=torch.float64)
     expected = torch.linalg.solve(dense, matrix.reshape(-1)).view(20, 30)
@@ -41,9 +43,13 @@ def test_batches_of_matrices():
     output = torch.stack([decaying(4, 0), decaying(4, 1)])
     inputs = torch.stack([decaying(5, 2), decaying(5, 3)])
     matrix = torch.randn(2, 4, 5, dtype=torch.float64)
-    together = KroneckerInverse(Spectrum.of(output), Spectrum.of(inputs), ALPHA)(matrix)
+    together = KroneckerInverse(Spectrum.from_matrix(output), Spectrum.from_matrix(inputs), ALPHA)(
+        matrix
+    )
     for i in range(2):
-        alone = KroneckerInverse(Spectrum.of(output[i]), Spectrum.of(inputs[i]), ALPHA)(matrix[i])
+        alone = KroneckerInverse(
+            Spectrum.from_matrix(output[i]), Spectrum.from_matrix(inputs[i]), ALPHA
+        )(matrix[i])
         torch.testing.assert_close(together[i], alone)
 
 
@@ -60,12 +66,12 @@ def test_few_rows_are_decomposed_by_their_products():
     rows = torch.randn(1, 40, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows[0, 7] = rows[0, 8]  # of rank 39
     matrix = torch.randn(1, 5, 300, dtype=torch.float64)
-    output = Spectrum.of(torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))[None])
-    few, gram = Spectrum.of_rows(rows), Spectrum.of(rows.mT @ rows)
+    output = Spectrum.from_matrix(torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64))[None])
+    few, gram = Spectrum.from_rows(rows), Spectrum.from_matrix(rows.mT @ rows)
     assert few.values.shape == (1, 39)
     solved, expected = (KroneckerInverse(output, s, ALPHA)(matrix) for s in (few, gram))
     torch.testing.assert_close(solved, expected, rtol=1e-6, atol=1e-7)
-    one = Spectrum.of_rows(rows[0])
+    one = Spectrum.from_rows(rows[0])
     assert torch.equal(one.values, few.values[0])
     assert torch.equal(one.vectors, few.vectors[0])
 
@@ -74,12 +80,12 @@ def test_few_rows_are_decomposed_by_their_products():
 def test_decomposition_that_fails_is_done_in_another_way(shape, monkeypatch):
     rows = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     matrix = rows.mT @ rows
-    expected = Spectrum.of(matrix)
+    expected = Spectrum.from_matrix(matrix)
 
     def failing(matrix):
         raise torch.linalg.LinAlgError("The algorithm failed to converge")
 
     monkeypatch.setattr("torch.linalg.eigh", failing)
-    found = Spectrum.of(matrix)
+    found = Spectrum.from_matrix(matrix)
     torch.testing.assert_close(found.values, expected.values)
     torch.testing.assert_close(found.vectors @ (found.values[..., None] * found.vectors.mT), matrix)

@@ -32,10 +32,10 @@ from sklearn_gradfeat.cache._disk import disk_store
 from sklearn_gradfeat.cache._runner import Trunk
 from sklearn_gradfeat.cache._store import (
     Boundary,
-    FeatureKey,
     HeldChunk,
     MemoryStore,
     Place,
+    TrunkKey,
     memory_store,
 )
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
@@ -318,7 +318,7 @@ class Owner:
 
 
 def key(owner, digest=b"k" * 16):
-    return FeatureKey(digest, True, owner)
+    return TrunkKey(digest, True, owner)
 
 
 def chunk(size, n=4):

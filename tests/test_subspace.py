@@ -162,7 +162,7 @@ def test_only_layers_with_the_right_map(head, shapes, kept):
     subspace = subspace_of(objective)
     assert (subspace and [block.weight for block in subspace.blocks]) == kept
     inverses, x = Inverses(), torch.zeros(sum(objective.sizes), dtype=torch.float64)
-    inverse, coarse = inverses.of(objective), inverses.coarse(objective)
+    inverse, coarse = inverses.at(objective), inverses.coarse(objective)
     solution = minimize(objective, x, inverse, tolerance=1e-6, max_iter=50, coarse=coarse)
     value = objective.loss.value(objective.forward(solution.x))
     value += float(objective.penalty * solution.x @ solution.x) / 2
@@ -205,7 +205,7 @@ def test_same_optimum_in_fewer_iterations(kind, loss):
     solutions = []
     for corrected in (True, False):
         inverses = Inverses()
-        inverse = inverses.of(objective)
+        inverse = inverses.at(objective)
         coarse = inverses.coarse(objective) if corrected else None
         solution = minimize(objective, x, inverse, tolerance=1e-9, max_iter=500, coarse=coarse)
         assert solution.status == "converged"
@@ -226,8 +226,8 @@ def test_a_good_start_makes_no_subspace():
     def unwanted(inverse):
         raise AssertionError
 
-    x = minimize(objective, x, inverses.of(objective), tolerance=1e-9, max_iter=500).x
-    minimize(objective, x, inverses.of(objective), tolerance=1e-8, max_iter=5, coarse=unwanted)
+    x = minimize(objective, x, inverses.at(objective), tolerance=1e-9, max_iter=500).x
+    minimize(objective, x, inverses.at(objective), tolerance=1e-8, max_iter=5, coarse=unwanted)
 
 
 @pytest.mark.parametrize("estimator", [GradientFeatureClassifier, GradientFeatureRegressor])

@@ -17,7 +17,7 @@ recipe goes on until it has met both, or to the limit. Graph and kernels are loa
 
     python examples/benchmarks/fit_vs_reference.py --data cifar10.zip --limit 20
 
-[1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning, ICLR 2020,
+[1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning, ICLR 2020,
     arXiv:2004.05529.
 """
 
@@ -40,21 +40,21 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.training._stages import Stages
+from sklearn_gradfeat.training._stages import TwoStageFit
 
 TARGETS = ("objective", "accuracy")
 
 
 def fit(model, task):
     """Fit; return the seconds, those of the first stage, and the model where the second began."""
-    seen, second_stage = {}, Stages.fit_gradient
+    seen, second_stage = {}, TwoStageFit.fit_gradient
 
     def noting(self, base, *arguments):
         seen.update(first_stage=time.perf_counter() - start, base=base.model)
         return second_stage(self, base, *arguments)
 
     empty_store()
-    with mock.patch.object(Stages, "fit_gradient", noting), warnings.catch_warnings():
+    with mock.patch.object(TwoStageFit, "fit_gradient", noting), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         start = time.perf_counter()
         model.fit(task.X, task.y)

@@ -39,7 +39,7 @@ def alignment(model, X, y):
     """Return the alignment of the kernel, between 0 and 1."""
     stages = model._prepare(X).stages(model._problem(y, None))
     base = stages.fit_activation(model.alpha, None, unwatched)
-    logits = stages.objective(model.alpha, stages.features.activation, None).forward(
+    logits = stages.objective(model.alpha, stages.samples.activation, None).forward(
         torch.cat([base.model.weights.flatten(), base.model.intercept])
     )
     residual = stages.loss.gradient(logits)

@@ -1,6 +1,6 @@
 """What two of LQF's three changes [1] are worth here: squared loss, and leaky rectifiers.
 
-The third, K-FAC, is part of the solver. ``head_leak`` is 0.2 or None. Every variant has the
+The third, K-FAC, is part of the solver. ``negative_slope`` is 0.2 or None. Every variant has the
 penalties that are best on the test images: so the accuracies are too high, most where many
 penalties do about as well, and the errors of the differences do not include the choice.
 
@@ -27,7 +27,7 @@ LEAK = 0.2
 
 def search(loss, leak, network, task, arguments):
     """Return which test images are right, and the penalties."""
-    common = {**network, "loss": loss, "head_leak": leak, "max_iter": arguments.max_iter}
+    common = {**network, "loss": loss, "negative_slope": leak, "max_iter": arguments.max_iter}
     searched = GradientFeatureClassifierCV(
         **common,
         alphas=arguments.alphas,

@@ -81,7 +81,7 @@ def leverages(objective, curvatures):
     """Return how much the logits of every sample follow a change of its own loss gradient."""
     n_samples, n_outputs, _ = curvatures.shape
     one = torch.eye(n_outputs).double()
-    features = objective.features.double()
+    features = objective.activation.double()
     kernel = torch.kron(features @ features.T / objective.alpha + 1 / FLAT, one)
     kernel += tangent_gram(objective.tangent, n_samples).double() / objective.tangent.alpha
     values, vectors = torch.linalg.eigh(curvatures)

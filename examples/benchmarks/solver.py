@@ -99,7 +99,7 @@ class Watched:
 
 def lbfgs(objective, x, inverses, max_iter, *, precondition=True, correct=True):
     """Minimise with the solver of the package, without some of its parts."""
-    inverse = inverses.of(objective.objective)
+    inverse = inverses.at(objective.objective)
     minimize(
         objective, x, inverse if precondition else lambda logits: torch.clone,
         tolerance=0.0, max_iter=max_iter, callback=objective.reached,
@@ -146,7 +146,7 @@ def newton_cg(objective, x, inverses, max_iter):
     """Minimise by truncated Newton steps: conjugate gradients, then an exact line search."""
     loss, penalty = objective.loss, objective.penalty
     logits = objective.forward(x)
-    inverse = inverses.of(objective.objective)(logits)
+    inverse = inverses.at(objective.objective)(logits)
     value, share = loss.value(logits) + penalised(objective, x, x) / 2, 0.3
     while objective.passes < max_iter:
         gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
@@ -175,16 +175,16 @@ def thinned(objective):
     weights = loss.weights[few] / loss.weights[few].sum()
     loss = replace(loss, targets=loss.targets[few], weights=weights)
     tangent = replace(objective.tangent, batches=batches)
-    features = objective.features[few]
+    features = objective.activation[few]
     return replace(
-        objective, loss=loss, tangent=tangent, features=features, n_samples=len(features)
+        objective, loss=loss, tangent=tangent, activation=features, n_samples=len(features)
     )
 
 
 def from_a_quarter(objective, x, inverses, max_iter):
     """Minimise over some samples first; their passes count as what they are of the others'."""
     few, own = Watched(thinned(objective.objective)), Inverses()
-    inverse, coarse = own.of(few.objective), own.coarse(few.objective)
+    inverse, coarse = own.at(few.objective), own.coarse(few.objective)
     x = minimize(few, x, inverse, tolerance=0.0, max_iter=5, coarse=coarse).x
     objective.passes += few.passes / 4
     lbfgs(objective, x, inverses, max_iter)

@@ -3,9 +3,6 @@
 from sklearn_gradfeat.backbones._attention import (
     differentiable_attention,
 )
-from sklearn_gradfeat.backbones._elsewhere import (
-    gradients_elsewhere,
-)
 from sklearn_gradfeat.backbones._fingerprint import (
     UndigestibleError,
     digest,
@@ -41,7 +38,6 @@ __all__ = [
     "differentiable_attention",
     "digest",
     "freeze",
-    "gradients_elsewhere",
     "on_host",
     "resolve_backbone",
     "seeded",

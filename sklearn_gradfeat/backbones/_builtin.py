@@ -80,7 +80,7 @@ class ConvNet(nn.Module):
 
     References
     ----------
-    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation
+    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation
        Learning, ICLR 2020, arXiv:2004.05529.
     """
 

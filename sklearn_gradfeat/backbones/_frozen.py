@@ -33,7 +33,7 @@ from sklearn_gradfeat.backbones._graph import (
     check_activation,
     run_once,
 )
-from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_rectifier
+from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_relu
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -142,14 +142,14 @@ class FrozenBackbone:
         """What tells this network from others."""
         return fingerprint(self.captured)
 
-    def network(self, names: Sequence[str], leak: float | None = None) -> Network:
+    def network(self, names: Sequence[str], negative_slope: float | None = None) -> Network:
         """Return the network split below the parameters ``names``.
 
-        Without any, the trunk is the whole network. ``leak`` is the slope of the rectifiers above
-        the parameters; None leaves them as they are.
+        Without any, the trunk is the whole network. ``negative_slope`` is the slope below zero of
+        the ReLUs above the parameters; None leaves them as they are.
         """
         with _LOCK:
-            key = (tuple(names), leak if names else None)
+            key = (tuple(names), negative_slope if names else None)
             if key not in self._networks:
                 captured = self.captured
                 self._networks[key] = (
@@ -198,17 +198,19 @@ def _check_layer(module: nn.Module, layer: str) -> None:
         )
 
 
-def _split_network(captured: Captured, names: tuple[str, ...], leak: float | None) -> Network:
+def _split_network(
+    captured: Captured, names: tuple[str, ...], negative_slope: float | None
+) -> Network:
     """Cut a graph below the chosen parameters."""
     chosen = [captured.parameters[name] for name in names]
     slopes = {}
-    if leak is not None:
+    if negative_slope is not None:
         above = downstream(captured.used(), chosen)
-        slopes = {node: leak for node in above if is_rectifier(node)}
+        slopes = {node: negative_slope for node in above if is_relu(node)}
         if not slopes:
             raise ValueError(
-                "head_leak: no ReLU, ReLU6 or leaky ReLU lies between the gradient layers and the "
-                "activation. Set it to None."
+                "negative_slope: the network has no ReLU, ReLU6 or leaky ReLU between the gradient "
+                "layers and the activation. Set negative_slope=None."
             )
     cut = boundary(captured, chosen) if chosen else [captured.output]
     trunk = None if cut == [captured.input] else extract(captured, [captured.input], cut)
@@ -217,11 +219,13 @@ def _split_network(captured: Captured, names: tuple[str, ...], leak: float | Non
     return Network(trunk, values, head, cut_places(captured, cut))
 
 
-def _eager_network(module: ActivationModule, names: tuple[str, ...], leak: float | None) -> Network:
+def _eager_network(
+    module: ActivationModule, names: tuple[str, ...], negative_slope: float | None
+) -> Network:
     """Take the whole module as the head, or as the trunk where nothing is chosen."""
-    if leak is not None:
+    if negative_slope is not None:
         raise ValueError(
-            "head_leak needs a backbone that can be captured as a graph; set it to None."
+            "negative_slope needs a backbone that can be captured as a graph; set it to None."
         )
     if not names:
         return Network(EagerHead(module, []), {}, lambda activation: (activation,))

@@ -30,15 +30,15 @@ from sklearn_gradfeat.backbones._graph import WEIGHTED, Captured, operator_name
 
 _aten = torch.ops.aten
 _BOUNDED = _aten.hardtanh.default
-_RECTIFIERS = {_aten.relu.default, _aten.relu6.default, _aten.leaky_relu.default}
+_RELUS = {_aten.relu.default, _aten.relu6.default, _aten.leaky_relu.default}
 
 
-def is_rectifier(node: fx.Node) -> bool:
+def is_relu(node: fx.Node) -> bool:
     """Whether a node is its input above zero, and nothing or a multiple of it below."""
-    return node.target in _RECTIFIERS or (node.target is _BOUNDED and node.args[1:2] == (0.0,))
+    return node.target in _RELUS or (node.target is _BOUNDED and node.args[1:2] == (0.0,))
 
 
-def leaky(node: fx.Node, value: fx.Node, slope: float) -> fx.Node:
+def with_slope(node: fx.Node, value: fx.Node, slope: float) -> fx.Node:
     """Return a rectifier of another slope, applied to ``value``, with the bound of ``node``."""
     result = value.graph.call_function(_aten.leaky_relu.default, (value, slope))
     if node.target is _BOUNDED:
@@ -192,7 +192,7 @@ def extract(
         elif captured.is_batch_size(node.meta.get("val")):
             copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (sized, 0))
         elif node in slopes:
-            copies[node] = leaky(node, copies[node.all_input_nodes[0]], slopes[node])
+            copies[node] = with_slope(node, copies[node.all_input_nodes[0]], slopes[node])
         elif _at_one_position(node):
             copies[node] = _as_product(node, graph, copies)
         else:

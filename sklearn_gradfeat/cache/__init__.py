@@ -14,7 +14,7 @@ from sklearn_gradfeat.cache._extractor import (
 )
 from sklearn_gradfeat.cache._runner import (
     NOT_FINITE,
-    Features,
+    CachedSamples,
 )
 from sklearn_gradfeat.cache._store import (
     Store,
@@ -23,8 +23,8 @@ from sklearn_gradfeat.cache._store import (
 
 __all__ = [
     "NOT_FINITE",
+    "CachedSamples",
     "Extractor",
-    "Features",
     "Store",
     "build_extractor",
     "config_context",

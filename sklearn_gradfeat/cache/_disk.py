@@ -27,7 +27,7 @@ from sklearn_gradfeat.cache._disk_file import (
     refusal,
     write_lock,
 )
-from sklearn_gradfeat.cache._store import Chunk, FeatureKey, HeldChunk, Place, Tensors
+from sklearn_gradfeat.cache._store import Chunk, HeldChunk, Place, Tensors, TrunkKey
 
 _PLACE = struct.Struct("<16sI")
 
@@ -69,7 +69,7 @@ class DiskStore:
         self._environment: Any
         self._environment, self._writable = open_environment(directory)
 
-    def find(self, key: FeatureKey, names: Sequence[bytes]) -> list[Place | None]:
+    def find(self, key: TrunkKey, names: Sequence[bytes]) -> list[Place | None]:
         """Return where each sample is, None where it is not."""
         if not key.portable:
             return [None] * len(names)
@@ -77,7 +77,7 @@ class DiskStore:
             return [self._place(transaction, key.digest, name) for name in names]
 
     def add(
-        self, key: FeatureKey, names: Sequence[bytes], chunk: HeldChunk, used: Collection[Chunk]
+        self, key: TrunkKey, names: Sequence[bytes], chunk: HeldChunk, used: Collection[Chunk]
     ) -> Chunk:
         """Write a chunk if there is room; return it as kept."""
         import lmdb
@@ -100,7 +100,7 @@ class DiskStore:
         with self.reading() as transaction:
             return self._chunk(transaction, number) or chunk
 
-    def computing(self, key: FeatureKey) -> AbstractContextManager[None]:
+    def computing(self, key: TrunkKey) -> AbstractContextManager[None]:
         """Hold back other threads and processes that would compute samples for the key."""
         if not key.portable or not self._writable:
             return nullcontext()

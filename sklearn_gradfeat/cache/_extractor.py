@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from sklearn_gradfeat.backbones import (
+    BackboneLike,
     FrozenBackbone,
     Network,
     UndigestibleError,
     apart,
     digest,
     freeze,
-    gradients_elsewhere,
     resolve_backbone,
     seeded,
     sharing,
 )
-from sklearn_gradfeat.cache._runner import Features, Trunk, compute_features
-from sklearn_gradfeat.cache._store import FeatureKey, Store
+from sklearn_gradfeat.cache._runner import CachedSamples, Trunk, cache_samples
+from sklearn_gradfeat.cache._store import Store, TrunkKey
 from sklearn_gradfeat.data import Preprocess, Samples, compute_dtypes, resolve_device
 
 # Switches of torch that trade digits of float32 for speed.
@@ -49,7 +49,7 @@ class Extractor:
         Whether the trunk runs in bfloat16.
     takes_indices : bool
         Whether integers reach the network as they are.
-    leak : float or None
+    negative_slope : float or None
         The slope of the rectifiers above the gradient layers.
     """
 
@@ -58,7 +58,7 @@ class Extractor:
     dtype: torch.dtype
     half: bool
     takes_indices: bool
-    leak: float | None = None
+    negative_slope: float | None = None
 
     def on(self, device: torch.device) -> Extractor:
         """Return the extractor on a device; one without float64 computes in float32."""
@@ -78,10 +78,10 @@ class Extractor:
     def network(self, names: Sequence[str]) -> Network:
         """Return the network split below the parameters ``names``, each part in its dtype."""
         device = self.backbone.example.device
-        network = self.backbone.to(device, self.dtype).network(names, self.leak)
+        network = self.backbone.to(device, self.dtype).network(names, self.negative_slope)
         if network.trunk is None:
             return network
-        below = self.backbone.network(names, self.leak)
+        below = self.backbone.network(names, self.negative_slope)
         return replace(network, trunk=below.trunk, cut=below.cut)
 
     def batches(
@@ -97,7 +97,7 @@ class Extractor:
         for batch in trunk.batches(batch_size, verbose=verbose, keep=False):
             yield batch.rows, batch.boundary
 
-    def features(
+    def cache(
         self,
         X: Any,
         network: Network,
@@ -105,7 +105,7 @@ class Extractor:
         verbose: bool,
         keep: bool,
         store: Store | None = None,
-    ) -> Features:
+    ) -> CachedSamples:
         """Pass the samples through the network that are not in the store yet."""
 
         def activation(boundary: tuple[Tensor, ...]) -> Tensor:
@@ -115,7 +115,7 @@ class Extractor:
         trunk = self._trunk(X, network, store)
         inputs = None if network.trunk else trunk.samples
         batches = trunk.batches(batch_size, verbose=verbose, keep=keep and inputs is None)
-        return compute_features(X.shape[0], batches, activation, batch_size, inputs, keep)
+        return cache_samples(X.shape[0], batches, activation, batch_size, inputs, keep)
 
     def _trunk(self, X: Any, network: Network, store: Store | None) -> Trunk:
         """Return what takes ``X`` to the head; all there is to do may be to read it."""
@@ -127,7 +127,7 @@ class Extractor:
         key = None if store is None else self._key(network)
         return Trunk(samples, network.trunk, self.dtype, self.half, store, key)
 
-    def _key(self, network: Network) -> FeatureKey | None:
+    def _key(self, network: Network) -> TrunkKey | None:
         """Return what the boundary depends on besides the sample, None if that is unknown."""
         backbone = self.backbone
         precision = (backbone.dtype, self.dtype, self.half, self.takes_indices)
@@ -138,54 +138,53 @@ class Extractor:
             )
         except UndigestibleError:
             return None
-        return FeatureKey(value, backbone.fingerprint.portable, backbone)
+        return TrunkKey(value, backbone.fingerprint.portable, backbone)
 
 
-def build_extractor(estimator: Any, X: Any, seed: int) -> tuple[Extractor, list[str]]:
-    """Resolve the backbone of an estimator for the samples at hand.
+def build_extractor(
+    X: Any,
+    *,
+    backbone: BackboneLike,
+    gradient_layers: str | int | Sequence[str] | None,
+    activation_layer: str | None,
+    preprocess: Preprocess | str | None,
+    negative_slope: float | None,
+    device: str | torch.device,
+    precision: str,
+    seed: int,
+) -> tuple[Extractor, list[str]]:
+    """Resolve and freeze a backbone for the samples at hand.
 
     Parameters
     ----------
-    estimator : estimator
-        Its parameters are read.
     X : ndarray or lazy array-like of shape (n_samples, ...)
         Validated input.
+    backbone, activation_layer, preprocess, negative_slope, device, precision
+        As in :class:`~sklearn_gradfeat.GradientFeatureClassifier`.
+    gradient_layers : str, int, sequence of str or None
+        Likewise; None for a model without a gradient term.
     seed : int
         Seeds random weights.
 
     Returns
     -------
-    (Extractor, list of str)
-        The way to the features, and the names of the gradient parameters.
+    extractor : Extractor
+        The network, ready to compute activations.
+    names : list of str
+        The parameters θ₂.
     """
-    device = resolve_device(estimator.device)
-    resolved = resolve_backbone(estimator.backbone, tuple(X.shape[1:]), seed)
+    resolved_device = resolve_device(device)
+    resolved = resolve_backbone(backbone, tuple(X.shape[1:]), seed)
     indices = resolved.takes_indices and X.dtype.kind in "iu"
-    trunk_dtype, dtype = compute_dtypes(estimator.precision, X, device, indices)
-    preprocess = resolved.preprocess if estimator.preprocess == "auto" else estimator.preprocess
-    layer, names = estimator.activation_layer, []
+    trunk_dtype, dtype = compute_dtypes(precision, X, resolved_device, indices)
+    transform = resolved.preprocess if isinstance(preprocess, str) else preprocess
+    # The frozen copy lives as long as the module or the factory that the user holds.
+    owner = backbone if callable(backbone) else None
     with seeded(seed):
-        example = Samples(X, preprocess, trunk_dtype, device, indices).batch(slice(0, 2))
-        frozen = freeze(resolved.module, example, trunk_dtype, layer, _owner(estimator.backbone))
-        if estimator.features != "activation":
-            if estimator.gradient_backbone is None:
-                names = frozen.choose(estimator.gradient_layers)
-            elif estimator.head_leak is not None:
-                raise ValueError(
-                    "head_leak changes the activation and the derivative, so it cannot be combined "
-                    "with gradient_backbone. Set one of the two to None."
-                )
-            else:
-                other = resolve_backbone(estimator.gradient_backbone, tuple(X.shape[1:]), seed + 1)
-                owner = _owner(estimator.gradient_backbone)
-                moved = freeze(other.module, example, trunk_dtype, layer, owner)
-                frozen, names = gradients_elsewhere(frozen, moved, estimator.gradient_layers)
-    # f - g + g cancels in one precision only.
-    half = estimator.precision == "bfloat16" and estimator.gradient_backbone is None
-    leak = None if estimator.head_leak is None else float(estimator.head_leak)
-    return Extractor(frozen, preprocess, dtype, half, indices, leak), names
-
-
-def _owner(backbone: Any) -> Any:
-    """Return what the frozen copy of a backbone lives with: the module or callable itself."""
-    return backbone if callable(backbone) else None
+        samples = Samples(X, transform, trunk_dtype, resolved_device, indices)
+        example = samples.batch(slice(0, 2))
+        frozen = freeze(resolved.module, example, trunk_dtype, activation_layer, owner)
+        names = [] if gradient_layers is None else frozen.choose(gradient_layers)
+    half = precision == "bfloat16"
+    slope = None if negative_slope is None else float(negative_slope)
+    return Extractor(frozen, transform, dtype, half, indices, slope), names

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from sklearn_gradfeat.cache._store import (
     Boundary,
     Chunk,
-    FeatureKey,
     Place,
     Store,
     Tensors,
+    TrunkKey,
     held,
     sample_names,
 )
@@ -37,7 +37,7 @@ NOT_FINITE = (
 
 
 @dataclass(frozen=True)
-class Features:
+class CachedSamples:
     """What the linear model needs of the samples.
 
     Attributes
@@ -51,7 +51,7 @@ class Features:
         Number of samples in a batch.
     may_keep : bool
         Whether the boundary may be kept on the computing device; of a part, the whole decides.
-    part_of : (Features, tensor) or None
+    part_of : (CachedSamples, tensor) or None
         The features that these are some rows of, and which rows.
     """
 
@@ -59,17 +59,17 @@ class Features:
     boundary: Boundary | Samples
     batch_size: int
     may_keep: bool = True
-    part_of: tuple[Features, Tensor] | None = None
+    part_of: tuple[CachedSamples, Tensor] | None = None
 
-    def in_batches(self, size: int) -> Features:
+    def in_batches(self, size: int) -> CachedSamples:
         """Return the same in batches of another size; smaller ones need the room they have."""
         return replace(self, batch_size=size, may_keep=size >= self.batch_size)
 
-    def subset(self, rows: npt.NDArray[np.intp]) -> Features:
+    def subset(self, rows: npt.NDArray[np.intp]) -> CachedSamples:
         """Return what is known of some samples, without a copy of the boundary."""
         chosen = torch.from_numpy(rows).to(self.activation.device)
         whole, of = self.part_of or (self, None)
-        return Features(
+        return CachedSamples(
             self.activation[chosen],
             self.boundary.subset(rows),
             self.batch_size,
@@ -136,7 +136,7 @@ class Trunk:
         Run under bfloat16 autocast.
     store : Store or None
         Where to look first, and where to keep what had to be computed.
-    key : FeatureKey or None
+    key : TrunkKey or None
         What to look samples up by; None computes all of them.
     """
 
@@ -145,7 +145,7 @@ class Trunk:
     dtype: torch.dtype
     half: bool
     store: Store | None = None
-    key: FeatureKey | None = None
+    key: TrunkKey | None = None
 
     def batches(self, batch_size: int, *, verbose: bool, keep: bool) -> Iterator[Batch]:
         """Iterate over all samples.
@@ -179,7 +179,7 @@ class Trunk:
             boundary = self._compute(raw)
             chunk = held(boundary) if keep else None
             return boundary, [Place(chunk, i) for i in range(len(raw))] if chunk else [], len(raw)
-        key, names = self.key.of(raw), sample_names(raw)
+        key, names = self.key.for_samples(raw), sample_names(raw)
         found = self.store.find(key, names)
         new: dict[bytes, int] = {}
         if None in found:
@@ -223,14 +223,14 @@ class Trunk:
         return tuple(z.to(self.dtype) if z.is_floating_point() else z for z in boundary)
 
 
-def compute_features(
+def cache_samples(
     n_samples: int,
     batches: Iterable[Batch],
     activation: Callable[[Tensors], Tensor],
     batch_size: int,
     inputs: Samples | None,
     keep_boundary: bool,
-) -> Features:
+) -> CachedSamples:
     """Run the network over all samples and keep its activation and its boundary.
 
     Parameters
@@ -250,7 +250,7 @@ def compute_features(
 
     Returns
     -------
-    Features
+    CachedSamples
     """
     places: list[Place] = []
     activations: Tensor | None = None
@@ -264,7 +264,7 @@ def compute_features(
     assert activations is not None
     if not torch.isfinite(activations).all():
         raise ValueError(NOT_FINITE)
-    return Features(activations, inputs or Boundary(places), batch_size)
+    return CachedSamples(activations, inputs or Boundary(places), batch_size)
 
 
 def _read_ahead(samples: Samples, spans: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:

@@ -115,7 +115,7 @@ _ENTRY = 256
 
 
 @dataclass(frozen=True)
-class FeatureKey:
+class TrunkKey:
     """What the boundary of a sample depends on besides the sample.
 
     Attributes
@@ -132,10 +132,10 @@ class FeatureKey:
     portable: bool
     owner: object
 
-    def of(self, raw: Tensor) -> FeatureKey:
+    def for_samples(self, raw: Tensor) -> TrunkKey:
         """Return the key for samples of the dtype and shape of a batch."""
         kind = digest(self.digest, raw.dtype, tuple(raw.shape[1:]))
-        return FeatureKey(kind, self.portable, self.owner)
+        return TrunkKey(kind, self.portable, self.owner)
 
 
 def sample_names(raw: Tensor) -> list[bytes]:
@@ -147,15 +147,15 @@ def sample_names(raw: Tensor) -> list[bytes]:
 class Store(Protocol):
     """Where boundary tensors are kept between fits and predictions."""
 
-    def find(self, key: FeatureKey, names: Sequence[bytes]) -> list[Place | None]:
+    def find(self, key: TrunkKey, names: Sequence[bytes]) -> list[Place | None]:
         """Return where each sample is, None where it is not."""
 
     def add(
-        self, key: FeatureKey, names: Sequence[bytes], chunk: HeldChunk, used: Collection[Chunk]
+        self, key: TrunkKey, names: Sequence[bytes], chunk: HeldChunk, used: Collection[Chunk]
     ) -> Chunk:
         """Keep a chunk if there is room, without giving up those in use; return it as kept."""
 
-    def computing(self, key: FeatureKey) -> AbstractContextManager[None]:
+    def computing(self, key: TrunkKey) -> AbstractContextManager[None]:
         """Hold back whoever else would compute samples for the key."""
 
 
@@ -182,7 +182,7 @@ class MemoryStore:
                 before=self._hold, after_in_parent=self._release, after_in_child=self._renew
             )
 
-    def find(self, key: FeatureKey, names: Sequence[bytes]) -> list[Place | None]:
+    def find(self, key: TrunkKey, names: Sequence[bytes]) -> list[Place | None]:
         """Return where each sample is, None where it is not."""
         with self._locked():
             self._attach(key)
@@ -193,7 +193,7 @@ class MemoryStore:
         return found
 
     def add(
-        self, key: FeatureKey, names: Sequence[bytes], chunk: HeldChunk, used: Collection[Chunk]
+        self, key: TrunkKey, names: Sequence[bytes], chunk: HeldChunk, used: Collection[Chunk]
     ) -> Chunk:
         """Keep a chunk if there is room, without giving up those in use; return it as kept."""
         size = sum(z.nbytes for z in chunk.tensors) + _ENTRY * len(names)
@@ -205,7 +205,7 @@ class MemoryStore:
         return chunk
 
     @contextmanager
-    def computing(self, key: FeatureKey) -> Iterator[None]:
+    def computing(self, key: TrunkKey) -> Iterator[None]:
         """Hold back other threads that would compute samples for the key."""
         with self._locked():
             lock = self._computing[key.digest]
@@ -250,7 +250,7 @@ class MemoryStore:
         if not places:
             del self._places[key]
 
-    def _attach(self, key: FeatureKey) -> None:
+    def _attach(self, key: TrunkKey) -> None:
         """Note that a network uses a key, until it is gone."""
         if key.owner not in self._tokens:
             token = self._tokens[key.owner] = next(self._counter)

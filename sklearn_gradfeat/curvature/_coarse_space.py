@@ -37,7 +37,9 @@ class Block:
     summed: bool
 
     @classmethod
-    def of(cls, layer: Layer, ranks: tuple[int, int], n_positions: int, n_outputs: int) -> Block:
+    def from_layer(
+        cls, layer: Layer, ranks: tuple[int, int], n_positions: int, n_outputs: int
+    ) -> Block:
         """Take so many eigenvectors of either factor."""
         sides = zip((layer.output, layer.inputs), ranks, strict=True)
         (g, outputs), (a, inputs) = ((s.values[0, -r:], s.columns(r)) for s, r in sides)
@@ -273,7 +275,9 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
         numbers, cost = (sum(each) for each in zip(*sizes, strict=True))
         if cost + _READING * numbers <= most and numbers <= room:
             each = zip(layers, ranks, n_positions, strict=True)
-            blocks = [Block.of(layer, r, n, n_outputs) for layer, r, n in each if min(r) > 0]
+            blocks = [
+                Block.from_layer(layer, r, n, n_outputs) for layer, r, n in each if min(r) > 0
+            ]
             try:
                 return _checked(objective, Subspace(objective, blocks, curvature.total))
             except LayoutError:

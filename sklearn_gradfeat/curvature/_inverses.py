@@ -15,7 +15,7 @@ from sklearn_gradfeat.curvature._preconditioner import Curvature, Preconditioner
 from sklearn_gradfeat.curvature._sample_space import SampleInverse, tangent_gram
 from sklearn_gradfeat.curvature._spectrum import damping
 from sklearn_gradfeat.linearized import Loss, TangentObjective
-from sklearn_gradfeat.solvers import Secants, Solution, minimize, same_curvature
+from sklearn_gradfeat.solvers import CurvaturePairs, Solution, minimize, same_curvature
 
 _ROUNDS = 6
 
@@ -49,7 +49,7 @@ def largest_curvature(objective: TangentObjective) -> float:
 _FIRST, _LATER = (0.002, 100), (0.1, 20)
 
 
-class Correction:
+class CoarseSolve:
     """Minimises an objective over a subspace, starting each time where it ended before.
 
     Parameters
@@ -74,7 +74,7 @@ class Correction:
         self.loss, self.subspace = objective.loss, subspace
         self.penalty = torch.cat([objective.penalty[:n], torch.full_like(curvature, alpha)])
         self.inverse = _Inverse(inverse, n, 1 / (curvature + damping(alpha, curvature)))
-        self.secants: Secants | None = None
+        self.curvature_pairs: CurvaturePairs | None = None
         self.limits = _FIRST if anew else _LATER
 
     def __call__(self, x: Tensor, logits: Tensor, norm: float) -> tuple[Tensor, Tensor, float]:
@@ -93,9 +93,9 @@ class Correction:
             lambda _: self.inverse,
             tolerance=share * norm,
             max_iter=max_iter,
-            secants=self.secants,
+            curvature_pairs=self.curvature_pairs,
         )
-        self.secants, self.limits = solution.secants, _LATER
+        self.curvature_pairs, self.limits = solution.curvature_pairs, _LATER
         moved = solution.x - start
         gain = solution.objective_path[-1] - solution.objective_path[0]
         return x + self.subspace.extend(moved), logits + self.subspace.forward(moved), gain
@@ -142,11 +142,11 @@ class Inverses:
 
     Attributes
     ----------
-    secants : Secants or None
+    curvature_pairs : CurvaturePairs or None
         What was learned in the last fit, for the next one that starts where that ended.
     """
 
-    secants: Secants | None = None
+    curvature_pairs: CurvaturePairs | None = None
 
     def __init__(self) -> None:
         self._curvature: Curvature | None = None
@@ -154,7 +154,7 @@ class Inverses:
         self._grams = True
         self._subspaces: list[Subspace | None] = []  # empty until there is need of one
 
-    def of(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+    def at(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
         """Return the function that inverts the Hessian at given logits: exactly where cheap."""
         wide = objective.like.dtype == torch.float64
         if wide and self._grams and self._gram is None and objective.tangent is not None:
@@ -166,15 +166,17 @@ class Inverses:
         return lambda logits: SampleInverse(objective, gram, logits)
 
     def exact_for(self, objective: TangentObjective) -> bool:
-        """Whether a Newton step leads to the optimum, after :meth:`of` that objective."""
-        quadratic = objective.loss.bottom is not None and objective.like.dtype == torch.float64
+        """Whether a Newton step leads to the optimum, after :meth:`at` that objective."""
+        quadratic = (
+            objective.loss.quadratic_minimizer is not None and objective.like.dtype == torch.float64
+        )
         return quadratic and (objective.tangent is None or self._gram is not None)
 
-    def coarse(self, objective: TangentObjective) -> Callable[[Any], Correction | None]:
+    def coarse(self, objective: TangentObjective) -> Callable[[Any], CoarseSolve | None]:
         """Return the function that corrects points within leading directions, given an inverse."""
         return functools.partial(self._correction, objective)
 
-    def _correction(self, objective: TangentObjective, inverse: Any) -> Correction | None:
+    def _correction(self, objective: TangentObjective, inverse: Any) -> CoarseSolve | None:
         """Return the correction, unless the inverse is exact or no subspace is worth it."""
         if objective.tangent is None or not isinstance(inverse, Preconditioner):
             return None
@@ -182,11 +184,11 @@ class Inverses:
         if anew:
             self._subspaces = [leading_subspace(objective, inverse.curvature)]
         (subspace,) = self._subspaces
-        return None if subspace is None else Correction(objective, subspace, inverse, anew)
+        return None if subspace is None else CoarseSolve(objective, subspace, inverse, anew)
 
     def learn(self, solution: Solution) -> None:
         """Remember what the solver found, unless the inverses are exact."""
-        self.secants = solution.secants if self._gram is None else None
+        self.curvature_pairs = solution.curvature_pairs if self._gram is None else None
 
     def _preconditioner(self, objective: TangentObjective, logits: Tensor) -> Preconditioner:
         known = self._curvature

@@ -74,12 +74,12 @@ class Factor:
 
     def spectra(self) -> tuple[Spectrum, Spectrum]:
         """Return the decompositions of both, output first."""
-        few = Spectrum.of_rows(torch.cat(self.rows, 1)) if self.rows else None
+        few = Spectrum.from_rows(torch.cat(self.rows, 1)) if self.rows else None
         return _spectrum(self.output), few or _spectrum(self.inputs)
 
 
 def _spectrum(gram: Tensor) -> Spectrum:
-    return Spectrum.of(gram) if gram.ndim == 3 else Spectrum(gram, None)
+    return Spectrum.from_matrix(gram) if gram.ndim == 3 else Spectrum(gram, None)
 
 
 def _empty_gram(like: Tensor, groups: int, width: int) -> Tensor:
@@ -135,7 +135,7 @@ def factors(
                     _add_inputs(found, call, head, w, positions.most(width, n_samples))
             n_rows = n_samples * len(columns)
             for call, gradient, positions in zip(calls, rows_out, chosen, strict=True):
-                found[call.weight].add_output(positions.of(gradient, n_rows), w)
+                found[call.weight].add_output(positions.strongest(gradient, n_rows), w)
         covered = {*found, *(f.bias for f in found.values())}
         rest = [i for i in range(len(head.values)) if i not in covered]
         for i, square in zip(rest, _squares(head, rest, boundary, columns, w), strict=True):
@@ -155,7 +155,7 @@ class _Positions:
         enough = max(_MIN_POSITIONS, math.ceil(_ROWS_PER_COLUMN * width / n_rows))
         return self.order[:enough]
 
-    def of(self, rows: Tensor, n_rows: int) -> Tensor:
+    def strongest(self, rows: Tensor, n_rows: int) -> Tensor:
         """Return rows at the strongest positions, scaled to stand for all of them."""
         chosen = self.most(rows.shape[-1], n_rows)
         share = float(self.share[: len(chosen)].sum())

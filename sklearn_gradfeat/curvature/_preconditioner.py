@@ -42,7 +42,7 @@ class Curvature:
         total = shares.sum()
         weights = (shares / total if total > 0 else objective.loss.weights).to(like)
         self.total = float(total)
-        self.outputs = Spectrum.of(curvature)
+        self.outputs = Spectrum.from_matrix(curvature)
         self.mean, self.inputs = _centred(objective, weights)
         self.layers: list[Layer] = []
         self.diagonals: dict[int, Tensor] = {}
@@ -128,15 +128,19 @@ def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spec
     intercept do not depend on each other, and the penalty is on the weights alone.
     """
     rows = objective.like.new_empty(objective.n_samples, 0)
-    if objective.features is not None:
-        rows = objective.features
+    if objective.activation is not None:
+        rows = objective.activation
     mean = weights @ rows if objective.fit_intercept else rows.new_zeros(rows.shape[1])
     rows = rows - mean
     if len(rows) < rows.shape[1] and len(rows) <= MAX_EXACT:
-        return mean, Spectrum.of_rows(weights.sqrt()[:, None] * rows)
+        return mean, Spectrum.from_rows(weights.sqrt()[:, None] * rows)
     weighted = weights[:, None] * rows
     wide = rows.shape[1] > MAX_WIDTH
-    factor = Spectrum((weighted * rows).sum(0), None) if wide else Spectrum.of(weighted.T @ rows)
+    factor = (
+        Spectrum((weighted * rows).sum(0), None)
+        if wide
+        else Spectrum.from_matrix(weighted.T @ rows)
+    )
     return mean, factor
 
 

@@ -43,7 +43,7 @@ class SampleInverse:
 
     def __init__(self, objective: TangentObjective, gram: Tensor, logits: Tensor) -> None:
         weights, n_outputs = objective.loss.weights, objective.loss.n_outputs
-        rows = objective.features
+        rows = objective.activation
         inner = gram.new_zeros(2 * weights.shape) if rows is None else rows @ rows.T
         of_sample = gram.diagonal().view(-1, n_outputs).sum(1)
         levels = (
@@ -167,7 +167,7 @@ def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
     ValueError
         If penalties are so small that rounding would decide.
     """
-    targets, weights = objective.loss.bottom, objective.loss.weights
+    targets, weights = objective.loss.quadratic_minimizer, objective.loss.weights
     assert targets is not None
     kernel = _kernel(objective, gram).to(targets)
     n_outputs = targets.shape[1]
@@ -207,8 +207,8 @@ def _kernel(objective: TangentObjective, gram: Tensor | None) -> Tensor:
     weights = objective.loss.weights
     one = torch.eye(objective.loss.n_outputs).to(weights)
     kernel = torch.zeros_like(one).repeat((objective.n_samples,) * 2)
-    if objective.features is not None:
-        rows = objective.features.to(one)
+    if objective.activation is not None:
+        rows = objective.activation.to(one)
         if objective.fit_intercept:
             rows = rows - weights @ rows
         kernel += torch.kron(rows @ rows.T / objective.alpha, one)

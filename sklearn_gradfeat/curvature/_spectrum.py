@@ -34,7 +34,7 @@ class Spectrum:
     rest: Tensor | None = None
 
     @classmethod
-    def of(cls, matrix: Tensor) -> Spectrum:
+    def from_matrix(cls, matrix: Tensor) -> Spectrum:
         """Decompose matrices of shape (..., n, n)."""
         home = "cpu" if matrix.device.type == "mps" else matrix.device
         n = matrix.shape[-1]
@@ -48,7 +48,7 @@ class Spectrum:
         return cls(values.to(matrix), vectors.to(matrix), rest.clamp(min=0))
 
     @classmethod
-    def of_rows(cls, rows: Tensor) -> Spectrum:
+    def from_rows(cls, rows: Tensor) -> Spectrum:
         """Decompose ``rowsᵀ rows``, for rows of shape (n_rows, n) or (1, n_rows, n), n_rows < n."""
         home, one = "cpu" if rows.device.type == "mps" else rows.device, rows.shape[:-2]
         wide = rows.reshape(rows.shape[-2:]).to(home, torch.float64)

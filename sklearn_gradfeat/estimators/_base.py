@@ -28,7 +28,7 @@ from sklearn_gradfeat.data import (
 )
 from sklearn_gradfeat.estimators._printing import PrintedByName
 from sklearn_gradfeat.io import LinearizedNetwork, save_estimator
-from sklearn_gradfeat.linearized import Model
+from sklearn_gradfeat.linearized import LinearModel
 from sklearn_gradfeat.training import (
     CallbackSupportMixin,
     FitCallbacks,
@@ -94,7 +94,7 @@ class ServingMixin:
         """
         check_is_fitted(self)
         extractor = self._extractor.on(resolve_device(device))
-        model = Model.of(self, extractor.backbone.example.device, extractor.dtype)
+        model = LinearModel.from_estimator(self, extractor.backbone.example.device, extractor.dtype)
         return LinearizedNetwork(extractor, model, self._output()).frozen()
 
     def _output(self) -> nn.Module:
@@ -114,7 +114,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         "gradient_backbone": [None, str, nn.Module, callable],
         "activation_layer": [None, str],
         "preprocess": [StrOptions({"auto"}), None, callable],
-        "head_leak": [None, Interval(Real, 0, 1, closed="left")],
+        "negative_slope": [None, Interval(Real, 0, 1, closed="left")],
         "features": [StrOptions({"full", "activation", "gradient"})],
         "omega": [StrOptions({"fitted", "random"})],
         "parametrization": [StrOptions({"ntk", "standard"})],
@@ -215,7 +215,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         extractor, names = build_extractor(self, X, seed)
         network = extractor.network(names)
         features = in_smaller_batches(
-            lambda size: extractor.features(
+            lambda size: extractor.cache(
                 X, network, size, bool(self.verbose), bool(names), self._store(X)
             ),
             self.batch_size,
@@ -239,7 +239,7 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         with tqdm(unit="iteration", disable=not self.verbose) as bar:
 
             def monitor(
-                stage: str, iteration: int, value: float, model: Callable[[], Model]
+                stage: str, iteration: int, value: float, model: Callable[[], LinearModel]
             ) -> bool:
                 bar.set_description(f"{stage}, objective {value:.6g}")
                 bar.update()
@@ -261,9 +261,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             "objective_path_": np.array(last.objective_path),
         }
 
-    def _warm_model(self, prepared: Prepared, problem: Problem, n_outputs: int) -> Model | None:
+    def _warm_model(
+        self, prepared: Prepared, problem: Problem, n_outputs: int
+    ) -> LinearModel | None:
         """Return the former solution, if it can serve as the start."""
-        activation = prepared.features.activation
+        activation = prepared.samples.activation
         shape = (n_outputs, activation.shape[1])
         if not self.warm_start or getattr(self, "coef_", np.empty(0)).shape != shape:
             return None
@@ -271,7 +273,9 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
             n: tuple(p.shape) for n, p in prepared.network.parameters.items()
         }:
             return None
-        return problem.unfinished(Model.of(self, activation.device, activation.dtype))
+        return problem.unfinished(
+            LinearModel.from_estimator(self, activation.device, activation.dtype)
+        )
 
     @torch.inference_mode(False)
     def _logits(self, X: Any) -> np.ndarray[Any, Any]:
@@ -286,11 +290,11 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
         )
 
     @torch.inference_mode(False)
-    def _extractor_and_model(self) -> tuple[Extractor, Model]:
+    def _extractor_and_model(self) -> tuple[Extractor, LinearModel]:
         """Return what was fitted, on the device to compute on."""
         try:
             device = resolve_device(self.device)
         except ValueError:  # unpickled on a machine that lacks the device it was fitted on
             device = resolve_device("auto")
         extractor = self._extractor.on(device)
-        return extractor, Model.of(self, device, extractor.dtype)
+        return extractor, LinearModel.from_estimator(self, device, extractor.dtype)

@@ -69,7 +69,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         ``"auto"`` is the transform of a named network, which takes uint8 images or floats
         in [0, 1] of any size, grey or RGB, channels first or last; for any other backbone
         it is nothing.
-    head_leak : float, default=None
+    negative_slope : float, default=None
         Slope below zero of the rectifiers above the gradient layers, at least 0 and below 1, for
         activation and derivative alike: a rectifier passes no derivative where its input is
         negative. None leaves them as they are.
@@ -161,7 +161,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
 
     References
     ----------
-    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning,
+    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning,
        ICLR 2020, arXiv:2004.05529.
 
     Examples
@@ -190,7 +190,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         gradient_backbone=None,
         activation_layer=None,
         preprocess="auto",
-        head_leak=None,
+        negative_slope=None,
         features="full",
         omega="fitted",
         parametrization="ntk",
@@ -214,7 +214,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         self.gradient_backbone = gradient_backbone
         self.activation_layer = activation_layer
         self.preprocess = preprocess
-        self.head_leak = head_leak
+        self.negative_slope = negative_slope
         self.features = features
         self.omega = omega
         self.parametrization = parametrization
@@ -418,7 +418,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         ``"auto"`` is the transform of a named network, which takes uint8 images or floats
         in [0, 1] of any size, grey or RGB, channels first or last; for any other backbone
         it is nothing.
-    head_leak : float, default=None
+    negative_slope : float, default=None
         Slope below zero of the rectifiers above the gradient layers, at least 0 and below 1, for
         activation and derivative alike: a rectifier passes no derivative where its input is
         negative. None leaves them as they are.
@@ -529,7 +529,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
 
     References
     ----------
-    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning,
+    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning,
        ICLR 2020, arXiv:2004.05529.
 
     Examples
@@ -558,7 +558,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         gradient_backbone=None,
         activation_layer=None,
         preprocess="auto",
-        head_leak=None,
+        negative_slope=None,
         features="full",
         omega="fitted",
         parametrization="ntk",
@@ -584,7 +584,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         self.gradient_backbone = gradient_backbone
         self.activation_layer = activation_layer
         self.preprocess = preprocess
-        self.head_leak = head_leak
+        self.negative_slope = negative_slope
         self.features = features
         self.omega = omega
         self.parametrization = parametrization

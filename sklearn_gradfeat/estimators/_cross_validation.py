@@ -34,7 +34,7 @@ from sklearn_gradfeat.training import (
     Grid,
     Prepared,
     Problem,
-    Stages,
+    TwoStageFit,
     known_logits,
     left_out_path,
     penalty_path,
@@ -153,7 +153,7 @@ class _Part(NamedTuple):
     problem: Problem
     test: npt.NDArray[np.intp]
     samples: Any
-    stages: Stages
+    stages: TwoStageFit
     candidates: Iterator[Candidate]
 
 
@@ -290,7 +290,7 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
         """Return the function that scores the models of a fold."""
         test, rows = part.test, part.samples
         offset = part.problem.offset(part.stages.loss.n_outputs)
-        features = data.prepared.features.subset(test)
+        features = data.prepared.samples.subset(test)
         given = _check_method_params(data.X, to_score, indices=test)
         scorer, scored = self._get_scorer(), self._fold_model(data.prepared, part.problem)
 

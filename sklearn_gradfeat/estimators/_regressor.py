@@ -65,7 +65,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         ``"auto"`` is the transform of a named network, which takes uint8 images or floats
         in [0, 1] of any size, grey or RGB, channels first or last; for any other backbone
         it is nothing.
-    head_leak : float, default=None
+    negative_slope : float, default=None
         Slope below zero of the rectifiers above the gradient layers, at least 0 and below 1, for
         activation and derivative alike: a rectifier passes no derivative where its input is
         negative. None leaves them as they are.
@@ -153,7 +153,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
 
     References
     ----------
-    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning,
+    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning,
        ICLR 2020, arXiv:2004.05529.
 
     Examples
@@ -185,7 +185,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         gradient_backbone=None,
         activation_layer=None,
         preprocess="auto",
-        head_leak=None,
+        negative_slope=None,
         features="full",
         omega="fitted",
         parametrization="ntk",
@@ -209,7 +209,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         self.gradient_backbone = gradient_backbone
         self.activation_layer = activation_layer
         self.preprocess = preprocess
-        self.head_leak = head_leak
+        self.negative_slope = negative_slope
         self.features = features
         self.omega = omega
         self.parametrization = parametrization
@@ -336,7 +336,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         ``"auto"`` is the transform of a named network, which takes uint8 images or floats
         in [0, 1] of any size, grey or RGB, channels first or last; for any other backbone
         it is nothing.
-    head_leak : float, default=None
+    negative_slope : float, default=None
         Slope below zero of the rectifiers above the gradient layers, at least 0 and below 1, for
         activation and derivative alike: a rectifier passes no derivative where its input is
         negative. None leaves them as they are.
@@ -446,7 +446,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
 
     References
     ----------
-    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning,
+    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning,
        ICLR 2020, arXiv:2004.05529.
 
     Examples
@@ -477,7 +477,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         gradient_backbone=None,
         activation_layer=None,
         preprocess="auto",
-        head_leak=None,
+        negative_slope=None,
         features="full",
         omega="fitted",
         parametrization="ntk",
@@ -503,7 +503,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         self.gradient_backbone = gradient_backbone
         self.activation_layer = activation_layer
         self.preprocess = preprocess
-        self.head_leak = head_leak
+        self.negative_slope = negative_slope
         self.features = features
         self.omega = omega
         self.parametrization = parametrization

@@ -13,14 +13,14 @@ from torch import Tensor
 from sklearn_gradfeat.backbones import Network, differentiable_attention
 from sklearn_gradfeat.cache import Extractor
 from sklearn_gradfeat.data import Samples
-from sklearn_gradfeat.linearized import LinearizedHead, Model, Tensors, to_numpy
+from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Tensors, to_numpy
 
 Groups = Mapping[str, Sequence[str]]
 
 
 @torch.inference_mode(False)
 def logit_parts(
-    extractor: Extractor, model: Model, X: Any, batch_size: int, groups: Groups
+    extractor: Extractor, model: LinearModel, X: Any, batch_size: int, groups: Groups
 ) -> tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]:
     """Return the logits in parts.
 
@@ -28,7 +28,7 @@ def logit_parts(
     ----------
     extractor : Extractor
         The way to the features.
-    model : Model
+    model : LinearModel
         The linear model, on the device of the extractor.
     X : ndarray or lazy array-like of shape (n_samples, ...)
         Validated input.
@@ -61,7 +61,9 @@ def logit_parts(
 
 
 @torch.inference_mode(False)
-def relative_displacements(extractor: Extractor, model: Model, groups: Groups) -> dict[str, float]:
+def relative_displacements(
+    extractor: Extractor, model: LinearModel, groups: Groups
+) -> dict[str, float]:
     """Return ``‖w₂‖ / ‖θ₂‖`` of every group of parameters.
 
     The parameters are those of the network with its batch norms folded, in which the
@@ -88,14 +90,14 @@ class InputTerm:
     ----------
     extractor : Extractor
         The way to the features.
-    model : Model
+    model : LinearModel
         The linear model, on the device of the extractor.
     term : {"gradient", "activation", "full"}
         ``Ω J(x) w₂``, ``W f(x)``, or their sum.
     """
 
     @torch.inference_mode(False)
-    def __init__(self, extractor: Extractor, model: Model, term: str) -> None:
+    def __init__(self, extractor: Extractor, model: LinearModel, term: str) -> None:
         self.extractor, self.model = extractor, model
         self.weights = None if term == "gradient" else model.weights
         self.moves: Tensors = ()
@@ -103,7 +105,9 @@ class InputTerm:
             self.moves = tuple(model.displacements.values())
         device = extractor.backbone.example.device
         backbone = extractor.backbone.to(device, extractor.dtype)
-        self.network: Network = backbone.network(list(model.displacements), extractor.leak)
+        self.network: Network = backbone.network(
+            list(model.displacements), extractor.negative_slope
+        )
         self.linearized = LinearizedHead(self.network.head, self.network.parameters, "standard")
 
     @torch.inference_mode(False)

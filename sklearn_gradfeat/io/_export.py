@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.cache import Extractor
-from sklearn_gradfeat.linearized import Model, UntraceableError, linearized_graph
+from sklearn_gradfeat.linearized import LinearModel, UntraceableError, linearized_graph
 
 
 class TwoClasses(nn.Module):
@@ -26,7 +26,7 @@ class LinearizedNetwork(nn.Module):
     ----------
     extractor : Extractor
         The way to the features.
-    model : Model
+    model : LinearModel
         The linear model, on the device of the extractor.
     output : nn.Module
         Maps the logits, of shape (n_samples, n_outputs), to what is returned.
@@ -41,7 +41,7 @@ class LinearizedNetwork(nn.Module):
     intercept: Tensor
     omega: Tensor
 
-    def __init__(self, extractor: Extractor, model: Model, output: nn.Module) -> None:
+    def __init__(self, extractor: Extractor, model: LinearModel, output: nn.Module) -> None:
         super().__init__()
         network = extractor.network(list(model.displacements))
         graph = network.graph

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sklearn_gradfeat.backbones import default_name, stored_weights
 from sklearn_gradfeat.cache import Extractor
 from sklearn_gradfeat.io._archive import Arrays, NotStorableError, digest, pack, write_archive
-from sklearn_gradfeat.linearized import Model
+from sklearn_gradfeat.linearized import LinearModel
 from sklearn_gradfeat.training import predict_logits
 
 WEIGHTS = "backbone."
@@ -83,7 +83,7 @@ def probe(estimator: Any) -> npt.NDArray[Any]:
     device = torch.device("cpu")
     extractor: Extractor = estimator._extractor.on(device)
     extractor = replace(extractor, preprocess=None, half=False)
-    model = Model.of(estimator, device, extractor.dtype)
+    model = LinearModel.from_estimator(estimator, device, extractor.dtype)
     example = extractor.backbone.example
     for samples in _made_up(example):
         try:
@@ -149,7 +149,7 @@ def _extractor(extractor: Extractor) -> dict[str, Any]:
         "dtype": _name(extractor.dtype),
         "half": extractor.half,
         "takes_indices": extractor.takes_indices,
-        "leak": extractor.leak,
+        "leak": extractor.negative_slope,
         "preprocess": None if preprocess is None else describe(preprocess),
     }
 

@@ -16,7 +16,7 @@ from sklearn_gradfeat.linearized._losses import (
     Squared,
 )
 from sklearn_gradfeat.linearized._model import (
-    Model,
+    LinearModel,
     to_numpy,
 )
 from sklearn_gradfeat.linearized._objective import (
@@ -28,9 +28,9 @@ from sklearn_gradfeat.linearized._objective import (
 __all__ = [
     "Bernoulli",
     "Huber",
+    "LinearModel",
     "LinearizedHead",
     "Loss",
-    "Model",
     "Multinomial",
     "Squared",
     "TangentObjective",

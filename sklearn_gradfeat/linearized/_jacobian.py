@@ -110,7 +110,7 @@ def ntk_scale(parameter: Tensor) -> float:
 
     References
     ----------
-    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning,
+    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning,
        ICLR 2020, arXiv:2004.05529.
     """
     return math.sqrt(1 / parameter.shape[0]) if parameter.ndim > 1 else _NTK_BIAS

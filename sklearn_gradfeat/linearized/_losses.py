@@ -18,7 +18,7 @@ class Loss(Protocol):
     """A smooth convex function of the logits of all training samples."""
 
     @property
-    def bottom(self) -> Tensor | None:
+    def quadratic_minimizer(self) -> Tensor | None:
         """Logits where the gradient of a quadratic loss vanishes; None for any other loss."""
 
     @property
@@ -56,7 +56,7 @@ class Multinomial:
         Number of classes.
     """
 
-    bottom: ClassVar[None] = None
+    quadratic_minimizer: ClassVar[None] = None
     targets: Tensor
     weights: Tensor
     n_outputs: int
@@ -97,7 +97,7 @@ class Bernoulli:
         Non-negative, adding up to one.
     """
 
-    bottom: ClassVar[None] = None
+    quadratic_minimizer: ClassVar[None] = None
     targets: Tensor
     weights: Tensor
 
@@ -143,7 +143,7 @@ class Squared:
     weights: Tensor
 
     @property
-    def bottom(self) -> Tensor:
+    def quadratic_minimizer(self) -> Tensor:
         """The targets."""
         return self.targets
 
@@ -188,7 +188,7 @@ class Huber:
         The absolute error at which the loss turns linear.
     """
 
-    bottom: ClassVar[None] = None
+    quadratic_minimizer: ClassVar[None] = None
     targets: Tensor
     weights: Tensor
     epsilon: float

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Model:
+class LinearModel:
     """A linear model, with the displacements in the units of the parameters.
 
     ``weights`` and ``omega`` have shape (n_outputs, n_features), ``intercept`` has shape
@@ -25,7 +25,7 @@ class Model:
     displacements: dict[str, Tensor]
 
     @classmethod
-    def of(cls, fitted: Any, device: torch.device, dtype: torch.dtype) -> Model:
+    def from_estimator(cls, fitted: Any, device: torch.device, dtype: torch.dtype) -> LinearModel:
         """Return the model that the attributes of a fitted estimator hold."""
 
         def tensor(array: Any) -> Tensor:
@@ -38,11 +38,11 @@ class Model:
             {name: tensor(value) for name, value in fitted.gradient_coef_.items()},
         )
 
-    def shifted(self, offset: npt.NDArray[np.float64]) -> Model:
+    def shifted(self, offset: npt.NDArray[np.float64]) -> LinearModel:
         """Return the model that predicts as much more of every output."""
         return replace(self, intercept=self.intercept + torch.from_numpy(offset).to(self.intercept))
 
-    def scaled(self, factors: npt.NDArray[np.float64]) -> Model:
+    def scaled(self, factors: npt.NDArray[np.float64]) -> LinearModel:
         """Return the model that predicts so many times as much of every output."""
         column = torch.from_numpy(factors).to(self.intercept)[:, None]
         return replace(

@@ -74,7 +74,7 @@ class TangentObjective:
     ----------
     loss : Loss
         The loss, in the logits.
-    features : tensor of shape (n_samples, n_features) or None
+    activation : tensor of shape (n_samples, n_features) or None
         The activations; None leaves the weights out of the model.
     tangent : TangentTerm or None
         The gradient features; None leaves the displacements out.
@@ -91,7 +91,7 @@ class TangentObjective:
     """
 
     loss: Loss
-    features: Tensor | None
+    activation: Tensor | None
     tangent: TangentTerm | None
     alpha: float
     fit_intercept: bool
@@ -104,7 +104,7 @@ class TangentObjective:
     def __post_init__(self) -> None:
         """Lay out the unknowns and their penalty."""
         c = self.loss.n_outputs
-        d = 0 if self.features is None else self.features.shape[1]
+        d = 0 if self.activation is None else self.activation.shape[1]
         p = 0 if self.tangent is None else self.tangent.head.size
         sizes = (c * d, c if self.fit_intercept else 0, p)
         penalties = (self.alpha, 0.0, self.tangent.alpha if self.tangent else 0.0)
@@ -161,8 +161,8 @@ class TangentObjective:
         logits = torch.zeros(
             self.n_samples, self.loss.n_outputs, dtype=torch.float64, device=self.accumulator
         )
-        if self.features is not None:
-            logits += self._wide(self.features @ parts.weights.T)
+        if self.activation is not None:
+            logits += self._wide(self.activation @ parts.weights.T)
         if self.fit_intercept:
             logits += self._wide(parts.intercept)
         return logits
@@ -171,7 +171,7 @@ class TangentObjective:
         """Return the adjoint of the activation term and the intercept, with ``u``."""
         narrow = self._narrow(cotangent)
         empty = self.like.new_empty(0)
-        weights = empty if self.features is None else (narrow.T @ self.features).reshape(-1)
+        weights = empty if self.activation is None else (narrow.T @ self.activation).reshape(-1)
         intercept = self._narrow(cotangent.sum(0)) if self.fit_intercept else empty
         return torch.cat([weights, intercept, u])
 

@@ -1,7 +1,7 @@
 """Minimise a smooth convex loss of a linear map; no network is known here."""
 
 from sklearn_gradfeat.solvers._lbfgs import (
-    Secants,
+    CurvaturePairs,
     Solution,
     minimize,
     preconditioned_norm,
@@ -9,7 +9,7 @@ from sklearn_gradfeat.solvers._lbfgs import (
 )
 
 __all__ = [
-    "Secants",
+    "CurvaturePairs",
     "Solution",
     "minimize",
     "preconditioned_norm",

@@ -38,7 +38,7 @@ Inverse: TypeAlias = Callable[[Tensor], Tensor]
 Status = Literal["converged", "max_iter", "stalled", "interrupted"]
 
 
-class Secants(NamedTuple):
+class CurvaturePairs(NamedTuple):
     """Steps, with the changes of the gradient over them under some penalty."""
 
     pairs: list[tuple[Tensor, Tensor]]
@@ -64,7 +64,7 @@ class Solution:
         progress; ``"interrupted"`` when the callback asked to stop.
     norm : float
         Norm of the gradient in the metric of the preconditioner.
-    secants : Secants
+    curvature_pairs : CurvaturePairs
         What was learned of the objective near the minimiser.
     """
 
@@ -74,7 +74,7 @@ class Solution:
     n_passes: int
     status: Status
     norm: float
-    secants: Secants
+    curvature_pairs: CurvaturePairs
 
 
 class _Memory:
@@ -95,12 +95,12 @@ class _Memory:
             self.pairs.append((step, change, 1.0 / curvature))
             self.scale = curvature / metric
 
-    def recall(self, secants: Secants | None, penalty: Tensor) -> None:
+    def recall(self, curvature_pairs: CurvaturePairs | None, penalty: Tensor) -> None:
         """Remember what another fit learned: the penalty is a known part of every change."""
-        if secants is None:
+        if curvature_pairs is None:
             return
-        for step, former in secants.pairs:
-            change = former + (penalty - secants.penalty) * step
+        for step, former in curvature_pairs.pairs:
+            change = former + (penalty - curvature_pairs.penalty) * step
             self.add(step, change, self.precondition(change))
 
     def direction(self, gradient: Tensor, natural: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def minimize(
     tolerance: float,
     max_iter: int,
     callback: Callable[[int, float, Tensor], bool] | None = None,
-    secants: Secants | None = None,
+    curvature_pairs: CurvaturePairs | None = None,
     coarse: Callable[[Inverse], Correct | None] | None = None,
 ) -> Solution:
     """Minimise a smooth convex objective of a linear map.
@@ -158,7 +158,7 @@ def minimize(
         Stop after so many iterations.
     callback : callable, default=None
         Called as ``callback(iteration, objective, x)``; returning True stops.
-    secants : Secants, default=None
+    curvature_pairs : CurvaturePairs, default=None
         What a fit that ended at ``x`` learned of the same loss, under whatever penalty.
     coarse : callable, default=None
         Called with every preconditioner, unless the start is nearly good enough.
@@ -173,7 +173,7 @@ def minimize(
     loss, penalty = objective.loss, objective.penalty
     point = start(objective, x)
     memory = _Memory(precondition, loss, point.logits)
-    memory.recall(secants, penalty)
+    memory.recall(curvature_pairs, penalty)
     natural = memory.precondition(point.gradient)
     norm = _norm(point.gradient, natural)
     correct = coarse(memory.precondition) if coarse and norm > _FAR * tolerance else None
@@ -210,7 +210,7 @@ def minimize(
             natural = memory.precondition(point.gradient)
             norm = _norm(point.gradient, natural)
             correct = coarse(memory.precondition) if coarse and correct else None
-    learned = Secants([(step, change) for step, change, _ in memory.pairs], penalty)
+    learned = CurvaturePairs([(step, change) for step, change, _ in memory.pairs], penalty)
     return Solution(point.x, path, n_iter, passes, status, norm, learned)
 
 

@@ -71,7 +71,7 @@ def search(line: Line, value: float) -> tuple[float, float]:
     end = line.slope(1.0)
     gain = line.gain(1.0, value, (start, end))
     enough = abs(end) <= _SLOPE_SHARE * -start and gain <= _SUFFICIENT_DECREASE * start
-    if enough and line.loss.bottom is None:
+    if enough and line.loss.quadratic_minimizer is None:
         return 1.0, gain
     step = _minimiser(line, end)
     return step, line.gain(step, value, (start, line.slope(step)))

@@ -73,7 +73,7 @@ def stepped(
     objective: LinearObjective, point: Point, direction: Tensor
 ) -> tuple[Point | None, int]:
     """Return the best point along a direction, if it is better at all, and the passes it took."""
-    penalty, bottom = objective.penalty, objective.loss.bottom
+    penalty, bottom = objective.penalty, objective.loss.quadratic_minimizer
     change, adjoint = objective.forward_adjoint(
         direction, point.logits if bottom is None else bottom
     )

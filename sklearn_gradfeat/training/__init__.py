@@ -31,7 +31,7 @@ from sklearn_gradfeat.training._progress import (
 from sklearn_gradfeat.training._stages import (
     Prepared,
     Settings,
-    Stages,
+    TwoStageFit,
     train,
     warn_of_search,
     warn_unless_converged,
@@ -46,7 +46,7 @@ __all__ = [
     "Prepared",
     "Problem",
     "Settings",
-    "Stages",
+    "TwoStageFit",
     "calibrated",
     "centre",
     "encode",

@@ -59,7 +59,7 @@ def calibrated(
         left_in, left_out = np.delete(rows, part), rows[part]
         stages = prepared.subset(left_in).stages(problem.part(left_in))
         model, _ = train(stages, alpha, gradient_alpha, None, unwatched)
-        features = prepared.subset(left_out).features
+        features = prepared.subset(left_out).samples
         outputs.append(known_logits(features, stages.linearized, model).double().cpu().numpy())
         scored.append(left_out)
     if not scored:

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from sklearn_gradfeat.cache import Features
+from sklearn_gradfeat.cache import CachedSamples
 from sklearn_gradfeat.curvature import largest_curvature, leave_one_out, tangent_gram
-from sklearn_gradfeat.linearized import LinearizedHead, Model
+from sklearn_gradfeat.linearized import LinearizedHead, LinearModel
 from sklearn_gradfeat.solvers import Solution
-from sklearn_gradfeat.training._stages import Stages, unwatched
+from sklearn_gradfeat.training._stages import TwoStageFit, unwatched
 
 # Penalties by number are spread over so many powers of ten below the largest curvature.
 _DECADES = 4
@@ -47,12 +47,12 @@ class Candidate(NamedTuple):
     """
 
     pair: tuple[int, int]
-    model: Model
+    model: LinearModel
     converged: bool
     logits: Tensor | None = None
 
 
-def place(alphas: Any, gradient_alphas: Any, stages: Stages) -> Grid:
+def place(alphas: Any, gradient_alphas: Any, stages: TwoStageFit) -> Grid:
     """Return the penalties as given, or so many from the largest curvature downward.
 
     At that penalty the direction that the samples say most about is shrunk by half, and any
@@ -63,14 +63,14 @@ def place(alphas: Any, gradient_alphas: Any, stages: Stages) -> Grid:
     ----------
     alphas, gradient_alphas : int or array-like
         Penalties of the weights and of the displacements, or how many of them to choose.
-    stages : Stages
+    stages : TwoStageFit
         Both stages on all samples.
 
     Returns
     -------
     Grid
     """
-    activation = stages.features.activation
+    activation = stages.samples.activation
     chosen = _values(alphas, lambda: stages.objective(0.0, activation, None))
     if stages.settings.features == "activation":
         return Grid(chosen, None)
@@ -92,7 +92,7 @@ def _values(given: Any, objective: Callable[[], Any]) -> Penalties:
     return spread
 
 
-def penalty_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
+def penalty_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
     """Fit the models of all penalties in a grid, each from its stronger neighbour on.
 
     The first stage is fitted once for each ``alpha``. Models with strong penalties are the
@@ -100,7 +100,7 @@ def penalty_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
 
     Parameters
     ----------
-    stages : Stages
+    stages : TwoStageFit
         Both stages on the training samples.
     grid : Grid
         The penalties, in any order.
@@ -122,12 +122,12 @@ def penalty_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
             yield Candidate((i, j), model, _converged(base.solution, solution))
 
 
-def left_out_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
+def left_out_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
     """Predict every sample by the models of all others, for all penalties in a grid.
 
     Parameters
     ----------
-    stages : Stages
+    stages : TwoStageFit
         Both stages on all samples, for squared errors.
     grid : Grid
         The penalties, in any order, all above zero.
@@ -150,10 +150,10 @@ def left_out_path(stages: Stages, grid: Grid) -> Iterator[Candidate]:
         base = stages.fit_activation(alpha, former, unwatched)
         former, converged = base.model, _converged(base.solution)
         if grid.gradient_alphas is None:
-            objective = stages.objective(alpha, stages.features.activation, None)
+            objective = stages.objective(alpha, stages.samples.activation, None)
             yield Candidate((i, 0), base.model, converged, leave_one_out(objective, None))
             continue
-        gram = tangent_gram(stages.tangent(base.model, 0.0), len(stages.features.activation))
+        gram = tangent_gram(stages.tangent(base.model, 0.0), len(stages.samples.activation))
         if gram is None:
             raise ValueError(
                 "cv='loo' takes gradient layers that are linear, or convolutions as large as their "
@@ -175,16 +175,16 @@ def _converged(*stages: Solution) -> bool:
     return all(solution.status == "converged" for solution in stages)
 
 
-def known_logits(features: Features, head: LinearizedHead, model: Model) -> Tensor:
+def known_logits(features: CachedSamples, head: LinearizedHead, model: LinearModel) -> Tensor:
     """Return the logits of a model for samples whose features are at hand.
 
     Parameters
     ----------
-    features : Features
+    samples : CachedSamples
         Activations and boundary of the samples.
     head : LinearizedHead
         The head of the network.
-    model : Model
+    model : LinearModel
         The linear model.
 
     Returns

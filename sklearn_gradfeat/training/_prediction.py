@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from sklearn_gradfeat.cache import NOT_FINITE, Extractor, Store
 from sklearn_gradfeat.data import MIN_ROWS
-from sklearn_gradfeat.linearized import LinearizedHead, Model, to_numpy
+from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, to_numpy
 
 
 def predict_logits(
     extractor: Extractor,
-    model: Model,
+    model: LinearModel,
     X: Any,
     batch_size: int,
     verbose: bool,
@@ -26,7 +26,7 @@ def predict_logits(
     ----------
     extractor : Extractor
         The way to the features.
-    model : Model
+    model : LinearModel
         The linear model, on the device of the extractor.
     X : ndarray or lazy array-like of shape (n_samples, ...)
         Validated input. Few rows of numbers are repeated, so that the result for a row has

@@ -13,7 +13,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, check_array, column_or_1d
 
-from sklearn_gradfeat.linearized import Bernoulli, Huber, Loss, Model, Multinomial, Squared
+from sklearn_gradfeat.linearized import Bernoulli, Huber, LinearModel, Loss, Multinomial, Squared
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Problem:
         """Return the centre as numbers."""
         return np.zeros(n_outputs) if self.centre is None else self.centre
 
-    def finished(self, model: Model) -> Model:
+    def finished(self, model: LinearModel) -> LinearModel:
         """Return the model of the estimator, given the optimum of the loss."""
         scaled = model if self.scale is None else model.scaled(self.scale)
         return scaled.shifted(self.offset(len(model.intercept)))
 
-    def unfinished(self, model: Model) -> Model:
+    def unfinished(self, model: LinearModel) -> LinearModel:
         """Return the inverse of :meth:`finished`."""
         shifted = model.shifted(-self.offset(len(model.intercept)))
         return shifted if self.scale is None else shifted.scaled(1 / self.scale)

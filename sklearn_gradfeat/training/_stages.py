@@ -15,10 +15,16 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from sklearn_gradfeat.backbones import Network
-from sklearn_gradfeat.cache import Features
+from sklearn_gradfeat.cache import CachedSamples
 from sklearn_gradfeat.curvature import Inverses
 from sklearn_gradfeat.data import Result, accumulation_device, in_smaller_batches
-from sklearn_gradfeat.linearized import LinearizedHead, Loss, Model, TangentObjective, TangentTerm
+from sklearn_gradfeat.linearized import (
+    LinearizedHead,
+    LinearModel,
+    Loss,
+    TangentObjective,
+    TangentTerm,
+)
 from sklearn_gradfeat.solvers import Solution, minimize, preconditioned_norm
 from sklearn_gradfeat.training._problem import Problem
 
@@ -41,23 +47,23 @@ class Settings:
     omega_seed: int | None  # None where Ω is fitted
 
 
-Monitor: TypeAlias = Callable[[str, int, float, Callable[[], Model]], bool]
+Monitor: TypeAlias = Callable[[str, int, float, Callable[[], LinearModel]], bool]
 
 
-def unwatched(stage: str, iteration: int, value: float, model: Callable[[], Model]) -> bool:
+def unwatched(stage: str, iteration: int, value: float, model: Callable[[], LinearModel]) -> bool:
     """Let the solver go on."""
     return False
 
 
 @dataclass(frozen=True)
-class Base:
+class FirstStage:
     """The outcome of the first stage, where second stages start.
 
     Attributes
     ----------
     alpha : float
         Its penalty.
-    model : Model
+    model : LinearModel
         The model without displacements.
     solution : Solution
         How the solver ended.
@@ -68,20 +74,20 @@ class Base:
     """
 
     alpha: float
-    model: Model
+    model: LinearModel
     solution: Solution
     reference: float
     inverses: Inverses
 
 
-class Stages:
+class TwoStageFit:
     """Both stages on the same samples, for any penalties.
 
     What does not depend on the penalties is computed once.
 
     Parameters
     ----------
-    features : Features
+    samples : CachedSamples
         Activations and boundary of the training samples.
     network : Network
         Its head, with the parameters that are differentiated.
@@ -92,12 +98,12 @@ class Stages:
     """
 
     def __init__(
-        self, features: Features, network: Network, loss: Loss, settings: Settings
+        self, samples: CachedSamples, network: Network, loss: Loss, settings: Settings
     ) -> None:
-        self.features, self.loss, self.settings = features, loss, settings
+        self.samples, self.loss, self.settings = samples, loss, settings
         self.parameters = network.parameters
         self.linearized = LinearizedHead(network.head, network.parameters, settings.parametrization)
-        self.like = features.activation.new_empty(0)
+        self.like = samples.activation.new_empty(0)
         self.inverses = Inverses()
 
     def objective(
@@ -110,35 +116,39 @@ class Stages:
             tangent,
             alpha,
             self.settings.fit_intercept,
-            len(self.features.activation),
+            len(self.samples.activation),
             self.like,
             self.loss.weights.device,
         )
 
-    def tangent(self, base: Model, gradient_alpha: float) -> TangentTerm:
+    def tangent(self, base: LinearModel, gradient_alpha: float) -> TangentTerm:
         """Return the gradient features at the output weights of the first stage."""
-        return TangentTerm(self.linearized, self.features.batches, base.omega, gradient_alpha)
+        return TangentTerm(self.linearized, self.samples.batches, base.omega, gradient_alpha)
 
-    def second(self, base: Base, gradient_alpha: float) -> TangentObjective:
+    def second(self, base: FirstStage, gradient_alpha: float) -> TangentObjective:
         """Return the objective of the linear model whose first stage is given."""
-        activation = self.features.activation if self.settings.features == "full" else None
+        activation = self.samples.activation if self.settings.features == "full" else None
         return self.objective(base.alpha, activation, self.tangent(base.model, gradient_alpha))
 
     def intercept(self, free: Tensor) -> Tensor:
         """Return the intercept, zeros where it is not part of the model."""
         return free if self.settings.fit_intercept else self.like.new_zeros(self.loss.n_outputs)
 
-    def fit_activation(self, alpha: float, warm: Model | None, monitor: Monitor) -> Base:
+    def fit_activation(
+        self, alpha: float, warm: LinearModel | None, monitor: Monitor
+    ) -> FirstStage:
         """Fit the output weights, from those of ``warm`` on."""
-        objective = self.objective(alpha, self.features.activation, None)
+        objective = self.objective(alpha, self.samples.activation, None)
         zero = self.like.new_zeros(sum(objective.sizes))
         nothing = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
 
-        def model(x: Tensor) -> Model:
+        def model(x: Tensor) -> LinearModel:
             parts = objective.split(x)
-            return Model(parts.weights, self.intercept(parts.intercept), parts.weights, nothing)
+            return LinearModel(
+                parts.weights, self.intercept(parts.intercept), parts.weights, nothing
+            )
 
-        settings, inverse = self.settings, self.inverses.of(objective)
+        settings, inverse = self.settings, self.inverses.at(objective)
         reference = _norm_at_zero(objective, zero, inverse)
         start = zero
         if warm is not None and math.isfinite(reference):
@@ -156,22 +166,22 @@ class Stages:
         fitted = model(solution.x)
         if settings.omega_seed is not None:
             fitted = replace(fitted, omega=_random_like(fitted.omega, settings.omega_seed))
-        return Base(alpha, fitted, solution, reference, Inverses())
+        return FirstStage(alpha, fitted, solution, reference, Inverses())
 
     def fit_gradient(
-        self, base: Base, gradient_alpha: float, start: Model, monitor: Monitor
-    ) -> tuple[Model, Solution]:
+        self, base: FirstStage, gradient_alpha: float, start: LinearModel, monitor: Monitor
+    ) -> tuple[LinearModel, Solution]:
         """Fit the linear model to the accuracy of the first stage, from ``start`` on."""
         kind = self.settings.features
         full = kind == "full"
         objective = self.second(base, gradient_alpha)
 
-        def model(x: Tensor) -> Model:
+        def model(x: Tensor) -> LinearModel:
             parts = objective.split(x)
             weights = parts.weights if full else torch.zeros_like(base.model.weights)
             moved = self.linearized.displacements(parts.u)
             named = dict(zip(self.parameters, moved, strict=True))
-            return Model(weights, self.intercept(parts.intercept), base.model.omega, named)
+            return LinearModel(weights, self.intercept(parts.intercept), base.model.omega, named)
 
         u = self.linearized.flatten(tuple(start.displacements[name] for name in self.parameters))
         weights = start.weights if full else start.weights[:, :0]
@@ -214,7 +224,7 @@ def _minimize(
     Where Newton steps are exact it goes on to rounding, which takes one or two. Within ``tol`` it
     has converged.
     """
-    inverse, tol = inverses.of(objective), settings.tol * share
+    inverse, tol = inverses.at(objective), settings.tol * share
     if inverses.exact_for(objective):
         tol = min(tol, _EXACT)
     solution = minimize(
@@ -224,7 +234,7 @@ def _minimize(
         tolerance=math.sqrt(tol) * reference,
         max_iter=settings.max_iter,
         callback=callback,
-        secants=inverses.secants,
+        curvature_pairs=inverses.curvature_pairs,
         coarse=inverses.coarse(objective),
     )
     inverses.learn(solution)
@@ -254,39 +264,43 @@ class Prepared(NamedTuple):
     """The samples as the linear model takes them, whatever its penalties and targets."""
 
     network: Network
-    features: Features
+    samples: CachedSamples
     settings: Settings
     attributes: dict[str, Any]
 
     def subset(self, rows: npt.NDArray[np.intp]) -> Prepared:
         """Return some of the samples."""
-        return self._replace(features=self.features.subset(rows))
+        return self._replace(samples=self.samples.subset(rows))
 
-    def stages(self, problem: Problem) -> Stages:
+    def stages(self, problem: Problem) -> TwoStageFit:
         """Return both stages for targets and weights."""
-        loss = problem.loss(accumulation_device(self.features.activation.device))
-        return Stages(self.features, self.network, loss, self.settings)
+        loss = problem.loss(accumulation_device(self.samples.activation.device))
+        return TwoStageFit(self.samples, self.network, loss, self.settings)
 
     def attempt(self, run: Callable[[Prepared], Result]) -> Result:
         """Return what ``run`` makes of the samples, in smaller batches if memory runs out."""
         return in_smaller_batches(
-            lambda size: run(self._replace(features=self.features.in_batches(size))),
-            self.features.batch_size,
+            lambda size: run(self._replace(samples=self.samples.in_batches(size))),
+            self.samples.batch_size,
         )
 
 
 def train(
-    stages: Stages, alpha: float, gradient_alpha: float, warm: Model | None, monitor: Monitor
-) -> tuple[Model, dict[str, Solution]]:
+    stages: TwoStageFit,
+    alpha: float,
+    gradient_alpha: float,
+    warm: LinearModel | None,
+    monitor: Monitor,
+) -> tuple[LinearModel, dict[str, Solution]]:
     """Fit the output weights, then the linear model that starts from them.
 
     Parameters
     ----------
-    stages : Stages
+    stages : TwoStageFit
         Both stages on the training samples.
     alpha, gradient_alpha : float
         The penalties.
-    warm : Model or None
+    warm : LinearModel or None
         Where to start; None starts from zero.
     monitor : callable
         Called after every iteration as ``monitor(stage, iteration, objective, model)``,
@@ -294,7 +308,7 @@ def train(
 
     Returns
     -------
-    (Model, dict of str to Solution)
+    (LinearModel, dict of str to Solution)
         The model, and how each stage ended: ``"activation"`` and, unless that is all
         there is, the value of ``features``.
     """
