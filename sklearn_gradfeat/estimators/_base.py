@@ -212,7 +212,17 @@ class BaseGradientFeature(ServingMixin, CallbackSupportMixin, PrintedByName):
     def _prepare(self, X: Any) -> Prepared:
         """Pass the samples through the frozen layers."""
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        extractor, names = build_extractor(self, X, seed)
+        extractor, names = build_extractor(
+            X,
+            backbone=self.backbone,
+            gradient_layers=None if self.features == "activation" else self.gradient_layers,
+            activation_layer=self.activation_layer,
+            preprocess=self.preprocess,
+            negative_slope=self.negative_slope,
+            device=self.device,
+            precision=self.precision,
+            seed=seed,
+        )
         network = extractor.network(names)
         features = in_smaller_batches(
             lambda size: extractor.cache(
