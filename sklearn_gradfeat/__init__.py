@@ -10,14 +10,12 @@ from sklearn_gradfeat.estimators import (
     load,
 )
 from sklearn_gradfeat.inspection import (
-    FeatureComparisonDisplay,
     LayerContributionDisplay,
     ObjectiveDisplay,
     SaliencyDisplay,
 )
 
 __all__ = [
-    "FeatureComparisonDisplay",
     "GradientFeatureClassifier",
     "GradientFeatureClassifierCV",
     "GradientFeatureRegressor",

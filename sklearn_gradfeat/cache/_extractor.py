@@ -24,7 +24,7 @@ from sklearn_gradfeat.backbones import (
 )
 from sklearn_gradfeat.cache._runner import CachedSamples, Trunk, cache_samples
 from sklearn_gradfeat.cache._store import Store, TrunkKey
-from sklearn_gradfeat.data import Preprocess, Samples, compute_dtypes, resolve_device
+from sklearn_gradfeat.data import BatchSize, Preprocess, Samples, compute_dtypes, resolve_device
 
 # Switches of torch that trade digits of float32 for speed.
 _ROUNDING = operator.attrgetter(
@@ -85,47 +85,37 @@ class Extractor:
         return replace(network, trunk=below.trunk, cut=below.cut)
 
     def batches(
-        self,
-        X: Any,
-        network: Network,
-        batch_size: int,
-        verbose: bool,
-        store: Store | None = None,
+        self, X: Any, network: Network, batch_size: BatchSize, verbose: bool, store: Store | None
     ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         """Iterate over (rows, boundary tensors) of ``X``."""
-        trunk = self._trunk(X, network, store)
-        for batch in trunk.batches(batch_size, verbose=verbose, keep=False):
+        trunk = self._trunk(X, network, batch_size, store)
+        for batch in trunk.batches(verbose=verbose, keep=False):
             yield batch.rows, batch.boundary
 
     def cache(
-        self,
-        X: Any,
-        network: Network,
-        batch_size: int,
-        verbose: bool,
-        keep: bool,
-        store: Store | None = None,
+        self, X: Any, network: Network, batch_size: BatchSize, verbose: bool, store: Store | None
     ) -> CachedSamples:
-        """Pass the samples through the network that are not in the store yet."""
+        """Pass the samples that the store lacks through the network, and keep the results."""
 
         def activation(boundary: tuple[Tensor, ...]) -> Tensor:
             with torch.no_grad():
                 return network.head(tuple(network.parameters.values()), boundary)
 
-        trunk = self._trunk(X, network, store)
-        inputs = None if network.trunk else trunk.samples
-        batches = trunk.batches(batch_size, verbose=verbose, keep=keep and inputs is None)
-        return cache_samples(X.shape[0], batches, activation, batch_size, inputs, keep)
+        return cache_samples(
+            self._trunk(X, network, batch_size, store),
+            activation,
+            verbose=verbose,
+            keep_boundary=bool(network.parameters),
+        )
 
-    def _trunk(self, X: Any, network: Network, store: Store | None) -> Trunk:
-        """Return what takes ``X`` to the head; all there is to do may be to read it."""
+    def _trunk(self, X: Any, network: Network, batch_size: BatchSize, store: Store | None) -> Trunk:
+        """Return the frozen layers below the head, applied to ``X``."""
         device = self.backbone.example.device
-        if network.trunk is None:
-            samples = Samples(X, self.preprocess, self.dtype, device, self.takes_indices)
-            return Trunk(samples, lambda x: (x,), self.dtype, self.half)
-        samples = Samples(X, self.preprocess, self.backbone.dtype, device, self.takes_indices)
-        key = None if store is None else self._key(network)
-        return Trunk(samples, network.trunk, self.dtype, self.half, store, key)
+        dtype = self.dtype if network.trunk is None else self.backbone.dtype
+        samples = Samples(X, self.preprocess, dtype, device, self.takes_indices)
+        cached = store is not None and network.trunk is not None
+        key = self._key(network) if cached else None
+        return Trunk(samples, network.trunk, self.dtype, self.half, batch_size, store, key)
 
     def _key(self, network: Network) -> TrunkKey | None:
         """Return what the boundary depends on besides the sample, None if that is unknown."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,15 @@ from sklearn_gradfeat.cache._store import (
     held,
     sample_names,
 )
-from sklearn_gradfeat.data import MIN_ROWS, Samples, free_bytes, is_lazy, slices, to_device
+from sklearn_gradfeat.data import (
+    MIN_ROWS,
+    BatchSize,
+    Samples,
+    free_bytes,
+    is_lazy,
+    slices,
+    to_device,
+)
 
 # Operators whose outcome depends on how their input lies in memory.
 _BY_STRIDES = ("aten.as_strided", "aten.view_as_complex", "aten.view.dtype")
@@ -38,68 +46,63 @@ NOT_FINITE = (
 
 @dataclass(frozen=True)
 class CachedSamples:
-    """What the linear model needs of the samples.
+    """The training samples after the frozen layers.
 
     Attributes
     ----------
     activation : tensor of shape (n_samples, n_features)
         The activations, on the computing device.
     boundary : Boundary or Samples
-        The input of the head, wherever it is held; or the samples themselves where the head
-        is the whole network, so that there is nothing worth keeping.
-    batch_size : int
+        The inputs of the head. They are the samples themselves where the head is the whole
+        network, so that there is nothing worth keeping.
+    batch_size : BatchSize
         Number of samples in a batch.
-    may_keep : bool
-        Whether the boundary may be kept on the computing device; of a part, the whole decides.
     part_of : (CachedSamples, tensor) or None
-        The features that these are some rows of, and which rows.
+        The samples of which these are some rows, and the numbers of these rows.
     """
 
     activation: Tensor
     boundary: Boundary | Samples
-    batch_size: int
-    may_keep: bool = True
+    batch_size: BatchSize
     part_of: tuple[CachedSamples, Tensor] | None = None
 
-    def in_batches(self, size: int) -> CachedSamples:
-        """Return the same in batches of another size; smaller ones need the room they have."""
-        return replace(self, batch_size=size, may_keep=size >= self.batch_size)
-
     def subset(self, rows: npt.NDArray[np.intp]) -> CachedSamples:
-        """Return what is known of some samples, without a copy of the boundary."""
+        """Return some of the samples, without a copy of the inputs of the head."""
         chosen = torch.from_numpy(rows).to(self.activation.device)
         whole, of = self.part_of or (self, None)
         return CachedSamples(
             self.activation[chosen],
             self.boundary.subset(rows),
             self.batch_size,
-            part_of=(whole, chosen if of is None else of[chosen]),
+            (whole, chosen if of is None else of[chosen]),
         )
 
     def batches(self, stride: int = 1) -> Iterator[tuple[slice, Tensors]]:
         """Iterate over (rows, boundary tensors on the device) of every ``stride``-th sample."""
-        spans = slices(len(self.activation), self.batch_size, stride)
+        spans = slices(len(self.activation), self.batch_size.size, stride)
         if isinstance(self.boundary, Samples):
             for rows, raw in _read_ahead(self.boundary, spans):
                 yield rows, (self.boundary.prepare(raw),)
             return
         whole, chosen = self.part_of or (self, None)
+        if self.batch_size.reduced:  # the copy on the device takes the memory that is missing
+            vars(whole).pop("kept", None)
         for rows in spans:
-            if whole.kept is None:
+            if self.batch_size.reduced or whole.kept is None:
                 yield rows, self._moved(rows)
             else:
                 yield rows, tuple(z[rows if chosen is None else chosen[rows]] for z in whole.kept)
 
     @functools.cached_property
     def kept(self) -> Tensors | None:
-        """The whole boundary on a device with memory of its own, if it takes half of that."""
+        """All inputs of the head in a device's own memory, if they take at most half of it."""
         assert isinstance(self.boundary, Boundary)
         n_samples, device = len(self.activation), self.activation.device
-        room = free_bytes(device) // 2 if self.may_keep else 0
+        room = free_bytes(device) // 2
         if not room or sum(z.nbytes for z in self.boundary.take(slice(1))) * n_samples > room:
             return None
         whole: Tensors = ()
-        for rows in slices(n_samples, self.batch_size):
+        for rows in slices(n_samples, self.batch_size.size):
             part = self._moved(rows)
             whole = whole or tuple(z.new_empty(n_samples, *z.shape[1:]) for z in part)
             for z, some in zip(whole, part, strict=True):
@@ -107,7 +110,7 @@ class CachedSamples:
         return whole
 
     def _moved(self, rows: slice) -> Tensors:
-        """Return the boundary of some samples on the device."""
+        """Return the inputs of the head for some samples, on the device."""
         assert isinstance(self.boundary, Boundary)
         return tuple(to_device(z, self.activation.device) for z in self.boundary.take(rows))
 
@@ -128,12 +131,14 @@ class Trunk:
     ----------
     samples : Samples
         The input.
-    function : callable
-        Maps a batch to boundary tensors.
+    function : callable or None
+        Maps a batch to boundary tensors. None where the head is the whole network.
     dtype : torch.dtype
         Floating dtype of the boundary tensors.
     half : bool
         Run under bfloat16 autocast.
+    batch_size : BatchSize
+        Number of samples in a batch.
     store : Store or None
         Where to look first, and where to keep what had to be computed.
     key : TrunkKey or None
@@ -141,19 +146,18 @@ class Trunk:
     """
 
     samples: Samples
-    function: Callable[[Tensor], Tensors]
+    function: Callable[[Tensor], Tensors] | None
     dtype: torch.dtype
     half: bool
+    batch_size: BatchSize
     store: Store | None = None
     key: TrunkKey | None = None
 
-    def batches(self, batch_size: int, *, verbose: bool, keep: bool) -> Iterator[Batch]:
+    def batches(self, *, verbose: bool, keep: bool) -> Iterator[Batch]:
         """Iterate over all samples.
 
         Parameters
         ----------
-        batch_size : int
-            Number of samples in a batch.
         verbose : bool
             Show a progress bar; it counts the samples that have to be computed.
         keep : bool
@@ -162,7 +166,8 @@ class Trunk:
         used: set[Chunk] = set()
         bar = tqdm(total=len(self.samples), desc="trunk", unit="sample", disable=not verbose)
         with bar, torch.no_grad():
-            for rows, raw in _read_ahead(self.samples, slices(len(self.samples), batch_size)):
+            spans = slices(len(self.samples), self.batch_size.size)
+            for rows, raw in _read_ahead(self.samples, spans):
                 boundary, places, n_computed = self._look_up(raw, used, keep)
                 if keep:
                     used.update(place.chunk for place in places)
@@ -212,59 +217,66 @@ class Trunk:
         )
 
     def _compute(self, raw: Tensor) -> Tensors:
-        """Return the boundary of samples as they were read."""
+        """Return the boundary of samples as they were read, in parts where memory runs out."""
+        parts = self.batch_size.run(lambda rows: self._pass(raw[rows]), len(raw))
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _pass(self, raw: Tensor) -> Tensors:
+        """Return the boundary of samples from one pass of the trunk."""
         x = self.samples.prepare(raw)
         if x.ndim == 4 and x.device.type == "cpu" and self._ignores_strides:
             x = x.contiguous(memory_format=torch.channels_last)  # faster there
         with _autocast(x.device, self.half):
-            boundary = tuple(z.contiguous() for z in self.function(x))
+            outputs = (x,) if self.function is None else self.function(x)
+            boundary = tuple(z.contiguous() for z in outputs)
         if self.samples.preprocess is not None:  # which may return the same memory every time
             boundary = tuple(z.clone() if _overlap(z, x) else z for z in boundary)
         return tuple(z.to(self.dtype) if z.is_floating_point() else z for z in boundary)
 
 
 def cache_samples(
-    n_samples: int,
-    batches: Iterable[Batch],
-    activation: Callable[[Tensors], Tensor],
-    batch_size: int,
-    inputs: Samples | None,
-    keep_boundary: bool,
+    trunk: Trunk, activation: Callable[[Tensors], Tensor], *, verbose: bool, keep_boundary: bool
 ) -> CachedSamples:
-    """Run the network over all samples and keep its activation and its boundary.
+    """Pass all samples through the network, and keep activations and inputs of the head.
 
     Parameters
     ----------
-    n_samples : int
-        Number of samples.
-    batches : iterable of Batch
-        All of them, batch by batch.
+    trunk : Trunk
+        The samples and the frozen layers.
     activation : callable
         Maps boundary tensors to activations of shape (n_samples, n_features).
-    batch_size : int
-        Number of samples in a batch of later passes.
-    inputs : Samples or None
-        The samples where they are what the head takes, so that they need not be kept.
+    verbose : bool
+        Whether to show a progress bar.
     keep_boundary : bool
-        Whether later passes over the head are to come.
+        Whether passes over the head follow.
 
     Returns
     -------
     CachedSamples
+
+    Raises
+    ------
+    ValueError
+        If some activations are not finite.
     """
+    n_samples, whole_is_head = len(trunk.samples), trunk.function is None
     places: list[Place] = []
     activations: Tensor | None = None
-    for batch in batches:
-        features = activation(batch.boundary)
+    for batch in trunk.batches(verbose=verbose, keep=keep_boundary and not whole_is_head):
+
+        def part(rows: slice, boundary: Tensors = batch.boundary) -> Tensor:
+            return activation(tuple(z[rows] for z in boundary))
+
+        found = torch.cat(trunk.batch_size.run(part, batch.rows.stop - batch.rows.start))
         if activations is None:
-            activations = features.new_empty((n_samples, *features.shape[1:]))
-        activations[batch.rows] = features
-        if keep_boundary:
-            places += batch.places
+            activations = found.new_empty((n_samples, *found.shape[1:]))
+        activations[batch.rows] = found
+        places += batch.places if keep_boundary else ()
     assert activations is not None
     if not torch.isfinite(activations).all():
         raise ValueError(NOT_FINITE)
-    return CachedSamples(activations, inputs or Boundary(places), batch_size)
+    boundary = trunk.samples if whole_is_head else Boundary(places)
+    return CachedSamples(activations, boundary, trunk.batch_size)
 
 
 def _read_ahead(samples: Samples, spans: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:

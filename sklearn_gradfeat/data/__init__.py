@@ -3,13 +3,10 @@
 from sklearn_gradfeat.data._batches import (
     MIN_ROWS,
     Preprocess,
-    Result,
     Rows,
     Samples,
     accumulation_device,
     compute_dtypes,
-    free_bytes,
-    in_smaller_batches,
     is_lazy,
     resolve_device,
     slices,
@@ -17,6 +14,13 @@ from sklearn_gradfeat.data._batches import (
 )
 from sklearn_gradfeat.data._image_files import (
     ImageFiles,
+)
+from sklearn_gradfeat.data._memory import BatchSize, Result, free_bytes
+from sklearn_gradfeat.data._targets import (
+    encode_classes,
+    normalized_weights,
+    numeric_targets,
+    weighted_mean,
 )
 from sklearn_gradfeat.data._texts import (
     MaskedMean,
@@ -30,6 +34,7 @@ from sklearn_gradfeat.data._validation import (
 
 __all__ = [
     "MIN_ROWS",
+    "BatchSize",
     "ImageFiles",
     "MaskedMean",
     "Preprocess",
@@ -39,13 +44,16 @@ __all__ = [
     "TextTokenizer",
     "accumulation_device",
     "compute_dtypes",
+    "encode_classes",
     "free_bytes",
-    "in_smaller_batches",
     "is_lazy",
+    "normalized_weights",
+    "numeric_targets",
     "resolve_device",
     "restored_on_error",
     "slices",
     "to_device",
     "validate_new_samples",
     "validate_samples",
+    "weighted_mean",
 ]

@@ -1,8 +1,10 @@
-"""The classifier that chooses its penalties."""
+"""The classifier, and the one that chooses its penalties."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -10,159 +12,80 @@ import torch
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.utils._param_validation import StrOptions
+from sklearn.utils.metaestimators import available_if
 from torch import nn
 
+from sklearn_gradfeat.backbones import BackboneLike
+from sklearn_gradfeat.data import Preprocess, encode_classes, normalized_weights
 from sklearn_gradfeat.estimators._base import BaseGradientFeature
-from sklearn_gradfeat.estimators._cross_validation import CrossValidated, LeftOut, searched
-from sklearn_gradfeat.io import TwoClasses
-from sklearn_gradfeat.training import (
-    Classification,
-    calibrated,
-    encode,
-    sample_weights,
-    with_callbacks,
+from sklearn_gradfeat.estimators._cross_validation import (
+    CrossValidated,
+    FoldModel,
+    searched,
 )
+from sklearn_gradfeat.estimators._docstrings import with_shared_text
+from sklearn_gradfeat.io import TwoClasses
+from sklearn_gradfeat.training import Problem, classification_problem, with_callbacks
 
 
+def _has_probabilities(estimator: Any) -> bool:
+    """Whether the logits have probabilities; an error says how to get some."""
+    if estimator.loss == "log_loss":
+        return True
+    raise AttributeError(
+        f"Probabilities are not available with loss={estimator.loss!r}. Set loss='log_loss', or "
+        "wrap the estimator in sklearn.calibration.CalibratedClassifierCV."
+    )
+
+
+@with_shared_text
 class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
     """Logistic regression on the activations and gradients of a frozen network.
 
-    The model [1]_ is the first-order approximation of fine-tuning the upper layers of a
+    The model [1]_ is the first-order approximation of fine-tuning the top layers of a
     pretrained network together with its classifier. With the activation ``f(x)`` and its
     Jacobian ``J(x)`` in the parameters θ₂ of the gradient layers, the logits are ::
 
-        W f(x) + b + Ω J(x) w₂
+        b + W f(x) + Ω J(x) w₂
 
-    where ``Ω`` is a logistic regression on ``f`` that is fitted first. They are linear in
-    the unknowns ``W``, ``b`` and ``w₂``, so the training problem is convex and has one
-    optimum. Gradient features are never formed: ``J w₂`` is a Jacobian-vector product that
-    costs about as much as the gradient layers themselves, for 2 classes or 2000.
+    where ``Ω`` is a logistic regression on ``f`` that is fitted first. The logits are linear in
+    the unknowns ``W``, ``b`` and ``w₂``, so the training problem is convex and has one optimum.
+    Gradient features are never formed: ``J w₂`` is a Jacobian-vector product that costs about
+    as much as the gradient layers themselves, for 2 classes or 2000.
 
     Parameters
     ----------
-    backbone : None, str, torch.nn.Module or callable, default=None
-        The pretrained network. It is copied and frozen, never changed, and its clones in
-        grid searches share one copy.
-
-        - None: for images, ``"convnet-rotation"``; for rows of numbers, a wide random
-          multi-layer perceptron.
-        - str: ``"convnet-rotation"`` or ``"convnet-vae"``, small networks for 32 x 32 pixels
-          that are part of the package; ``"resnet18"`` or ``"torchvision/resnet18"``,
-          ``"timm/NAME"``: pretrained weights with their own input transform, without the
-          classifier.
-        - module: its output is the activation, of shape (n_samples, n_features) or
-          (n_samples, n_features, ...), which is averaged over the axes that follow.
-        - callable: returns a module; called once in every fit, under ``random_state``.
-
-    gradient_layers : {"last", "all"}, int, str or list of str, default="last"
-        The parameters θ₂: ``"last"`` is the topmost residual or transformer block, or the
-        topmost convolution of a plain network; k is the topmost k of these; anything else
-        is names or glob patterns of submodules or parameters.
-    gradient_backbone : None, str, torch.nn.Module or callable, default=None
-        To check the method: where ``J`` is taken, in trunk and gradient layers alike, while
-        ``f`` is still that of ``backbone``. A network of the same architecture at other
-        parameters, such as random ones. None is ``backbone`` itself.
-    activation_layer : str, default=None
-        The submodule whose output is the activation; None is the backbone itself.
-    preprocess : "auto", callable or None, default="auto"
-        Applied to each batch, a tensor of the dtype of ``X``, before the network.
-        ``"auto"`` is the transform of a named network, which takes uint8 images or floats
-        in [0, 1] of any size, grey or RGB, channels first or last; for any other backbone
-        it is nothing.
-    negative_slope : float, default=None
-        Slope below zero of the rectifiers above the gradient layers, at least 0 and below 1, for
-        activation and derivative alike: a rectifier passes no derivative where its input is
-        negative. None leaves them as they are.
-    features : {"full", "activation", "gradient"}, default="full"
-        The terms of the model: both, ``W f`` alone, or ``Ω J w₂`` alone.
-    omega : {"fitted", "random"}, default="fitted"
-        ``Ω``: the logistic regression on ``f``; or, to check the method, normal random numbers
-        with the same mean square.
-    parametrization : {"ntk", "standard"}, default="ntk"
-        Scale of the displacements ``w₂`` under the penalty: the NTK parametrization
-        divides weights by the square root of their output channels and biases by √10.
+    %NETWORK%
     loss : {"log_loss", "squared"}, default="log_loss"
-        What the model minimises: the cross-entropy, or half the squared errors of predictions of
-        1 for the class or label of a sample and -1 for any other. The latter are then multiplied
-        with what makes the best logits of them on every fifth sample, for a model of the others:
-        one factor for all classes, or one for each label. A fit takes almost twice as long,
-        with few samples many times as long. No decision depends on the factors.
+        The loss: cross-entropy; or half the squared error to targets of 1 for the class or the
+        labels of a sample and -1 for all others. With ``"squared"`` there are no probabilities.
     alpha : float, default=1e-4
         L2 penalty: ``alpha / 2`` times the squared norm of ``W``, on a loss that is a
-        weighted mean. scikit-learn's ``C`` is ``1 / (alpha * sample_weight.sum())``.
+        weighted mean. The ``C`` of scikit-learn is ``1 / (alpha * sample_weight.sum())``.
     gradient_alpha : float, default=None
-        L2 penalty on ``w₂``; None means ``alpha``.
+        L2 penalty on ``w₂``. None takes the value of ``alpha``.
     fit_intercept : bool, default=True
         Whether to fit the intercept, which is not penalised.
     class_weight : dict, "balanced", list of dict or None, default=None
-        Factors on the weights of the samples by class, as elsewhere in scikit-learn.
-    max_iter : int, default=100
-        Largest number of iterations of each of the two fits.
-    tol : float, default=1e-4
-        Both fits stop when the decrease of the objective that a Newton step promises, half
-        the squared norm of the gradient in the metric of the preconditioner, is ``tol``
-        times that at the model that predicts nothing.
-    warm_start : bool, default=False
-        Whether to start from the former solution where it has the right shape. The
-        optimum is the same.
-    batch_size : int, default=256
-        Number of samples that pass through the network at once. It changes results by
-        rounding errors only. Where memory runs out it is halved, with a warning.
-    feature_store : "auto", path or None, default="auto"
-        Where the output of the frozen layers is kept, so that it is computed once per sample
-        for all clones, folds, candidates, fits and predictions: in the memory of the process,
-        as long as the network lives; or in a directory, shared by processes, now and later,
-        which needs the ``disk`` extra. ``"auto"`` is memory, but nothing for
-        the random network, whose layers take less time than a look-up. None computes anew.
-        :func:`set_config` bounds it.
-    device : str or torch.device, default="auto"
-        ``"auto"`` is cuda, then mps, then cpu.
-    precision : {"auto", "float64", "float32", "bfloat16"}, default="auto"
-        Precision of the network and of the results. ``"auto"`` is float64 for rows of
-        float64 or integers, and float32 for anything else. ``"bfloat16"`` runs the frozen
-        layers below the gradient layers under autocast and the rest in float32; with a
-        ``gradient_backbone``, all in float32. For rows of numbers the gradient layers and the
-        results are float64 in any case.
-    random_state : int, RandomState instance or None, default=None
-        Seeds the weights of the random network and of factories, and ``omega="random"``.
-        Nothing else is random.
-    verbose : int, default=0
-        Whether to show progress bars.
+        Factors on the weights of the samples by class, as in scikit-learn.
+    %SOLVER%
+    %WARM_START%
+    %COMPUTATION%
 
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,) or (n_labels,)
-        The classes; for multi-label problems the column numbers.
-    coef_ : ndarray of shape (n_outputs, n_features)
-        The weights ``W``, zeros if the model has none. ``n_outputs`` is 1 for two
-        classes, else the number of classes or labels.
-    intercept_ : ndarray of shape (n_outputs,)
-        The intercept ``b``.
-    omega_ : ndarray of shape (n_outputs, n_features)
-        The weights ``Ω``.
-    gradient_coef_ : dict of str to ndarray
-        The displacements ``w₂`` by parameter, in its own shape and units.
-    gradient_layers_ : list of str
-        The parameters θ₂. A batch norm is folded into the layer before it: its bias then
-        stands for the bias of the two, its scale is part of the layer's weight. Names in a
-        ``gradient_backbone`` begin with "gradient.".
-    sample_shape_ : tuple of int
-        The shape of one sample.
-    n_features_in_ : int
-        Length of the second axis of ``X``.
-    feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Names of the columns, where ``X`` has names that are all strings.
-    n_iter_ : int
-        Iterations of the last fit.
-    n_passes_ : int
-        Passes over the data that those took.
-    objective_path_ : ndarray of shape (`n_iter_` + 1,)
-        The objective at the start and after every iteration. It never increases.
+        The classes; for multilabel targets the numbers of the columns.
+    %MODEL_ATTRIBUTES%
+
+    See Also
+    --------
+    GradientFeatureClassifierCV : Chooses the penalties by cross-validation.
+    GradientFeatureRegressor : The regressor.
 
     References
     ----------
-    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning,
-       ICLR 2020, arXiv:2004.05529.
+    %REFERENCES%
 
     Examples
     --------
@@ -176,7 +99,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
     1.0
     """
 
-    _parameter_constraints = {  # noqa: RUF012
+    _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
         **BaseGradientFeature._parameter_constraints,
         "loss": [StrOptions({"log_loss", "squared"})],
         "class_weight": [None, dict, list, StrOptions({"balanced"})],
@@ -184,39 +107,35 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
 
     def __init__(
         self,
-        backbone=None,
+        backbone: BackboneLike = None,
         *,
-        gradient_layers="last",
-        gradient_backbone=None,
-        activation_layer=None,
-        preprocess="auto",
-        negative_slope=None,
-        features="full",
-        omega="fitted",
-        parametrization="ntk",
-        loss="log_loss",
-        alpha=1e-4,
-        gradient_alpha=None,
-        fit_intercept=True,
-        class_weight=None,
-        max_iter=100,
-        tol=1e-4,
-        warm_start=False,
-        batch_size=256,
-        feature_store="auto",
-        device="auto",
-        precision="auto",
-        random_state=None,
-        verbose=0,
-    ):
+        gradient_layers: str | int | Sequence[str] = "last",
+        activation_layer: str | None = None,
+        preprocess: Preprocess | str | None = "auto",
+        negative_slope: float | None = None,
+        features: str = "full",
+        parametrization: str = "ntk",
+        loss: str = "log_loss",
+        alpha: float = 1e-4,
+        gradient_alpha: float | None = None,
+        fit_intercept: bool = True,
+        class_weight: Any = None,
+        max_iter: int = 100,
+        tol: float = 1e-4,
+        warm_start: bool = False,
+        batch_size: int = 256,
+        feature_store: str | os.PathLike[str] | None = "auto",
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
         self.backbone = backbone
         self.gradient_layers = gradient_layers
-        self.gradient_backbone = gradient_backbone
         self.activation_layer = activation_layer
         self.preprocess = preprocess
         self.negative_slope = negative_slope
         self.features = features
-        self.omega = omega
         self.parametrization = parametrization
         self.loss = loss
         self.alpha = alpha
@@ -235,16 +154,16 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
 
     @with_callbacks
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y, sample_weight=None):
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Fit the linear model.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, ...)
-            Rows, images, or whatever the backbone takes.
+            Tabular data, images, or any other input of the backbone.
         y : array-like of shape (n_samples,) or (n_samples, n_labels)
-            Class of every sample; or, for multi-label problems, an indicator matrix of
-            zeros and ones.
+            The class of every sample; or, for multilabel targets, an indicator matrix of zeros
+            and ones.
         sample_weight : array-like of shape (n_samples,), default=None
             Non-negative weights of the samples.
 
@@ -256,22 +175,16 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         Raises
         ------
         ValueError
-            If a parameter, ``X`` or ``y`` cannot be used; the message names it.
+            If a parameter, ``X`` or ``y`` is invalid; the message names it.
         """
         return self._fit(X, y, sample_weight)
 
-    def _problem(self, y, sample_weight):
-        classes, targets = encode(y)
-        weights = sample_weights(y, sample_weight, self.class_weight)
-        return Classification.of(targets, weights, classes, self.loss)
+    def _problem(self, y: npt.NDArray[Any], sample_weight: Any) -> Problem:
+        classes, targets = encode_classes(y)
+        weights = normalized_weights(y, sample_weight, self.class_weight)
+        return classification_problem(classes, targets, weights, self.loss)
 
-    @torch.inference_mode(False)
-    def _train(self, prepared, problem, alpha, gradient_alpha, callbacks):
-        if self.loss == "squared":
-            problem = calibrated(prepared, problem, alpha, gradient_alpha)
-        return super()._train(prepared, problem, alpha, gradient_alpha, callbacks)
-
-    def decision_function(self, X):
+    def decision_function(self, X: Any) -> npt.NDArray[Any]:
         """Return the logits.
 
         Parameters
@@ -282,13 +195,13 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         Returns
         -------
         ndarray of shape (n_samples,), (n_samples, n_classes) or (n_samples, n_labels)
-            One column only where there are two classes, the logit of ``classes_[1]``.
+            For two classes, the logit of ``classes_[1]``.
         """
         logits = self._logits(X)
         return logits[:, 0] if logits.shape[1] == 1 else logits
 
-    def predict(self, X):
-        """Return the most probable class, or the labels that are more likely than not.
+    def predict(self, X: Any) -> npt.NDArray[Any]:
+        """Return the most probable class, or the labels with a probability above one half.
 
         Parameters
         ----------
@@ -303,12 +216,14 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         logits = self._logits(X)
         if self._multilabel:
             return (logits > 0).astype(int)
-        if logits.shape[1] == 1:
-            return self.classes_[(logits[:, 0] > 0).astype(int)]
-        return self.classes_[logits.argmax(1)]
+        one_output = logits.shape[1] == 1
+        chosen = (logits[:, 0] > 0).astype(int) if one_output else logits.argmax(1)
+        classes: npt.NDArray[Any] = self.classes_[chosen]
+        return classes
 
-    def predict_proba(self, X):
-        """Return probabilities.
+    @available_if(_has_probabilities)
+    def predict_proba(self, X: Any) -> npt.NDArray[Any]:
+        """Return probabilities. Available if ``loss="log_loss"``.
 
         Parameters
         ----------
@@ -318,13 +233,14 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         Returns
         -------
         ndarray of shape (n_samples, n_classes) or (n_samples, n_labels)
-            Probability of every class in the order of ``classes_``, adding up to one; or
-            of every label, each on its own.
+            The probability of every class in the order of ``classes_``, which add up to one; or
+            of every label.
         """
         return self._probabilities(self._logits(X))
 
-    def predict_log_proba(self, X):
-        """Return the logarithm of :meth:`predict_proba`, exact however small.
+    @available_if(_has_probabilities)
+    def predict_log_proba(self, X: Any) -> npt.NDArray[Any]:
+        """Return the logarithm of :meth:`predict_proba`, which is exact for tiny probabilities.
 
         Parameters
         ----------
@@ -343,194 +259,72 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
             logs = log_expit(np.hstack([-logits, logits]))
         else:
             logs = log_softmax(logits, axis=1)
-        logs[self._probabilities(logits) == 1] = 0  # the logarithm of what was rounded to one
-        return logs
+        logs[self._probabilities(logits) == 1] = 0  # consistent with a probability rounded to one
+        return np.asarray(logs)
 
     def _probabilities(self, logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the probabilities of logits."""
         if self._multilabel:
-            return expit(logits)
+            return np.asarray(expit(logits))
         if logits.shape[1] == 1:
-            return expit(np.hstack([-logits, logits]))
-        return softmax(logits, axis=1)
+            return np.asarray(expit(np.hstack([-logits, logits])))
+        return np.asarray(softmax(logits, axis=1))
 
-    def _output(self):
+    def _output(self) -> nn.Module:
+        if self.loss != "log_loss":
+            return nn.Flatten(0) if len(self.coef_) == 1 else nn.Identity()
         if self._multilabel:
             return nn.Sigmoid()
         return TwoClasses() if len(self.coef_) == 1 else nn.Softmax(dim=1)
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
         return tags
 
 
-class _LeftClassifier(LeftOut, GradientFeatureClassifier):
-    """A model of a fold."""
-
-    def _probabilities(self, logits):
-        if self.loss == "squared":
-            raise ValueError(
-                "scoring: with loss='squared' the models of the search have no probabilities, only "
-                "the final one has. Choose a scorer of classes or of decision values, or search "
-                "with GridSearchCV."
-            )
-        return super()._probabilities(logits)
+class _FoldClassifier(FoldModel, GradientFeatureClassifier):
+    """A classifier of a fold."""
 
 
+@with_shared_text
 class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
     """Gradient-feature classifier that chooses its penalties by cross-validation.
 
-    The model is that of :class:`GradientFeatureClassifier`. The penalties, scores and choice are
-    those of a :class:`~sklearn.model_selection.GridSearchCV` over it, up to ``tol``, in less
-    time: every sample passes through the frozen layers once, the first stage is fitted
-    once for each ``alpha``, and every fit starts from the one with the next stronger
-    penalty.
+    The model [1]_ is that of :class:`GradientFeatureClassifier`. Scores and choice are those of
+    :class:`~sklearn.model_selection.GridSearchCV` over that estimator, up to ``tol``, in less
+    time: every sample passes through the frozen layers once, the first stage is fitted once for
+    each ``alpha``, and every fit starts from the one with the next stronger penalty.
 
     Parameters
     ----------
-    backbone : None, str, torch.nn.Module or callable, default=None
-        The pretrained network. It is copied and frozen, never changed, and its clones in
-        grid searches share one copy.
-
-        - None: for images, ``"convnet-rotation"``; for rows of numbers, a wide random
-          multi-layer perceptron.
-        - str: ``"convnet-rotation"`` or ``"convnet-vae"``, small networks for 32 x 32 pixels
-          that are part of the package; ``"resnet18"`` or ``"torchvision/resnet18"``,
-          ``"timm/NAME"``: pretrained weights with their own input transform, without the
-          classifier.
-        - module: its output is the activation, of shape (n_samples, n_features) or
-          (n_samples, n_features, ...), which is averaged over the axes that follow.
-        - callable: returns a module; called once in every fit, under ``random_state``.
-
-    gradient_layers : {"last", "all"}, int, str or list of str, default="last"
-        The parameters θ₂: ``"last"`` is the topmost residual or transformer block, or the
-        topmost convolution of a plain network; k is the topmost k of these; anything else
-        is names or glob patterns of submodules or parameters.
-    gradient_backbone : None, str, torch.nn.Module or callable, default=None
-        To check the method: where ``J`` is taken, in trunk and gradient layers alike, while
-        ``f`` is still that of ``backbone``. A network of the same architecture at other
-        parameters, such as random ones. None is ``backbone`` itself.
-    activation_layer : str, default=None
-        The submodule whose output is the activation; None is the backbone itself.
-    preprocess : "auto", callable or None, default="auto"
-        Applied to each batch, a tensor of the dtype of ``X``, before the network.
-        ``"auto"`` is the transform of a named network, which takes uint8 images or floats
-        in [0, 1] of any size, grey or RGB, channels first or last; for any other backbone
-        it is nothing.
-    negative_slope : float, default=None
-        Slope below zero of the rectifiers above the gradient layers, at least 0 and below 1, for
-        activation and derivative alike: a rectifier passes no derivative where its input is
-        negative. None leaves them as they are.
-    features : {"full", "activation", "gradient"}, default="full"
-        The terms of the model: both, ``W f`` alone, or ``Ω J w₂`` alone.
-    omega : {"fitted", "random"}, default="fitted"
-        ``Ω``: the logistic regression on ``f``; or, to check the method, normal random numbers
-        with the same mean square.
-    parametrization : {"ntk", "standard"}, default="ntk"
-        Scale of the displacements ``w₂`` under the penalty: the NTK parametrization
-        divides weights by the square root of their output channels and biases by √10.
+    %NETWORK%
     loss : {"log_loss", "squared"}, default="log_loss"
-        What the model minimises: the cross-entropy, or half the squared errors of predictions of
-        1 for the class or label of a sample and -1 for any other. The latter are then multiplied
-        with what makes the best logits of them on every fifth sample, for a model of the others:
-        one factor for all classes, or one for each label. A fit takes almost twice as long,
-        with few samples many times as long. No decision depends on the factors.
-    alphas : int or array-like of shape (n_alphas,), default=5
-        The values of ``alpha`` to try, the L2 penalty on ``W``; or how many: these are then
-        placed by the scale of the activations, from their largest curvature downward, over
-        four powers of ten.
-    gradient_alphas : int or array-like of shape (n_gradient_alphas,), default=5
-        The same for ``gradient_alpha``, the L2 penalty on ``w₂``. All combinations are tried.
-        Without gradient features there is nothing to try.
+        The loss: cross-entropy; or half the squared error to targets of 1 for the class or the
+        labels of a sample and -1 for all others. With ``"squared"`` there are no probabilities.
+    %SEARCH%
     cv : int, splitter or iterable, default=None
-        The folds; None is 5, stratified for classes. Splitters that need groups get them from
-        the ``groups`` of ``fit``.
+        The folds; None is 5, stratified by class. A splitter by groups takes the ``groups`` of
+        ``fit``.
     scoring : str, callable or None, default=None
         A scorer, as in :class:`~sklearn.model_selection.GridSearchCV`; None is accuracy.
-    refit : bool, default=True
-        Whether to fit the model with the best penalties on all samples. Without that there
-        are scores, and nothing to predict with.
+    %REFIT%
     fit_intercept : bool, default=True
         Whether to fit the intercept, which is not penalised.
     class_weight : dict, "balanced", list of dict or None, default=None
-        Factors on the weights of the samples by class, as elsewhere in scikit-learn.
-    max_iter : int, default=100
-        Largest number of iterations of each of the two fits.
-    tol : float, default=1e-4
-        Both fits stop when the decrease of the objective that a Newton step promises, half
-        the squared norm of the gradient in the metric of the preconditioner, is ``tol``
-        times that at the model that predicts nothing.
-    batch_size : int, default=256
-        Number of samples that pass through the network at once. It changes results by
-        rounding errors only. Where memory runs out it is halved, with a warning.
-    feature_store : "auto", path or None, default="auto"
-        Where the output of the frozen layers is kept, so that it is computed once per sample
-        for all clones, folds, candidates, fits and predictions: in the memory of the process,
-        as long as the network lives; or in a directory, shared by processes, now and later,
-        which needs the ``disk`` extra. ``"auto"`` is memory, but nothing for
-        the random network, whose layers take less time than a look-up. None computes anew.
-        :func:`set_config` bounds it.
-    device : str or torch.device, default="auto"
-        ``"auto"`` is cuda, then mps, then cpu.
-    precision : {"auto", "float64", "float32", "bfloat16"}, default="auto"
-        Precision of the network and of the results. ``"auto"`` is float64 for rows of
-        float64 or integers, and float32 for anything else. ``"bfloat16"`` runs the frozen
-        layers below the gradient layers under autocast and the rest in float32; with a
-        ``gradient_backbone``, all in float32. For rows of numbers the gradient layers and the
-        results are float64 in any case.
-    random_state : int, RandomState instance or None, default=None
-        Seeds the weights of the random network and of factories, and ``omega="random"``.
-        Nothing else is random.
-    verbose : int, default=0
-        Whether to show progress bars.
+        Factors on the weights of the samples by class, as in scikit-learn.
+    %SOLVER%
+    %COMPUTATION%
 
     Attributes
     ----------
-    alpha_ : float
-        The best ``alpha``: the first of those with the highest mean score.
-    gradient_alpha_ : float or None
-        The best ``gradient_alpha``; None without gradient features.
-    best_score_ : float
-        Their mean score over the folds.
-    scores_ : ndarray of shape (n_folds, n_alphas, n_gradient_alphas)
-        All scores.
-    alphas_ : ndarray of shape (n_alphas,)
-        The values that were tried, in the order of ``scores_``.
-    gradient_alphas_ : ndarray of shape (n_gradient_alphas,) or None
-        The same of ``gradient_alpha``.
+    %SEARCH_ATTRIBUTES%
     classes_ : ndarray of shape (n_classes,) or (n_labels,)
-        The classes; for multi-label problems the column numbers.
-    coef_ : ndarray of shape (n_outputs, n_features)
-        The weights ``W``, zeros if the model has none. ``n_outputs`` is 1 for two
-        classes, else the number of classes or labels.
-    intercept_ : ndarray of shape (n_outputs,)
-        The intercept ``b``.
-    omega_ : ndarray of shape (n_outputs, n_features)
-        The weights ``Ω``.
-    gradient_coef_ : dict of str to ndarray
-        The displacements ``w₂`` by parameter, in its own shape and units.
-    gradient_layers_ : list of str
-        The parameters θ₂. A batch norm is folded into the layer before it: its bias then
-        stands for the bias of the two, its scale is part of the layer's weight. Names in a
-        ``gradient_backbone`` begin with "gradient.".
-    sample_shape_ : tuple of int
-        The shape of one sample.
-    n_features_in_ : int
-        Length of the second axis of ``X``.
-    feature_names_in_ : ndarray of shape (`n_features_in_`,)
-        Names of the columns, where ``X`` has names that are all strings.
-    n_iter_ : int
-        Iterations of the last fit.
-    n_passes_ : int
-        Passes over the data that those took.
-    objective_path_ : ndarray of shape (`n_iter_` + 1,)
-        The objective at the start and after every iteration. It never increases.
+        The classes; for multilabel targets the numbers of the columns.
+    %MODEL_ATTRIBUTES%
 
     References
     ----------
-    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning,
-       ICLR 2020, arXiv:2004.05529.
+    %REFERENCES%
 
     Examples
     --------
@@ -546,47 +340,43 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
     (5, 3, 2)
     """
 
-    _fold_class = _LeftClassifier
+    _fold_class: Callable[[], Any] = _FoldClassifier
     _default_scoring = "accuracy"
     _parameter_constraints = searched(GradientFeatureClassifier._parameter_constraints)
 
     def __init__(
         self,
-        backbone=None,
+        backbone: BackboneLike = None,
         *,
-        gradient_layers="last",
-        gradient_backbone=None,
-        activation_layer=None,
-        preprocess="auto",
-        negative_slope=None,
-        features="full",
-        omega="fitted",
-        parametrization="ntk",
-        loss="log_loss",
-        alphas=5,
-        gradient_alphas=5,
-        cv=None,
-        scoring=None,
-        refit=True,
-        fit_intercept=True,
-        class_weight=None,
-        max_iter=100,
-        tol=1e-4,
-        batch_size=256,
-        feature_store="auto",
-        device="auto",
-        precision="auto",
-        random_state=None,
-        verbose=0,
-    ):
+        gradient_layers: str | int | Sequence[str] = "last",
+        activation_layer: str | None = None,
+        preprocess: Preprocess | str | None = "auto",
+        negative_slope: float | None = None,
+        features: str = "full",
+        parametrization: str = "ntk",
+        loss: str = "log_loss",
+        alphas: Any = 5,
+        gradient_alphas: Any = 5,
+        cv: Any = None,
+        scoring: Any = None,
+        refit: bool = True,
+        fit_intercept: bool = True,
+        class_weight: Any = None,
+        max_iter: int = 100,
+        tol: float = 1e-4,
+        batch_size: int = 256,
+        feature_store: str | os.PathLike[str] | None = "auto",
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
         self.backbone = backbone
         self.gradient_layers = gradient_layers
-        self.gradient_backbone = gradient_backbone
         self.activation_layer = activation_layer
         self.preprocess = preprocess
         self.negative_slope = negative_slope
         self.features = features
-        self.omega = omega
         self.parametrization = parametrization
         self.loss = loss
         self.alphas = alphas
@@ -607,20 +397,20 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
 
     @with_callbacks
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y, sample_weight=None, **params):
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:
         """Choose the penalties, and fit the linear model with them.
 
         Parameters
         ----------
         X : array-like of shape (n_samples, ...)
-            Rows, images, or whatever the backbone takes.
+            Tabular data, images, or any other input of the backbone.
         y : array-like of shape (n_samples,) or (n_samples, n_labels)
-            Class of every sample; or, for multi-label problems, an indicator matrix of
-            zeros and ones.
+            The class of every sample; or, for multilabel targets, an indicator matrix of zeros
+            and ones.
         sample_weight : array-like of shape (n_samples,), default=None
             Non-negative weights of the samples, in fits and in scores.
         **params : dict
-            ``groups`` for the splitter. Where metadata routing is enabled, also what else
+            ``groups`` for the splitter. With metadata routing enabled, also other metadata that
             splitter and scorer request.
 
         Returns
@@ -631,6 +421,6 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         Raises
         ------
         ValueError
-            If a parameter, ``X`` or ``y`` cannot be used; the message names it.
+            If a parameter, ``X`` or ``y`` is invalid; the message names it.
         """
         return self._fit_search(X, y, sample_weight, params)

@@ -1,17 +1,17 @@
-"""What the estimators share that choose their penalties by cross-validation."""
+"""The search of the estimators that choose their penalties by cross-validation."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.base import is_classifier
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import check_scoring, get_scorer, get_scorer_names
 from sklearn.model_selection import check_cv
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -28,33 +28,229 @@ from tqdm.auto import tqdm
 from sklearn_gradfeat.curvature import MAX_ROWS
 from sklearn_gradfeat.data import Rows, restored_on_error, validate_samples
 from sklearn_gradfeat.estimators._base import BaseGradientFeature
+from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, to_numpy
 from sklearn_gradfeat.training import (
     Candidate,
-    FitCallbacks,
+    FitSettings,
     Grid,
     Prepared,
     Problem,
+    Progress,
     TwoStageFit,
-    known_logits,
-    left_out_path,
+    leave_one_out_path,
     penalty_path,
-    place,
-    warn_of_search,
+    place_grid,
+    warn_unless_converged,
 )
 
+Folds: TypeAlias = Sequence[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
 
-class ScoringMixin:
-    """A mixin for estimators with parameters ``cv`` and ``scoring``.
 
-    A class has the name of the scorer that ``scoring=None`` stands for.
+class FoldModel(BaseGradientFeature):
+    """A mixin for the model of a fold, whose logits for the samples to score are known.
+
+    Attributes
+    ----------
+    known : (array-like, ndarray)
+        The samples to score, and their logits.
+    leave_one_out : bool
+        Whether every logit comes from the model of all other samples.
     """
 
+    known: tuple[Any, npt.NDArray[Any]]
+    leave_one_out = False
+
+    def _logits(self, X: Any) -> npt.NDArray[Any]:
+        """Return the logits; samples other than the known ones pass through the network."""
+        samples, logits = self.known
+        if X is samples:
+            return logits
+        if self.leave_one_out:
+            raise ValueError(
+                "scoring: with cv='loo' a scorer must predict the X that it receives, since every "
+                "sample has a model of its own. Set cv to a number of folds."
+            )
+        return super()._logits(X)
+
+
+class _Data(NamedTuple):
+    """The samples of a search, as passed and after the frozen layers."""
+
+    X: Any
+    y: npt.NDArray[Any]
+    weights: npt.NDArray[np.float64] | None
+    prepared: Prepared
+
+
+class _Fold(NamedTuple):
+    """The samples to score in a fold, with their row numbers, and the models to score."""
+
+    rows: npt.NDArray[np.intp]
+    samples: Any
+    stages: TwoStageFit
+    candidates: Iterator[Candidate]
+
+
+def searched(constraints: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameter constraints of an estimator that chooses its penalties."""
+    dropped = ("alpha", "gradient_alpha", "warm_start")
+    return {
+        **{name: value for name, value in constraints.items() if name not in dropped},
+        "alphas": [Interval(Integral, 1, None, closed="left"), "array-like"],
+        "gradient_alphas": [Interval(Integral, 1, None, closed="left"), "array-like"],
+        "cv": ["cv_object"],
+        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
+        "refit": ["boolean"],
+    }
+
+
+class CrossValidated(BaseGradientFeature):
+    """A mixin with the search.
+
+    A class names the estimator of a fold, and the scorer that ``scoring=None`` means.
+    """
+
+    _fold_class: Callable[[], Any]
     _default_scoring: str
-    cv: Any
-    scoring: Any
+
+    @torch.inference_mode(False)
+    def _fit_search(self, X: Any, y: Any, sample_weight: Any, params: dict[str, Any]) -> Self:
+        """Search, fit the best model, and set the fitted attributes."""
+        _raise_for_params(params, self, "fit", allow=["groups"])
+        self._check_search()
+        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
+            X, y = validate_samples(self, X, y)
+            problem = self._problem(y, sample_weight)
+            to_split, to_score = self._routed(sample_weight, params)
+            folds = self._folds(X, y, to_split)
+            weights = {} if sample_weight is None else {"sample_weight": sample_weight}
+            progress = Progress(self, X=X, y=y, metadata={**params, **weights})
+            if sample_weight is not None:
+                sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
+            prepared = self._prepare(X)
+            stages = TwoStageFit(prepared, problem)
+            grid = place_grid(self.alphas, self.gradient_alphas, stages)
+            data = _Data(X, y, sample_weight, prepared)
+            models = self._fold_models(grid, data, stages, folds)
+            fitted = self._search(grid, data, models, 1 if folds is None else len(folds), to_score)
+            if self.refit:
+                alpha, gradient_alpha = fitted["alpha_"], fitted["gradient_alpha_"] or 0.0
+                result = TwoStageFit(prepared, problem).fit(alpha, gradient_alpha, None, progress)
+                warn_unless_converged(result, prepared.settings)
+                fitted |= prepared.attributes | problem.attributes | result.attributes()
+        self.__dict__.pop("coef_", None)  # without a refit there is no model any more
+        self.__dict__.update(fitted)
+        progress.end()
+        return self
+
+    def _check_search(self) -> None:
+        """Raise an error unless the penalties are numbers that are finite and not negative."""
+        for name in ("alphas", "gradient_alphas"):
+            values = np.asarray(getattr(self, name))
+            numbers = values.dtype.kind in "iuf" and np.isfinite(values).all()
+            if values.ndim > 1 or not values.size or not numbers or values.min() < 0:
+                raise ValueError(
+                    f"{name} must be a number of penalties, or a list of penalties that are "
+                    f"finite and not negative; got {getattr(self, name)!r}."
+                )
+
+    def _folds(self, X: Any, y: npt.NDArray[Any], to_split: dict[str, Any]) -> Folds | None:
+        """Return training and test rows of every fold; None for leave-one-out."""
+        if isinstance(self.cv, str):
+            if to_split.get("groups") is not None:
+                raise ValueError(
+                    "groups: cv='loo' leaves out single samples and ignores groups. Set cv to a "
+                    "splitter that uses groups, such as GroupKFold."
+                )
+            if y.size > MAX_ROWS:
+                raise ValueError(
+                    f"cv='loo' takes at most {MAX_ROWS} samples times outputs, but y has shape "
+                    f"{y.shape}. Set cv to a number of folds."
+                )
+            return None
+        cv, rows = check_cv(self.cv, y, classifier=is_classifier(self)), np.arange(len(y))
+        return [(rows[train], rows[test]) for train, test in cv.split(X, y, **to_split)]
+
+    def _fold_models(
+        self, grid: Grid, data: _Data, stages: TwoStageFit, folds: Folds | None
+    ) -> Iterator[_Fold]:
+        """Iterate over the folds, each with the models to score."""
+        if folds is None:
+            path = leave_one_out_path(stages, grid)
+            yield _Fold(np.arange(len(data.y)), data.X, stages, path)
+            return
+        for number, (train, test) in enumerate(folds):
+            weights = None if data.weights is None else data.weights[train]
+            try:
+                problem = self._problem(data.y[train], weights)
+            except ValueError as error:
+                raise ValueError(f"Training samples of fold {number}: {error}") from error
+            of_fold = TwoStageFit(data.prepared.subset(train), problem)
+            samples = data.X[test] if isinstance(data.X, np.ndarray) else Rows(data.X, test)
+            yield _Fold(test, samples, of_fold, penalty_path(of_fold, grid))
+
+    def _search(
+        self,
+        grid: Grid,
+        data: _Data,
+        folds: Iterator[_Fold],
+        n_folds: int,
+        to_score: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Score all penalties on all folds; return the attributes with scores and choice."""
+        scores, unfinished = np.empty((n_folds, *grid.shape)), 0
+        with tqdm(total=scores.size, unit="model", disable=not self.verbose) as bar:
+            for number, fold in enumerate(folds):
+                model = self._fold_model(data.prepared, fold.stages.problem)
+                for candidate in fold.candidates:
+                    model.set_params(**grid.parameters(candidate.pair))
+                    score = self._score(model, candidate, fold, data, to_score)
+                    scores[number][candidate.pair] = score
+                    unfinished += not candidate.converged
+                    bar.update()
+        _warn_of_search(unfinished, scores, data.prepared.settings)
+        # Averaged as in GridSearchCV, so that ties are the same.
+        means = np.average(scores.reshape(n_folds, -1).T.copy(), axis=1)
+        best = int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
+        chosen = grid.parameters(divmod(best, grid.shape[1]))
+        return {
+            "alphas_": grid.alphas,
+            "gradient_alphas_": grid.gradient_alphas,
+            "scores_": scores,
+            "best_score_": float(means[best]),
+            **{f"{name}_": value for name, value in chosen.items()},
+        }
+
+    def _score(
+        self, model: Any, candidate: Candidate, fold: _Fold, data: _Data, to_score: dict[str, Any]
+    ) -> float:
+        """Return the score of one model on the samples of its fold."""
+        logits = candidate.logits
+        if logits is None:
+            samples = data.prepared.subset(fold.rows)
+            logits = _cached_logits(candidate.model, samples)
+        model.known, model.leave_one_out = (
+            (fold.samples, to_numpy(logits)),
+            candidate.logits is not None,
+        )
+        vars(model).update(candidate.model.attributes())
+        given = _check_method_params(data.X, to_score, indices=fold.rows)
+        return float(self._get_scorer()(model, fold.samples, data.y[fold.rows], **given))
+
+    def _fold_model(self, prepared: Prepared, problem: Problem) -> Any:
+        """Return an estimator that scorers take for a fitted one."""
+        model = self._fold_class()
+        known = model.get_params(deep=False)
+        parameters = self.get_params(deep=False)
+        model.set_params(**{n: v for n, v in parameters.items() if n in known})
+        vars(model).update(prepared.attributes | problem.attributes)
+        for name in ("n_features_in_", "feature_names_in_"):
+            if hasattr(self, name):
+                setattr(model, name, getattr(self, name))
+        return model
 
     def _get_scorer(self) -> Any:
-        """Return the scorer; that of the estimator itself takes the weights of the samples."""
+        """Return the scorer; the default scorer takes the weights of the samples."""
         if self.scoring is not None:
             return check_scoring(self, scoring=self.scoring)
         scorer = get_scorer(self._default_scoring)
@@ -63,7 +259,7 @@ class ScoringMixin:
     def _routed(
         self, sample_weight: Any, params: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what goes to the splitter and to the scorer."""
+        """Return the metadata for the splitter and for the scorer."""
         weights = {} if sample_weight is None else {"sample_weight": sample_weight}
         if not _routing_enabled():
             return params, weights
@@ -82,7 +278,7 @@ class ScoringMixin:
         sample_weight : array-like of shape (n_samples,), default=None
             Weights of the samples.
         **params : dict
-            Routed to the scorer, where metadata routing is enabled.
+            Metadata for the scorer, where metadata routing is enabled.
 
         Returns
         -------
@@ -95,7 +291,7 @@ class ScoringMixin:
         return float(self._get_scorer()(self, X, y, **given))
 
     def get_metadata_routing(self) -> Any:
-        """Return what is routed where: groups to the splitter, weights to fit and scorer.
+        """Return the routing of metadata: groups to the splitter, weights to fits and scores.
 
         Returns
         -------
@@ -108,222 +304,8 @@ class ScoringMixin:
         router.add(splitter=self.cv, method_mapping=to_split)
         return router.add(scorer=self._get_scorer(), method_mapping=to_score)
 
-
-Folds: TypeAlias = Sequence[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
-
-
-class LeftOut(BaseGradientFeature):
-    """A model of a fold, to be scored: its logits for the samples left out are known.
-
-    ``one_by_one`` says that they are those of as many models, of which this is none.
-    """
-
-    left_out: tuple[Any, npt.NDArray[Any]]
-    one_by_one = False
-
-    def _logits(self, X: Any) -> npt.NDArray[Any]:
-        """Return the logits; those of other samples go through the network."""
-        rows, logits = self.left_out
-        if X is rows:
-            return logits
-        if self.one_by_one:
-            raise ValueError(
-                "scoring: with cv='loo' a scorer must predict the X that it is given, since every "
-                "sample has a model of its own. Set cv to a number of folds."
-            )
-        return super()._logits(X)
-
-
-class _Data(NamedTuple):
-    """The samples of a search, as they came and as the linear model takes them."""
-
-    X: Any
-    y: npt.NDArray[Any]
-    weights: npt.NDArray[np.float64] | None
-    prepared: Prepared
-
-    def part(self, rows: npt.NDArray[np.intp]) -> tuple[Any, Any]:
-        """Return targets and weights of some samples."""
-        return self.y[rows], None if self.weights is None else self.weights[rows]
-
-
-class _Part(NamedTuple):
-    """A fold: its problem, rows and samples to score on, and the models to be scored."""
-
-    problem: Problem
-    test: npt.NDArray[np.intp]
-    samples: Any
-    stages: TwoStageFit
-    candidates: Iterator[Candidate]
-
-
-def searched(constraints: dict[str, Any]) -> dict[str, Any]:
-    """Return the constraints of an estimator with a search for its penalties."""
-    kept = {n: c for n, c in constraints.items() if n not in ("alpha", "gradient_alpha")}
-    del kept["warm_start"]
-    return {
-        **kept,
-        "alphas": [Interval(Integral, 1, None, closed="left"), "array-like"],
-        "gradient_alphas": [Interval(Integral, 1, None, closed="left"), "array-like"],
-        "cv": ["cv_object"],
-        "scoring": [StrOptions(set(get_scorer_names())), callable, None],
-        "refit": ["boolean"],
-    }
-
-
-class CrossValidated(ScoringMixin, BaseGradientFeature):
-    """A mixin with the search; ``_fold_class`` says what models a fold."""
-
-    _fold_class: Callable[[], Any]
-
-    def _fit_search(self, X: Any, y: Any, sample_weight: Any, params: dict[str, Any]) -> Any:
-        """Search, fit the best model, and set the fitted attributes all at once."""
-        _raise_for_params(params, self, "fit", allow=["groups"])
-        self._check_search()
-        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
-            X, y = validate_samples(self, X, y)
-            problem = self._problem(y, sample_weight)
-            to_split, to_score = self._routed(sample_weight, params)
-            folds = self._folds(X, y, to_split)
-            metadata = (
-                params if sample_weight is None else {**params, "sample_weight": sample_weight}
-            )
-            callbacks = FitCallbacks(self, self.max_iter, X=X, y=y, metadata=metadata)
-            if sample_weight is not None:
-                sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
-            prepared = self._prepare(X)
-            data = _Data(X, y, sample_weight, prepared)
-            fitted = prepared.attempt(
-                lambda part: self._search(data._replace(prepared=part), problem, folds, to_score)
-            )
-            if self.refit:
-                alpha, gradient_alpha = fitted["alpha_"], fitted["gradient_alpha_"] or 0.0
-                fitted |= prepared.attempt(
-                    lambda part: self._train(part, problem, alpha, gradient_alpha, callbacks)
-                )
-        self.__dict__.pop("coef_", None)  # without a refit there is no model any more
-        self.__dict__.update(fitted)
-        callbacks.end()
-        return self
-
-    def _folds(self, X: Any, y: npt.NDArray[Any], to_split: dict[str, Any]) -> Folds | None:
-        """Return training and test rows of every fold; None to leave every sample out once."""
-        if isinstance(self.cv, str):
-            if to_split.get("groups") is not None:
-                raise ValueError(
-                    "groups: cv='loo' leaves samples out one by one, whatever their group. Set cv "
-                    "to a splitter that knows groups, such as GroupKFold."
-                )
-            if y.size > MAX_ROWS:
-                raise ValueError(
-                    f"cv='loo' takes {MAX_ROWS} samples times outputs at most, but y has shape "
-                    f"{y.shape}. Set cv to a number of folds."
-                )
-            return None
-        cv, rows = check_cv(self.cv, y, classifier=is_classifier(self)), np.arange(len(y))
-        return [(rows[train], rows[test]) for train, test in cv.split(X, y, **to_split)]
-
-    def _check_search(self) -> None:
-        """Refuse lists of anything but penalties."""
-        for name in ("alphas", "gradient_alphas"):
-            values = np.asarray(getattr(self, name))
-            numbers = values.dtype.kind in "iuf" and np.isfinite(values).all()
-            if values.ndim > 1 or not values.size or not numbers or values.min() < 0:
-                raise ValueError(
-                    f"{name} must be a number of penalties, or a list of penalties that are "
-                    f"finite and not negative; got {getattr(self, name)!r}."
-                )
-
-    @torch.inference_mode(False)
-    def _search(
-        self, data: _Data, problem: Problem, folds: Folds | None, to_score: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Score all penalties on all folds; return the fitted attributes that say which is best."""
-        grid = place(self.alphas, self.gradient_alphas, data.prepared.stages(problem))
-        scores = np.empty((1 if folds is None else len(folds), *grid.shape))
-        unfinished = 0
-        with tqdm(total=scores.size, unit="model", disable=not self.verbose) as bar:
-            for number, part in enumerate(self._parts(data, problem, folds, grid)):
-                score = self._score_of(data, part, to_score)
-                for candidate in part.candidates:
-                    scores[number][candidate.pair] = score(candidate, grid)
-                    unfinished += not candidate.converged
-                    bar.update()
-        warn_of_search(unfinished, scores.size, data.prepared.settings)
-        if not np.isfinite(scores).all():
-            warnings.warn(
-                "One or more of the test scores are non-finite.", UserWarning, stacklevel=2
-            )
-        # Averaged as in GridSearchCV, so that ties are the same.
-        means = np.average(scores.reshape(len(scores), -1).T.copy(), axis=1)
-        best = int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
-        chosen = grid.parameters(divmod(best, grid.shape[1]))
-        return {
-            "alphas_": grid.alphas,
-            "gradient_alphas_": grid.gradient_alphas,
-            "scores_": scores,
-            "best_score_": float(means[best]),
-            **{f"{name}_": value for name, value in chosen.items()},
-        }
-
-    def _parts(
-        self, data: _Data, problem: Problem, folds: Folds | None, grid: Grid
-    ) -> Iterator[_Part]:
-        """Iterate over the folds, with the models to score on each."""
-        if folds is None:
-            everything = np.arange(len(data.y))
-            stages = data.prepared.stages(problem)
-            yield _Part(problem, everything, data.X, stages, left_out_path(stages, grid))
-            return
-        for number, (train, test) in enumerate(folds):
-            try:
-                fold = self._problem(*data.part(train))
-            except ValueError as error:
-                raise ValueError(f"Training samples of fold {number}: {error}") from error
-            stages = data.prepared.subset(train).stages(fold)
-            samples = data.X[test] if isinstance(data.X, np.ndarray) else Rows(data.X, test)
-            yield _Part(fold, test, samples, stages, penalty_path(stages, grid))
-
-    def _score_of(
-        self, data: _Data, part: _Part, to_score: dict[str, Any]
-    ) -> Callable[[Candidate, Grid], float]:
-        """Return the function that scores the models of a fold."""
-        test, rows = part.test, part.samples
-        offset = part.problem.offset(part.stages.loss.n_outputs)
-        features = data.prepared.samples.subset(test)
-        given = _check_method_params(data.X, to_score, indices=test)
-        scorer, scored = self._get_scorer(), self._fold_model(data.prepared, part.problem)
-
-        def score(candidate: Candidate, grid: Grid) -> float:
-            model = candidate.model.shifted(offset)
-            if candidate.logits is None:
-                logits = known_logits(features, part.stages.linearized, model).cpu().numpy()
-            else:
-                logits = candidate.logits.cpu().numpy() + offset
-            scored.set_params(**grid.parameters(candidate.pair))
-            known = {"left_out": (rows, logits), "one_by_one": candidate.logits is not None}
-            vars(scored).update(model.attributes(), **known)
-            return float(scorer(scored, rows, data.y[test], **given))
-
-        return score
-
-    def _fold_model(self, prepared: Prepared, problem: Problem) -> Any:
-        """Return an estimator of a fold, that a scorer takes for a fitted one."""
-        model = self._fold_class()
-        known = model.get_params(deep=False)
-        parameters = self.get_params(deep=False)
-        model.set_params(**{n: v for n, v in parameters.items() if n in known})
-        vars(model).update(prepared.attributes | problem.attributes)
-        for name in ("n_features_in_", "feature_names_in_"):
-            if hasattr(self, name):
-                setattr(model, name, getattr(self, name))
-        return model
-
-    def _warm_model(self, prepared: Prepared, problem: Problem, n_outputs: int) -> None:
-        """Start from nothing: the model is that of the plain estimator with these penalties."""
-
     def __sklearn_is_fitted__(self) -> bool:
-        """Whether there is a model, not just a choice."""
+        """Whether there is a model, and not a choice of penalties alone."""
         if hasattr(self, "alpha_") and not hasattr(self, "coef_"):
             raise NotFittedError(
                 f"This {type(self).__name__} was fitted with refit=False, so it has penalties but "
@@ -331,3 +313,33 @@ class CrossValidated(ScoringMixin, BaseGradientFeature):
                 "gradient_alpha_."
             )
         return hasattr(self, "coef_")
+
+
+def _cached_logits(model: LinearModel, prepared: Prepared) -> torch.Tensor:
+    """Return the logits of samples that have passed the frozen layers."""
+    samples, network = prepared.samples, prepared.network
+    head = LinearizedHead(network.head, network.parameters, "standard")
+
+    def compute() -> torch.Tensor:
+        logits = samples.activation.new_empty(len(samples.activation), len(model.intercept))
+        for rows, boundary in samples.batches() if model.displacements else [(slice(None), ())]:
+            logits[rows] = model.logits(head, boundary, samples.activation[rows])
+        return logits
+
+    return samples.batch_size.retry(compute)
+
+
+def _warn_of_search(
+    unfinished: int, scores: npt.NDArray[np.float64], settings: FitSettings
+) -> None:
+    """Warn once of all fits that did not converge, and of scores that are not finite."""
+    if unfinished:
+        warnings.warn(
+            f"{unfinished} of {scores.size} fits of the search stopped before they met "
+            f"tol={settings.tol:g}, so their scores are not those of the optimum. Increase "
+            f"max_iter={settings.max_iter} or tol, or drop the smallest penalties.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    if not np.isfinite(scores).all():
+        warnings.warn("One or more of the test scores are non-finite.", UserWarning, stacklevel=2)

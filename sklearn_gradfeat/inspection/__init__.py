@@ -1,8 +1,5 @@
 """Attributions and displays of fitted estimators."""
 
-from sklearn_gradfeat.inspection._comparison import (
-    FeatureComparisonDisplay,
-)
 from sklearn_gradfeat.inspection._contributions import (
     LayerContributionDisplay,
 )
@@ -14,7 +11,6 @@ from sklearn_gradfeat.inspection._saliency import (
 )
 
 __all__ = [
-    "FeatureComparisonDisplay",
     "LayerContributionDisplay",
     "ObjectiveDisplay",
     "SaliencyDisplay",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.backbones import Network, differentiable_attention
 from sklearn_gradfeat.cache import Extractor
-from sklearn_gradfeat.data import Samples
+from sklearn_gradfeat.data import BatchSize, Samples
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Tensors, to_numpy
 
 Groups = Mapping[str, Sequence[str]]
@@ -27,7 +28,7 @@ def logit_parts(
     Parameters
     ----------
     extractor : Extractor
-        The way to the features.
+        The fitted network.
     model : LinearModel
         The linear model, on the device of the extractor.
     X : ndarray or lazy array-like of shape (n_samples, ...)
@@ -39,24 +40,25 @@ def logit_parts(
 
     Returns
     -------
-    (ndarray, dict of str to ndarray), all of shape (n_samples, n_outputs)
-        ``W f(x)``; and ``Ω J w₂`` with the displacements of one group alone. With the
-        intercept they add up to the logits.
+    activation : ndarray of shape (n_samples, n_outputs)
+        ``W f(x)``.
+    parts : dict of str to ndarray of shape (n_samples, n_outputs)
+        ``Ω J w₂`` with the displacements of one group alone. Together with the intercept, all
+        parts add up to the logits.
     """
     network = extractor.network(list(model.displacements))
     head = LinearizedHead(network.head, network.parameters, "standard")
+    model = replace(model, intercept=torch.zeros_like(model.intercept))
+    gradient = model.term("gradient")
+    terms = {name: gradient.displaced_in(names) for name, names in groups.items()}
     shape, dtype = (X.shape[0], len(model.intercept)), to_numpy(model.intercept).dtype
     activation = np.empty(shape, dtype)
-    parts = {group: np.empty(shape, dtype) for group in groups}
-    for rows, boundary in extractor.batches(X, network, batch_size, verbose=False):
-        activation[rows] = to_numpy(head.activation(boundary) @ model.weights.T)
-        for group, names in groups.items():
-            moves = tuple(
-                move if name in names else torch.zeros_like(move)
-                for name, move in model.displacements.items()
-            )
-            tangent = head.jvp(boundary, head.flatten(moves))
-            parts[group][rows] = to_numpy(tangent @ model.omega.T)
+    parts = {name: np.empty(shape, dtype) for name in groups}
+    size = BatchSize(batch_size)
+    for rows, boundary in extractor.batches(X, network, size, verbose=False, store=None):
+        activation[rows] = to_numpy(model.term("activation").logits(head, boundary))
+        for name, term in terms.items():
+            parts[name][rows] = to_numpy(term.logits(head, boundary))
     return activation, parts
 
 
@@ -98,11 +100,8 @@ class InputTerm:
 
     @torch.inference_mode(False)
     def __init__(self, extractor: Extractor, model: LinearModel, term: str) -> None:
-        self.extractor, self.model = extractor, model
-        self.weights = None if term == "gradient" else model.weights
-        self.moves: Tensors = ()
-        if term != "activation":
-            self.moves = tuple(model.displacements.values())
+        self.extractor = extractor
+        self.model = replace(model.term(term), intercept=torch.zeros_like(model.intercept))
         device = extractor.backbone.example.device
         backbone = extractor.backbone.to(device, extractor.dtype)
         self.network: Network = backbone.network(
@@ -124,13 +123,7 @@ class InputTerm:
         """Return the term, of shape (n_samples, n_outputs)."""
         with torch.no_grad():
             boundary = self._boundary(x)
-        values = torch.zeros_like(self.model.intercept)
-        if self.weights is not None:
-            values = values + self.linearized.activation(boundary) @ self.weights.T
-        if self.moves:
-            tangent = self.linearized.jvp(boundary, self.linearized.flatten(self.moves))
-            values = values + tangent @ self.model.omega.T
-        return values
+        return self.model.logits(self.linearized, boundary)
 
     @torch.inference_mode(False)
     def gradient(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
@@ -145,15 +138,14 @@ class InputTerm:
             x = x.detach().clone().requires_grad_()
             leaves = [value.detach().requires_grad_() for value in values]
             activation = self.network.head(tuple(leaves), self._boundary(x))
-            total = 0 * activation.sum()
-            if self.weights is not None:
-                total = total + (activation * self.weights[list(outputs)]).sum()
-            if self.moves:
+            total = (activation * self.model.weights[list(outputs)]).sum()
+            moves = tuple(self.model.displacements.values())
+            if moves:
                 logits = (activation * self.model.omega[list(outputs)]).sum()
                 pulled = torch.autograd.grad(
                     logits, leaves, create_graph=True, materialize_grads=True
                 )
-                pairs = zip(pulled, self.moves, strict=True)
+                pairs = zip(pulled, moves, strict=True)
                 total = total + torch.stack([(g * move).sum() for g, move in pairs]).sum()
             (gradient,) = torch.autograd.grad(total, x, materialize_grads=True)
         return gradient

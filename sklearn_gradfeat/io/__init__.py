@@ -1,31 +1,7 @@
 """Fitted estimators as files and as torch modules."""
 
-from sklearn_gradfeat.io._archive import (
-    Arrays,
-    digest,
-    read_archive,
-    unpack,
-)
-from sklearn_gradfeat.io._export import (
-    LinearizedNetwork,
-    TwoClasses,
-)
-from sklearn_gradfeat.io._saving import (
-    WEIGHTS,
-    probe,
-    save_estimator,
-    transformed,
-)
+from sklearn_gradfeat.io._export import LinearizedNetwork, TwoClasses
+from sklearn_gradfeat.io._loading import load_estimator
+from sklearn_gradfeat.io._saving import save_estimator
 
-__all__ = [
-    "WEIGHTS",
-    "Arrays",
-    "LinearizedNetwork",
-    "TwoClasses",
-    "digest",
-    "probe",
-    "read_archive",
-    "save_estimator",
-    "transformed",
-    "unpack",
-]
+__all__ = ["LinearizedNetwork", "TwoClasses", "load_estimator", "save_estimator"]

@@ -24,7 +24,8 @@ from sklearn import model_selection
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
-FORMAT = 1
+# 2: `negative_slope` replaces `head_leak`; `gradient_backbone` and `omega` are gone.
+FORMAT = 2
 _DOCUMENT, _DIGEST = "sklearn_gradfeat", "digest"
 
 

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.cache import Extractor
-from sklearn_gradfeat.linearized import LinearModel, UntraceableError, linearized_graph
+from sklearn_gradfeat.linearized import (
+    LinearModel,
+    UntraceableError,
+    linear_logits,
+    linearized_graph,
+)
 
 
 class TwoClasses(nn.Module):
@@ -82,13 +87,16 @@ class LinearizedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the predictions for a batch."""
-        features = self.head(*self.boundary(self.preprocess(x)))
-        logits = self.intercept
-        if self.activation:
-            logits = logits + features[0] @ self.weights.T
-        if self.gradient:
-            logits = logits + features[1] @ self.omega.T
-        predictions: Tensor = self.output(logits)
+        outputs = self.head(*self.boundary(self.preprocess(x)))
+        predictions: Tensor = self.output(
+            linear_logits(
+                outputs[0] if self.activation else None,
+                outputs[1] if self.gradient else None,
+                weights=self.weights,
+                intercept=self.intercept,
+                omega=self.omega,
+            )
+        )
         return predictions
 
     def frozen(self) -> nn.Module:

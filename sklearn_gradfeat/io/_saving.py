@@ -1,4 +1,17 @@
-"""What a file holds of a fitted estimator."""
+"""The contents of a model file.
+
+The JSON document of the archive holds
+
+- ``estimator``, ``versions``: the class, and the versions of this package, torch, scikit-learn
+  and numpy that wrote the file;
+- ``parameters``, ``attributes``: the constructor's parameters and the fitted attributes, whose
+  arrays are tensors of the archive;
+- ``code``: the names of a ``backbone`` and of a ``preprocess`` that are code;
+- ``extractor``, ``backbone``: the precision, and the network: its name or its weights, and a
+  digest of the weights;
+- ``probe``, ``transformed``: logits and transformed values of made-up samples. ``load`` compares
+  them with those of the network and the transform that it finds.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +28,9 @@ from torch import Tensor, nn
 
 from sklearn_gradfeat.backbones import default_name, stored_weights
 from sklearn_gradfeat.cache import Extractor
+from sklearn_gradfeat.data import BatchSize
 from sklearn_gradfeat.io._archive import Arrays, NotStorableError, digest, pack, write_archive
-from sklearn_gradfeat.linearized import LinearModel
-from sklearn_gradfeat.training import predict_logits
+from sklearn_gradfeat.linearized import LinearModel, predict_logits
 
 WEIGHTS = "backbone."
 _PACKAGE = __name__.partition(".")[0]
@@ -32,26 +45,21 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
     Parameters
     ----------
     estimator : estimator
-        Fitted.
+        A fitted estimator of this package.
     path : str or path-like
-        The file. One of that name is replaced once the new one is complete.
+        The file. An existing file is replaced once the new one is complete.
 
     Raises
     ------
     ValueError
-        If a parameter or an attribute can be stored by pickle only, as a ``gradient_backbone``.
+        If a parameter or an attribute can be stored by pickle only.
     """
     check_is_fitted(estimator)
     kind = type(estimator)
     if kind.__module__.partition(".")[0] != _PACKAGE:
         raise TypeError(
-            f"save() knows the estimators of {_PACKAGE}, and {kind.__qualname__} is none of "
+            f"save() stores estimators of {_PACKAGE} alone; {kind.__qualname__} is not one of "
             "them. Use joblib or pickle."
-        )
-    if estimator.gradient_backbone is not None:
-        raise ValueError(
-            "A model with a gradient_backbone can be stored by pickle only: it is there to check "
-            "the method. Use joblib or pickle."
         )
     arrays: Arrays = {}
     parameters = estimator.get_params(deep=False)
@@ -76,9 +84,10 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
 
 
 def probe(estimator: Any) -> npt.NDArray[Any]:
-    """Return the logits for two samples that any machine can make up, to compare networks by.
+    """Return the logits of two made-up samples, by which networks are compared.
 
-    They are computed on the CPU and past ``preprocess``, in the precision of the trunk.
+    They are computed on the CPU without ``preprocess``, in the precision of the trunk. NaN means
+    that the network takes no such samples.
     """
     device = torch.device("cpu")
     extractor: Extractor = estimator._extractor.on(device)
@@ -87,16 +96,17 @@ def probe(estimator: Any) -> npt.NDArray[Any]:
     example = extractor.backbone.example
     for samples in _made_up(example):
         try:
-            return predict_logits(extractor, model, samples.numpy(), len(samples), False)
+            return predict_logits(extractor, model, samples.numpy(), BatchSize(len(samples)))
         except (RuntimeError, ValueError, IndexError):
-            continue  # not in the domain of the network, such as a mask without any token
+            continue  # outside the domain of the network, such as an empty mask
     return np.full((len(example), len(model.intercept)), np.nan)
 
 
 def transformed(estimator: Any) -> npt.NDArray[np.float64]:
-    """Return two means of what ``preprocess`` makes of made-up samples, to compare it by.
+    """Return two means of transformed made-up samples, by which transforms are compared.
 
-    One row for bytes, one for numbers from 0 to 1; NaN where it takes none of those.
+    The first row is for uint8 samples, the second for floats in [0, 1]. NaN means that
+    ``preprocess`` takes no such samples.
     """
     means = np.full((2, 2), np.nan)
     preprocess, shape = estimator._extractor.preprocess, (2, *estimator.sample_shape_)
@@ -106,7 +116,7 @@ def transformed(estimator: Any) -> npt.NDArray[np.float64]:
     for row, samples in enumerate(((255 * wave).to(torch.uint8), wave.float())):
         try:
             values = preprocess(samples).double().flatten()
-        except Exception:  # whatever code of others may raise
+        except Exception:  # the transform may raise anything
             continue
         weights = torch.linspace(0, 1, len(values), dtype=torch.float64)
         means[row] = float(values.mean()), float((weights * values).mean())
@@ -121,7 +131,7 @@ def _made_up(example: Tensor) -> list[Tensor]:
 
 
 def _wave(shape: torch.Size) -> Tensor:
-    """Return numbers from 0 to 1 that any machine can make up."""
+    """Return numbers from 0 to 1 that are the same on all machines."""
     return (0.5 + 0.5 * torch.arange(shape.numel(), dtype=torch.float64).sin()).view(shape)
 
 
@@ -132,13 +142,13 @@ def describe(code: Any) -> str:
 
 
 def _packed(values: dict[str, Any], kind: str, arrays: Arrays) -> dict[str, Any]:
-    """Return parameters or attributes as JSON can hold them."""
+    """Return parameters or attributes in a form for JSON."""
     try:
         return {name: pack(value, f"{kind}.{name}", arrays) for name, value in values.items()}
     except NotStorableError as error:
         raise ValueError(
-            f"The model can be stored by pickle only: {error}. Set a parameter to a plain value "
-            "before saving, as in set_params(random_state=None); a fitted model does not need it."
+            f"The model can be stored by pickle only: {error}. Set the parameter to a plain value "
+            "before saving, as in set_params(random_state=None)."
         ) from error
 
 
@@ -149,13 +159,13 @@ def _extractor(extractor: Extractor) -> dict[str, Any]:
         "dtype": _name(extractor.dtype),
         "half": extractor.half,
         "takes_indices": extractor.takes_indices,
-        "leak": extractor.negative_slope,
+        "negative_slope": extractor.negative_slope,
         "preprocess": None if preprocess is None else describe(preprocess),
     }
 
 
 def _backbone(estimator: Any, arrays: Arrays) -> dict[str, Any]:
-    """Return the description of the backbone; unless it has a name, its weights are stored."""
+    """Return the description of the backbone, and store its weights unless it has a name."""
     backbone = estimator._extractor.backbone
     weights = stored_weights(backbone)
     name = estimator.backbone if isinstance(estimator.backbone, str) else None

@@ -17,6 +17,7 @@ from sklearn_gradfeat.linearized._losses import (
 )
 from sklearn_gradfeat.linearized._model import (
     LinearModel,
+    linear_logits,
     to_numpy,
 )
 from sklearn_gradfeat.linearized._objective import (
@@ -24,6 +25,7 @@ from sklearn_gradfeat.linearized._objective import (
     TangentTerm,
     agrees,
 )
+from sklearn_gradfeat.linearized._prediction import predict_logits
 
 __all__ = [
     "Bernoulli",
@@ -38,6 +40,8 @@ __all__ = [
     "Tensors",
     "UntraceableError",
     "agrees",
+    "linear_logits",
     "linearized_graph",
+    "predict_logits",
     "to_numpy",
 ]

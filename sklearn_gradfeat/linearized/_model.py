@@ -1,7 +1,8 @@
-"""The linear model that is fitted, on the side of torch and on that of numpy."""
+"""The linear model: its parameters, and its logits."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +11,57 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.linearized._jacobian import LinearizedHead, Tensors
+
+
+def linear_logits(
+    activation: Tensor | None = None,
+    tangent: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    intercept: Tensor | None = None,
+    omega: Tensor | None = None,
+) -> Tensor:
+    """Return ``b + W f + Ω J w₂`` for a batch; terms that are None are left out.
+
+    Parameters
+    ----------
+    activation : tensor of shape (n_samples, n_features), default=None
+        The activations ``f``, which need ``weights``.
+    tangent : tensor of shape (n_samples, n_features), default=None
+        The Jacobian-vector products ``J w₂``, which need ``omega``.
+    weights, omega : tensor of shape (n_outputs, n_features), default=None
+        ``W`` and ``Ω``.
+    intercept : tensor of shape (n_outputs,), default=None
+        ``b``.
+
+    Returns
+    -------
+    tensor of shape (n_samples, n_outputs), or (n_outputs,) for an intercept alone
+    """
+    logits = intercept
+    if activation is not None and weights is not None:
+        term = activation @ weights.T
+        logits = term if logits is None else logits + term
+    if tangent is not None and omega is not None:
+        term = tangent @ omega.T
+        logits = term if logits is None else logits + term
+    assert logits is not None
+    return logits
+
 
 @dataclass(frozen=True)
 class LinearModel:
-    """A linear model, with the displacements in the units of the parameters.
+    """The parameters of a fitted linear model.
 
-    ``weights`` and ``omega`` have shape (n_outputs, n_features), ``intercept`` has shape
-    (n_outputs,), and ``displacements`` those of the parameters that they displace.
+    Attributes
+    ----------
+    weights, omega : tensor of shape (n_outputs, n_features)
+        ``W`` and ``Ω``. Weights of zero leave the activation term out.
+    intercept : tensor of shape (n_outputs,)
+        ``b``.
+    displacements : dict of str to tensor
+        ``w₂`` by parameter, in the shapes and units of the parameters.
     """
 
     weights: Tensor
@@ -26,7 +71,7 @@ class LinearModel:
 
     @classmethod
     def from_estimator(cls, fitted: Any, device: torch.device, dtype: torch.dtype) -> LinearModel:
-        """Return the model that the attributes of a fitted estimator hold."""
+        """Return the model in the attributes of a fitted estimator."""
 
         def tensor(array: Any) -> Tensor:
             return torch.tensor(array, device=device, dtype=dtype)
@@ -39,17 +84,54 @@ class LinearModel:
         )
 
     def shifted(self, offset: npt.NDArray[np.float64]) -> LinearModel:
-        """Return the model that predicts as much more of every output."""
+        """Return the model with ``offset`` added to its intercept."""
         return replace(self, intercept=self.intercept + torch.from_numpy(offset).to(self.intercept))
 
-    def scaled(self, factors: npt.NDArray[np.float64]) -> LinearModel:
-        """Return the model that predicts so many times as much of every output."""
-        column = torch.from_numpy(factors).to(self.intercept)[:, None]
+    def term(self, term: str) -> LinearModel:
+        """Return the ``"activation"`` term, the ``"gradient"`` term, or the ``"full"`` model."""
+        if term == "activation":
+            return replace(self, displacements={})
+        return self if term == "full" else replace(self, weights=torch.zeros_like(self.weights))
+
+    def displaced_in(self, names: Collection[str]) -> LinearModel:
+        """Return the model with the displacements of some parameters alone."""
         return replace(
             self,
-            weights=self.weights * column,
-            intercept=self.intercept * column[:, 0],
-            omega=self.omega * column,
+            displacements={
+                name: move if name in names else torch.zeros_like(move)
+                for name, move in self.displacements.items()
+            },
+        )
+
+    def logits(
+        self, head: LinearizedHead, boundary: Tensors, activation: Tensor | None = None
+    ) -> Tensor:
+        """Return ``b + W f + Ω J w₂`` for a batch.
+
+        Parameters
+        ----------
+        head : LinearizedHead
+            The head, in the standard parametrization.
+        boundary : tuple of tensors
+            The inputs of the head.
+        activation : tensor of shape (n_samples, n_features), default=None
+            The activations, if they are known.
+
+        Returns
+        -------
+        tensor of shape (n_samples, n_outputs)
+        """
+        tangent = None
+        if self.displacements:
+            u = head.flatten(tuple(self.displacements.values()))
+            if activation is None and bool(self.weights.any()):
+                activation, tangent = head.activation_and_jvp(boundary, u)
+            else:
+                tangent = head.jvp(boundary, u)
+        elif activation is None:
+            activation = head.activation(boundary)
+        return linear_logits(
+            activation, tangent, weights=self.weights, intercept=self.intercept, omega=self.omega
         )
 
     def attributes(self) -> dict[str, Any]:

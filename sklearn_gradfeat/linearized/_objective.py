@@ -1,69 +1,133 @@
-"""The training objective of the linear model, over every sample.
+"""The training objective of the linear model, over all samples.
 
-With activation ``f``, Jacobian ``J`` and fitted output weights ``Ω``, the logits
+The logits of a sample are, with its activation ``f`` and its Jacobian ``J`` in θ₂, ::
 
-    W f + b + Ω J (s ∘ u)
+    b + W f + Ω J (s ∘ u)
 
-are linear in the unknowns ``x = [W, b, u]``, held as one flat vector.
+They are linear in the unknowns ``x = [W, b, u]``, held as one flat vector; ``Ω`` is fixed, and
+``s`` holds the scales of the parametrization. The objective is ::
+
+    Σᵢ ωᵢ loss(logitsᵢ, yᵢ)  +  alpha/2 ‖W‖²  +  gradient_alpha/2 ‖u‖²
+
+with sample weights ``ωᵢ`` that add up to one. A solver needs the linear map from ``x`` to the
+logits (a Jacobian-vector product), its adjoint (a vector-Jacobian product), and both in one pass.
+Logits are float64 whatever the precision of the network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.data import BatchSize, Result
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead, Tensors
 from sklearn_gradfeat.linearized._losses import Loss
+from sklearn_gradfeat.linearized._model import linear_logits
 
-# Two maps are the same if they differ by no more than this power of the rounding unit.
+# Two maps agree if they differ by no more than this power of the machine epsilon.
 _ROUNDING = 0.4
 
 
 def agrees(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether outcomes of a map are the same, up to rounding in the precision of the map."""
+    """Whether two results of a map are equal up to rounding in the precision of the map."""
     bound = torch.finfo(dtype).eps ** _ROUNDING * float(expected.norm())
     return bool((found - expected).norm() <= bound)
 
 
 class Batches(Protocol):
-    """The boundary tensors of all samples, batch by batch."""
+    """The inputs of the head for all samples, batch by batch."""
 
     def __call__(self, stride: int = 1) -> Iterator[tuple[slice, Tensors]]:
-        """Iterate over (rows, boundary) of every ``stride``-th sample."""
-
-
-class Parts(NamedTuple):
-    """The unknowns: weights (n_outputs, n_features), intercept, displacements ``u``."""
-
-    weights: Tensor
-    intercept: Tensor
-    u: Tensor
+        """Iterate over (rows, boundary tensors) of every ``stride``-th sample."""
 
 
 @dataclass(frozen=True)
 class TangentTerm:
-    """The gradient features: a linearised head, its inputs and its output weights.
+    """The gradient term ``Ω J u`` of all samples, and its adjoint.
 
     Parameters
     ----------
     head : LinearizedHead
-        Gives ``J u`` and ``Jᵀ g``.
+        Computes ``J u`` and ``Jᵀ g`` for a batch.
     batches : callable
         ``batches()`` iterates over (rows, boundary tensors) and covers every sample once.
     omega : tensor of shape (n_outputs, n_features)
         The output weights ``Ω``.
     alpha : float
         L2 penalty on ``u``.
+    batch_size : BatchSize or None
+        The size of the batches. It is halved, and a pass repeated, where memory runs out.
     """
 
     head: LinearizedHead
     batches: Batches
     omega: Tensor
     alpha: float
+    batch_size: BatchSize | None = None
+
+    def add_forward(self, u: Tensor, logits: Tensor) -> Tensor:
+        """Return ``logits + Ω J u``."""
+
+        def forward_pass() -> Tensor:
+            total = logits.clone()
+            for rows, boundary in self.batches():
+                total[rows] += self._logits(self.head.jvp(boundary, u)).to(logits)
+            return total
+
+        return self._retry(forward_pass)
+
+    def adjoint(self, cotangent: Tensor) -> Tensor:
+        """Return ``Σᵢ Jᵢᵀ Ωᵀ cotangentᵢ``."""
+
+        def adjoint_pass() -> Tensor:
+            u = self.omega.new_zeros(self.head.size)
+            for rows, boundary in self.batches():
+                u += self.head.vjp(boundary, self._pulled(cotangent[rows]))
+            return u
+
+        return self._retry(adjoint_pass)
+
+    def add_forward_adjoint(
+        self, u: Tensor, logits: Tensor, cotangent_of: Callable[[slice, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``logits + Ω J u`` and its adjoint at ``cotangent_of(rows, logits)``, in one pass.
+
+        The cotangent of a batch may depend on the logits of that batch alone.
+        """
+
+        def both() -> tuple[Tensor, Tensor]:
+            total, pulled = logits.clone(), self.omega.new_zeros(self.head.size)
+            for rows, boundary in self.batches():
+
+                def cotangent(tangent: Tensor, rows: slice = rows) -> Tensor:
+                    total[rows] += self._logits(tangent).to(logits)
+                    return self._pulled(cotangent_of(rows, total[rows]))
+
+                pulled += self.head.jvp_then_vjp(boundary, u, cotangent)[1]
+            return total, pulled
+
+        return self._retry(both)
+
+    def _logits(self, tangent: Tensor) -> Tensor:
+        return linear_logits(tangent=tangent, omega=self.omega)
+
+    def _pulled(self, cotangent: Tensor) -> Tensor:
+        return cotangent.to(self.omega) @ self.omega
+
+    def _retry(self, compute: Callable[[], Result]) -> Result:
+        return compute() if self.batch_size is None else self.batch_size.retry(compute)
+
+
+class Parts(NamedTuple):
+    """The unknowns: weights (n_outputs, n_features), intercept, scaled displacements ``u``."""
+
+    weights: Tensor
+    intercept: Tensor
+    u: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,13 +137,13 @@ class TangentObjective:
     Parameters
     ----------
     loss : Loss
-        The loss, in the logits.
+        The loss, as a function of the logits.
     activation : tensor of shape (n_samples, n_features) or None
-        The activations; None leaves the weights out of the model.
+        The activations; None leaves ``W`` out of the model.
     tangent : TangentTerm or None
-        The gradient features; None leaves the displacements out.
+        The gradient term; None leaves ``u`` out of the model.
     alpha : float
-        L2 penalty on the weights.
+        L2 penalty on ``W``.
     fit_intercept : bool
         Whether the intercept is free. It is never penalised.
     n_samples : int
@@ -87,7 +151,7 @@ class TangentObjective:
     like : tensor
         An empty tensor with the dtype and device of the unknowns.
     accumulator : torch.device
-        Where the float64 logits live.
+        The device of the float64 logits.
     """
 
     loss: Loss
@@ -102,7 +166,7 @@ class TangentObjective:
     penalty: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        """Lay out the unknowns and their penalty."""
+        """Lay out the unknowns and their penalties."""
         c = self.loss.n_outputs
         d = 0 if self.activation is None else self.activation.shape[1]
         p = 0 if self.tangent is None else self.tangent.head.size
@@ -115,7 +179,7 @@ class TangentObjective:
         object.__setattr__(self, "penalty", penalty)
 
     def split(self, x: Tensor) -> Parts:
-        """View a flat vector as its parts; parts left out are empty."""
+        """View a flat vector as its parts; parts that the model lacks are empty."""
         weights, intercept, u = torch.split(x, list(self.sizes))
         return Parts(weights.view(self.loss.n_outputs, -1), intercept, u)
 
@@ -123,60 +187,40 @@ class TangentObjective:
         """Return the logits, of shape (n_samples, n_outputs), float64."""
         parts = self.split(x)
         logits = self._affine(parts)
-        if self.tangent is not None and bool(parts.u.any()):
-            omega = self.tangent.omega
-            for rows, boundary in self.tangent.batches():
-                logits[rows] += self._wide(self.tangent.head.jvp(boundary, parts.u) @ omega.T)
-        return logits
+        if self.tangent is None or not bool(parts.u.any()):
+            return logits
+        return self.tangent.add_forward(parts.u, logits)
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """Return the transpose of :meth:`forward`, applied to ``cotangent``."""
-        u = self.like.new_zeros(self.sizes[2])
-        if self.tangent is not None:
-            for rows, boundary in self.tangent.batches():
-                u += self.tangent.head.vjp(
-                    boundary, self._narrow(cotangent[rows]) @ self.tangent.omega
-                )
+        u = self.like.new_empty(0) if self.tangent is None else self.tangent.adjoint(cotangent)
         return self._join(cotangent, u)
 
     def forward_adjoint(self, direction: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the change ``D`` of the logits and the loss gradient at ``logits + D``."""
+        """Return the change ``D`` of the logits and ``Aᵀ loss'(logits + D)``, in one pass."""
         parts = self.split(direction)
-        change = self._affine(parts)
-        u = self.like.new_zeros(self.sizes[2])
+        change, u = self._affine(parts), self.like.new_empty(0)
         if self.tangent is not None:
-            omega = self.tangent.omega
-            for rows, boundary in self.tangent.batches():
-
-                def cotangent_of(tangent: Tensor, rows: slice = rows) -> Tensor:
-                    change[rows] += self._wide(tangent @ omega.T)
-                    residual = self.loss.gradient(logits[rows] + change[rows], rows)
-                    return self._narrow(residual) @ omega
-
-                u += self.tangent.head.jvp_then_vjp(boundary, parts.u, cotangent_of)[1]
+            change, u = self.tangent.add_forward_adjoint(
+                parts.u, change, lambda rows, moved: self.loss.gradient(logits[rows] + moved, rows)
+            )
         return change, self._join(self.loss.gradient(logits + change), u)
 
     def _affine(self, parts: Parts) -> Tensor:
-        """Return the logits of the activation term and the intercept."""
+        """Return ``b + W f``."""
         logits = torch.zeros(
             self.n_samples, self.loss.n_outputs, dtype=torch.float64, device=self.accumulator
         )
         if self.activation is not None:
-            logits += self._wide(self.activation @ parts.weights.T)
+            logits += linear_logits(self.activation, weights=parts.weights).to(logits)
         if self.fit_intercept:
-            logits += self._wide(parts.intercept)
+            logits += parts.intercept.to(logits)
         return logits
 
     def _join(self, cotangent: Tensor, u: Tensor) -> Tensor:
-        """Return the adjoint of the activation term and the intercept, with ``u``."""
-        narrow = self._narrow(cotangent)
+        """Return the adjoint of ``b + W f``, followed by ``u``."""
+        narrow = cotangent.to(self.like)
         empty = self.like.new_empty(0)
         weights = empty if self.activation is None else (narrow.T @ self.activation).reshape(-1)
-        intercept = self._narrow(cotangent.sum(0)) if self.fit_intercept else empty
+        intercept = cotangent.sum(0).to(self.like) if self.fit_intercept else empty
         return torch.cat([weights, intercept, u])
-
-    def _wide(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.accumulator, torch.float64)
-
-    def _narrow(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.like.device, self.like.dtype)

@@ -1,65 +1,47 @@
-"""From frozen features to a fitted linear model, for one or many penalties."""
+"""From frozen layers to a fitted linear model, for one pair of penalties or many."""
 
-from sklearn_gradfeat.training._calibration import (
-    calibrated,
-)
 from sklearn_gradfeat.training._penalties import (
     Candidate,
     Grid,
-    known_logits,
-    left_out_path,
+    leave_one_out_path,
     penalty_path,
-    place,
-)
-from sklearn_gradfeat.training._prediction import (
-    predict_logits,
+    place_grid,
 )
 from sklearn_gradfeat.training._problem import (
-    Classification,
     Problem,
-    centre,
-    encode,
-    numeric,
-    regression_loss,
-    sample_weights,
+    classification_problem,
+    regression_problem,
 )
 from sklearn_gradfeat.training._progress import (
     CallbackSupportMixin,
-    FitCallbacks,
+    Progress,
     with_callbacks,
 )
-from sklearn_gradfeat.training._stages import (
+from sklearn_gradfeat.training._two_stage_fit import (
+    FirstStage,
+    FitResult,
+    FitSettings,
     Prepared,
-    Settings,
     TwoStageFit,
-    train,
-    warn_of_search,
     warn_unless_converged,
 )
 
 __all__ = [
     "CallbackSupportMixin",
     "Candidate",
-    "Classification",
-    "FitCallbacks",
+    "FirstStage",
+    "FitResult",
+    "FitSettings",
     "Grid",
     "Prepared",
     "Problem",
-    "Settings",
+    "Progress",
     "TwoStageFit",
-    "calibrated",
-    "centre",
-    "encode",
-    "known_logits",
-    "left_out_path",
-    "numeric",
+    "classification_problem",
+    "leave_one_out_path",
     "penalty_path",
-    "place",
-    "predict_logits",
-    "regression_loss",
-    "sample_weights",
-    "train",
-    "warn_of_search",
+    "place_grid",
+    "regression_problem",
     "warn_unless_converged",
     "with_callbacks",
 ]

@@ -1,4 +1,10 @@
-"""All penalties of a grid on the same samples, from strong to weak."""
+"""The linear models of all penalties of a grid, from strong to weak.
+
+A model with strong penalties is the easiest to fit from nothing, and the next weaker one is close
+to it. The first stage is fitted once for each ``alpha``. Default grids start at the largest
+curvature of the loss and go down by powers of ten, so that they suit features and targets of any
+scale.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +16,19 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from sklearn_gradfeat.cache import CachedSamples
 from sklearn_gradfeat.curvature import largest_curvature, leave_one_out, tangent_gram
-from sklearn_gradfeat.linearized import LinearizedHead, LinearModel
+from sklearn_gradfeat.linearized import LinearModel, TangentObjective
 from sklearn_gradfeat.solvers import Solution
-from sklearn_gradfeat.training._stages import TwoStageFit, unwatched
+from sklearn_gradfeat.training._two_stage_fit import TwoStageFit
 
-# Penalties by number are spread over so many powers of ten below the largest curvature.
+# The powers of ten that a default grid covers, from the largest curvature down.
 _DECADES = 4
 
 Penalties = npt.NDArray[np.float64]
 
 
 class Grid(NamedTuple):
-    """The penalties to try in every combination; None where there are no displacements."""
+    """The penalties to combine; ``gradient_alphas`` is None for models without displacements."""
 
     alphas: Penalties
     gradient_alphas: Penalties | None
@@ -36,14 +41,23 @@ class Grid(NamedTuple):
     def parameters(self, pair: Sequence[int]) -> dict[str, float | None]:
         """Return the penalties at a place in the grid, by name."""
         i, j = pair
-        of_gradient = None if self.gradient_alphas is None else float(self.gradient_alphas[j])
-        return {"alpha": float(self.alphas[i]), "gradient_alpha": of_gradient}
+        gradient_alpha = None if self.gradient_alphas is None else float(self.gradient_alphas[j])
+        return {"alpha": float(self.alphas[i]), "gradient_alpha": gradient_alpha}
 
 
 class Candidate(NamedTuple):
-    """The model of one pair of penalties, and where that is in the grid.
+    """The model of one pair of penalties.
 
-    ``logits`` are those of the samples that score it, where they are no logits of the model.
+    Attributes
+    ----------
+    pair : (int, int)
+        The place in the grid.
+    model : LinearModel
+        The model; for leave-one-out predictions the model of the first stage.
+    converged : bool
+        Whether the fit met the tolerance.
+    logits : tensor of shape (n_samples, n_outputs) or None
+        Leave-one-out predictions of the training samples.
     """
 
     pair: tuple[int, int]
@@ -52,17 +66,17 @@ class Candidate(NamedTuple):
     logits: Tensor | None = None
 
 
-def place(alphas: Any, gradient_alphas: Any, stages: TwoStageFit) -> Grid:
-    """Return the penalties as given, or so many from the largest curvature downward.
+def place_grid(alphas: Any, gradient_alphas: Any, stages: TwoStageFit) -> Grid:
+    """Return the given penalties, or as many as asked for below the largest curvature.
 
-    At that penalty the direction that the samples say most about is shrunk by half, and any
-    other one by more. The gradient features depend on the first stage; its penalty is then the
-    one in the middle.
+    At a penalty of the size of the largest curvature, the strongest direction of the data shrinks
+    by half, and every other one by more. The gradient term depends on the first stage; the grid
+    of ``gradient_alpha`` takes the one with the middle ``alpha``.
 
     Parameters
     ----------
     alphas, gradient_alphas : int or array-like
-        Penalties of the weights and of the displacements, or how many of them to choose.
+        Penalties, or their number.
     stages : TwoStageFit
         Both stages on all samples.
 
@@ -75,16 +89,15 @@ def place(alphas: Any, gradient_alphas: Any, stages: TwoStageFit) -> Grid:
     if stages.settings.features == "activation":
         return Grid(chosen, None)
 
-    def gradient_term() -> Any:
+    def gradient_term() -> TangentObjective:
         middle = float(np.sort(chosen)[len(chosen) // 2])
-        base = stages.fit_activation(middle, None, unwatched)
-        return stages.objective(0.0, None, stages.tangent(base.model, 0.0))
+        first = stages.fit_activation(middle)
+        return stages.objective(0.0, None, stages.tangent(first.model, 0.0))
 
     return Grid(chosen, _values(gradient_alphas, gradient_term))
 
 
-def _values(given: Any, objective: Callable[[], Any]) -> Penalties:
-    """Return penalties that were given, or as many below the curvature of an objective."""
+def _values(given: Any, objective: Callable[[], TangentObjective]) -> Penalties:
     if not isinstance(given, Integral):
         return np.array(given, dtype=np.float64)
     largest = largest_curvature(objective()) or 1.0
@@ -93,10 +106,7 @@ def _values(given: Any, objective: Callable[[], Any]) -> Penalties:
 
 
 def penalty_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
-    """Fit the models of all penalties in a grid, each from its stronger neighbour on.
-
-    The first stage is fitted once for each ``alpha``. Models with strong penalties are the
-    easiest to fit from nothing, and every next one is close to the one before.
+    """Fit the models of all penalties in a grid, each from its stronger neighbour.
 
     Parameters
     ----------
@@ -109,59 +119,72 @@ def penalty_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
     ------
     Candidate
     """
-    former = None
+    restored, former = stages.problem.restored, None
     for i in _descending(grid.alphas):
-        base = stages.fit_activation(float(grid.alphas[i]), former, unwatched)
-        former = model = base.model
+        first = stages.fit_activation(float(grid.alphas[i]), former)
+        former = model = first.model
         if grid.gradient_alphas is None:
-            yield Candidate((i, 0), model, _converged(base.solution))
+            yield Candidate((i, 0), restored(model), _converged(first.solution))
             continue
         for j in _descending(grid.gradient_alphas):
             penalty = float(grid.gradient_alphas[j])
-            model, solution = stages.fit_gradient(base, penalty, model, unwatched)
-            yield Candidate((i, j), model, _converged(base.solution, solution))
+            model, solution = stages.fit_gradient(first, penalty, model)
+            yield Candidate((i, j), restored(model), _converged(first.solution, solution))
 
 
-def left_out_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
-    """Predict every sample by the models of all others, for all penalties in a grid.
+def leave_one_out_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
+    """Compute the leave-one-out predictions of squared errors for all penalties in a grid.
 
     Parameters
     ----------
     stages : TwoStageFit
-        Both stages on all samples, for squared errors.
+        Both stages on all samples.
     grid : Grid
         The penalties, in any order, all above zero.
 
     Yields
     ------
     Candidate
-        With the model of the first stage.
 
     Raises
     ------
     ValueError
-        If there is one sample only, or no Gram matrix that is cheap.
+        If there is one sample only, or if the Gram matrix of the samples is not cheap.
     """
     if int((stages.loss.weights > 0).sum()) < 2:
         raise ValueError("cv='loo' needs at least 2 samples with a positive weight.")
     former = None
     for i in _descending(grid.alphas):
         alpha = float(grid.alphas[i])
-        base = stages.fit_activation(alpha, former, unwatched)
-        former, converged = base.model, _converged(base.solution)
+        first = stages.fit_activation(alpha, former)
+        former = first.model
         if grid.gradient_alphas is None:
             objective = stages.objective(alpha, stages.samples.activation, None)
-            yield Candidate((i, 0), base.model, converged, leave_one_out(objective, None))
+            yield _left_out(stages, (i, 0), first.model, first.solution, objective, None)
             continue
-        gram = tangent_gram(stages.tangent(base.model, 0.0), len(stages.samples.activation))
+        gram = tangent_gram(stages.tangent(first.model, 0.0), len(stages.samples.activation))
         if gram is None:
             raise ValueError(
-                "cv='loo' takes gradient layers that are linear, or convolutions as large as their "
-                "input. Set gradient_layers to such, or cv to a number of folds."
+                "cv='loo' needs gradient layers that are linear, or convolutions as large as "
+                "their input. Choose such layers by gradient_layers, or set cv to a number of "
+                "folds."
             )
         for j in _descending(grid.gradient_alphas):
-            objective = stages.second(base, float(grid.gradient_alphas[j]))
-            yield Candidate((i, j), base.model, converged, leave_one_out(objective, gram))
+            objective = stages.second_objective(first, float(grid.gradient_alphas[j]))
+            yield _left_out(stages, (i, j), first.model, first.solution, objective, gram)
+
+
+def _left_out(
+    stages: TwoStageFit,
+    pair: tuple[int, int],
+    model: LinearModel,
+    solution: Solution,
+    objective: TangentObjective,
+    gram: Tensor | None,
+) -> Candidate:
+    predictions = leave_one_out(objective, gram)
+    predictions = predictions + predictions.new_tensor(stages.problem.offset)
+    return Candidate(pair, stages.problem.restored(model), _converged(solution), predictions)
 
 
 def _descending(penalties: Penalties) -> list[int]:
@@ -170,30 +193,5 @@ def _descending(penalties: Penalties) -> list[int]:
     return order
 
 
-def _converged(*stages: Solution) -> bool:
-    """Whether all stages met the tolerance."""
-    return all(solution.status == "converged" for solution in stages)
-
-
-def known_logits(features: CachedSamples, head: LinearizedHead, model: LinearModel) -> Tensor:
-    """Return the logits of a model for samples whose features are at hand.
-
-    Parameters
-    ----------
-    samples : CachedSamples
-        Activations and boundary of the samples.
-    head : LinearizedHead
-        The head of the network.
-    model : LinearModel
-        The linear model.
-
-    Returns
-    -------
-    tensor of shape (n_samples, n_outputs)
-    """
-    logits = model.intercept + features.activation @ model.weights.T
-    if model.displacements:
-        u = head.flatten(tuple(model.displacements.values()))
-        for rows, boundary in features.batches():
-            logits[rows] += head.jvp(boundary, u) @ model.omega.T
-    return logits
+def _converged(*solutions: Solution) -> bool:
+    return all(solution.status == "converged" for solution in solutions)

@@ -1,9 +1,15 @@
-"""scikit-learn's callbacks where they exist, and nothing where they do not."""
+"""The iterations of a fit, shown in a bar and reported to scikit-learn's callbacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sklearn_gradfeat.linearized import LinearModel
 
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
@@ -17,44 +23,89 @@ except ImportError:  # scikit-learn < 1.9
         return method
 
 
-__all__ = ["CallbackSupportMixin", "FitCallbacks", "with_callbacks"]
+__all__ = ["CallbackSupportMixin", "Progress", "with_callbacks"]
+
+Watch = Callable[[int, float, Tensor], bool]
 
 
-class FitCallbacks:
-    """Reports the iterations of a fit to the callbacks of an estimator.
+class Progress:
+    """Follows one fit of an estimator.
 
     Parameters
     ----------
     estimator : estimator
         The estimator, with or without callbacks.
-    max_iter : int
-        The largest number of iterations.
     **data : dict
-        ``X``, ``y`` and ``metadata`` as the hooks receive them.
+        ``X``, ``y`` and ``metadata`` as the hooks of callbacks receive them.
     """
 
-    def __init__(self, estimator: Any, max_iter: int, **data: Any) -> None:
-        self.estimator, self.data = estimator, data
-        self.context = None
+    def __init__(self, estimator: Any, **data: Any) -> None:
+        self._estimator, self._data = estimator, data
+        self._bar: Any = None
+        self._context = None
         if hasattr(estimator, "_init_callback_context"):
-            self.context = estimator._init_callback_context(max_subtasks=max_iter)
-            self.context.call_on_fit_task_begin(estimator=estimator, **data)
+            self._context = estimator._init_callback_context(max_subtasks=estimator.max_iter)
+            self._context.call_on_fit_task_begin(estimator=estimator, **data)
 
-    def iteration(self, number: int, attributes: Callable[[], dict[str, Any]]) -> bool:
-        """Report one iteration; return whether a callback asks to stop."""
-        if self.context is None:
+    def watch(
+        self,
+        stage: str,
+        to_model: Callable[[Tensor], LinearModel],
+        to_attributes: Callable[[LinearModel], dict[str, Any]] | None,
+    ) -> Watch:
+        """Return the function that the solver calls after every iteration of a stage.
+
+        Parameters
+        ----------
+        stage : str
+            The name of the stage.
+        to_model : callable
+            Maps the unknowns of the solver to the model.
+        to_attributes : callable or None
+            Maps the model to the attributes of a fitted estimator, for callbacks. None reports
+            nothing to callbacks, as for a stage that is not the last.
+
+        Returns
+        -------
+        callable
+            ``watch(iteration, objective, x)`` returns whether a callback asks to stop.
+        """
+        return partial(self._iteration, stage, to_model, to_attributes)
+
+    def _iteration(
+        self,
+        stage: str,
+        to_model: Callable[[Tensor], LinearModel],
+        to_attributes: Callable[[LinearModel], dict[str, Any]] | None,
+        iteration: int,
+        objective: float,
+        x: Tensor,
+    ) -> bool:
+        if self._bar is None:
+            self._bar = tqdm(unit="iteration", disable=not self._estimator.verbose)
+        self._bar.set_description(f"{stage}, objective {objective:.6g}")
+        self._bar.update()
+        if self._context is None or to_attributes is None:
             return False
-        task = self.context.subcontext(task_name=f"iteration {number}")
-        task.call_on_fit_task_begin(estimator=self.estimator, **self.data)
+        task = self._context.subcontext(task_name=f"iteration {iteration}")
+        task.call_on_fit_task_begin(estimator=self._estimator, **self._data)
         return bool(
             task.call_on_fit_task_end(
-                estimator=self.estimator, **self.data, reconstruction_attributes=attributes
+                estimator=self._estimator,
+                **self._data,
+                reconstruction_attributes=lambda: to_attributes(to_model(x)),
             )
         )
 
     def end(self) -> None:
-        """Report the end of the fit; the estimator must be fitted by then."""
-        if self.context is not None:
-            self.context.call_on_fit_task_end(
-                estimator=self.estimator, **self.data, reconstruction_attributes={}
+        """Close the bar and report the end of the fit; the estimator must be fitted."""
+        self.close()
+        if self._context is not None:
+            self._context.call_on_fit_task_end(
+                estimator=self._estimator, **self._data, reconstruction_attributes={}
             )
+
+    def close(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()

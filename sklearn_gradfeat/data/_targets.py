@@ -1,0 +1,121 @@
+"""Targets and sample weights as the losses take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import _check_sample_weight, check_array, column_or_1d
+
+
+def encode_classes(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the classes, and the targets as class indices or as an indicator matrix.
+
+    Parameters
+    ----------
+    y : ndarray of shape (n_samples,) or (n_samples, n_labels)
+        Classes, or zeros and ones.
+
+    Returns
+    -------
+    classes : ndarray of shape (n_classes,) or (n_labels,)
+        The classes in order, or the numbers of the labels.
+    targets : ndarray of shape (n_samples,), int, or (n_samples, n_labels), float64
+        Class indices, or zeros and ones.
+
+    Raises
+    ------
+    ValueError
+        If there is one class only, or if ``y`` holds neither classes nor labels.
+    """
+    check_classification_targets(y)
+    kind = type_of_target(y)
+    if kind == "multilabel-indicator":
+        if not np.isin(y, (0, 1)).all():
+            raise ValueError("y: multilabel targets must be a matrix of zeros and ones.")
+        return np.arange(y.shape[1]), np.asarray(y, dtype=np.float64)
+    if kind == "multiclass-multioutput":
+        raise ValueError(
+            "y has several columns of classes. Pass one column of classes, or an indicator matrix "
+            "of zeros and ones for multilabel targets. For several columns of classes, use "
+            "sklearn.multioutput.MultiOutputClassifier."
+        )
+    classes, targets = np.unique(column_or_1d(y, warn=True), return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(
+            "The classifier needs samples of at least 2 classes, but y contains one class: "
+            f"{classes[0]}."
+        )
+    return classes, targets
+
+
+def numeric_targets(y: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return the targets of a regression, of shape (n_samples,) or (n_samples, n_outputs)."""
+    try:
+        numbers: npt.NDArray[np.float64] = check_array(
+            y, ensure_2d=False, dtype=np.float64, input_name="y"
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"y must hold finite real numbers. {error}") from error
+    return numbers
+
+
+def weighted_mean(
+    targets: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return the weighted mean of every column, exact for a constant column.
+
+    ``weights`` add up to one.
+    """
+    anchor = targets[weights.argmax()]
+    mean: npt.NDArray[np.float64] = anchor + weights @ (targets - anchor)
+    return mean
+
+
+def normalized_weights(
+    y: npt.NDArray[Any], sample_weight: Any, class_weight: Any = None
+) -> npt.NDArray[np.float64]:
+    """Return the weight of every sample; the weights add up to one.
+
+    Parameters
+    ----------
+    y : ndarray of shape (n_samples,) or (n_samples, n_outputs)
+        The targets.
+    sample_weight : array-like of shape (n_samples,) or None
+        Non-negative weights.
+    class_weight : dict, "balanced", list of dict or None, default=None
+        Factors by class. ``"balanced"`` counts every sample by its weight.
+
+    Raises
+    ------
+    ValueError
+        If a weight is negative, or if all weights are zero.
+    """
+    weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
+    if class_weight is not None:
+        weights = weights * _class_factors(class_weight, y, weights)
+    total = weights.sum()
+    if not total > 0:
+        raise ValueError(
+            "sample_weight: the weights add up to zero. At least one weight must be positive."
+        )
+    normalized: npt.NDArray[np.float64] = weights / total
+    return normalized
+
+
+def _class_factors(
+    class_weight: Any, y: npt.NDArray[Any], weights: npt.NDArray[np.float64]
+) -> npt.NDArray[Any]:
+    """Return the factor of every sample."""
+    if class_weight != "balanced" or y.ndim == 2:
+        factors: npt.NDArray[Any] = compute_sample_weight(class_weight, y)
+        return factors
+    _, members = np.unique(y, return_inverse=True)
+    totals = np.bincount(members, weights)
+    present = totals > 0
+    factors = np.zeros_like(totals)
+    factors[present] = weights.sum() / (present.sum() * totals[present])
+    return factors[members]

@@ -1,0 +1,165 @@
+"""Text that the docstrings of several estimators share."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any, TypeVar
+
+Documented = TypeVar("Documented", bound=Any)
+
+NETWORK = """
+backbone : None, str, torch.nn.Module or callable, default=None
+    The pretrained network. It is copied and frozen; yours never changes. Clones in grid
+    searches share one copy.
+
+    - None: ``"convnet-rotation"`` for images; a wide multi-layer perceptron with random
+      weights for tabular data.
+    - str: ``"convnet-rotation"`` or ``"convnet-vae"``, small networks for 32 x 32 pixels that
+      are part of the package; ``"resnet18"`` or ``"torchvision/resnet18"``, ``"timm/NAME"``:
+      pretrained weights with their own input transform, without the classifier.
+    - module: its output is the activation, of shape (n_samples, n_features) or
+      (n_samples, n_features, ...). The axes after the second are averaged.
+    - callable: returns a module. It is called once in every fit, under ``random_state``.
+
+gradient_layers : {"last", "all"}, int, str or list of str, default="last"
+    The layers whose parameters are θ₂. ``"last"`` is the topmost residual or transformer
+    block, or the topmost convolution of a plain network. An integer k is the k topmost of
+    these. Any other value holds names or glob patterns of submodules or parameters.
+activation_layer : str, default=None
+    The submodule whose output is the activation. None takes the output of the backbone.
+preprocess : "auto", callable or None, default="auto"
+    A transform of each batch before the network. It takes and returns a tensor with one
+    row per sample. ``"auto"`` is the transform of a named network, which takes uint8 images
+    or floats in [0, 1] of any size, grey or RGB, channels first or last. For any other
+    backbone, ``"auto"`` is no transform. Features are kept between fits only if the
+    transform consists of code from installed packages; see ``feature_store``.
+negative_slope : float, default=None
+    The slope below zero of the ReLUs above the gradient layers, at least 0 and below 1, in
+    activation and derivative alike. A plain ReLU has no derivative where its input is
+    negative. None leaves the ReLUs as they are.
+features : {"full", "activation", "gradient"}, default="full"
+    The terms of the model: both, ``W f`` alone, or ``Ω J w₂`` alone.
+parametrization : {"ntk", "standard"}, default="ntk"
+    The scale of the displacements ``w₂`` under the penalty. The NTK parametrization divides
+    weights by the square root of their number of output channels, and biases by √10.
+"""
+
+SOLVER = """
+max_iter : int, default=100
+    The maximum number of iterations of each of the two fits.
+tol : float, default=1e-4
+    The solver stops when the Newton decrement ``½ gᵀ P g``, with the gradient ``g`` and the
+    preconditioner ``P``, falls below ``tol`` times its value at the zero model.
+"""
+
+WARM_START = """
+warm_start : bool, default=False
+    Whether to start from the previous solution if its shape fits. The optimum is the same.
+"""
+
+COMPUTATION = """
+batch_size : int, default=256
+    The number of samples that pass through the network at once. It changes results by
+    rounding errors only. Where memory runs out, batches are halved, with a warning.
+feature_store : "auto", path or None, default="auto"
+    Where the output of the frozen layers is kept. The frozen layers then see every sample
+    once for all clones, folds, candidates, fits and predictions. ``"auto"`` keeps it in the
+    memory of the process, as long as the network lives, except for the random network,
+    which is faster than a look-up. A path is a directory that processes share, now and
+    later; it needs the ``disk`` extra. None keeps nothing between fits. :func:`set_config`
+    bounds the size.
+device : str or torch.device, default="auto"
+    ``"auto"`` is cuda, then mps, then cpu.
+precision : {"auto", "float64", "float32", "bfloat16"}, default="auto"
+    The precision of the network and of the results. ``"auto"`` is float64 for tabular data
+    of float64 or integers, and float32 for any other input. ``"bfloat16"`` runs the frozen
+    layers under autocast, and the rest in float32. For tabular data the gradient layers and
+    the results are float64 in any case.
+random_state : int, RandomState instance or None, default=None
+    Seeds the weights of the random network and of callables. Nothing else is random.
+verbose : int, default=0
+    Whether to show progress bars.
+"""
+
+SEARCH = """
+alphas : int or array-like of shape (n_alphas,), default=5
+    The values of ``alpha``, the L2 penalty on ``W``; or the number of values. These cover
+    four powers of ten below the largest curvature of the loss.
+gradient_alphas : int or array-like of shape (n_gradient_alphas,), default=5
+    The same for ``gradient_alpha``, the L2 penalty on ``w₂``. All combinations are tried.
+    With ``features="activation"`` it is ignored.
+"""
+
+REFIT = """
+refit : bool, default=True
+    Whether to fit the model with the best penalties on all samples. Without a refit there
+    are scores, and no predictions.
+"""
+
+SEARCH_ATTRIBUTES = """
+alpha_ : float
+    The best ``alpha``: the first of those with the highest mean score.
+gradient_alpha_ : float or None
+    The best ``gradient_alpha``; None without a gradient term.
+best_score_ : float
+    Their mean score over the folds.
+scores_ : ndarray of shape (n_folds, n_alphas, n_gradient_alphas)
+    All scores. ``cv="loo"`` counts as one fold.
+alphas_ : ndarray of shape (n_alphas,)
+    The values of ``alpha`` in the order of ``scores_``.
+gradient_alphas_ : ndarray of shape (n_gradient_alphas,) or None
+    The values of ``gradient_alpha`` in the order of ``scores_``.
+"""
+
+MODEL_ATTRIBUTES = """
+coef_ : ndarray of shape (n_outputs, n_features)
+    The weights ``W``; zeros if the model has no activation term. A classifier of two
+    classes has one output, any other as many as classes or labels.
+intercept_ : ndarray of shape (n_outputs,)
+    The intercept ``b``.
+omega_ : ndarray of shape (n_outputs, n_features)
+    The output weights ``Ω``, from the fit to the activations alone.
+gradient_coef_ : dict of str to ndarray
+    The displacements ``w₂`` by parameter, in the shapes and units of the parameters.
+gradient_layers_ : list of str
+    The names of the parameters θ₂. A batch norm is folded into the layer before it: the
+    bias of that layer stands for both, and the scale is part of its weight.
+sample_shape_ : tuple of int
+    The shape of one sample.
+n_features_in_ : int
+    The length of the second axis of ``X``.
+feature_names_in_ : ndarray of shape (`n_features_in_`,)
+    The names of the columns, where ``X`` has names that are all strings.
+n_iter_ : int
+    The number of iterations of the last fit.
+n_passes_ : int
+    The number of passes over the data of the last fit.
+objective_path_ : ndarray of shape (`n_iter_` + 1,)
+    The objective at the start and after every iteration. It never increases.
+"""
+
+REFERENCES = """
+.. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning,
+   ICLR 2020, arXiv:2004.05529.
+"""
+
+_TEXTS = {
+    "NETWORK": NETWORK,
+    "SOLVER": SOLVER,
+    "WARM_START": WARM_START,
+    "COMPUTATION": COMPUTATION,
+    "SEARCH": SEARCH,
+    "REFIT": REFIT,
+    "SEARCH_ATTRIBUTES": SEARCH_ATTRIBUTES,
+    "MODEL_ATTRIBUTES": MODEL_ATTRIBUTES,
+    "REFERENCES": REFERENCES,
+}
+
+
+def with_shared_text(kind: Documented) -> Documented:
+    """Decorate a class: replace lines such as ``%NETWORK%`` in its docstring by shared text."""
+    if kind.__doc__ is not None:  # python -OO drops docstrings
+        for name, text in _TEXTS.items():
+            block = textwrap.indent(text.strip(), "    ").lstrip()
+            kind.__doc__ = kind.__doc__.replace(f"%{name}%", block)
+    return kind

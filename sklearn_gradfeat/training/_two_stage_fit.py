@@ -1,0 +1,358 @@
+"""The two stages of the method: the output weights Ω, then the linear model.
+
+1. Fit ``b + W f(x)``, a regression on the activations. Its weights are ``Ω``.
+2. Fit ``b + W f(x) + Ω J(x) w₂`` with ``Ω`` fixed, from ``W = Ω`` and ``w₂ = 0``.
+
+Both problems are convex. Both stop when the Newton decrement ``½ gᵀ P g`` (gradient ``g``,
+preconditioner ``P``) falls below ``tol`` times its value at the zero model.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from sklearn_gradfeat.backbones import Network
+from sklearn_gradfeat.cache import CachedSamples
+from sklearn_gradfeat.curvature import Inverses
+from sklearn_gradfeat.data import accumulation_device
+from sklearn_gradfeat.linearized import (
+    LinearizedHead,
+    LinearModel,
+    TangentObjective,
+    TangentTerm,
+)
+from sklearn_gradfeat.solvers import Solution, minimize, preconditioned_norm
+from sklearn_gradfeat.training._problem import Problem
+from sklearn_gradfeat.training._progress import Progress, Watch
+
+# The first stage is solved to this share of tol where a second one follows: an iteration of the
+# first is cheap, and the second pays a pass over the head for every one that is left undone.
+_FIRST_STAGE = 0.01
+# Where Newton steps are exact, one or two more reach this tolerance from any other.
+_EXACT = 1e-16
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """The parameters of an estimator on which training depends, except the penalties."""
+
+    features: str
+    parametrization: str
+    fit_intercept: bool
+    tol: float
+    max_iter: int
+
+
+class Prepared(NamedTuple):
+    """The training samples after the frozen layers, for any targets and penalties.
+
+    Attributes
+    ----------
+    network : Network
+        The network, cut below θ₂.
+    samples : CachedSamples
+        Activations and inputs of the head.
+    settings : FitSettings
+        The kind of model and the tolerance.
+    attributes : dict
+        Attributes of the fitted estimator that do not depend on the targets.
+    """
+
+    network: Network
+    samples: CachedSamples
+    settings: FitSettings
+    attributes: dict[str, Any]
+
+    def subset(self, rows: npt.NDArray[np.intp]) -> Prepared:
+        """Return some of the samples."""
+        return self._replace(samples=self.samples.subset(rows))
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """The result of the first stage, from which second stages start.
+
+    Attributes
+    ----------
+    alpha : float
+        Its penalty.
+    model : LinearModel
+        The model without displacements.
+    solution : Solution
+        The result of the solver.
+    reference : float
+        The preconditioned gradient norm at the zero model, to which tolerances refer.
+    inverses : Inverses
+        The approximate inverse Hessians of second stages.
+    """
+
+    alpha: float
+    model: LinearModel
+    solution: Solution
+    reference: float
+    inverses: Inverses
+
+
+class FitResult(NamedTuple):
+    """A fitted model, and the result of the solver in each stage.
+
+    ``solutions`` has the key ``"activation"`` and, unless that is the whole model, the value of
+    the parameter ``features``.
+    """
+
+    model: LinearModel
+    solutions: dict[str, Solution]
+
+    def attributes(self) -> dict[str, Any]:
+        """Return the attributes of a fitted estimator."""
+        last = list(self.solutions.values())[-1]
+        return {
+            **self.model.attributes(),
+            "n_iter_": last.n_iter,
+            "n_passes_": last.n_passes,
+            "objective_path_": np.array(last.objective_path),
+        }
+
+
+class TwoStageFit:
+    """Both stages on the same samples, for any penalties.
+
+    Results that do not depend on the penalties are computed once. Models are those of the
+    problem with its offset subtracted, except in :meth:`fit`.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        The samples.
+    problem : Problem
+        Their targets and weights.
+    """
+
+    def __init__(self, prepared: Prepared, problem: Problem) -> None:
+        self.samples, self.settings = prepared.samples, prepared.settings
+        self.problem, self.attributes = problem, prepared.attributes | problem.attributes
+        self.loss = problem.loss(accumulation_device(self.samples.activation.device))
+        network = prepared.network
+        self.parameters = network.parameters
+        self.head = LinearizedHead(network.head, network.parameters, self.settings.parametrization)
+        self.like = self.samples.activation.new_empty(0)
+        self.inverses = Inverses()
+
+    def fit(
+        self,
+        alpha: float,
+        gradient_alpha: float,
+        warm: LinearModel | None = None,
+        progress: Progress | None = None,
+    ) -> FitResult:
+        """Fit the output weights, then the linear model from there.
+
+        Parameters
+        ----------
+        alpha, gradient_alpha : float
+            The penalties.
+        warm : LinearModel or None
+            Where to start; None starts at zero.
+        progress : Progress or None
+            Follows the iterations.
+
+        Returns
+        -------
+        FitResult
+        """
+        features = self.settings.features
+        warm = None if warm is None else self.problem.reduced(warm)
+        first = self.fit_activation(alpha, warm, progress)
+        model, solutions = first.model, {"activation": first.solution}
+        if features != "activation":
+            # Where the zero model is the optimum, a warm start must not take its place.
+            start = warm if warm is not None and math.isfinite(first.reference) else model
+            model, solutions[features] = self.fit_gradient(first, gradient_alpha, start, progress)
+        return FitResult(self.problem.restored(model), solutions)
+
+    def fit_activation(
+        self, alpha: float, warm: LinearModel | None = None, progress: Progress | None = None
+    ) -> FirstStage:
+        """Fit ``b + W f``, starting from the ``Ω`` of ``warm``."""
+        objective = self.objective(alpha, self.samples.activation, None)
+        zero = self.like.new_zeros(sum(objective.sizes))
+        reference = _norm_at_zero(objective, zero, self.inverses.at(objective))
+        start = zero
+        if warm is not None and math.isfinite(reference):
+            start = self._unknowns(warm.omega, warm.intercept, zero[:0])
+        last = self.settings.features == "activation"
+        to_model = partial(self._first_model, objective)
+        solution = self._minimize(
+            objective,
+            start,
+            self.inverses,
+            reference,
+            self.settings.tol * (1.0 if last else _FIRST_STAGE),
+            self._watch("activation", to_model, last, progress),
+        )
+        return FirstStage(alpha, to_model(solution.x), solution, reference, Inverses())
+
+    def fit_gradient(
+        self,
+        first: FirstStage,
+        gradient_alpha: float,
+        start: LinearModel,
+        progress: Progress | None = None,
+    ) -> tuple[LinearModel, Solution]:
+        """Fit the linear model whose ``Ω`` comes from the first stage, from ``start``."""
+        objective = self.second_objective(first, gradient_alpha)
+        weights = start.weights if self.settings.features == "full" else start.weights[:, :0]
+        u = self.head.flatten(tuple(start.displacements[name] for name in self.parameters))
+        to_model = partial(self._second_model, objective, first.model)
+        solution = self._minimize(
+            objective,
+            self._unknowns(weights, start.intercept, u),
+            first.inverses,
+            first.reference,
+            self.settings.tol,
+            self._watch(self.settings.features, to_model, True, progress),
+        )
+        return to_model(solution.x), solution
+
+    def objective(
+        self, alpha: float, activation: Tensor | None, tangent: TangentTerm | None
+    ) -> TangentObjective:
+        """Return the objective of a model with these terms."""
+        return TangentObjective(
+            self.loss,
+            activation,
+            tangent,
+            alpha,
+            self.settings.fit_intercept,
+            len(self.samples.activation),
+            self.like,
+            self.loss.weights.device,
+        )
+
+    def tangent(self, first: LinearModel, gradient_alpha: float) -> TangentTerm:
+        """Return the gradient term with the output weights of the first stage."""
+        batches, size = self.samples.batches, self.samples.batch_size
+        return TangentTerm(self.head, batches, first.omega, gradient_alpha, size)
+
+    def second_objective(self, first: FirstStage, gradient_alpha: float) -> TangentObjective:
+        """Return the objective of the second stage."""
+        activation = self.samples.activation if self.settings.features == "full" else None
+        return self.objective(first.alpha, activation, self.tangent(first.model, gradient_alpha))
+
+    def _first_model(self, objective: TangentObjective, x: Tensor) -> LinearModel:
+        parts = objective.split(x)
+        unmoved = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        return LinearModel(parts.weights, self._intercept(parts.intercept), parts.weights, unmoved)
+
+    def _second_model(
+        self, objective: TangentObjective, first: LinearModel, x: Tensor
+    ) -> LinearModel:
+        parts = objective.split(x)
+        full = self.settings.features == "full"
+        weights = parts.weights if full else torch.zeros_like(first.weights)
+        moves = dict(zip(self.parameters, self.head.displacements(parts.u), strict=True))
+        return LinearModel(weights, self._intercept(parts.intercept), first.omega, moves)
+
+    def _intercept(self, free: Tensor) -> Tensor:
+        """Return the intercept, zeros where the model has none."""
+        return free if self.settings.fit_intercept else self.like.new_zeros(self.loss.n_outputs)
+
+    def _unknowns(self, weights: Tensor, intercept: Tensor, u: Tensor) -> Tensor:
+        """Return the flat vector of the unknowns, in the layout of the objective."""
+        free = intercept if self.settings.fit_intercept else intercept[:0]
+        return torch.cat([weights.reshape(-1), free, u])
+
+    def _watch(
+        self,
+        stage: str,
+        to_model: Callable[[Tensor], LinearModel],
+        last: bool,
+        progress: Progress | None,
+    ) -> Watch | None:
+        """Return the function that follows a stage; callbacks see the last stage alone."""
+        if progress is None:
+            return None
+        return progress.watch(stage, to_model, self._fitted_attributes if last else None)
+
+    def _fitted_attributes(self, model: LinearModel) -> dict[str, Any]:
+        return self.attributes | self.problem.restored(model).attributes()
+
+    def _minimize(
+        self,
+        objective: TangentObjective,
+        start: Tensor,
+        inverses: Inverses,
+        reference: float,
+        tol: float,
+        watch: Watch | None,
+    ) -> Solution:
+        """Minimise until the Newton decrement is ``tol`` times that at the zero model.
+
+        Where Newton steps are exact, continue to rounding; this takes one or two more steps.
+        """
+        inverse = inverses.at(objective)
+        wanted = min(tol, _EXACT) if inverses.exact_for(objective) else tol
+        solution = minimize(
+            objective,
+            start,
+            inverse,
+            tolerance=math.sqrt(wanted) * reference,
+            max_iter=self.settings.max_iter,
+            callback=watch,
+            curvature_pairs=inverses.curvature_pairs,
+            coarse=inverses.coarse(objective),
+        )
+        inverses.learn(solution)
+        if solution.norm <= math.sqrt(self.settings.tol) * reference:
+            return replace(solution, status="converged")
+        return solution
+
+
+def _norm_at_zero(
+    objective: TangentObjective,
+    zero: Tensor,
+    inverse: Callable[[Tensor], Callable[[Tensor], Tensor]],
+) -> float:
+    """Return the preconditioned gradient norm at the zero model.
+
+    It is infinite where the zero model is the optimum: the gradient is rounding noise then, and
+    no reference for a tolerance.
+    """
+    logits = objective.forward(zero)
+    gradient = objective.adjoint(objective.loss.gradient(logits))
+    norm = preconditioned_norm(gradient, inverse(logits))
+    eps = torch.finfo(zero.dtype).eps
+    noise = 100 * eps * math.sqrt(objective.loss.value(logits) / max(objective.alpha, eps))
+    return norm if norm > noise else math.inf
+
+
+def warn_unless_converged(result: FitResult, settings: FitSettings) -> None:
+    """Warn of every stage that did not converge, and say what to try."""
+    for stage, solution in result.solutions.items():
+        penalties = "alpha" if stage == "activation" else "alpha, gradient_alpha"
+        reached = (
+            f"The fit of features={stage!r} stopped after {solution.n_iter} iterations at a "
+            f"Newton decrement of {solution.norm**2 / 2:.1e}, before it met "
+            f"tol={settings.tol:g}."
+        )
+        if solution.status == "max_iter":
+            advice = f"Increase max_iter={settings.max_iter}, {penalties} or tol."
+        elif solution.status == "stalled":
+            advice = (
+                "Rounding errors allow no further progress. Increase tol or alpha, or set "
+                "precision='float64'."
+            )
+        else:
+            continue
+        warnings.warn(f"{reached} {advice}", ConvergenceWarning, stacklevel=2)
