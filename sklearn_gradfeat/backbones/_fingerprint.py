@@ -82,13 +82,8 @@ class _ValuePickler(pickle.Pickler):
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             content = xxhash.xxh3_128_digest(value.tobytes())
             return ("array", repr(value.dtype), value.shape, content)
-        if type(value) in (dict, OrderedDict):
-            items = [(digest(key), digest(item)) for key, item in value.items()]
-            modules = any(isinstance(item, nn.Module) for item in value.values())
-            ordered = modules or isinstance(value, OrderedDict)
-            return ("dict", ordered, items if ordered else sorted(items))
-        if type(value) in (set, frozenset):
-            return (type(value).__name__, sorted(digest(item) for item in value))
+        if type(value) in (dict, OrderedDict, set, frozenset):
+            return _unordered(value)
         if isinstance(value, _KNOWN_BY_REPR):
             return ("repr", repr(value))
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
@@ -101,6 +96,17 @@ class _ValuePickler(pickle.Pickler):
         if isinstance(value.__reduce_ex__(4), str):
             raise UndigestibleError(f"no digest of {value!r}: it is pickled by its name alone")
         return NotImplemented
+
+
+def _unordered(value: Any) -> tuple[Any, ...]:
+    """Return the digests of the items of a dictionary or set, sorted unless their order counts."""
+    if isinstance(value, (set, frozenset)):
+        return (type(value).__name__, sorted(digest(item) for item in value))
+    items = [(digest(key), digest(item)) for key, item in value.items()]
+    # nn.Sequential calls its submodules in the order of the dictionary that holds them.
+    modules = any(isinstance(item, nn.Module) for item in value.values())
+    ordered = modules or isinstance(value, OrderedDict)
+    return ("dict", ordered, items if ordered else sorted(items))
 
 
 def _found(module: str, name: str) -> Any:

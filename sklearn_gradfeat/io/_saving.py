@@ -157,7 +157,7 @@ def _extractor(extractor: Extractor) -> dict[str, Any]:
 def _backbone(estimator: Any, arrays: Arrays) -> dict[str, Any]:
     """Return the description of the backbone; unless it has a name, its weights are stored."""
     backbone = estimator._extractor.backbone
-    weights = stored_weights(backbone)
+    weights = stored_weights(backbone.module.module)
     name = estimator.backbone if isinstance(estimator.backbone, str) else None
     if estimator.backbone is None:
         name = default_name(estimator.sample_shape_)
