@@ -147,8 +147,8 @@ def run_once(module: Callable[[Tensor], Tensor], example: Tensor) -> Tensor:
     except (RuntimeError, IndexError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"backbone failed on a batch of shape {tuple(example.shape)} and dtype "
-            f"{example.dtype}: {error}\nPass X, or set preprocess, so that the batch has the shape, "
-            "dtype and range of values that the network expects."
+            f"{example.dtype}: {error}\nPass X, or set preprocess, so that the batch has the "
+            "shape, dtype and range of values that the network expects."
         ) from error
 
 

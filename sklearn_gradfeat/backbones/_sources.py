@@ -95,7 +95,7 @@ def timm_transform(config: dict[str, object]) -> transforms.Compose:
 
 
 class _TimmResize:
-    """Resize as timm does: to the target, or to the smallest image of equal ratio that covers it."""
+    """Resize as timm does: to the target, or in proportion to the smallest cover of the target."""
 
     def __init__(
         self,
@@ -201,28 +201,27 @@ def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed
     OSError
         If the weights of a named network cannot be downloaded.
     """
-    if backbone is None:
-        backbone = default_name(sample_shape)
-    if backbone is None:
-        if len(sample_shape) != 1:
-            raise ValueError(
-                "backbone=None takes tabular data, X of shape (n_samples, n_features), or images; "
-                f"the samples of X have shape {sample_shape}. Pass backbone, a torch module for "
-                "such samples or a callable that returns one."
-            )
-        return Resolved(random_mlp(sample_shape[0], seed))
-    if isinstance(backbone, str):
-        check_images(sample_shape)
-        with seeded(seed):
-            return Resolved(*load_named(backbone))
-    if isinstance(backbone, nn.Module):
-        return Resolved(backbone)
     with seeded(seed):
+        if backbone is None:
+            backbone = default_name(sample_shape)
+        if backbone is None:
+            if len(sample_shape) != 1:
+                raise ValueError(
+                    "backbone=None takes tabular data, X of shape (n_samples, n_features), or "
+                    f"images; the samples of X have shape {sample_shape}. Pass backbone, a torch "
+                    "module for such samples or a callable that returns one."
+                )
+            return Resolved(random_mlp(sample_shape[0], seed))
+        if isinstance(backbone, str):
+            check_images(sample_shape)
+            return Resolved(*load_named(backbone))
+        if isinstance(backbone, nn.Module):
+            return Resolved(backbone)
         module = backbone()
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            "backbone: the factory must return a torch.nn.Module, it returned "
-            f"{type(module).__name__}. Pass a module, or a callable without arguments that returns "
-            "one."
-        )
-    return Resolved(module)
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                "backbone: the factory must return a torch.nn.Module, it returned "
+                f"{type(module).__name__}. Pass a module, or a callable without arguments that "
+                "returns one."
+            )
+        return Resolved(module)
