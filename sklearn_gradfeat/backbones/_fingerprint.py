@@ -30,7 +30,7 @@ _WELL_KNOWN = ("aten.", "prims.")
 
 
 class UndigestibleError(TypeError):
-    """An object has no digest, since its code is not that of an installed package."""
+    """An object has no digest that is the same in every process and run."""
 
 
 def digest(*values: Any) -> bytes:
@@ -77,8 +77,8 @@ class _ValuePickler(pickle.Pickler):
         _version(type(value).__module__)
         if isinstance(value, Tensor) and value.layout is torch.strided:
             flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            shape = tuple(value.shape)
-            return ("tensor", str(value.dtype), shape, xxhash.xxh3_128_digest(flat.data))
+            kind = (type(value).__qualname__, str(value.dtype), tuple(value.shape))
+            return ("tensor", *kind, xxhash.xxh3_128_digest(flat.data))
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             content = xxhash.xxh3_128_digest(value.tobytes())
             return ("array", repr(value.dtype), value.shape, content)

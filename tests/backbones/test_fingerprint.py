@@ -16,6 +16,7 @@ import torch
 import torchvision
 from sklearn.base import clone
 from torch import nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import sklearn_gradfeat
@@ -170,6 +171,7 @@ def batch_norm(mean):
         (torch.zeros(2), torch.zeros(2, 1)),
         (torch.zeros(2), torch.tensor([0.0, 1e-30])),
         (torch.zeros(2), np.zeros(2, "f4")),
+        (torch.zeros(3, 2, 2), tv_tensors.Image(torch.zeros(3, 2, 2))),
         (np.zeros(2), np.zeros(2, ">f8")),
         (1, True),
         (nn.Softmax(0), nn.Softmax(1)),
