@@ -174,7 +174,7 @@ def choose_parameters(
     """
     if not names:
         raise ValueError(
-            "backbone has no floating point parameters to differentiate. Pass a network with "
+            "backbone has no parameters to differentiate. Pass a network with "
             "layers, or set features='activation'."
         )
     if isinstance(gradient_layers, str) and gradient_layers == "all":

@@ -49,7 +49,7 @@ def frozen_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
             if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
                 continue
             raise ValueError(
-                f"backbone: layer {name!r} normalises over the batch without running statistics, "
+                f"Layer {name!r} of backbone normalises over the batch without running statistics, "
                 "so the activation of a sample would depend on the rest of its batch. Build the "
                 "layer with track_running_stats=True, or use another normalisation."
             )

@@ -130,7 +130,7 @@ def check_activation(output: Any, n_samples: int) -> None:
         )
     if output.shape[0] != n_samples:
         raise ValueError(
-            f"backbone must return one row per sample, it was given {n_samples} samples and "
+            f"backbone must return one row per sample: it was given {n_samples} samples and "
             f"returned shape {tuple(output.shape)}. {advice}"
         )
     if not output.is_floating_point():

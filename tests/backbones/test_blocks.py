@@ -143,5 +143,5 @@ def test_choices_that_are_refused(pattern, match):
 
 
 def test_network_without_parameters():
-    with pytest.raises(ValueError, match=r"backbone has no floating point parameters.* Pass"):
+    with pytest.raises(ValueError, match=r"backbone has no parameters.* Pass"):
         choose_parameters("all", [], list, {})

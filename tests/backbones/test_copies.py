@@ -54,7 +54,9 @@ def test_compiled_module():
 
 def test_batch_norm_without_running_statistics_is_refused():
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False))
-    with pytest.raises(ValueError, match=r"backbone: layer '1' normalises over the batch.* Build"):
+    with pytest.raises(
+        ValueError, match=r"Layer '1' of backbone normalises over the batch.* Build"
+    ):
         estimator(network).fit(X, Y)
 
 
