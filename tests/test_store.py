@@ -38,36 +38,13 @@ from sklearn_gradfeat.cache._store import (
     TrunkKey,
     memory_store,
 )
+from tests.counting import Counted, Halved
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
 ROOT = Path(sklearn_gradfeat.__file__).parents[1]
 GRID = {"alpha": np.geomspace(1, 100, 8)}
 FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
-
-
-class Counted:
-    """A transform that notes how many samples every process passes to the trunk.
-
-    The first samples also go through it when a network is frozen, which is no such pass.
-    """
-
-    def __init__(self, file):
-        self.file = file
-
-    def __call__(self, batch):
-        frame = sys._getframe()
-        while frame is not None and frame.f_code.co_name != "build_extractor":
-            frame = frame.f_back
-        if frame is None:
-            with open(self.file, "a") as log:
-                log.write(f"{len(batch)}\n")
-        return batch
-
-
-class Halved(Counted):
-    def __call__(self, batch):
-        return super().__call__(batch) / 2
 
 
 @pytest.fixture
@@ -185,7 +162,7 @@ def test_equal_networks_of_one_factory_share(counted):
 def test_later_session_finds_everything(counted, path):
     features = model(counted, feature_store=path).fit(X, Y)
     code = (
-        "import pickle, sys; from tests.tiny import X, Y\n"
+        "import pickle, sys; from tests import counting; from tests.tiny import X, Y\n"
         "features = pickle.load(sys.stdin.buffer)\n"
         "features.predict(X); features.fit(X, Y)"
     )

@@ -18,7 +18,7 @@ class Convolutions(nn.Module):
 
     def __init__(self, network, bottom):
         super().__init__()
-        self.slope = network.slope
+        self.slope = network.negative_slope
         self.layers = copy.deepcopy(nn.ModuleList(list(network.children())[bottom:]))
 
     def forward(self, hidden):
@@ -110,7 +110,7 @@ def convolutions(network, bottom, preprocess, X, device):
     for batch in torch.from_numpy(X).split(500):
         hidden = preprocess(batch.to(device))
         for layer in list(network.children())[:bottom]:
-            hidden = leaky_relu(layer(hidden), network.slope)
+            hidden = leaky_relu(layer(hidden), network.negative_slope)
         parts.append(hidden.cpu())
     return torch.cat(parts)
 

@@ -269,13 +269,13 @@ def table_3(name, task, arguments):
 
 def partly_random(network, layers, below_pretrained, layers_pretrained, seed):
     """Return a copy with random weights (He's) in ``layers``, below them, in both or nowhere."""
-    copied = ConvNet(network.slope)
+    copied = ConvNet(network.negative_slope)
     copied.load_state_dict(network.state_dict())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, layer in copied.named_children():
             if not (layers_pretrained if name in layers else below_pretrained):
-                nn.init.kaiming_normal_(layer.weight, network.slope)
+                nn.init.kaiming_normal_(layer.weight, network.negative_slope)
                 nn.init.zeros_(layer.bias)
     return copied
 

@@ -124,6 +124,6 @@ def export(encoder, path):
     network = encoder.folded()
     weights = {n: value.half().cpu().contiguous() for n, value in network.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    note = None if network.slope == SLOPE else {"slope": str(network.slope)}
+    note = None if network.negative_slope == SLOPE else {"slope": str(network.negative_slope)}
     save_file(weights, path, metadata=note)
     print(f"{path}  SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}")

@@ -25,12 +25,12 @@ class Encoder(nn.Module):
         """Return the activations, of shape (n, 512)."""
         hidden = images
         for layer, norm in zip(self.network.children(), self.norms, strict=True):
-            hidden = leaky_relu(norm(convolve(layer, hidden)), self.network.slope)
+            hidden = leaky_relu(norm(convolve(layer, hidden)), self.network.negative_slope)
         return hidden.flatten(1)
 
     def folded(self):
         """Return the ConvNet that computes the same in evaluation mode."""
-        convnet = ConvNet(self.network.slope)
+        convnet = ConvNet(self.network.negative_slope)
         pairs = zip(self.network.named_children(), self.norms, strict=True)
         for (name, layer), norm in pairs:
             setattr(convnet, name, fuse_conv_bn_eval(layer.eval(), norm.eval()))

@@ -1,4 +1,4 @@
-"""Attention in a form that has derivatives, in all threads at once."""
+"""Attention kernels that have derivatives, selected for all threads."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _LOCK = threading.Lock()
 def _shared(
     open_setting: Callable[[], AbstractContextManager[None]],
 ) -> Callable[[], AbstractContextManager[None]]:
-    """Make a setting of the whole process safe to enter from several threads.
+    """Return a context manager for a setting of the process that threads share.
 
-    The first to enter makes the setting, the last to leave takes it back.
+    The first thread to enter makes the setting, the last one to leave restores it.
     """
     inside: list[AbstractContextManager[None]] = []
 
@@ -52,13 +52,13 @@ def _without_fast_path() -> Iterator[None]:
 
 
 plain_attention = _shared(_without_fast_path)
-"""Avoid the fused transformer layers of inference, which cannot be taken apart."""
+"""Avoid the fused transformer layers for inference, which cannot be captured as operators."""
 
 _math_attention = _shared(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Keep to the attention kernel that has a forward derivative."""
+    """Use the attention kernel that has a forward derivative."""
     with plain_attention(), _math_attention():
         yield

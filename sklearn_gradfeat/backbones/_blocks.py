@@ -1,4 +1,21 @@
-"""The choice of the gradient layers θ₂."""
+"""The choice of the gradient layers θ₂: the blocks of a network, and parameters by name.
+
+A block is a submodule of the network. The graph shows the blocks as follows:
+
+1. The layers are the nodes that multiply samples with a weight. Linear layers on pooled or
+   flattened activations, one row per sample, do not count if there are other layers.
+2. A skip connection forks and joins again, in a sum or a concatenation. For two paths into the
+   join, its region is the symmetric difference of their ancestors: the nodes on either path
+   below the fork are on both, so they cancel. A sum belongs to its region; a concatenation
+   belongs to the next block. The submodule of the region is the smallest one around it.
+3. The block of a layer is the submodule of the smallest region around the layer. For a layer in
+   no region it is the outermost submodule around the layer that has the class of such a block,
+   as a block without its skip connection has. Otherwise the layer itself is a block.
+4. Blocks are in the order of their last layers.
+
+The parameters of a block are those below its path, and the biases that batch norms outside of
+the block left in its layers.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +25,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from sklearn_gradfeat.backbones._graph import MATRIX, WEIGHTED, Captured, module_path, operator_name
 
@@ -31,11 +48,7 @@ def blocks(captured: Captured) -> list[list[str]]:
 
 
 def _layers(captured: Captured) -> list[tuple[fx.Node, str]]:
-    """Return the nodes that apply a weight to the samples, with the weight's name.
-
-    Linear layers on pooled or flattened features do not count where there are others:
-    the top of a network of convolutions or of tokens is below its classifier.
-    """
+    """Return the nodes that multiply samples with a weight, with the name of the weight."""
     names = {node: name for name, node in captured.parameters.items()}
     found = [
         (node, names[source])
@@ -57,11 +70,7 @@ def _is_dense(node: fx.Node, captured: Captured) -> bool:
 
 
 def _residual_regions(captured: Captured) -> list[tuple[set[fx.Node], str]]:
-    """Return what lies between the fork and the join of every skip connection.
-
-    Each comes with the path of the smallest submodule around it. Where paths meet in a
-    sum the join belongs to the block; a concatenation belongs to whatever comes next.
-    """
+    """Return the region of every skip connection, with the smallest submodule around it."""
     ancestors: dict[fx.Node, set[fx.Node]] = {}
     regions = []
     for node in captured.used():
@@ -95,13 +104,13 @@ def _common_path(paths: Sequence[str]) -> str:
 
 
 def _innermost(node: fx.Node, regions: list[tuple[set[fx.Node], str]]) -> str | None:
-    """Return the path of the smallest region around a node."""
+    """Return the submodule of the smallest region around a node."""
     around = [(len(region), path) for region, path in regions if node in region]
     return min(around)[1] if around else None
 
 
 def _of_known_class(name: str, captured: Captured, known: set[type]) -> str | None:
-    """Return the outermost submodule around a parameter that is a block elsewhere."""
+    """Return the outermost submodule around a parameter with a class of ``known`` blocks."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         path = ".".join(parts[:end])
@@ -131,11 +140,6 @@ def differentiable(captured: Captured) -> list[str]:
     order = {node: i for i, node in enumerate(captured.graph.nodes)}
     names = [n for n in captured.parameters if n not in captured.frozen]
     return sorted(names, key=lambda n: order[captured.parameters[n]])
-
-
-def parameter_values(captured: Captured, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return the values of parameters by name."""
-    return {name: captured.tensors[captured.parameters[name]] for name in names}
 
 
 def choose_parameters(
@@ -169,7 +173,10 @@ def choose_parameters(
         If a pattern matches nothing, or there are fewer blocks than asked for.
     """
     if not names:
-        raise ValueError("The backbone has no parameters to take gradients of.")
+        raise ValueError(
+            "backbone has no parameters to differentiate. Pass a network with "
+            "layers, or set features='activation'."
+        )
     if isinstance(gradient_layers, str) and gradient_layers == "all":
         return list(names)
     if isinstance(gradient_layers, str) and gradient_layers == "last":
@@ -178,7 +185,7 @@ def choose_parameters(
         patterns = [gradient_layers] if isinstance(gradient_layers, str) else gradient_layers
         if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(
-                f"gradient_layers={gradient_layers!r}: a list holds one or more names or glob "
+                f"gradient_layers={gradient_layers!r} must list one or more strings: names or glob "
                 "patterns of submodules or parameters."
             )
         chosen = {name for pattern in patterns for name in _match(pattern, names, gone)}

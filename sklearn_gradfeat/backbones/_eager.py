@@ -1,4 +1,4 @@
-"""Networks that cannot be captured: the head is the whole module, run as it is."""
+"""The head of a network that cannot be captured as a graph: the whole module."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ def parameter_names(module: nn.Module) -> list[str]:
 
 
 def module_blocks(module: nn.Module, example: Tensor) -> list[list[str]]:
-    """Return the parameter names of every block, read off the tree of submodules.
+    """Return the parameter names of every block, found in the tree of submodules.
 
-    A block is the smallest element of a ``Sequential`` or ``ModuleList`` around a layer
-    that has submodules of its own, or else the layer itself.
+    The block of a layer is the smallest element of a ``Sequential`` or ``ModuleList`` that
+    contains the layer, or the layer itself if there is none. Linear layers on one row per sample
+    do not count if there are other layers.
     """
     called: list[tuple[str, bool]] = []
     hooks = [
@@ -72,7 +73,7 @@ def module_blocks(module: nn.Module, example: Tensor) -> list[list[str]]:
 
 
 def _recorder(name: str, called: list[tuple[str, bool]]) -> Any:
-    """Return a hook that notes a layer and whether its input has one row per sample."""
+    """Return a hook that appends a layer, and whether its input has one row per sample."""
 
     def hook(layer: nn.Module, inputs: tuple[Any, ...], _output: object) -> None:
         called.append((name, isinstance(layer, nn.Linear) and inputs[0].ndim == 2))
@@ -81,7 +82,7 @@ def _recorder(name: str, called: list[tuple[str, bool]]) -> Any:
 
 
 def _element(module: nn.Module, name: str) -> str:
-    """Return the path of the smallest listed submodule with children around a layer."""
+    """Return the path of the smallest element of a list around a layer, or the layer itself."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         parent = module.get_submodule(".".join(parts[: end - 1]))

@@ -1,52 +1,51 @@
-"""What the function of a network depends on, as a digest."""
+"""Digests of values and of the function that a network computes: the keys of cached outputs."""
 
 from __future__ import annotations
 
-import dis
 import functools
 import importlib.metadata
+import io
+import pickle
+import platform
 import sys
 import sysconfig
-import types
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._graph import Captured, CaptureError
 
-_ATOMS = (
-    bool, int, float, complex, str, bytes, type(None), type(...), range,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
-_BUILTINS = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType)
-_NO_CODE = (types.GetSetDescriptorType, types.MemberDescriptorType)
-_NOT_BEHAVIOUR = {
-    "__annotate_func__", "__annotations__", "__annotations_cache__", "__dataclass_fields__",
-    "__dataclass_params__", "__dict__", "__doc__", "__firstlineno__", "__module__",
-    "__slotnames__", "__static_attributes__", "__weakref__", "_abc_impl",
-}  # fmt: skip
-_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
-_READS = {"LOAD_GLOBAL", "LOAD_NAME"}
-_MISSING = object()
+_OWN = __name__.partition(".")[0]
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+_KNOWN_BY_REPR = (torch.dtype, torch.layout, torch.memory_format)
+_WELL_KNOWN = ("aten.", "prims.")
 
 
 class UndigestibleError(TypeError):
-    """An object has no digest, since its value cannot be read off."""
+    """An object has no digest that is the same in every process and run."""
 
 
 def digest(*values: Any) -> bytes:
-    """Return 16 bytes that depend on the values and on nothing else.
+    """Return 16 bytes that are the same in every process for equal values.
+
+    Plain values, arrays and tensors count by value. Classes and functions count by name and
+    by the version of the package that they come from, instances by their class and their
+    state. The order of a dictionary does not count, except in an ``OrderedDict`` and among
+    the submodules of a module, which may be called in that order.
 
     Parameters
     ----------
     *values : objects
-        Plain values, arrays, tensors, functions, or whatever can be pickled.
+        Plain values, arrays, tensors, and objects of installed packages that can be pickled,
+        such as a module of ``torch.nn`` or a ``functools.partial`` of a torch function.
 
     Returns
     -------
@@ -55,196 +54,95 @@ def digest(*values: Any) -> bytes:
     Raises
     ------
     UndigestibleError
-        If some part cannot be pickled, such as a lock or an open file.
+        If a part cannot be pickled, or if its class or function is defined outside of the
+        standard library and the installed packages: its code may change under the same name.
     """
-    encoder = _Encoder()
+    stream = io.BytesIO()
+    pickler = _ValuePickler(stream, protocol=4)
+    pickler.fast = True  # without the memo, equal parts need not be identical
     try:
-        encoder.add(values)
+        pickler.dump(values)
     except UndigestibleError:
         raise
     except Exception as error:  # whatever an object's own pickling may raise
         raise UndigestibleError(f"no digest of {values!r}: {error}") from error
-    return encoder.state.digest()
+    return xxhash.xxh3_128_digest(stream.getbuffer())
 
 
-class _Encoder:
-    """Feeds a hash with objects, depth first."""
+class _ValuePickler(pickle.Pickler):
+    """Writes the same bytes for equal values, and refuses code of the user."""
 
-    def __init__(self) -> None:
-        self.state = xxhash.xxh3_128()
-        self.seen: dict[int, int] = {}
-        self.kept: list[Any] = []  # so that no identity is used twice
-
-    def note(self, *words: object) -> None:
-        """Feed words, apart from one another."""
-        for word in words:
-            data = word if isinstance(word, bytes) else str(word).encode("utf-8", "surrogatepass")
-            self.state.update(f"{len(data)}:".encode() + data)
-
-    def add(self, value: Any) -> None:
-        """Feed one object."""
-        if type(value) in _ATOMS:
-            self.note(type(value).__name__, repr(value))
-        elif type(value) is tuple:
-            self.sequence("tuple", value)
-        elif type(value) in (set, frozenset):
-            self.note(type(value).__name__, *sorted(digest(item) for item in value))
-        elif id(value) in self.seen:
-            self.note("again", self.seen[id(value)])
-        else:
-            self.seen[id(value)] = len(self.seen)
-            self.kept.append(value)
-            self.compound(value)
-
-    def sequence(self, kind: str, values: Sequence[Any]) -> None:
-        self.note(kind, len(values))
-        for value in values:
-            self.add(value)
-
-    def compound(self, value: Any) -> None:
-        """Feed an object that may be met again."""
-        if type(value) is list:
-            self.sequence("list", value)
-        elif type(value) is dict:
-            self.sequence("dict", [*value, *value.values()])
-        elif isinstance(value, np.ndarray) and value.dtype != object:
-            self.note("array", value.dtype.str, value.shape, value.tobytes())
-        elif type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided:
-            self.note("tensor", value.dtype, value.shape)
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            self.state.update(flat.view(torch.uint8).numpy().data)
-        elif isinstance(value, types.ModuleType):
-            self.note("module", value.__name__, _version(value.__name__))
-        elif isinstance(value, types.CodeType):
-            self.code(value)
-        elif isinstance(value, _NO_CODE):
-            self.note("descriptor", value.__name__)
-        elif isinstance(value, (type, types.FunctionType, *_BUILTINS)):
-            self.definition(value)
-        else:
-            self.instance(value)
-
-    def definition(self, value: Any) -> None:
-        """Feed a function or class: the name, and the code unless it is a package's."""
-        owner = getattr(value, "__self__", None)
-        if owner is not None and not isinstance(owner, types.ModuleType):
-            self.add(owner)
-        module = getattr(value, "__module__", None) or ""
-        self.note("definition", value.__qualname__)
-        if _installed(module) or not isinstance(value, (type, types.FunctionType)):
-            self.note(module, _version(module))
-        elif isinstance(value, type):
-            behaviour = {k: v for k, v in vars(value).items() if k not in _NOT_BEHAVIOUR}
-            self.add((value.__bases__, dict(sorted(behaviour.items()))))
-        else:
-            cells = [_content(cell) for cell in value.__closure__ or ()]
-            self.add((value.__code__, value.__defaults__, value.__kwdefaults__, cells))
-            self.add(_globals(value))
-
-    def code(self, value: types.CodeType) -> None:
-        """Feed what a code object does; not where it was written."""
-        self.note("code", sys.version_info[:2], value.co_code, value.co_exceptiontable)
-        self.note(value.co_argcount, value.co_kwonlyargcount, value.co_flags)
-        names = (value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars)
-        self.add((names, value.co_consts))
-
-    def instance(self, value: Any) -> None:
-        """Feed an object through what it gives to pickle."""
-        if isinstance(value, (staticmethod, classmethod)):
-            return self.add((type(value).__name__, value.__func__))
-        if isinstance(value, (property, functools.cached_property)):
-            parts = [getattr(value, name, None) for name in ("func", "fget", "fset", "fdel")]
-            return self.add((type(value).__name__, *parts))
-        if isinstance(value, types.MethodType):
-            return self.add(("method", value.__func__, value.__self__))
-        if isinstance(value, types.MappingProxyType):
-            return self.add(("mapping", dict(value)))
-        if isinstance(getattr(value, "__wrapped__", None), types.FunctionType):
-            return self.add((type(value), value.__wrapped__))
-        reduced: str | tuple[Any, ...] = value.__reduce_ex__(4)
-        if isinstance(reduced, str):
-            raise UndigestibleError(f"no digest of {value!r}: it is known by its name alone")
-        build, arguments, *rest = reduced
-        state, items, pairs, *_ = (*rest, None, None, None)
-        self.add((type(value), build, tuple(arguments), state))
-        self.add((list(items or ()), list(pairs or ())))
+    def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
+        """Return a description of a value whose pickle would depend on more than the value."""
+        _version(type(value).__module__)
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            kind = (type(value).__qualname__, str(value.dtype), tuple(value.shape))
+            return ("tensor", *kind, xxhash.xxh3_128_digest(flat.data))
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            content = xxhash.xxh3_128_digest(value.tobytes())
+            return ("array", repr(value.dtype), value.shape, content)
+        if type(value) in (dict, OrderedDict, set, frozenset):
+            return _unordered(value)
+        if isinstance(value, _KNOWN_BY_REPR):
+            return ("repr", repr(value))
+        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+        if isinstance(module, str) and name and _found(module, name) is value:
+            return ("name", module, name, _version(module))
         return None
 
+    def reducer_override(self, value: Any) -> Any:
+        """Refuse an object that pickles as a name: the value behind it is unknown."""
+        if isinstance(value.__reduce_ex__(4), str):
+            raise UndigestibleError(f"no digest of {value!r}: it is pickled by its name alone")
+        return NotImplemented
 
-def _content(cell: types.CellType) -> Any:
-    """Return what a closure holds; it may yet be empty."""
+
+def _unordered(value: Any) -> tuple[Any, ...]:
+    """Return the digests of the items of a dictionary or set, sorted unless their order counts."""
+    if isinstance(value, (set, frozenset)):
+        return (type(value).__name__, sorted(digest(item) for item in value))
+    items = [(digest(key), digest(item)) for key, item in value.items()]
+    # nn.Sequential calls its submodules in the order of the dictionary that holds them.
+    modules = any(isinstance(item, nn.Module) for item in value.values())
+    ordered = modules or isinstance(value, OrderedDict)
+    return ("dict", ordered, items if ordered else sorted(items))
+
+
+def _found(module: str, name: str) -> Any:
+    """Return the object of a name in a module, None if there is none."""
     try:
-        return cell.cell_contents
-    except ValueError:
-        return "empty"
-
-
-def _globals(function: types.FunctionType) -> dict[str, Any]:
-    """Return the globals that a function names, and what it names in the user's own modules."""
-    codes = list(_codes(function.__code__))
-    read = {i.argval for code in codes for i in dis.get_instructions(code) if i.opname in _READS}
-    found = {n: v for n, v in sorted(function.__globals__.items()) if n in read}
-    names = sorted({name for code in codes for name in code.co_names})
-    own = [m for m in found.values() if isinstance(m, types.ModuleType) and not _installed(m)]
-    for module in own:
-        inside = {n: getattr(module, n, _MISSING) for n in names}
-        found |= {f"{module.__name__}.{n}": v for n, v in inside.items() if v is not _MISSING}
-    return found
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Iterate over a code object and those that it defines."""
-    yield code
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            yield from _codes(const)
-
-
-def _installed(module: str | types.ModuleType) -> bool:
-    """Whether a module belongs to the standard library or to an installed package."""
-    if isinstance(module, str):
-        found = sys.modules.get(module)
-        if found is None:
-            return False
-        module = found
-    if module.__name__ == "__main__":
-        return False
-    file: str | None = getattr(module, "__file__", None)
-    if file is None:
-        return module.__name__.partition(".")[0] in sys.stdlib_module_names
-    if "site-packages" in file or "dist-packages" in file:
-        return True
-    return file.startswith(_STANDARD_LIBRARY)
+        return functools.reduce(getattr, name.split("."), sys.modules[module])
+    except (KeyError, AttributeError):
+        return None
 
 
 @functools.cache
 def _version(module: str) -> str:
-    """Return the version of the package that a module belongs to."""
-    package = module.partition(".")[0]
-    if package in sys.stdlib_module_names:
-        return sys.version
-    version = getattr(sys.modules.get(package), "__version__", None)
-    if version is not None:
-        return str(version)
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-_WELL_KNOWN = ("aten.", "prims.")
+    """Return the version of the package that a module belongs to, if it is installed."""
+    name = module.partition(".")[0]
+    package = sys.modules.get(name)
+    path = Path(getattr(package, "__file__", None) or "")
+    installed = name == _OWN or {"site-packages", "dist-packages"}.intersection(path.parts)
+    if installed and name != "__main__":
+        return str(getattr(package, "__version__", None) or importlib.metadata.version(name))
+    if name in sys.stdlib_module_names and (
+        path == Path() or path.is_relative_to(_STANDARD_LIBRARY)
+    ):
+        return platform.python_version()
+    raise UndigestibleError(f"{module} does not belong to an installed package")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells a frozen network from others.
+    """The identity of the function of a frozen network.
 
     Attributes
     ----------
     digest : bytes
         The same for networks of the same function.
     portable : bool
-        Whether it means the same in other processes.
+        Whether the digest has the same meaning in other processes.
     """
 
     digest: bytes
@@ -254,8 +152,8 @@ class Fingerprint:
 def fingerprint(captured: Captured | CaptureError) -> Fingerprint:
     """Return the fingerprint of a graph: its operators, constants and tensors, not its names.
 
-    The kernels of another version of torch round in another way, so that counts too. Without
-    a graph, or with an operator whose code is unknown, it holds for this process alone.
+    The version of torch counts too, since its kernels may round differently. Without a graph,
+    or with an operator whose code is unknown, the fingerprint holds in this process only.
     """
     if isinstance(captured, CaptureError):
         return Fingerprint(uuid.uuid4().bytes, portable=False)
@@ -268,7 +166,7 @@ def fingerprint(captured: Captured | CaptureError) -> Fingerprint:
     graph: list[Any] = [torch.__version__, number[captured.input], number[captured.output]]
     for node in used:
         arguments = fx.node.map_aggregate((node.args, node.kwargs), described)
-        graph.append((node.op, _operator(node), _plain(arguments), captured.tensors.get(node)))
+        graph.append((node.op, _operator(node), arguments, captured.tensors.get(node)))
     known = all(not node.op.startswith("call") or _is_known(node) for node in used)
     try:
         return Fingerprint(digest(graph), portable=known)
@@ -277,13 +175,13 @@ def fingerprint(captured: Captured | CaptureError) -> Fingerprint:
 
 
 def cut_places(captured: Captured, cut: list[fx.Node]) -> tuple[int, ...]:
-    """Return where in the graph a cut runs, in a way that does not depend on names."""
+    """Return the positions of the nodes of a cut, which do not depend on names."""
     used = captured.used()
     return tuple(used.index(node) for node in cut)
 
 
 def _operator(node: fx.Node) -> str:
-    """Return the name of what a node calls; placeholders have none that matters."""
+    """Return the name of the operator that a node calls; placeholders have none."""
     if not node.op.startswith("call"):
         return ""
     target: str | Callable[..., Any] = node.target
@@ -292,17 +190,6 @@ def _operator(node: fx.Node) -> str:
 
 
 def _is_known(node: fx.Node) -> bool:
-    """Whether an operator is torch's or Python's own, so that its name says what it does."""
+    """Whether an operator belongs to torch or Python, so that its name determines its code."""
     module = getattr(node.target, "__module__", None) or ""
     return str(node.target).startswith(_WELL_KNOWN) or module in ("_operator", "math", "builtins")
-
-
-def _plain(value: Any) -> Any:
-    """Turn the containers of a graph into Python's own."""
-    if isinstance(value, slice):
-        return ("slice", value.start, value.stop, value.step)
-    if isinstance(value, (tuple, list)):
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value

@@ -1,4 +1,14 @@
-"""Batch normalisation folded into the layer before it."""
+"""Batch norms folded into the layers before them.
+
+In evaluation mode a batch norm with the weight γ, bias β, running mean μ and running variance σ²
+is affine in each channel, as is the convolution or linear layer z = W x + b before it:
+
+    γ (W x + b - μ) / √(σ² + ε) + β  =  s W x + (s (b - μ) + β),    s = γ / √(σ² + ε).
+
+So one layer with the weight s W (each output channel of W times its s) and the bias s (b - μ) + β
+computes both. This saves a pass over the activations, and the gradient features are those of the
+weights that the network uses. The method prescribes it. The new values are computed in float64.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +32,10 @@ _LINEAR = torch.ops.aten.linear.default
 def fold_batch_norms(captured: Captured) -> None:
     """Fold every batch norm into the convolution or linear layer that it follows.
 
-    The function of the network does not change, up to rounding. The folded weight keeps
-    the name of the layer's weight. The folded bias is named after the layer's own bias;
-    where it has none, after that of the batch norm, with which it then coincides up to a
-    constant. Batch norms that follow no such layer stay, and their parameters are frozen.
+    The function of the network does not change, up to rounding. The folded weight keeps the
+    name of the layer's weight. The folded bias has the name of the layer's bias; for a layer
+    without one, that of the bias of the batch norm, from which it differs by a constant. Batch
+    norms that follow no such layer stay, and their parameters are frozen.
     """
     names = {node: name for name, node in captured.parameters.items()}
     for node in list(captured.graph.nodes):
@@ -41,7 +51,10 @@ def fold_batch_norms(captured: Captured) -> None:
 
 
 def _foldable(captured: Captured, norm: fx.Node) -> fx.Node | None:
-    """Return the layer that a batch norm can be folded into, None if there is none."""
+    """Return the layer that a batch norm can be folded into, None if there is none.
+
+    Nothing else may read the output of the layer or its parameters.
+    """
     layer = norm.args[0]
     users = list(norm.users)
     if not all(u.target is operator.getitem and u.args[1] == 0 for u in users if u.users):
@@ -57,7 +70,7 @@ def _foldable(captured: Captured, norm: fx.Node) -> fx.Node | None:
 
 
 def _fold(captured: Captured, names: dict[fx.Node, str], norm: fx.Node, layer: fx.Node) -> None:
-    """Rewrite the graph and the tensors of one batch norm and its layer."""
+    """Replace a layer and its batch norm by the folded layer."""
     arguments: tuple[Any, ...] = norm.args
     _, scale, shift, mean, variance, _, eps = arguments
     weight, bias = _weight_and_bias(layer)
@@ -67,19 +80,19 @@ def _fold(captured: Captured, names: dict[fx.Node, str], norm: fx.Node, layer: f
         found = captured.tensors[node] if node is not None else torch.full_like(reference, default)
         return found.double() if found.device.type != "mps" else found
 
-    factor = value(scale, 1.0) * (value(variance, 1.0) + eps).rsqrt()
+    s = value(scale, 1.0) * (value(variance, 1.0) + eps).rsqrt()
     kernel = value(weight, 1.0)
-    folded = kernel * factor.view(-1, *[1] * (kernel.ndim - 1))
-    offset = (value(bias, 0.0) - value(mean, 0.0)) * factor + value(shift, 0.0)
+    folded_weight = kernel * s.view(-1, *[1] * (kernel.ndim - 1))
+    folded_bias = s * (value(bias, 0.0) - value(mean, 0.0)) + value(shift, 0.0)
     dtype = captured.tensors[weight].dtype
-    captured.tensors[weight] = folded.to(dtype)
+    captured.tensors[weight] = folded_weight.to(dtype)
     if scale in names and weight in names:
         captured.absorbed[names[scale]] = names[weight]
     if bias is None:
         bias = _bias_node(captured, names, layer, shift)
     elif shift in names and bias in names:
         captured.absorbed[names[shift]] = names[bias]
-    captured.tensors[bias] = offset.to(dtype)
+    captured.tensors[bias] = folded_bias.to(dtype)
     layer.args = (layer.args[0], weight, bias, *layer.args[3:])
     for user in list(norm.users):
         user.replace_all_uses_with(layer)
@@ -91,7 +104,7 @@ def _fold(captured: Captured, names: dict[fx.Node, str], norm: fx.Node, layer: f
 def _bias_node(
     captured: Captured, names: dict[fx.Node, str], layer: fx.Node, shift: fx.Node | None
 ) -> fx.Node:
-    """Return the placeholder of the bias that a layer without one receives."""
+    """Return the placeholder for the bias of a layer that had none."""
     if shift is not None and len(shift.users) == 1:
         return shift
     weight, _ = _weight_and_bias(layer)

@@ -1,4 +1,4 @@
-"""One frozen copy of a module for all of its users."""
+"""The frozen network: a copy of the backbone that is captured, folded and cut in two."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 import xxhash
 from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._blocks import blocks, choose_parameters, differentiable
-from sklearn_gradfeat.backbones._copies import frozen_copy, has_lazy_parameters, unwrapped
+from sklearn_gradfeat.backbones._copies import (
+    equal_tensors,
+    frozen_copy,
+    has_lazy_parameters,
+    on_host,
+    unwrapped,
+)
 from sklearn_gradfeat.backbones._eager import EagerHead, module_blocks, parameter_names
 from sklearn_gradfeat.backbones._fingerprint import Fingerprint, cut_places, fingerprint
 from sklearn_gradfeat.backbones._folding import fold_batch_norms
@@ -35,24 +41,22 @@ from sklearn_gradfeat.backbones._graph import (
 )
 from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_relu
 
-Module = TypeVar("Module", bound=nn.Module)
-
 _LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network in two parts, with the parameters of the upper one that vary.
+    """A network in two parts, with the differentiated parameters of the upper one.
 
     Attributes
     ----------
     trunk : callable or None
         Maps a batch to the tuple of boundary tensors, each of shape (n_samples, ...).
-        None where the head is the whole network.
+        None if the head is the whole network.
     parameters : dict of str to tensor
         The differentiated parameters at their pretrained values.
     cut : tuple of int
-        Where in the graph the trunk ends.
+        Positions in the graph of the last nodes of the trunk.
     """
 
     trunk: Callable[[Tensor], tuple[Tensor, ...]] | None
@@ -61,27 +65,26 @@ class Network:
     cut: tuple[int, ...] = ()
 
     def head(self, parameters: tuple[Tensor, ...], boundary: tuple[Tensor, ...]) -> Tensor:
-        """Return the activation, of shape (n_samples, n_features)."""
+        """Return the activation, of shape (n_samples, n_activations)."""
         return self._head(*parameters, *boundary)[0]
 
     @property
     def graph(self) -> fx.GraphModule | None:
-        """The head as a graph, if the network could be captured."""
+        """The head as a graph, None if the network could not be captured."""
         return self._head if isinstance(self._head, fx.GraphModule) else None
 
 
 class FrozenBackbone:
     """A private copy of a backbone on one device, for samples of one shape.
 
-    It pickles as a module in host memory, whatever device it is on; the graph is captured
-    again when it is needed.
+    Its pickle holds the module in host memory and no graph, which is captured again when needed.
 
     Parameters
     ----------
     module : nn.Module
         The network. It is copied, never changed.
     example : tensor of shape (2 or more, ...)
-        A batch as the network receives it.
+        A batch that the network accepts.
     dtype : torch.dtype
         Floating dtype of the parameters.
     activation_layer : str or None
@@ -103,33 +106,53 @@ class FrozenBackbone:
         self._networks: dict[tuple[tuple[str, ...], float | None], Network] = {}
         self._others: dict[tuple[torch.device, torch.dtype], FrozenBackbone] = {}
 
+    @classmethod
+    def _restored(cls, module: ActivationModule, example: Tensor, dtype: torch.dtype) -> Self:
+        """Return a backbone around a module that is frozen already."""
+        backbone = cls.__new__(cls)
+        backbone.__setstate__({"module": module, "example": example, "dtype": dtype})
+        return backbone
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the module and the example, in host memory."""
         host = {"module": on_host(self.module), "example": self.example.cpu()}
         return {**host, "dtype": self.dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the module; nothing is captured yet."""
+        """Restore the module without a graph."""
         self.__dict__.update(state, _networks={}, _others={})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FrozenBackbone:
-        """Return the backbone on a device in a dtype: itself, or a copy that is made once."""
+        """Return the backbone on a device in a dtype: itself or a copy, which is kept."""
         if (self.example.device, self.dtype) == (device, dtype):
             return self
         with _LOCK:
             if (device, dtype) not in self._others:
-                moved = FrozenBackbone.__new__(FrozenBackbone)
                 module = copy.deepcopy(self.module).to(device, dtype)
                 example = self.example.to(device)
                 if example.is_floating_point():
                     example = example.to(dtype)
-                moved.__setstate__({"module": module, "example": example, "dtype": dtype})
-                self._others[device, dtype] = moved
+                self._others[device, dtype] = self._restored(module, example, dtype)
             return self._others[device, dtype]
+
+    def sharing(self, module: nn.Module) -> FrozenBackbone:
+        """Return the backbone in host memory, with tensors of ``module`` where they are equal.
+
+        A pickle of the two holds such tensors once. See :meth:`apart`.
+        """
+        module, own = unwrapped(module), on_host(self.module)
+        if not has_lazy_parameters(module):
+            own = copy.deepcopy(own, equal_tensors(own.module, module))
+        return self._restored(own, self.example.cpu(), self.dtype)
+
+    def apart(self) -> FrozenBackbone:
+        """Return the backbone with tensors of its own."""
+        module = copy.deepcopy(self.module).requires_grad_(False)
+        return self._restored(module, self.example.cpu(), self.dtype)
 
     @functools.cached_property
     def captured(self) -> Captured | CaptureError:
-        """The folded graph, or why there is none."""
+        """The folded graph, or the error that says why there is none."""
         try:
             captured = capture(self.module, self.example)
             fold_batch_norms(captured)
@@ -139,14 +162,14 @@ class FrozenBackbone:
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
-        """What tells this network from others."""
+        """The identity of the function of the network."""
         return fingerprint(self.captured)
 
     def network(self, names: Sequence[str], negative_slope: float | None = None) -> Network:
         """Return the network split below the parameters ``names``.
 
-        Without any, the trunk is the whole network. ``negative_slope`` is the slope below zero of
-        the ReLUs above the parameters; None leaves them as they are.
+        Without names, the trunk is the whole network. ``negative_slope`` is the slope below
+        zero of the ReLUs above the parameters; None leaves them as they are.
         """
         with _LOCK:
             key = (tuple(names), negative_slope if names else None)
@@ -165,10 +188,10 @@ class FrozenBackbone:
             captured = self.captured
         if isinstance(captured, CaptureError):
             warnings.warn(
-                f"The backbone cannot be captured as a graph ({captured}). It works all the "
-                "same, but every pass over the data runs the whole network instead of the "
-                "layers above the gradient layers alone, and batch norms are not folded, so the "
-                "penalty is on other weights.",
+                f"The backbone cannot be captured as a graph ({captured}). Every pass over the "
+                "data runs the whole network instead of the layers from the gradient layers "
+                "upwards, and batch norms are not folded, so the penalty applies to the weights "
+                "before folding. To avoid this, make the backbone pass torch.export.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -180,7 +203,7 @@ class FrozenBackbone:
         every = [name for name, _ in self.module.module.named_parameters()]
         gone = dict.fromkeys(every, "lies above the activation, or does not change it")
         gone |= dict.fromkeys(
-            captured.frozen, "belongs to a batch norm after no layer that it could be folded into"
+            captured.frozen, "belongs to a batch norm that cannot be folded into a layer before it"
         )
         gone |= {n: f"was folded into {into!r}" for n, into in captured.absorbed.items()}
         names = differentiable(captured)
@@ -193,8 +216,8 @@ def _check_layer(module: nn.Module, layer: str) -> None:
     if layer not in names:
         nearest = difflib.get_close_matches(layer, names, n=5, cutoff=0.0)
         raise ValueError(
-            f"activation_layer={layer!r} is no submodule of the backbone. "
-            f"The nearest names are {', '.join(map(repr, nearest))}."
+            f"activation_layer={layer!r} is not a submodule of the backbone. Pass the name of "
+            f"one; the nearest names are {', '.join(map(repr, nearest))}."
         )
 
 
@@ -203,18 +226,19 @@ def _split_network(
 ) -> Network:
     """Cut a graph below the chosen parameters."""
     chosen = [captured.parameters[name] for name in names]
-    slopes = {}
+    negative_slopes = {}
     if negative_slope is not None:
         above = downstream(captured.used(), chosen)
-        slopes = {node: negative_slope for node in above if is_relu(node)}
-        if not slopes:
+        negative_slopes = {node: negative_slope for node in above if is_relu(node)}
+        if not negative_slopes:
             raise ValueError(
-                "negative_slope: the network has no ReLU, ReLU6 or leaky ReLU between the gradient "
-                "layers and the activation. Set negative_slope=None."
+                f"negative_slope={negative_slope:g} changes nothing: there is no ReLU, ReLU6, "
+                "leaky ReLU or hardtanh from zero between the gradient layers and the activation. "
+                "Set negative_slope=None, or choose lower gradient_layers."
             )
     cut = boundary(captured, chosen) if chosen else [captured.output]
     trunk = None if cut == [captured.input] else extract(captured, [captured.input], cut)
-    head = extract(captured, cut, [captured.output], chosen, slopes)
+    head = extract(captured, cut, [captured.output], chosen, negative_slopes)
     values = {name: captured.tensors[captured.parameters[name]] for name in names}
     return Network(trunk, values, head, cut_places(captured, cut))
 
@@ -222,10 +246,11 @@ def _split_network(
 def _eager_network(
     module: ActivationModule, names: tuple[str, ...], negative_slope: float | None
 ) -> Network:
-    """Take the whole module as the head, or as the trunk where nothing is chosen."""
+    """Return the whole module as the head, or as the trunk if no parameters are chosen."""
     if negative_slope is not None:
         raise ValueError(
-            "negative_slope needs a backbone that can be captured as a graph; set it to None."
+            f"negative_slope={negative_slope:g} needs a backbone that torch.export can capture as "
+            "a graph, which it cannot for this one. Set negative_slope=None."
         )
     if not names:
         return Network(EagerHead(module, []), {}, lambda activation: (activation,))
@@ -234,21 +259,9 @@ def _eager_network(
     return Network(None, values, EagerHead(module, list(names)))
 
 
-def on_host(module: Module) -> Module:
-    """Return a module with its tensors in host memory: itself if they are there already."""
-    tensors = [*module.parameters(), *module.buffers()]
-    if all(tensor.device.type == "cpu" for tensor in tensors):
-        return module
-    copies = {id(t): t.detach().cpu() for t in tensors}
-    for tensor in tensors:
-        if isinstance(tensor, nn.Parameter):
-            copies[id(tensor)] = nn.Parameter(copies[id(tensor)], tensor.requires_grad)
-    return copy.deepcopy(module, copies)
-
-
 _CACHE: weakref.WeakKeyDictionary[Any, dict[Any, FrozenBackbone]]
 _CACHE = weakref.WeakKeyDictionary()
-# Every task of a worker process brings a copy of the module that ends with the task.
+# In a worker process every task has its own copy of the module, which ends with the task.
 _WORKER = type("Worker", (), {})()
 _CACHE_LOCK = threading.RLock()
 _HASHED_APART = {"training", "_parameters", "_buffers", "_modules"}
@@ -261,11 +274,11 @@ def freeze(
     activation_layer: str | None,
     owner: object = None,
 ) -> FrozenBackbone:
-    """Return the frozen copy of a module; clones and folds share one.
+    """Return the frozen copy of a module, which is shared where modules are equal.
 
-    So do equal modules of one ``owner``, such as the factory that made them, and those of one
-    worker process. A module that was changed since, in place or not, gets a new copy; so does
-    one whose parameters are yet to be drawn.
+    Clones and folds share one copy; so do equal modules of one ``owner``, such as the factory
+    that made them, and of one worker process. A module that has changed since gets a new copy,
+    and a module with lazy parameters always does.
     """
     if has_lazy_parameters(module):
         return FrozenBackbone(module, example, dtype, activation_layer)
@@ -281,20 +294,20 @@ def freeze(
 
 
 def _cache_owner(module: nn.Module, owner: object) -> object:
-    """Return what the frozen copy lives with."""
+    """Return the object with which the frozen copy is freed."""
     if multiprocessing.parent_process() is not None:
         return _WORKER
     try:
         return module if owner is None else next(iter(weakref.WeakSet([owner])))
-    except TypeError:  # the owner has no hash or no weak references
+    except TypeError:  # the owner cannot be hashed or weakly referenced
         return module
 
 
 def module_digest(module: nn.Module) -> str:
-    """Return a hash of everything that the function of a module depends on.
+    """Return a hash of everything that the function of a module depends on, in this process.
 
-    Parameters, buffers, and the attributes of every submodule, hooks among them; not the
-    mode. A module with an attribute that cannot be pickled never has the same hash twice.
+    It covers parameters, buffers, and the attributes of every submodule, hooks included, but
+    not the training mode. If an attribute cannot be pickled, the hash is a new one every time.
     """
     state = xxhash.xxh3_128()
     for name, layer in module.named_modules():

@@ -1,4 +1,4 @@
-"""A module turned into one flat graph of ATen operators."""
+"""A module captured as one flat graph of ATen operators."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Captured:
     parameters : dict of str to node
         The placeholders of floating parameters by name, in graph order.
     input, output : node
-        Where the samples enter and the activation leaves.
+        The placeholder of the samples, and the activation.
     classes : dict of str to type
         The class of every submodule by its path.
     frozen : set of str
         Names of parameters that must not be differentiated.
     absorbed : dict of str to str
-        Parameters that no longer exist, and the one each was folded into.
+        Parameters that were folded into another one, and the name of that one.
     """
 
     graph: fx.Graph
@@ -72,14 +72,14 @@ class Captured:
 
 
 class ActivationModule(nn.Module):
-    """A network whose output is the activation, of shape (n_samples, n_features).
+    """A network whose output is the activation, of shape (n_samples, n_activations).
 
     Parameters
     ----------
     module : nn.Module
         The network.
     layer : str or None
-        Path of the submodule whose output is taken; None takes the network's own.
+        Path of the submodule whose output is the activation; None takes the output of the network.
     """
 
     def __init__(self, module: nn.Module, layer: str | None) -> None:
@@ -88,12 +88,12 @@ class ActivationModule(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activation, averaged over whatever follows its second axis."""
+        """Return the activation, averaged over all axes after the second."""
         return activation(self.module, self.layer, x)
 
 
 def activation(module: nn.Module, layer: str | None, x: Tensor) -> Tensor:
-    """Return the output of a module or of its submodule ``layer``, as one row per sample."""
+    """Return the output of a module or of its submodule ``layer``, one row per sample."""
     if layer is None:
         output = module(x)
     else:
@@ -106,7 +106,10 @@ def activation(module: nn.Module, layer: str | None, x: Tensor) -> Tensor:
         finally:
             hook.remove()
         if not seen:
-            raise ValueError(f"activation_layer={layer!r} is not used by the backbone.")
+            raise ValueError(
+                f"activation_layer={layer!r} is not called in the forward pass of the backbone. "
+                "Name a submodule that is."
+            )
         output = seen[-1]
     check_activation(output, x.shape[0])
     rows: Tensor = output.flatten(2).mean(2) if output.ndim > 2 else output
@@ -114,37 +117,38 @@ def activation(module: nn.Module, layer: str | None, x: Tensor) -> Tensor:
 
 
 def check_activation(output: Any, n_samples: int) -> None:
-    """Raise an error unless ``output`` can serve as the activation of a batch."""
-    advice = "Wrap the module, or name a submodule with `activation_layer`."
+    """Raise an error unless ``output`` can be the activation of a batch."""
+    advice = "Wrap the module, or set activation_layer to a submodule with such an output."
     if not isinstance(output, Tensor):
         raise TypeError(
-            f"The backbone must return one tensor, it returned {type(output).__name__}. {advice}"
+            f"backbone must return one tensor, it returned {type(output).__name__}. {advice}"
         )
     if output.ndim < 2:
         raise ValueError(
-            "The backbone must return a tensor of shape (n_samples, n_features) or "
-            f"(n_samples, n_features, ...), it returned shape {tuple(output.shape)}. {advice}"
+            "backbone must return a tensor of shape (n_samples, n_activations) or "
+            f"(n_samples, n_activations, ...), it returned shape {tuple(output.shape)}. {advice}"
         )
     if output.shape[0] != n_samples:
         raise ValueError(
-            f"The backbone must return one row per sample: it was given {n_samples} samples "
-            f"and returned shape {tuple(output.shape)}. {advice}"
+            f"backbone must return one row per sample: it was given {n_samples} samples and "
+            f"returned shape {tuple(output.shape)}. {advice}"
         )
     if not output.is_floating_point():
         raise TypeError(
-            f"The backbone must return floating point numbers, it returned {output.dtype}. {advice}"
+            f"backbone must return floating point numbers, it returned {output.dtype}. {advice}"
         )
 
 
 def run_once(module: Callable[[Tensor], Tensor], example: Tensor) -> Tensor:
-    """Call the module on an example; an error says what it was given."""
+    """Return the output of a module for an example; an error names its shape and dtype."""
     try:
         with torch.no_grad(), plain_attention():
             return module(example)
     except (RuntimeError, IndexError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"The backbone failed on a batch of shape {tuple(example.shape)} and dtype "
-            f"{example.dtype}: {error}\nCheck that X, after `preprocess`, is what it expects."
+            f"backbone failed on a batch of shape {tuple(example.shape)} and dtype "
+            f"{example.dtype}: {error}\nPass X, or set preprocess, so that the batch has the "
+            "shape, dtype and range of values that the network expects."
         ) from error
 
 
@@ -180,7 +184,7 @@ def capture(module: ActivationModule, example: Tensor) -> Captured:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from printing the graph that it refuses: the caller gets an exception."""
+    """Keep torch from printing the graph that it refuses."""
     logger = logging.getLogger("torch")
     level = logger.level
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
@@ -193,7 +197,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Captured:
-    """Collect nodes, tensors and names of an exported program."""
+    """Return the nodes, tensors and names of an exported program."""
     signature = program.graph_signature
     graph = program.graph_module.graph
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -217,7 +221,10 @@ def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Ca
     used = set(captured.used())
     captured.parameters = {n: node for n, node in parameters.items() if node in used}
     if captured.input not in used:
-        raise ValueError("The output of the backbone does not depend on its input.")
+        raise ValueError(
+            "The output of backbone does not depend on its input. Pass a module whose activation "
+            "is computed from the samples, or another activation_layer."
+        )
     return captured
 
 

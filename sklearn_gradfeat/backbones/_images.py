@@ -1,4 +1,4 @@
-"""Image batches of any common layout, brought to what named networks were trained on."""
+"""Image batches of any common layout, converted to the input of named networks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _CHANNELS = (1, 3)
 
 
 class ImagePreprocess(nn.Module):
-    """Layout, number range and channels, then a network's own transform.
+    """Convert layout, dtype and channels, then apply the transform of a network.
 
-    A module, so that it can be part of an exported model; that does not check the range.
+    It is a module, so that an exported model can contain it. The exported form does not check
+    the range of the values.
 
     Parameters
     ----------
@@ -36,8 +37,7 @@ class ImagePreprocess(nn.Module):
         elif images.dtype != torch.uint8:
             raise ValueError(
                 f"Images must be uint8, or floating point in [0, 1]; X has dtype {images.dtype}. "
-                "Convert X, with astype(numpy.uint8) if it runs from 0 to 255, or set "
-                "`preprocess` yourself."
+                "Convert X, with astype(numpy.uint8) if it ranges from 0 to 255, or set preprocess."
             )
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
@@ -51,7 +51,7 @@ def _check_range(images: Tensor) -> None:
     if low < 0 or high > 1:
         raise ValueError(
             f"Floating point images must lie in [0, 1], X has values from {low:g} to "
-            f"{high:g}. Scale X, pass uint8 images, or set `preprocess` yourself."
+            f"{high:g}. Scale X, pass uint8 images, or set preprocess."
         )
 
 
@@ -61,12 +61,13 @@ def check_images(shape: tuple[int, ...]) -> None:
         raise ValueError(
             "A named backbone takes images: X of shape (n_samples, channels, height, width), "
             "(n_samples, height, width, channels) or (n_samples, height, width). "
-            f"The samples of X have shape {shape}."
+            f"The samples of X have shape {shape}. Reshape X, or pass backbone, a torch module "
+            "for such samples."
         )
     if len(shape) == 2 and set(shape) & set(_CHANNELS):
         raise ValueError(
             f"Samples of shape {shape} may be grey images, or lack an axis. Give X the shape "
-            "(n_samples, channels, height, width), or pass `backbone`, a torch module for such "
+            "(n_samples, channels, height, width), or pass backbone, a torch module for such "
             "samples."
         )
 
@@ -81,11 +82,11 @@ def channels_first(batch: Tensor) -> Tensor:
     if first and last:
         raise ValueError(
             f"Samples of shape {shape} may have their channels first or last. "
-            "Pass `preprocess`, a callable on a batch tensor, to say which."
+            "Pass preprocess, a callable that gets a batch as a tensor and puts them first."
         )
     if not first and not last:
         raise ValueError(
             f"Samples of shape {shape} have neither 1 nor 3 channels, first or last. "
-            "Convert the images to grey or RGB."
+            "Convert the images in X to grey or RGB, or set preprocess."
         )
     return batch if first else batch.permute(0, 3, 1, 2)

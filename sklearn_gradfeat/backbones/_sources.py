@@ -1,4 +1,4 @@
-"""What ``backbone=`` may be, turned into a module."""
+"""The module for ``backbone=``: a name, a module, a callable or None."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def load_named(name: str) -> tuple[nn.Module, ImagePreprocess]:
     Parameters
     ----------
     name : str
-        ``"convnet-rotation"`` or another of those that are shipped, ``"resnet18"`` or
-        ``"torchvision/resnet18"``, or ``"timm/NAME"``.
+        A network of the package such as ``"convnet-rotation"``, one of torchvision such as
+        ``"resnet18"`` or ``"torchvision/resnet18"``, or one of timm such as ``"timm/resnet18"``.
 
     Returns
     -------
@@ -48,7 +48,8 @@ def load_named(name: str) -> tuple[nn.Module, ImagePreprocess]:
     if library == "timm":
         return _load_timm(name, model)
     raise ValueError(
-        f"backbone={name!r}: networks come from 'torchvision/' or 'timm/', not {library!r}."
+        f"backbone={name!r}: named networks come from 'torchvision/' or 'timm/', not {library!r}. "
+        "Use one of these prefixes, or pass a torch module."
     )
 
 
@@ -94,7 +95,7 @@ def timm_transform(config: dict[str, object]) -> transforms.Compose:
 
 
 class _TimmResize:
-    """Resize as timm does: squash both sides, or keep the ratio and cover the target."""
+    """Resize as timm does: to the target, or in proportion to the smallest cover of the target."""
 
     def __init__(
         self,
@@ -125,8 +126,8 @@ def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
     except (OSError, HTTPException, RuntimeError) as error:
         raise OSError(
             f"The weights of backbone={name!r} could not be downloaded ({error}). "
-            "Connect to the network, or build the module from a local file and pass it as "
-            "`backbone`, with its input transform as `preprocess`."
+            "Connect to the internet, or build the module from a local file and pass it as "
+            "backbone, with its input transform as preprocess."
         ) from error
 
 
@@ -134,7 +135,7 @@ def _unknown(name: str, model: str, known: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(model, known, n=5, cutoff=0.0)
     return (
         f"backbone={name!r} is not known. The closest names are "
-        f"{', '.join(map(repr, nearest))}. Any torch module can be passed as well."
+        f"{', '.join(map(repr, nearest))}. Pass one of the names, or a torch module."
     )
 
 
@@ -152,26 +153,26 @@ BackboneLike: TypeAlias = str | nn.Module | Callable[[], nn.Module] | None
 
 @dataclass(frozen=True)
 class Resolved:
-    """A module, what prepares its input, and whether it looks integers up."""
+    """A module and the transform of its input."""
 
     module: nn.Module
     preprocess: Callable[[Tensor], Tensor] | None = None
 
     @property
     def takes_indices(self) -> bool:
-        """Whether integers must reach the module as they are."""
+        """Whether integers are indices into an embedding, which must keep their dtype."""
         lookups = (nn.Embedding, nn.EmbeddingBag)
         return any(isinstance(layer, lookups) for layer in self.module.modules())
 
 
 def default_name(sample_shape: tuple[int, ...]) -> str | None:
-    """Return the name of the network that None stands for, if it has one: for images."""
+    """Return the name of the default network for images, None for other samples."""
     return SHIPPED[0] if len(sample_shape) in (2, 3) else None
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator for a while, and give it back as it was."""
+    """Seed torch's global generator in a context, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -196,35 +197,31 @@ def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed
     Raises
     ------
     ValueError, TypeError
-        If there is no such network, or none for samples of this shape.
+        If the network is unknown, or does not take samples of this shape.
     OSError
         If the weights of a named network cannot be downloaded.
     """
     with seeded(seed):
-        return _resolve(backbone, sample_shape, seed)
-
-
-def _resolve(backbone: BackboneLike, sample_shape: tuple[int, ...], seed: int) -> Resolved:
-    """Turn ``backbone`` into a module; what draws weights uses torch's global generator."""
-    if backbone is None:
-        backbone = default_name(sample_shape)
-    if backbone is None:
-        if len(sample_shape) != 1:
-            raise ValueError(
-                "backbone=None takes rows of numbers, X of shape (n_samples, n_features), or "
-                f"images; the samples of X have shape {sample_shape}. Pass `backbone`, a torch "
-                "module for such samples or a callable that returns one."
+        if backbone is None:
+            backbone = default_name(sample_shape)
+        if backbone is None:
+            if len(sample_shape) != 1:
+                raise ValueError(
+                    "backbone=None takes tabular data, X of shape (n_samples, n_features), or "
+                    f"images; the samples of X have shape {sample_shape}. Pass backbone, a torch "
+                    "module for such samples or a callable that returns one."
+                )
+            return Resolved(random_mlp(sample_shape[0], seed))
+        if isinstance(backbone, str):
+            check_images(sample_shape)
+            return Resolved(*load_named(backbone))
+        if isinstance(backbone, nn.Module):
+            return Resolved(backbone)
+        module = backbone()
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                "backbone: the factory must return a torch.nn.Module, it returned "
+                f"{type(module).__name__}. Pass a module, or a callable without arguments that "
+                "returns one."
             )
-        return Resolved(random_mlp(sample_shape[0], seed))
-    if isinstance(backbone, str):
-        check_images(sample_shape)
-        return Resolved(*load_named(backbone))
-    if isinstance(backbone, nn.Module):
-        return Resolved(backbone)
-    module = backbone()
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"The backbone factory must return a torch.nn.Module, it returned "
-            f"{type(module).__name__}."
-        )
-    return Resolved(module)
+        return Resolved(module)

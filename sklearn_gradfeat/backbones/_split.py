@@ -1,10 +1,21 @@
-"""A graph cut in two: the trunk, run once per sample, and the head, run in every pass.
+"""The graph cut in two: the trunk, run once per sample, and the head, run in every pass.
 
-The head is whatever depends on a differentiated parameter. Between the two there is room:
-operators that are cheap, since they multiply with no weight, may run on either side or on both,
-so the cut is placed where it stores the fewest bytes per sample: a minimum cut of the graph [1]_.
-Among cuts of equal size the one closest to the head is taken, which leaves the least to be
-computed again.
+A node belongs to the head for certain if its value depends on a differentiated parameter, and to
+the trunk for certain if it multiplies samples with a frozen weight, which is expensive. Every
+other node, such as a ReLU, a sum or a reshape, may run on either side or on both. The values that
+the head reads from the trunk are stored for every sample, so the cut should store few bytes:
+
+    minimise    sum of size(v) over the nodes v that are stored
+    such that   every path from the source to the sink passes a stored node,
+
+where size(v) is the number of bytes of the value of v for one sample. This is a minimum cut of a
+flow network [1]_. Each node v becomes an edge from an entry to an exit with capacity size(v), the
+only edges that may be cut. Edges of infinite capacity run from the source to the entries of the
+input and of the expensive nodes, from the exit of every node to the entries of its users, and
+from the exits of the nodes that the head reads to the sink. By max-flow min-cut, the edges from
+the vertices that do not reach the sink in the residual network of a maximum flow to those that
+reach it form a minimum cut. Of all minimum cuts this is the one closest to the sink: it leaves
+the head the least to compute.
 
 References
 ----------
@@ -29,32 +40,28 @@ from torch import SymInt, Tensor, fx
 from sklearn_gradfeat.backbones._graph import WEIGHTED, Captured, operator_name
 
 _aten = torch.ops.aten
-_BOUNDED = _aten.hardtanh.default
+_HARDTANH = _aten.hardtanh.default
 _RELUS = {_aten.relu.default, _aten.relu6.default, _aten.leaky_relu.default}
+_CONVOLUTIONS = {getattr(_aten, f"conv{n}d").default for n in (1, 2, 3)}
+_DEFAULTS = (None, 1, (0,), 1, 1)  # bias, stride, padding, dilation, groups
+_INFINITE = 2**26  # far below the limit of the 32-bit capacities of maximum_flow
 
 
 def is_relu(node: fx.Node) -> bool:
-    """Whether a node is its input above zero, and nothing or a multiple of it below."""
-    return node.target in _RELUS or (node.target is _BOUNDED and node.args[1:2] == (0.0,))
+    """Whether a node is a ReLU, ReLU6, leaky ReLU or a hardtanh from zero."""
+    return node.target in _RELUS or (node.target is _HARDTANH and node.args[1:2] == (0.0,))
 
 
-def with_slope(node: fx.Node, value: fx.Node, slope: float) -> fx.Node:
-    """Return a rectifier of another slope, applied to ``value``, with the bound of ``node``."""
-    result = value.graph.call_function(_aten.leaky_relu.default, (value, slope))
-    if node.target is _BOUNDED:
+def _with_negative_slope(node: fx.Node, value: fx.Node, negative_slope: float) -> fx.Node:
+    """Return a leaky ReLU of ``value``, with the upper bound of the ReLU ``node``."""
+    result = value.graph.call_function(_aten.leaky_relu.default, (value, negative_slope))
+    if node.target is _HARDTANH:
         highest: Any = node.args[2] if len(node.args) > 2 else 1.0
     elif node.target is _aten.relu6.default:
         highest = 6.0
     else:
         return result
     return value.graph.call_function(_aten.clamp_max.default, (result, highest))
-
-
-_INFINITE = 2**26
-
-_CONVOLUTIONS = {getattr(torch.ops.aten, f"conv{n}d").default for n in (1, 2, 3)}
-_DEFAULTS = (None, 1, (0,), 1, 1)  # bias, stride, padding, dilation, groups
-_FLATTEN, _LINEAR = torch.ops.aten.flatten.using_ints, torch.ops.aten.linear.default
 
 
 def batch_axis(node: fx.Node, captured: Captured) -> int | None:
@@ -87,7 +94,8 @@ def boundary(captured: Captured, chosen: Iterable[fx.Node]) -> list[fx.Node]:
     head = downstream(used, chosen)
     if captured.output not in head:
         raise ValueError(
-            "gradient_layers chooses only parameters that the activation does not depend on."
+            "gradient_layers chooses only parameters that the activation does not depend on. "
+            "Choose layers between the input and the activation, or another activation_layer."
         )
     samples = downstream(used, [captured.input])
     between = [node for node in used if node in samples and node not in head]
@@ -100,7 +108,7 @@ def boundary(captured: Captured, chosen: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def downstream(used: list[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the nodes with a value that depends on ``sources`` through tensors."""
+    """Return the nodes whose value depends on ``sources`` through tensors, not through sizes."""
     reached = set(sources)
     for node in used:
         is_size = isinstance(node.meta.get("val"), (SymInt, int, float, bool))
@@ -112,18 +120,14 @@ def downstream(used: list[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
 def _edges(
     captured: Captured, between: list[fx.Node], head: set[fx.Node], samples: set[fx.Node]
 ) -> dict[tuple[int, int], int]:
-    """Return the capacities of the flow problem.
-
-    Node i is split into an entry 2 i and an exit 2 i + 1, joined by an edge as wide as
-    its value. What is on the head's side needs nothing but what is there too: stored or computed.
-    """
+    """Return the capacities of the flow network; node i has the entry 2 i and the exit 2 i + 1."""
     index = {node: i for i, node in enumerate(between)}
     source, sink = 2 * len(between), 2 * len(between) + 1
     edges: dict[tuple[int, int], int] = {}
     for node, i in index.items():
         edges[2 * i, 2 * i + 1] = _size(node, captured)
-        heavy = operator_name(node) in WEIGHTED and not samples.issuperset(node.all_input_nodes)
-        if node is captured.input or heavy:
+        expensive = operator_name(node) in WEIGHTED and not samples.issuperset(node.all_input_nodes)
+        if node is captured.input or expensive:
             edges[source, 2 * i] = _INFINITE
         for above in node.all_input_nodes:
             if above in index:
@@ -134,7 +138,7 @@ def _edges(
 
 
 def _size(node: fx.Node, captured: Captured) -> int:
-    """Return the bytes per sample of a node's value, in whatever precision it is captured."""
+    """Return the bytes per sample of a node's value, the same for every floating dtype."""
     axis = batch_axis(node, captured)
     if axis is None:
         return _INFINITE
@@ -145,15 +149,15 @@ def _size(node: fx.Node, captured: Captured) -> int:
 
 
 def _sink_side(edges: dict[tuple[int, int], int], source: int, sink: int) -> set[int]:
-    """Return the vertices that can still reach the sink once the flow is maximal."""
-    # maximum_flow takes 32-bit integers alone, in older versions for the indices too.
+    """Return the vertices that reach the sink in the residual network of a maximum flow."""
+    # maximum_flow takes 32-bit integers only, in older versions for the indices too.
     rows, columns = np.array(list(edges), np.int32).T
     capacities = np.array(list(edges.values()), np.int32)
     graph = csr_array((capacities, (rows, columns)), (sink + 1, sink + 1))
-    rest = (graph - maximum_flow(graph, source, sink).flow).tocoo()
+    residual = (graph - maximum_flow(graph, source, sink).flow).tocoo()
     into = defaultdict(list)
-    for row, column, left in zip(rest.row, rest.col, rest.data, strict=True):
-        if left > 0:
+    for row, column, capacity in zip(residual.row, residual.col, residual.data, strict=True):
+        if capacity > 0:
             into[column].append(row)
     reaching, queue = {sink}, deque([sink])
     while queue:
@@ -169,13 +173,13 @@ def extract(
     inputs: list[fx.Node],
     outputs: list[fx.Node],
     chosen: Iterable[fx.Node] = (),
-    slopes: Mapping[fx.Node, float] = MappingProxyType({}),
+    negative_slopes: Mapping[fx.Node, float] = MappingProxyType({}),
 ) -> fx.GraphModule:
     """Return the part of the graph between ``inputs`` and ``outputs`` as a module.
 
-    Its arguments are the ``chosen`` parameters, then the inputs, samples first; it
-    returns a tuple of the outputs, samples first. All other tensors become buffers. Rectifiers
-    get the slopes that are given for them.
+    Its arguments are the ``chosen`` parameters, then the inputs; it returns a tuple of the
+    outputs. The first axis of inputs and outputs runs over samples. All other tensors become
+    buffers. The ReLUs in ``negative_slopes`` become leaky ReLUs of these slopes.
     """
     graph, root = fx.Graph(), torch.nn.Module()
     copies: dict[fx.Node, fx.Node] = {}
@@ -190,16 +194,17 @@ def extract(
             root.register_buffer(node.name, captured.tensors[node])
             copies[node] = graph.get_attr(node.name)
         elif captured.is_batch_size(node.meta.get("val")):
-            copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (sized, 0))
-        elif node in slopes:
-            copies[node] = with_slope(node, copies[node.all_input_nodes[0]], slopes[node])
+            copies[node] = graph.call_function(_aten.sym_size.int, (sized, 0))
+        elif node in negative_slopes:
+            value = copies[node.all_input_nodes[0]]
+            copies[node] = _with_negative_slope(node, value, negative_slopes[node])
         elif _at_one_position(node):
             copies[node] = _as_product(node, graph, copies)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node.target is torch.ops.aten.view.default:
+            if node.target is _aten.view.default:
                 # The strides seen at capture time depend on the kernels chosen then.
-                copies[node].target = torch.ops.aten.reshape.default
+                copies[node].target = _aten.reshape.default
     results = []
     for node in outputs:
         axis = batch_axis(node, captured)
@@ -220,17 +225,18 @@ def _at_one_position(node: fx.Node) -> bool:
 
 
 def _as_product(node: fx.Node, graph: fx.Graph, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-    """Copy a convolution at one position as a matrix product, several times as fast on CPUs."""
+    """Copy a convolution at one position as a matrix product, which is faster on CPUs."""
     arguments: tuple[Any, ...] = node.args[:3]
     image, weight, *bias = map(copies.get, arguments)
-    rows, matrix = (graph.call_function(_FLATTEN, (tensor, 1)) for tensor in (image, weight))
-    product = graph.call_function(_LINEAR, (rows, matrix, *bias))
+    flatten = _aten.flatten.using_ints
+    rows, matrix = (graph.call_function(flatten, (tensor, 1)) for tensor in (image, weight))
+    product = graph.call_function(_aten.linear.default, (rows, matrix, *bias))
     shape = [-1, *node.meta["val"].shape[1:]]
-    return graph.call_function(torch.ops.aten.reshape.default, (product, shape))
+    return graph.call_function(_aten.reshape.default, (product, shape))
 
 
 def _between(captured: Captured, given: set[fx.Node], outputs: list[fx.Node]) -> list[fx.Node]:
-    """Return the nodes that have to be computed for ``outputs``, in graph order."""
+    """Return the nodes that ``outputs`` depend on beyond the given ones, in graph order."""
     needed = set(outputs) - given
     for node in reversed(captured.graph.nodes):
         if node in needed and not captured.is_batch_size(node.meta.get("val")):

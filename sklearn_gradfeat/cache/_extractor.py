@@ -15,12 +15,10 @@ from sklearn_gradfeat.backbones import (
     FrozenBackbone,
     Network,
     UndigestibleError,
-    apart,
     digest,
     freeze,
     resolve_backbone,
     seeded,
-    sharing,
 )
 from sklearn_gradfeat.cache._runner import CachedSamples, Trunk, cache_samples
 from sklearn_gradfeat.cache._store import Store, TrunkKey
@@ -69,11 +67,11 @@ class Extractor:
 
     def sharing(self, module: nn.Module) -> Extractor:
         """Return the extractor with tensors of ``module`` where they are equal, for pickles."""
-        return replace(self, backbone=sharing(self.backbone, module))
+        return replace(self, backbone=self.backbone.sharing(module))
 
     def apart(self) -> Extractor:
         """Return the extractor with tensors of its own."""
-        return replace(self, backbone=apart(self.backbone))
+        return replace(self, backbone=self.backbone.apart())
 
     def network(self, names: Sequence[str]) -> Network:
         """Return the network split below the parameters ``names``, each part in its dtype."""

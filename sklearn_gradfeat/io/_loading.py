@@ -114,7 +114,7 @@ class _Saved:
             frozen = FrozenBackbone(module, example, dtype, layer)
         except (ValueError, TypeError) as error:
             raise ValueError(f"The backbone does not fit {self.path}: {error}") from error
-        if digest(stored_weights(frozen)) != stored["digest"]:
+        if digest(stored_weights(frozen.module.module)) != stored["digest"]:
             raise ValueError(
                 f"The backbone does not fit {self.path}: its weights differ from those that the "
                 f"model was fitted on, with {self.document['versions']}."

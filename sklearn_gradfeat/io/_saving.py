@@ -167,7 +167,7 @@ def _extractor(extractor: Extractor) -> dict[str, Any]:
 def _backbone(estimator: Any, arrays: Arrays) -> dict[str, Any]:
     """Return the description of the backbone, and store its weights unless it has a name."""
     backbone = estimator._extractor.backbone
-    weights = stored_weights(backbone)
+    weights = stored_weights(backbone.module.module)
     name = estimator.backbone if isinstance(estimator.backbone, str) else None
     if estimator.backbone is None:
         name = default_name(estimator.sample_shape_)

@@ -28,7 +28,7 @@ from sklearn_gradfeat import (
     load,
 )
 from sklearn_gradfeat.data._batches import Rows
-from tests.test_freezing import Counting
+from tests.backbones.test_frozen import Counting
 from tests.tiny import NET, X, Y, tiny_net
 
 PENALTIES = {"alphas": [0.5, 0.02], "gradient_alphas": [0.1]}

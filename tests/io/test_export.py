@@ -14,9 +14,9 @@ from sklearn_gradfeat import GradientFeatureClassifier
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone
 from sklearn_gradfeat.linearized._derivative_graph import UntraceableError, linearized_graph
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead
+from tests.backbones.test_architectures import LAST
+from tests.backbones.test_architectures import build as build_architecture
 from tests.networks import NETWORKS, build
-from tests.test_architectures import LAST
-from tests.test_architectures import build as build_architecture
 from tests.tiny import NET, X, Y, estimator
 
 IMAGES = np.random.default_rng(0).normal(size=(12, 2, 5, 5)).astype(np.float32)

@@ -98,7 +98,7 @@ def test_every_architecture(name):
 
 
 def write_table(path):
-    """Write the table of docs/architectures.md: python -m tests.test_architectures."""
+    """Write the table of docs/architectures.md: python -m tests.backbones.test_architectures."""
     lines = [
         '| network | `gradient_layers="last"` | parameters | numbers stored per sample |',
         "|---|---|---|---|",

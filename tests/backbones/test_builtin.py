@@ -1,4 +1,4 @@
-"""The networks that come with the package, and the files that they come in."""
+"""The networks of the package, and their files."""
 
 import hashlib
 import re
@@ -114,7 +114,7 @@ def test_none_is_the_first_network_for_images(X):
     assert not np.allclose(default.coef_, model(SHIPPED[1]).fit(X, LABELS).coef_)
 
 
-def test_none_is_the_random_network_for_rows():
+def test_none_is_the_random_network_for_tabular_data():
     assert model().fit(PIXELS.reshape(12, -1), LABELS).coef_.shape == (3, 256)
 
 
@@ -126,13 +126,13 @@ def test_regression_on_images():
 @pytest.mark.parametrize(
     ("X", "match"),
     [
-        (np.zeros((12, 3, 40, 3)), r"channels first or last.*Pass `preprocess`"),
-        (PIXELS[:, :, :, 0] / 255, r"\(3, 32\) may be grey images, or lack an axis.*`backbone`"),
-        (np.zeros((12, 50, 1)), r"\(50, 1\) may be grey images, or lack an axis.*`backbone`"),
+        (np.zeros((12, 3, 40, 3)), r"channels first or last.*Pass preprocess"),
+        (PIXELS[:, :, :, 0] / 255, r"\(3, 32\) may be grey images, or lack an axis.*pass backbone"),
+        (np.zeros((12, 50, 1)), r"\(50, 1\) may be grey images, or lack an axis.*pass backbone"),
         (np.zeros((12, 2, 40, 40)), "neither 1 nor 3 channels.*Convert"),
-        (PIXELS.astype(int), r"dtype torch.int64.*astype\(numpy.uint8\).*`preprocess`"),
+        (PIXELS.astype(int), r"dtype torch.int64.*astype\(numpy.uint8\).*set preprocess"),
         (PIXELS / 1.0, r"must lie in \[0, 1\], X has values from 0 to 255.*Scale X"),
-        (PIXELS[:, None], r"rows of numbers.*or images.*\(1, 3, 32, 32\). Pass `backbone`"),
+        (PIXELS[:, None], r"tabular data.*or images.*\(1, 3, 32, 32\). Pass backbone"),
     ],
     ids=["layout", "one image", "series", "channels", "dtype", "range", "video"],
 )

@@ -1,0 +1,117 @@
+"""Copies of modules: plain parameters, and everything that cannot be copied."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from sklearn_gradfeat.backbones._copies import stored_weights, with_weights
+from sklearn_gradfeat.backbones._frozen import FrozenBackbone
+from tests.backbones.test_sources import same
+from tests.tiny import X, Y, estimator, tiny_net
+
+
+@pytest.mark.parametrize(
+    "normalize",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        pytest.param(
+            nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning")
+        ),
+        pytest.param(
+            nn.utils.spectral_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning")
+        ),
+    ],
+)
+def test_reparametrized_weights_are_plain_ones(normalize):
+    network = tiny_net()
+    normalize(network[2])
+    network.eval()
+    with torch.no_grad():
+        network(torch.from_numpy(X))
+    before = copy.deepcopy({name: value.detach() for name, value in network.state_dict().items()})
+    model = estimator(network).fit(X, Y)
+    assert sorted(model.gradient_layers_) == ["2.bias", "2.weight"]
+    after = network.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torchscript_is_refused():
+    with pytest.raises(TypeError, match=r"TorchScript module.* Pass the torch.nn.Module"):
+        estimator(torch.jit.trace(tiny_net(), torch.from_numpy(X))).fit(X, Y)
+
+
+def test_compiled_module():
+    module = tiny_net()
+    compiled = torch.compile(module, backend="eager")
+    model = estimator(compiled).fit(X, Y)
+    assert same(model, estimator(module).fit(X, Y))
+
+
+def test_batch_norm_without_running_statistics_is_refused():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False))
+    with pytest.raises(
+        ValueError, match=r"Layer '1' of backbone normalises over the batch.* Build"
+    ):
+        estimator(network).fit(X, Y)
+
+
+def test_module_that_cannot_be_copied():
+    network = tiny_net()
+    network.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"backbone cannot be copied .* Store tensors in it"):
+        estimator(network).fit(X, Y)
+
+
+# --- tensors apart from their module -----------------------------------------------------------
+
+
+def test_pickles_of_backbone_and_module_share_equal_tensors():
+    module = tiny_net()
+    frozen = FrozenBackbone(module, torch.zeros(2, 1, 8, 8), torch.float32, None)
+    with torch.no_grad():
+        module[2].bias += 1
+    shared = dict(frozen.sharing(module).module.module.named_parameters())
+    for name, value in module.named_parameters():
+        assert (shared[name] is value) == (name != "2.bias")
+    own = frozen.sharing(module).apart()
+    assert not any(
+        value is other
+        for value, other in zip(own.module.module.parameters(), module.parameters(), strict=True)
+    )
+    assert not any(value.requires_grad for value in own.module.parameters())
+    assert all(value.requires_grad for value in module.parameters())
+    kept = dict(frozen.module.module.named_parameters())
+    assert not any(kept[name] is value for name, value in module.named_parameters())
+
+
+def test_weights_apart_from_their_module():
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
+    weights = stored_weights(module)
+    assert list(weights) == [
+        *("0.weight", "0.bias", "1.weight", "1.bias"),
+        *("1.running_mean", "1.running_var", "1.num_batches_tracked"),
+    ]
+    lazy = nn.Sequential(nn.LazyConv2d(2, 3), nn.LazyBatchNorm2d())
+    example = torch.from_numpy(X[:2])
+    for architecture in (nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), lazy):
+        filled = with_weights(architecture, weights, example, torch.float32)
+        assert torch.equal(filled(example), module(example))
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 2, 3, bias=False)), r"the module lacks '0\.bias'"),
+        (nn.Sequential(nn.Conv2d(1, 2, 5)), r"'0\.weight' has shape \(2, 1, 5, 5\) instead of"),
+        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.PReLU()), r"has, beyond those weights, '1\.weight'"),
+    ],
+)
+def test_weights_of_another_architecture(other, match):
+    weights = stored_weights(nn.Sequential(nn.Conv2d(1, 2, 3)))
+    with pytest.raises(ValueError, match=match):
+        with_weights(other, weights, torch.zeros(2, 1, 8, 8), torch.float32)

@@ -1,0 +1,116 @@
+"""The captured graph, and the activation that it computes."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_gradfeat import GradientFeatureClassifier
+from tests.tiny import X, Y, estimator, tiny_net
+
+
+# --- the activation --------------------------------------------------------------------------
+def test_activation_layer():
+    net = tiny_net()
+    chosen = estimator(net, activation_layer="3").fit(X, Y)
+    assert chosen.coef_.shape == (3, 6)
+    np.testing.assert_allclose(  # the two differ by who takes the mean
+        chosen.predict_proba(X), estimator(net).fit(X, Y).predict_proba(X), atol=1e-3
+    )
+    lower = estimator(net, activation_layer="1").fit(X, Y)
+    assert lower.coef_.shape == (3, 4)
+    assert lower.gradient_layers_ == ["0.weight", "0.bias"]
+    cut = estimator(tiny_net()[:2]).fit(X, Y)
+    np.testing.assert_allclose(lower.predict_proba(X), cut.predict_proba(X), atol=1e-5)
+
+
+def test_unknown_activation_layer():
+    net = nn.Sequential()
+    net.add_module("stem", nn.Conv2d(1, 4, 3))
+    net.add_module("layer4", nn.Conv2d(4, 4, 3))
+    with pytest.raises(
+        ValueError, match=r"'layer3' is not a submodule.*nearest names are 'layer4'"
+    ):
+        estimator(net, activation_layer="layer3").fit(X, Y)
+
+
+def test_activation_layer_that_is_not_used():
+    net = tiny_net()
+    net[0].extra = nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match=r"activation_layer='0\.extra' is not called.* Name a submodule"
+    ):
+        estimator(net, activation_layer="0.extra").fit(X, Y)
+
+
+@pytest.mark.parametrize("n_axes", [0, 1, 2])
+def test_activation_is_averaged_over_further_axes(n_axes):
+    net = tiny_net()[:4]
+    tail = {0: [nn.AdaptiveAvgPool2d(1), nn.Flatten()], 1: [nn.Flatten(2)], 2: []}[n_axes]
+    model = estimator(nn.Sequential(*net, *tail)).fit(X, Y)
+    assert model.coef_.shape == (3, 6)
+    expected = estimator(tiny_net()).fit(X, Y).predict_proba(X)
+    np.testing.assert_allclose(model.predict_proba(X), expected, atol=1e-3)
+
+
+def test_activation_layer_of_a_compiled_module():
+    network = tiny_net()
+    model = estimator(torch.compile(network, backend="eager"), activation_layer="3").fit(X, Y)
+    plain = estimator(network, activation_layer="3").fit(X, Y)
+    assert np.array_equal(model.coef_, plain.coef_)
+
+
+def test_full_classification_network_by_its_pooling():
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    whole = resnet18(num_classes=5)
+    headless = copy.deepcopy(whole)
+    headless.fc = nn.Identity()
+    images = np.random.default_rng(0).random((12, 3, 32, 32)).astype(np.float32)
+    options = {"gradient_layers": "layer2.1.conv2", "alpha": 0.1}
+    by_name = estimator(whole, activation_layer="avgpool", **options).fit(images, Y[:12])
+    cut = estimator(headless, **options).fit(images, Y[:12])
+    assert by_name.gradient_layers_ == cut.gradient_layers_
+    np.testing.assert_allclose(by_name.predict_proba(images), cut.predict_proba(images), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"'fc\.weight' lies above the activation"):
+        estimator(whole, activation_layer="avgpool", gradient_layers="fc").fit(images, Y[:12])
+
+
+# --- operators that see the layout of memory -------------------------------------------------
+
+
+class Strided(nn.Module):
+    """Reads its hidden layer in the order of memory."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.view = view
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.view(torch.relu(self.conv(x)).contiguous())
+
+
+def by_strides(h):
+    return h.as_strided((h.shape[0], 256), (256, 1))
+
+
+def as_complex(h):
+    return torch.view_as_complex(h.reshape(-1, 4, 16, 2, 2).contiguous()).abs().flatten(1)
+
+
+@pytest.mark.parametrize("view", [by_strides, as_complex])
+def test_operators_that_see_the_layout_of_memory(view):
+    images = np.random.default_rng(0).random((20, 3, 4, 8), np.float32)
+    network = Strided(view)
+    model = GradientFeatureClassifier(network, features="activation", max_iter=500).fit(
+        images, Y[:20] % 2
+    )
+    with torch.no_grad():
+        activation = network(torch.from_numpy(images)).numpy()
+    expected = activation @ model.coef_[0] + model.intercept_
+    np.testing.assert_allclose(model.decision_function(images), expected, rtol=1e-4, atol=1e-5)
