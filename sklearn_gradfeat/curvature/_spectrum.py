@@ -76,7 +76,7 @@ class Spectrum:
         if self.rest is None:
             return projected, None
         outside = rows - projected @ self.vectors.mT
-        # A second time, to remove rounding errors: the rest is about to be divided by a tiny number.
+        # Project twice to remove rounding errors, which a division by a tiny number would enlarge.
         return projected, outside - (outside @ self.vectors) @ self.vectors.mT
 
     def restore(self, rows: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class KroneckerInverse:
-    """The inverse of ``output ⊗ inputs + alpha``, on matrices of shape (..., n_outputs, n_inputs)."""
+    """The inverse of ``output ⊗ inputs + alpha``, on tensors (..., n_outputs, n_inputs)."""
 
     def __init__(self, output: Spectrum, inputs: Spectrum, alpha: float) -> None:
         self.output, self.inputs = output, inputs
