@@ -1,96 +1,88 @@
-"""The inverse Hessian by way of the samples, against a dense one."""
+"""The inverse Hessian and leave-one-out predictions in the space of samples, against dense ones."""
 
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Ridge
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from sklearn_gradfeat import GradientFeatureRegressor
-from sklearn_gradfeat.curvature._sample_space import SampleInverse, tangent_gram
-from sklearn_gradfeat.linearized._jacobian import LinearizedHead
-from sklearn_gradfeat.linearized._losses import Bernoulli, Multinomial, Squared
-from sklearn_gradfeat.linearized._objective import TangentObjective, TangentTerm
+from sklearn_gradfeat.curvature import leave_one_out, tangent_gram
+from sklearn_gradfeat.curvature._sample_space import SampleInverse
+from sklearn_gradfeat.linearized import Bernoulli, Squared
+from tests.curvature.problems import (
+    MLP_LAYERS,
+    classes,
+    dense_map,
+    dense_operator,
+    mlp,
+    module_term,
+    normal,
+    objective,
+    unequal_weights,
+)
 from tests.oracles import dense_jacobian, ntk_scales
 
-N, WIDTH = 9, 4
-generator = torch.Generator().manual_seed(0)
-X = torch.randn(N, 3, dtype=torch.float64, generator=generator)
-WEIGHTS = torch.rand(N, dtype=torch.float64, generator=generator)
-WEIGHTS[0] = 0
-WEIGHTS /= WEIGHTS.sum()
+N = 9
 
 
-def mlp():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, WIDTH), nn.Tanh()).double()
+@pytest.fixture(scope="module")
+def x():
+    return normal(N, 3)
 
 
-def linearized(module, names, inputs=X):
-    """Return the term of a module whose head is all of it, in batches of five."""
-    parameters = {n: p.detach() for n, p in module.named_parameters() if n in names}
-    rest = {n: p.detach() for n, p in module.named_parameters() if n not in names}
-
-    def head(values, boundary):
-        state = dict(zip(parameters, values, strict=True)) | rest
-        return torch.func.functional_call(module, state, boundary)
-
-    def batches(stride=1):
-        for start in range(0, N, 5):
-            rows = slice(start, min(start + 5, N))
-            yield rows, (inputs[rows],)
-
-    return LinearizedHead(head, parameters, "ntk"), batches
+def term(x, n_outputs, alpha=0.03, names=MLP_LAYERS, **options):
+    return module_term(mlp(), names, x, n_outputs, alpha, **options)
 
 
-def term(n_outputs, alpha=0.03, names=("0.weight", "0.bias", "2.weight", "2.bias")):
-    head, batches = linearized(mlp(), names)
-    omega = torch.randn(n_outputs, WIDTH, dtype=torch.float64, generator=generator)
-    return TangentTerm(head, batches, omega, alpha)
-
-
-@pytest.mark.parametrize("names", [["0.weight", "0.bias", "2.weight", "2.bias"], ["2.weight"]])
+@pytest.mark.parametrize("names", [MLP_LAYERS, ["2.weight"]])
 @pytest.mark.parametrize("n_outputs", [1, 3])
-def test_gram_is_that_of_the_dense_jacobian(n_outputs, names):
-    tangent = term(n_outputs, names=names)
-    J = dense_jacobian(mlp(), names, X) * ntk_scales(mlp(), names)
+def test_gram_is_that_of_the_dense_jacobian(x, n_outputs, names):
+    tangent = term(x, n_outputs, names=names)
+    J = dense_jacobian(mlp(), names, x) * ntk_scales(mlp(), names)
     rows = np.einsum("cd,ndp->ncp", tangent.omega, J).reshape(N * n_outputs, -1)
     np.testing.assert_allclose(tangent_gram(tangent, N), rows @ rows.T, atol=1e-12)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(N)), st.integers(1, N))
+def test_gram_does_not_depend_on_batches_and_order(x, order, size):
+    gram = tangent_gram(term(x, 2), N)
+    moved = tangent_gram(term(x[torch.tensor(order)], 2, batch_size=size), N)
+    places = (2 * torch.tensor(order)[:, None] + torch.arange(2)).reshape(-1)
+    torch.testing.assert_close(moved, gram[places][:, places])
+
+
 @pytest.mark.parametrize("fit_intercept", [True, False])
-@pytest.mark.parametrize("features", [True, False])
-@pytest.mark.parametrize("kind", ["squared", "bernoulli"])
-def test_inverse_is_that_of_the_dense_hessian(kind, features, fit_intercept):
-    targets = torch.randint(0, 2, (N, 2), generator=generator).double()
-    loss = {"squared": Squared, "bernoulli": Bernoulli}[kind](targets, WEIGHTS)
-    tangent = term(2)
-    f = tangent.head.activation((X,)) if features else None
-    objective = TangentObjective(loss, f, tangent, 0.01, fit_intercept, N, X[:0, 0], X.device)
-    unit = torch.eye(sum(objective.sizes), dtype=torch.float64)
-    A = torch.stack([objective.forward(column).reshape(-1) for column in unit], 1)
-    logits = torch.randn(N, 2, dtype=torch.float64, generator=generator)
-    H = A.T @ (loss.curvatures(logits).reshape(-1, 1) * A) + torch.diag(objective.penalty)
-    H.diagonal()[objective.penalty == 0] += 1e-6  # the intercept, which has no penalty
-    inverse = SampleInverse(objective, tangent_gram(tangent, N), logits)
-    found = torch.stack([inverse(column) for column in unit], 1)
+@pytest.mark.parametrize("activation", [True, False])
+@pytest.mark.parametrize("kind", [Squared, Bernoulli])
+def test_inverse_is_that_of_the_dense_hessian(x, kind, activation, fit_intercept):
+    loss = kind((normal(N, 2) > 0).double(), unequal_weights(N))
+    tangent = term(x, 2)
+    f = tangent.head.activation((x,)) if activation else None
+    problem = objective(loss, f, tangent, 0.01, fit_intercept)
+    A = dense_map(problem).flatten(0, 1)
+    logits = normal(N, 2, seed=1)
+    H = A.T @ (loss.curvatures(logits).reshape(-1, 1) * A) + torch.diag(problem.penalty)
+    H.diagonal()[problem.penalty == 0] += 1e-6  # the intercept, which has no penalty
+    inverse = SampleInverse(problem, tangent_gram(tangent, N), logits)
+    found = dense_operator(inverse, len(H))
+    unit = torch.eye(len(H), dtype=torch.float64)
     torch.testing.assert_close(found @ H, unit, atol=1e-7, rtol=0)
+    torch.testing.assert_close(found, found.T)
 
 
-def test_no_penalty_leaves_a_positive_definite_inverse():
-    loss = Multinomial(torch.arange(N) % 3, WEIGHTS, 3)
-    tangent = term(3, alpha=0.0)
-    f = tangent.head.activation((X,))
-    objective = TangentObjective(loss, f, tangent, 0.0, True, N, X[:0, 0], X.device)
-    inverse = SampleInverse(objective, tangent_gram(tangent, N), torch.zeros(N, 3).double())
-    unit = torch.eye(sum(objective.sizes), dtype=torch.float64)
-    found = torch.stack([inverse(column) for column in unit], 1)
+def test_no_penalty_leaves_a_positive_definite_inverse(x):
+    tangent = term(x, 3, alpha=0.0)
+    loss = classes(N, 3, unequal_weights(N))
+    problem = objective(loss, tangent.head.activation((x,)), tangent, 0.0)
+    inverse = SampleInverse(problem, tangent_gram(tangent, N), torch.zeros(N, 3).double())
+    found = dense_operator(inverse, sum(problem.sizes))
     assert torch.linalg.eigvalsh(found + found.T).min() > 0
 
 
-def test_none_where_it_would_not_be_cheap(monkeypatch):
-    tangent = term(2)
+def test_none_where_it_would_not_be_cheap(x, monkeypatch):
+    tangent = term(x, 2)
     monkeypatch.setattr("sklearn_gradfeat.curvature._sample_space.MAX_ROWS", 2 * N - 1)
     assert tangent_gram(tangent, N) is None
 
@@ -124,22 +116,33 @@ class Tied(nn.Module):
     ],
     ids=["shared", "tied", "norm", "positions", "convolution"],
 )
-def test_none_for_other_layers(module):
-    head, batches = linearized(module, [n for n, _ in module.named_parameters()])
-    width = head.activation((X,)).shape[1]
-    assert tangent_gram(TangentTerm(head, batches, torch.ones(1, width).double(), 0.1), N) is None
+def test_none_for_other_layers(x, module):
+    names = [name for name, _ in module.named_parameters()]
+    assert tangent_gram(module_term(module, names, x), N) is None
 
 
-def test_fit_of_tied_weights_reaches_the_optimum():
-    y = np.sin(X[:, 0].numpy() * 3)
-    model = GradientFeatureRegressor(
-        Tied(), gradient_layers="all", alpha=0.01, gradient_alpha=1e-4, tol=1e-10, max_iter=1000
-    ).fit(X.numpy(), y)
-    names = model.gradient_layers_
-    module = model.backbone
-    J = dense_jacobian(module, names, X) * ntk_scales(module, names)
-    f = module(X).detach().numpy()
-    unit = np.sqrt(0.01 / 1e-4)
-    columns = np.hstack([f, unit * np.einsum("d,ndp->np", model.omega_[0], J)])
-    oracle = Ridge(0.01 * N).fit(columns, y)
-    np.testing.assert_allclose(model.predict(X.numpy()), oracle.predict(columns), rtol=1e-4)
+@pytest.mark.parametrize("fit_intercept", [True, False])
+@pytest.mark.parametrize("kind", ["full", "gradient", "activation"])
+@pytest.mark.parametrize("n_outputs", [1, 3])
+def test_leave_one_out_against_a_fit_without_each_sample(x, n_outputs, kind, fit_intercept):
+    targets, weights = normal(N, n_outputs, seed=1), unequal_weights(N)
+    tangent = None if kind == "activation" else term(x, n_outputs)
+    f = None if kind == "gradient" else term(x, n_outputs).head.activation((x,))
+    problem = objective(Squared(targets, weights), f, tangent, 0.02, fit_intercept)
+    columns = dense_map(problem)
+    predicted = leave_one_out(problem, None if tangent is None else tangent_gram(tangent, N))
+    assert weights[0] == 0
+    for i in range(N):
+        others = torch.arange(N) != i
+        root = weights[others].sqrt()[:, None]
+        A = (columns[others] * root[:, :, None]).flatten(0, 1)
+        b = (targets[others] * root).flatten()
+        solved = torch.linalg.solve(A.T @ A + torch.diag(problem.penalty), A.T @ b)
+        torch.testing.assert_close(predicted[i], columns[i] @ solved, rtol=1e-8, atol=1e-10)
+
+
+def test_leave_one_out_at_penalties_below_rounding(x):
+    loss = Squared(normal(N, 1), unequal_weights(N))
+    problem = objective(loss, x, None, 1e-20)
+    with pytest.raises(ValueError, match="rounding errors at penalties as small as 1e-20"):
+        leave_one_out(problem, None)
