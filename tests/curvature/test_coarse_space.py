@@ -211,9 +211,10 @@ def n_bytes(subspace):
 @pytest.mark.parametrize("loss", ["multinomial", "squared"])
 @pytest.mark.parametrize("kind", ["plain", "transformer"])
 def test_same_optimum_in_fewer_iterations(kind, loss):
-    weights = torch.full((N,), 1 / N, dtype=torch.float64)
-    chosen = Squared(normal(N, CLASSES, seed=5), weights) if loss == "squared" else None
-    problem = image_objective(kind, chosen, alpha=1e-2)
+    n = 20
+    weights = torch.full((n,), 1 / n, dtype=torch.float64)
+    chosen = Squared(normal(n, CLASSES, seed=5), weights) if loss == "squared" else None
+    problem = image_objective(kind, chosen, alpha=1e-2, n=n)
     x = torch.zeros(sum(problem.sizes), dtype=torch.float64)
     solutions = []
     for two_levels in (True, False):

@@ -96,7 +96,7 @@ def test_stage_one_is_logistic_regression(target):
 def test_more_features_than_samples(n_features):
     """The preconditioner is then exact for the samples, however many features there are."""
     wide = np.random.default_rng(3).normal(size=(N, n_features))
-    model = GradientFeatureClassifier(nn.Identity(), features="activation", alpha=0.02, tol=1e-12)
+    model = GradientFeatureClassifier(nn.Identity(), features="activation", alpha=0.02, tol=1e-14)
     model.fit(wide, TARGETS["multinomial"], sample_weight=WEIGHTS)
     oracle = LogisticRegression(C=1 / (0.02 * WEIGHTS.sum()), tol=1e-10, max_iter=10000)
     oracle.fit(wide, TARGETS["multinomial"], sample_weight=WEIGHTS)
