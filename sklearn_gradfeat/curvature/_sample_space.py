@@ -87,7 +87,7 @@ class SampleInverse:
 
 
 def _level(penalty: float, curvature: Tensor) -> float:
-    """Return the penalty of a block, or a small one if it has none."""
+    """Return the penalty of a block, at least a small share of its curvature."""
     return max(penalty, _FLOOR * float(curvature)) or 1.0
 
 
