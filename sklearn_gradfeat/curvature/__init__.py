@@ -1,4 +1,4 @@
-"""Approximate curvature of the linear model, for the solver."""
+"""Curvature of the linear model: preconditioners, the coarse space, leave-one-out."""
 
 from sklearn_gradfeat.curvature._inverses import (
     Inverses,

@@ -1,10 +1,37 @@
-"""How many leading directions of the displacements are worth a subspace."""
+"""The coarse space: leading directions of the displacements, where a pass is cheap.
+
+Most of the decrease of the objective lies along few directions of large curvature. A two-level
+solver minimises over these directions separately, at little cost, and leaves the rest to
+quasi-Newton steps. With ``G ⊗ A`` the K-FAC curvature of a layer, the coarse space holds the
+displacements::
+
+    D = U_g R U_aᵀ,    U_g, U_a: leading eigenvectors of G and A,    R: the coordinates
+
+(the bias is the last column of ``D``). With input rows ``a`` and output gradients ``g_c`` of
+logit ``c``, at the positions ``t`` of a sample, the layer adds to that logit::
+
+    Σ_t g_ctᵀ D a_t = Σ_t (U_gᵀ g_ct)ᵀ R (U_aᵀ a_t)
+
+The head is passed once, to keep either the projected rows of every sample, or their products
+summed over the positions. After that the map from ``R`` to the logits is exact and needs no
+pass. ``U_g`` and ``U_a`` are orthonormal, so ``‖D‖² = ‖R‖²`` and the penalty stays the same.
+
+Cost model, with ``r_g, r_a`` the ranks, ``T`` positions and ``c`` outputs, per sample:
+
+* projected rows: ``T (r_a + c r_g)`` numbers and ``T r_g r_a`` multiplications;
+* summed products: ``c r_g r_a`` of either. They are kept when they take fewer numbers.
+
+The ranks follow from one lower bound on the eigenvalues of all ``G ⊗ A``, the smallest for
+which an evaluation takes at most an eighth of the time of the layers in a pass, and all rows
+take at most 2 GiB.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,18 +41,59 @@ from sklearn_gradfeat.curvature._layer_rows import LayerCall, output_gradients, 
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Layer
 from sklearn_gradfeat.linearized import TangentObjective, TangentTerm, Tensors, agrees
 
+# Cost of an evaluation in the subspace, as a share of the cost of the layers in a pass.
+_SHARE = 1 / 8
+# Multiplications that take as long as reading a number.
+_READING = 16
+# Largest size of the rows of all samples, in bytes.
+_MAX_BYTES = 2**31
+# Projecting the rows takes a backward pass through the head for every output.
+_MAX_OUTPUTS = 32
+# Layers with fewer multiplications per sample have passes that are already cheap.
+_MIN_COST = 2**15
+# Candidate lower bounds on the eigenvalues, as shares of the largest one.
+_FLOORS = np.geomspace(1e-6, 0.5, 40)
+
 
 class LayoutError(Exception):
-    """A layer does not see the samples one by one in every batch."""
+    """The positions of a layer differ between batches."""
+
+
+class Storage(NamedTuple):
+    """Numbers to keep and multiplications of an evaluation, per sample of one layer."""
+
+    numbers: int
+    multiplications: int
+    summed: bool
+
+    @classmethod
+    def cheapest(cls, ranks: tuple[int, int], n_positions: int, n_outputs: int) -> Storage:
+        """Return the storage with fewer numbers: summed products or projected rows."""
+        g, a = ranks
+        rows, products = n_positions * (a + n_outputs * g), n_outputs * g * a
+        if products <= rows:
+            return cls(products, products, True)
+        return cls(rows, n_positions * g * a, False)
 
 
 @dataclass(frozen=True)
 class Block:
-    """The part of one layer: orthonormal columns on the output and on the input side.
+    """The displacements ``U_g R U_aᵀ`` of one layer.
 
-    ``weight`` and ``bias`` are positions in the tuple of parameters; ``curvature`` is that of
-    every entry of ``R``; ``n_positions`` is how often a sample meets the weight; ``summed`` says
-    whether the gradients in ``R`` are kept, or the projected rows.
+    Parameters
+    ----------
+    weight : int
+        Position of the weight in the tuple of parameters.
+    bias : int or None
+        Position of the bias; None where it is not among the parameters.
+    outputs, inputs : tensor of shape (n_rows, r_g) and (n_columns, r_a)
+        Orthonormal columns ``U_g`` and ``U_a``.
+    curvature : tensor of shape (r_g, r_a)
+        Curvature along every entry of ``R``, by K-FAC.
+    n_positions : int
+        Number of input rows per sample.
+    summed : bool
+        Whether to keep products that are summed over the positions, or the projected rows.
     """
 
     weight: int
@@ -38,27 +106,16 @@ class Block:
 
     @classmethod
     def from_layer(
-        cls, layer: Layer, ranks: tuple[int, int], n_positions: int, n_outputs: int
+        cls, layer: Layer, ranks: tuple[int, int], n_positions: int, summed: bool
     ) -> Block:
-        """Take so many eigenvectors of either factor."""
+        """Return the block of the leading eigenvectors of both factors."""
         sides = zip((layer.output, layer.inputs), ranks, strict=True)
         (g, outputs), (a, inputs) = ((s.values[0, -r:], s.columns(r)) for s, r in sides)
-        apart, summed = _numbers(ranks, n_positions, n_outputs)
-        return cls(
-            layer.weight, layer.factor.bias, outputs, inputs, g[:, None] * a, n_positions,
-            summed <= apart,
-        )  # fmt: skip
-
-    @staticmethod
-    def size(ranks: tuple[int, int], n_positions: int, n_outputs: int) -> tuple[int, int]:
-        """Return numbers to keep for a sample, and multiplications of an evaluation."""
-        apart, summed = _numbers(ranks, n_positions, n_outputs)
-        if summed <= apart:
-            return summed, summed
-        return apart, n_positions * ranks[0] * ranks[1]
+        bias, curvature = layer.factor.bias, g[:, None] * a
+        return cls(layer.weight, bias, outputs, inputs, curvature, n_positions, summed)
 
     def empty(self, like: Tensor, n_samples: int, n_outputs: int) -> Tensors:
-        """Return room for what :meth:`rows` gives."""
+        """Return uninitialised tensors for the rows of all samples."""
         n_leading, n_inputs = self.curvature.shape
         if self.summed:
             return (like.new_empty(n_samples, n_outputs, n_leading * n_inputs),)
@@ -66,14 +123,14 @@ class Block:
         return inputs, like.new_empty(n_samples, n_outputs, self.n_positions * n_leading)
 
     def rows(self, inputs: Tensor, gradients: Sequence[Tensor]) -> Tensors:
-        """Return what is kept of inputs and of projected gradients, one tensor an output."""
+        """Return the rows to keep, from inputs and from projected gradients of every output."""
         projected = inputs @ self.inputs
         if self.summed:
             return (torch.stack([(g.mT @ projected).flatten(1) for g in gradients], 1),)
         return projected, torch.stack([g.flatten(1) for g in gradients], 1)
 
     def forward(self, rows: Tensors, r: Tensor) -> Tensor:
-        """Return the part of the logits, of shape (n_samples, n_outputs)."""
+        """Return the contribution to the logits, of shape (n_samples, n_outputs)."""
         if self.summed:
             return rows[0] @ r
         inputs, gradients = rows
@@ -89,7 +146,7 @@ class Block:
         return (pulled.T @ inputs.flatten(0, 1)).reshape(-1)
 
     def extend(self, r: Tensor, pieces: list[Tensor]) -> None:
-        """Write displacements from coordinates."""
+        """Replace the pieces of the layer by ``U_g R U_aᵀ``."""
         matrix = self.outputs @ r.view_as(self.curvature) @ self.inputs.T
         if self.bias is not None:
             pieces[self.bias] = matrix[:, -1]
@@ -97,7 +154,7 @@ class Block:
         pieces[self.weight] = matrix
 
     def restrict(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return the coordinates of the part of displacements that lies in the subspace."""
+        """Return ``U_gᵀ D U_a``, the coordinates of the orthogonal projection."""
         matrix = pieces[self.weight].flatten(1)
         if self.bias is not None:
             matrix = torch.cat([matrix, pieces[self.bias][:, None]], 1)
@@ -105,9 +162,9 @@ class Block:
 
 
 class Subspace:
-    """The linear map to the logits on leading directions, with the weights and the intercept.
+    """The linear map from the weights, the intercept and leading directions to the logits.
 
-    Its coordinates are the flat vector ``[W, b, R₁, R₂, ...]``. Penalties are no part of it.
+    Its coordinates are the flat vector ``[W, b, R₁, R₂, ...]``. It does not depend on penalties.
 
     Parameters
     ----------
@@ -116,7 +173,7 @@ class Subspace:
     blocks : list of Block
         At most one for each layer.
     total : float
-        The curvature of the loss that theirs goes with.
+        The summed curvature of the loss for which the blocks give their curvature.
     """
 
     def __init__(self, objective: TangentObjective, blocks: list[Block], total: float) -> None:
@@ -128,16 +185,16 @@ class Subspace:
         n_outputs = objective.loss.n_outputs
         self.rows = [b.empty(objective.like, objective.n_samples, n_outputs) for b in blocks]
         for rows, boundary in objective.tangent.batches():
-            projected = _projected(objective.tangent, blocks, boundary, rows.stop - rows.start)
+            projected = _project(objective.tangent, blocks, boundary, rows.stop - rows.start)
             for places, parts in zip(self.rows, projected, strict=True):
                 for place, part in zip(places, parts, strict=True):
                     place[rows] = part
 
     def exact(self, objective: TangentObjective) -> bool:
-        """Whether the map is that of the objective.
+        """Return whether the map agrees with the objective on a random vector.
 
-        It is not where layers hand samples on in another order, or where a parameter is used
-        by anything but recorded layers.
+        It does not if a layer reorders the samples, or if a parameter has another use besides
+        the recorded layers.
         """
         generator = torch.Generator().manual_seed(0)
         coordinates = torch.randn(sum(self.sizes), generator=generator, dtype=torch.float64)
@@ -177,16 +234,16 @@ class Subspace:
         return torch.cat([affine, *(piece.reshape(-1) for piece in pieces)])
 
     def restrict(self, x: Tensor) -> Tensor:
-        """Return the coordinates of the part of the unknowns that lies in the subspace."""
+        """Return the transpose of :meth:`extend`: coordinates of the orthogonal projection."""
         affine, u = x[: self.sizes[0]], x[self.sizes[0] :]
         pieces = self.head.pieces(u)
         return torch.cat([affine, *(block.restrict(pieces) for block in self.blocks)])
 
 
-def _projected(
+def _project(
     tangent: TangentTerm, blocks: Sequence[Block], boundary: Tensors, n_samples: int
 ) -> list[Tensors]:
-    """Return what every block keeps of some samples."""
+    """Return the rows of a batch of samples for every block."""
     head = tangent.head
     activation, calls = record(head, boundary, differentiable=True)
     found = positions(calls, n_samples)
@@ -208,14 +265,8 @@ def _projected(
     ]
 
 
-def _numbers(ranks: tuple[int, int], n_positions: int, n_outputs: int) -> tuple[int, int]:
-    """Return how many numbers a sample has as rows, and as the sums over their products."""
-    g, a = ranks
-    return n_positions * (a + n_outputs * g), n_outputs * g * a
-
-
 def positions(calls: Sequence[LayerCall], n_samples: int) -> dict[int, int]:
-    """Return the number of positions of the layers that can be restricted, by their weight."""
+    """Return the positions per sample of each layer, without groups or rows of unknown samples."""
     found: dict[int, int] = {}
     unfit = set()
     for call in calls:
@@ -226,24 +277,10 @@ def positions(calls: Sequence[LayerCall], n_samples: int) -> dict[int, int]:
     return {weight: n for weight, n in found.items() if weight not in unfit}
 
 
-# What an evaluation may cost, as a share of what the layers alone cost in a pass.
-_SHARE = 1 / 8
-# Multiplications that take as long as reading a number.
-_READING = 16
-# What the rows of all samples may take, in bytes.
-_MAX_BYTES = 2**31
-# Every output takes a pass backwards through the head before the first row is there.
-_MAX_OUTPUTS = 32
-# Where the layers take fewer multiplications for a sample, a pass is as good as free.
-_MIN_COST = 2**15
-# Shares of the largest curvature that the leading eigenvectors of either side have to reach.
-_FLOORS = np.geomspace(1e-6, 0.5, 40)
-
-
 def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subspace | None:
-    """Return the largest subspace that is cheap, if there is one.
+    """Return the largest subspace that is cheap, or None.
 
-    Layers whose part of the map is not that of the objective are left out of it.
+    Layers for which the map of the subspace differs from the objective are left out.
 
     Parameters
     ----------
@@ -263,21 +300,22 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     layers = [layer for layer in curvature.layers if layer.weight in found and layer.decomposed]
     n_positions = [found[layer.weight] for layer in layers]
     widths = [(layer.factor.output.shape[-1], layer.factor.inputs.shape[-1]) for layer in layers]
-    most = _SHARE * sum(n * g * a for n, (g, a) in zip(n_positions, widths, strict=True))
+    cost = sum(n * g * a for n, (g, a) in zip(n_positions, widths, strict=True))
     n_outputs = len(tangent.omega)
-    if not layers or most < _SHARE * _MIN_COST or n_outputs > _MAX_OUTPUTS:
+    if not layers or cost < _MIN_COST or n_outputs > _MAX_OUTPUTS:
         return None
     largest = max(float(layer.output.values.max() * layer.inputs.values.max()) for layer in layers)
     room = _MAX_BYTES / objective.like.element_size() / objective.n_samples
     for floor in largest * _FLOORS if largest > 0 else ():
         ranks = [_ranks(layer, floor) for layer in layers]
-        sizes = [Block.size(r, n, n_outputs) for r, n in zip(ranks, n_positions, strict=True)]
-        numbers, cost = (sum(each) for each in zip(*sizes, strict=True))
-        if cost + _READING * numbers <= most and numbers <= room:
-            each = zip(layers, ranks, n_positions, strict=True)
-            blocks = [
-                Block.from_layer(layer, r, n, n_outputs) for layer, r, n in each if min(r) > 0
-            ]
+        storages = [
+            Storage.cheapest(r, n, n_outputs) for r, n in zip(ranks, n_positions, strict=True)
+        ]
+        numbers = sum(storage.numbers for storage in storages)
+        evaluation = sum(storage.multiplications for storage in storages) + _READING * numbers
+        if evaluation <= _SHARE * cost and numbers <= room:
+            each = zip(layers, ranks, n_positions, storages, strict=True)
+            blocks = [Block.from_layer(x, r, n, s.summed) for x, r, n, s in each if min(r) > 0]
             try:
                 return _checked(objective, Subspace(objective, blocks, curvature.total))
             except LayoutError:
@@ -286,7 +324,7 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
 
 
 def _checked(objective: TangentObjective, subspace: Subspace) -> Subspace | None:
-    """Return the part of a subspace that has the right map, if any."""
+    """Return the subspace of the layers whose map agrees with the objective, if any."""
     if subspace.exact(objective):
         return subspace
     alone = [i for i in range(len(subspace.blocks)) if subspace.only([i]).exact(objective)]
@@ -295,6 +333,6 @@ def _checked(objective: TangentObjective, subspace: Subspace) -> Subspace | None
 
 
 def _ranks(layer: Layer, floor: float) -> tuple[int, int]:
-    """Return how many directions on either side have a curvature above a floor."""
+    """Return the number of eigenvectors on either side with a curvature above ``floor``."""
     g, a = layer.output.values, layer.inputs.values
     return int((g * a.max() > floor).sum()), int((a * g.max() > floor).sum())

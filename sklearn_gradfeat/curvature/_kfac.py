@@ -1,10 +1,22 @@
-"""Kronecker-factored curvature of the linear model, as a preconditioner [1]_ [2]_.
+"""Kronecker-factored curvature (K-FAC) of the linear model [1]_ [2]_.
 
-For a layer with input rows ``a`` and output gradients ``g`` the curvature of its weight is
-approximated by ``E[g gᵀ] ⊗ E[a aᵀ]``. Parameters of any other kind get their exact
-diagonal. The curvature of the loss is its mean over the samples at the fitted ``Ω``, so
-the factors depend on the weighted samples alone, not on chance. Of many samples every k-th is
-taken: a few hundred do as well as thousands.
+Sample ``n`` meets the weight of a layer at positions ``t`` (patches of a convolution, tokens),
+with input row ``a_nt`` and output gradient ``g_nt``. The curvature of the weight is::
+
+    Σ_n w_n Σ_ts (g_nt g_nsᵀ) ⊗ (a_nt a_nsᵀ)  ≈  E[g gᵀ] ⊗ E[a aᵀ]
+    E[g gᵀ] = Σ_n w_n Σ_t g_nt g_ntᵀ,    E[a aᵀ] = Σ_n w_n mean_t a_nt a_ntᵀ
+
+if positions are uncorrelated and inputs are independent of gradients. The ``g`` are gradients of
+``vᵀ activation``, summed over rows ``v`` with ``Σ v vᵀ ≈ Ωᵀ H Ω``, where ``H`` is the mean
+Hessian of the loss in the logits. So the factors depend on the weighted samples alone; no
+targets are drawn at random. Parameters of other layers get their diagonal
+``Σ_n w_n (∂ vᵀ activation / ∂θ)²``.
+
+A Gram matrix needs about two rows per column; more rows hardly improve a preconditioner:
+
+* Samples: every k-th, so that 256 to 1024 remain. The number grows with the widest layer.
+* Positions: those with the largest gradients, at least 4. If only a class token leaves the
+  network, say, most positions have none. ``E[g gᵀ]`` is scaled up to stand for all of them.
 
 References
 ----------
@@ -29,17 +41,17 @@ from sklearn_gradfeat.curvature._layer_rows import LayerCall, output_gradients, 
 from sklearn_gradfeat.curvature._spectrum import Spectrum
 from sklearn_gradfeat.linearized import LinearizedHead, Tensors
 
-# Samples enough for a preconditioner, and rows of a Gram matrix as a multiple of its width.
+# Bounds on the number of samples, and rows of a Gram matrix as a multiple of its width.
 _MIN_SAMPLES, _MAX_SAMPLES = 256, 1024
 _ROWS_PER_COLUMN = 2
 _MIN_POSITIONS = 4
-# Directions of the curvature of the loss that are followed through the head.
+# Largest number of rows v; each takes a backward pass through the head.
 _MAX_COLUMNS = 16
-# A wider factor keeps its diagonal alone: the matrix would take gigabytes.
+# Of a wider factor only the diagonal is kept: the matrix would take gigabytes.
 MAX_WIDTH = 8192
-# Rows are kept as they are while there are so many times fewer than columns.
+# Rows are kept instead of their Gram matrix while there are this many times more columns.
 _FEW = 2
-# Numbers held at once when squares of per-sample gradients are summed.
+# Largest number of entries of the per-sample gradients that are squared at once.
 _MAX_PER_SAMPLE = 2**26
 
 
@@ -63,7 +75,7 @@ class Factor:
             self.sum_rows()
 
     def sum_rows(self) -> None:
-        """Sum up in the Gram matrix what is kept as rows."""
+        """Add the rows that are kept to the Gram matrix."""
         for part in self.rows:
             self.inputs += (part**2).sum(1) if self.inputs.ndim == 2 else part.mT @ part
         self.rows = []
@@ -73,7 +85,7 @@ class Factor:
         self.output += _gram(rows, weights)
 
     def spectra(self) -> tuple[Spectrum, Spectrum]:
-        """Return the decompositions of both, output first."""
+        """Return the spectra of the output factor and of the input factor."""
         few = Spectrum.from_rows(torch.cat(self.rows, 1)) if self.rows else None
         return _spectrum(self.output), few or _spectrum(self.inputs)
 
@@ -83,25 +95,25 @@ def _spectrum(gram: Tensor) -> Spectrum:
 
 
 def _empty_gram(like: Tensor, groups: int, width: int) -> Tensor:
-    """Return zeros to sum a Gram matrix in, or its diagonal alone if it is too wide."""
+    """Return a Gram matrix of zeros, or only its diagonal if it is too wide."""
     return like.new_zeros((groups, width) if width > MAX_WIDTH else (groups, width, width))
 
 
 def _gram(rows: Tensor, weights: Tensor) -> Tensor:
-    """Sum ``w r rᵀ`` over samples and positions; its diagonal alone if it is too wide."""
+    """Return ``Σ w r rᵀ`` over samples and positions, or only its diagonal if it is too wide."""
     weighted = (rows * _by_row(rows, weights)[:, None, None]).flatten(1, 2)
     flat = rows.flatten(1, 2)
     return (weighted * flat).sum(1) if rows.shape[-1] > MAX_WIDTH else weighted.mT @ flat
 
 
 def _by_row(rows: Tensor, weights: Tensor) -> Tensor:
-    """Return the weights of the samples, or equal ones where rows do not tell the sample."""
+    """Return a weight for every row group: equal ones where the groups are not samples."""
     n_rows = rows.shape[1]
     return weights if n_rows == len(weights) else weights.sum().expand(n_rows) / n_rows
 
 
 def loss_columns(omega: Tensor, curvature: Tensor) -> Tensor:
-    """Return rows ``u`` with ``Σ u uᵀ ≈ Ωᵀ H Ω`` for the mean curvature ``H`` of the loss."""
+    """Return rows ``v``, strongest first, with ``Σ v vᵀ ≈ Ωᵀ H Ω`` for the mean Hessian ``H``."""
     values, vectors = torch.linalg.eigh(curvature.cpu().double())
     root = (vectors * values.clamp(min=0).sqrt()).T @ omega.cpu().double()
     _, singular, right = torch.linalg.svd(root, full_matrices=False)
@@ -116,7 +128,24 @@ def factors(
     columns: Tensor,
     weights: Tensor,
 ) -> tuple[dict[int, Factor], dict[int, Tensor]]:
-    """Return the factors of the layers and the diagonals of the other parameters."""
+    """Return the factors of the layers and the diagonals of the other parameters.
+
+    Parameters
+    ----------
+    head : LinearizedHead
+        The head.
+    batches : iterable of (slice, tuple of tensors)
+        The rows and the boundary tensors of every batch.
+    columns : tensor of shape (n_columns, n_features)
+        The rows ``v`` of :func:`loss_columns`.
+    weights : tensor of shape (n_samples,)
+        Weights of the samples; only those of the batches count.
+
+    Returns
+    -------
+    (dict of int to Factor, dict of int to tensor)
+        By position of the weight, or of the other parameter, in the tuple of parameters.
+    """
     found: dict[int, Factor] = {}
     diagonals: dict[int, Tensor] = {}
     n_samples = len(weights)
@@ -128,7 +157,7 @@ def factors(
         chosen: list[_Positions] = []
         for grads in output_gradients(activation, calls, columns):
             rows_out = [c.output_rows(g, len(w)) for c, g in zip(calls, grads, strict=True)]
-            if not chosen:  # the first column is the strongest
+            if not chosen:  # by the first column, which is the strongest
                 chosen = [_strongest(r, w) for r in rows_out]
                 for call, positions in zip(calls, chosen, strict=True):
                     width = head.values[call.weight][0].numel()
@@ -145,28 +174,25 @@ def factors(
 
 @dataclass(frozen=True)
 class _Positions:
-    """Positions of a layer by their influence, strongest first, and shares of the whole."""
+    """Positions of a layer by the size of their gradients, and their shares of the total."""
 
     order: Tensor
     share: Tensor
 
     def most(self, width: int, n_rows: int) -> Tensor:
-        """Return enough positions for a Gram matrix, given the rows at each of them."""
+        """Return the strongest positions that give a Gram matrix enough rows."""
         enough = max(_MIN_POSITIONS, math.ceil(_ROWS_PER_COLUMN * width / n_rows))
         return self.order[:enough]
 
     def strongest(self, rows: Tensor, n_rows: int) -> Tensor:
-        """Return rows at the strongest positions, scaled to stand for all of them."""
+        """Return the rows at the strongest positions, scaled to stand for all positions."""
         chosen = self.most(rows.shape[-1], n_rows)
         share = float(self.share[: len(chosen)].sum())
         return rows[:, :, chosen] / math.sqrt(share) if share > 0 else rows[:, :, chosen]
 
 
 def _strongest(rows: Tensor, w: Tensor) -> _Positions:
-    """Order the positions of gradients, (groups, n_samples, positions, n_outputs), by size.
-
-    The gradient of a class token, say, is all there is; most positions may not matter.
-    """
+    """Sort positions by the size of gradients (groups, n_samples, positions, n_outputs)."""
     energy = (rows**2).sum((0, 3)).T @ _by_row(rows, w)
     total = energy.sum()
     share, order = torch.sort(energy / total if total > 0 else energy, descending=True, stable=True)
@@ -189,7 +215,10 @@ def _add_inputs(
 
 
 def enough_samples(head: LinearizedHead, boundary: Tensors) -> int:
-    """Return how many samples give every Gram matrix enough rows, from a few of them."""
+    """Return the number of samples that gives every Gram matrix enough rows.
+
+    ``boundary`` holds a few samples, which show the number of positions of every layer.
+    """
     n_samples = len(boundary[0])
     most = _MIN_SAMPLES
     for call in record(head, boundary)[1]:
@@ -202,7 +231,7 @@ def enough_samples(head: LinearizedHead, boundary: Tensors) -> int:
 def _squares(
     head: LinearizedHead, rest: Sequence[int], boundary: Tensors, columns: Tensor, w: Tensor
 ) -> list[Tensor]:
-    """Return the weighted sums of squared per-sample gradients, in scaled coordinates."""
+    """Return the weighted sums of squared per-sample gradients in ``u``, per parameter."""
     if not rest:
         return []
 
@@ -229,7 +258,7 @@ def _squares(
 def _each(
     gradient: Callable[..., Tensors], chosen: Tensors, boundary: Tensors, column: Tensor
 ) -> Tensors:
-    """Return the gradients of every sample, one by one where the head cannot be batched."""
+    """Return the gradients of every sample, in a loop where ``vmap`` does not support the head."""
     try:
         batched: Tensors = vmap(gradient, in_dims=(None, 0, None))(chosen, boundary, column)
         return batched

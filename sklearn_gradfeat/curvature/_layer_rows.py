@@ -1,8 +1,9 @@
-"""Layers seen as matrix products: the rows that meet the weight, and their outputs.
+"""Linear and convolutional layers as matrix products: their input rows and output rows.
 
-A convolution is a matrix product of the patches under its kernel with its weight, so the
-curvature of every linear layer is described by two matrices of rows. Rows are grouped by
-sample, ``(groups, n_samples, positions, columns)``.
+A convolution is the matrix product of the patches under its kernel with its weight. So two
+matrices describe the curvature of every layer: the input rows ``a`` that the weight multiplies,
+and the gradients ``g`` of the output rows. Rows have shape
+``(groups, n_samples, positions, columns)``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,18 @@ _ALL = slice(None)
 class LayerCall:
     """One application of a linear or convolutional layer.
 
-    ``weight`` and ``bias`` are positions in the tuple of parameters, ``bias`` None where
-    the bias is not among them.
+    Parameters
+    ----------
+    weight : int
+        Position of the weight in the tuple of parameters.
+    bias : int or None
+        Position of the bias; None where it is not among the parameters.
+    kind : str
+        Name of the torch function.
+    inputs, output : tensor
+        Its first argument and its result.
+    options : tuple
+        Its arguments after the bias: stride, padding, dilation and groups of a convolution.
     """
 
     weight: int
@@ -40,13 +51,13 @@ class LayerCall:
 
     @property
     def groups(self) -> int:
-        """Number of groups of a convolution, one for a linear layer."""
+        """Number of groups of a convolution; one for a linear layer."""
         return int(self.options[3]) if len(self.options) > 3 else 1
 
     def input_rows(
         self, kernel: Sequence[int], n_samples: int, positions: Tensor | slice = _ALL
     ) -> Tensor:
-        """Return the rows that meet the weight at some positions."""
+        """Return the input rows at some positions."""
         if self.kind == "linear":
             return _by_sample(self.inputs, n_samples)[:, :, positions]
         stride, padding, dilation, _ = _complete(self.options, len(kernel))
@@ -69,7 +80,7 @@ class LayerCall:
         n_samples: int,
         positions: Tensor | slice = _ALL,
     ) -> Tensor:
-        """Return what meets the weight and the bias, in units of scaled displacements."""
+        """Return the input rows of ``[weight, bias]`` in units of the scaled displacements."""
         rows = self.input_rows(values[self.weight].shape[2:], n_samples, positions)
         rows = rows * scales[self.weight]
         if self.bias is None:
@@ -77,7 +88,7 @@ class LayerCall:
         return torch.cat([rows, torch.full_like(rows[..., :1], scales[self.bias])], -1)
 
     def output_rows(self, like_output: Tensor, n_samples: int) -> Tensor:
-        """Return a tensor of the shape of the output as rows."""
+        """Return a tensor of the shape of the output, such as its gradient, as rows."""
         if self.kind == "linear":
             return _by_sample(like_output, n_samples)
         rows: Tensor = like_output.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2)
@@ -85,13 +96,13 @@ class LayerCall:
 
 
 class LayerRecorder(TorchFunctionMode):
-    """Records the layers whose weight is among given parameters while a head runs."""
+    """Records the layers that a head applies, if their weight is among given parameters."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self.positions = {id(p): i for i, p in enumerate(parameters)}
         self.calls: list[LayerCall] = []
-        self.matrices: list[Tensor] = []  # weights that were flattened; they must stay alive
+        self.matrices: list[Tensor] = []  # flattened weights, kept alive for their ids
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -104,12 +115,12 @@ class LayerRecorder(TorchFunctionMode):
             bias = self.positions.get(id(args[2])) if len(args) > 2 else None
             weight = self.positions[id(args[1])]
             self.calls.append(LayerCall(weight, bias, kind, args[0].detach(), output, args[3:]))
-            # Whatever works in place on the output must not reach the recorded one.
+            # An operator that works in place must not change the recorded output.
             return output.clone()
         return output
 
     def _note_matrix(self, weight: Tensor, flat: Tensor) -> None:
-        """Take a weight with all but its first axis flattened for the weight itself."""
+        """Treat a weight flattened to (n_outputs, n_inputs) as the weight."""
         if len(flat) == len(weight):
             self.positions[id(flat)] = self.positions[id(weight)]
             self.matrices.append(flat)
@@ -118,7 +129,7 @@ class LayerRecorder(TorchFunctionMode):
 def record(
     head: LinearizedHead, boundary: Tensors, *, differentiable: bool = False
 ) -> tuple[Tensor, list[LayerCall]]:
-    """Return the activation, and every application of a layer with one of the parameters."""
+    """Return the activation and every application of a layer whose weight is a parameter."""
     values = tuple(value.detach().requires_grad_(differentiable) for value in head.values)
     with (
         torch.set_grad_enabled(differentiable),
@@ -131,7 +142,7 @@ def record(
 def output_gradients(
     activation: Tensor, calls: Sequence[LayerCall], columns: Tensor
 ) -> Iterator[Tensors]:
-    """Yield the gradients of ``column · activation`` in the outputs of recorded layers."""
+    """Yield, for every column, the gradients of ``column · activation`` in the recorded outputs."""
     outputs = [call.output for call in calls]
     for column in columns if calls else ():
         yield torch.autograd.grad(
@@ -141,7 +152,10 @@ def output_gradients(
 
 
 def _by_sample(rows: Tensor, n_samples: int) -> Tensor:
-    """Group the rows of a linear layer by sample, where its layout shows the batch."""
+    """Group the rows of a linear layer by sample, or return one position of every row.
+
+    The latter happens if no axis has the size of the batch.
+    """
     if rows.ndim > 2 and rows.shape[0] % n_samples and rows.shape[1] == n_samples:
         rows = rows.transpose(0, 1)
     flat = rows.reshape(-1, rows.shape[-1])
@@ -151,7 +165,7 @@ def _by_sample(rows: Tensor, n_samples: int) -> Tensor:
 
 
 def _complete(options: tuple[Any, ...], n_axes: int) -> list[Any]:
-    """Return stride, padding, dilation and groups of a convolution, spelled out."""
+    """Return stride, padding, dilation and groups of a convolution, with their defaults."""
     given = [*options, *(1, 0, 1, 1)[len(options) :]]
     return [
         [value] * n_axes if isinstance(value, int) else _spread(value, n_axes)
@@ -160,7 +174,7 @@ def _complete(options: tuple[Any, ...], n_axes: int) -> list[Any]:
 
 
 def _spread(value: Any, n_axes: int) -> Any:
-    """Repeat a sequence of one over all axes; padding may also be a word."""
+    """Repeat a sequence of length one over all axes; padding may also be a string."""
     return value if isinstance(value, str) or len(value) == n_axes else list(value) * n_axes
 
 

@@ -1,4 +1,20 @@
-"""The inverse of the approximate Hessian of a :class:`TangentObjective`."""
+"""The preconditioner: a block-diagonal approximation of the inverse Hessian.
+
+With ``H`` the mean Hessian of the loss in the logits, ``f`` the activation with mean ``m``, and
+``E`` the mean over the samples weighted by their curvature, the blocks of the Hessian are::
+
+    weights, (n_outputs, n_features)      H ⊗ E[(f - m)(f - m)ᵀ] + alpha
+    intercept, (n_outputs,)               H
+    displacements of a layer              E[g gᵀ] ⊗ E[a aᵀ] + gradient_alpha        (K-FAC)
+    displacements of other parameters     diagonal + gradient_alpha
+
+*Centring.* ``W f + b = W (f - m) + (b + W m)``. In ``(W, b + W m)`` the weights and the intercept
+have no common curvature, and the penalty is on ``W`` alone. So the gradient in ``W`` becomes
+``g_W - g_b mᵀ``, and the solved intercept ``b - W m``. Without an intercept, ``m = 0``.
+
+*Damping.* The penalties are the damping: in the eigenbasis of a Kronecker product they are added
+to every eigenvalue. An unpenalised block gets the rounding unit times its largest eigenvalue.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +35,17 @@ from sklearn_gradfeat.curvature._kfac import (
 from sklearn_gradfeat.curvature._spectrum import MAX_EXACT, KroneckerInverse, Spectrum, damping
 from sklearn_gradfeat.linearized import TangentObjective, TangentTerm
 
-# Curvature of the intercepts that is none, as a share of the largest.
+# Curvatures of the intercept below this share of the largest one count as zero.
 _FLAT = 1e-6
 
 
 class Curvature:
-    """What the inverse Hessian takes from the samples; no penalty is part of it.
+    """The blocks of the Hessian of the loss, without any penalty.
 
     Parameters
     ----------
     objective : TangentObjective
-        The objective, whatever its penalties.
+        The objective; its penalties have no effect.
     logits : tensor of shape (n_samples, n_outputs)
         Where the curvature of the loss is taken.
     """
@@ -38,7 +54,7 @@ class Curvature:
         like = objective.like
         curvature = objective.loss.mean_curvature(logits).to(like)
         shares = objective.loss.curvatures(logits).sum(1)
-        # Samples count by their curvature: those that are already fitted hardly matter.
+        # Samples are weighted by their curvature, which is small where the fit is good.
         total = shares.sum()
         weights = (shares / total if total > 0 else objective.loss.weights).to(like)
         self.total = float(total)
@@ -52,7 +68,7 @@ class Curvature:
 
 
 class Layer(NamedTuple):
-    """The factors of the layer with that weight."""
+    """The Kronecker factors of the layer with a given weight, and their spectra."""
 
     weight: int
     factor: Factor
@@ -61,12 +77,12 @@ class Layer(NamedTuple):
 
     @property
     def decomposed(self) -> bool:
-        """Whether eigenvectors of both factors are known."""
+        """Return whether both factors have eigenvectors."""
         return all(s.vectors is not None and s.values.numel() for s in (self.output, self.inputs))
 
 
 class Preconditioner:
-    """Approximate inverse Hessian, with a block for the weights and one for each layer.
+    """Approximate inverse Hessian of an objective.
 
     Parameters
     ----------
@@ -75,7 +91,7 @@ class Preconditioner:
     logits : tensor of shape (n_samples, n_outputs)
         Where the curvature of the loss is taken.
     curvature : Curvature, default=None
-        Takes the place of that at ``logits``: from elsewhere, or for other penalties.
+        Replaces the curvature at ``logits``.
     """
 
     def __init__(
@@ -111,10 +127,10 @@ class Preconditioner:
 
 
 def _regular(outputs: Spectrum) -> Spectrum:
-    """Return the spectrum with the largest value in place of those that vanish.
+    """Replace the eigenvalues that vanish by the largest one.
 
-    A softmax is blind to what all intercepts have in common. The gradient there is rounding
-    noise, which must not be enlarged.
+    A softmax does not depend on the sum of all intercepts. The gradient along it consists of
+    rounding errors, which must not be enlarged.
     """
     largest = outputs.values.max()
     safe = torch.where(outputs.values > _FLAT * largest, outputs.values, largest)
@@ -122,11 +138,7 @@ def _regular(outputs: Spectrum) -> Spectrum:
 
 
 def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spectrum]:
-    """Return the mean of the features and the factor of what is left of them without it.
-
-    Without a free intercept nothing may be taken off. With one, the centred weights and the
-    intercept do not depend on each other, and the penalty is on the weights alone.
-    """
+    """Return the mean activation ``m`` and the spectrum of ``E[(f - m)(f - m)ᵀ]``."""
     rows = objective.like.new_empty(objective.n_samples, 0)
     if objective.activation is not None:
         rows = objective.activation
@@ -135,19 +147,15 @@ def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spec
     if len(rows) < rows.shape[1] and len(rows) <= MAX_EXACT:
         return mean, Spectrum.from_rows(weights.sqrt()[:, None] * rows)
     weighted = weights[:, None] * rows
-    wide = rows.shape[1] > MAX_WIDTH
-    factor = (
-        Spectrum((weighted * rows).sum(0), None)
-        if wide
-        else Spectrum.from_matrix(weighted.T @ rows)
-    )
-    return mean, factor
+    if rows.shape[1] > MAX_WIDTH:
+        return mean, Spectrum((weighted * rows).sum(0), None)
+    return mean, Spectrum.from_matrix(weighted.T @ rows)
 
 
 def _layer_factors(
     tangent: TangentTerm, curvature: Tensor, weights: Tensor
 ) -> tuple[dict[int, Factor], dict[int, Tensor]]:
-    """Return the factors of the layers and the diagonals of the other parameters."""
+    """Return the factors of the layers and the diagonals, from every k-th sample."""
     _, few = next(iter(tangent.batches(math.ceil(len(weights) / 2))))
     stride = math.ceil(len(weights) / enough_samples(tangent.head, few))
     part = weights[::stride]
@@ -158,7 +166,7 @@ def _layer_factors(
 
 
 class _LayerInverses:
-    """Inverses for the displacements, layer by layer."""
+    """The blocks of the displacements."""
 
     def __init__(self, tangent: TangentTerm, curvature: Curvature) -> None:
         self.head = tangent.head
@@ -171,7 +179,7 @@ class _LayerInverses:
         }
 
     def __call__(self, u: Tensor) -> Tensor:
-        """Apply the inverses to a flat vector of displacements."""
+        """Apply the inverses to a flat vector ``u``."""
         pieces = list(self.head.pieces(u))
         for i, scale in self.diagonals.items():
             pieces[i] = pieces[i] * scale
@@ -181,7 +189,7 @@ class _LayerInverses:
 
 
 def _solve(pieces: list[Tensor], i: int, factor: Factor, inverse: KroneckerInverse) -> None:
-    """Replace the pieces of a weight and its bias by their solution."""
+    """Apply the inverse of a layer to the pieces of its weight and bias, in place."""
     weight = pieces[i]
     matrix = weight.reshape(factor.groups, weight.shape[0] // factor.groups, -1)
     if factor.bias is None:

@@ -1,10 +1,25 @@
-"""What the model of all other samples predicts for each one, from one factorisation.
+"""The inverse Hessian and leave-one-out predictions, in the space of samples.
 
-With squared errors, the fit is linear in the targets ``y``. Under penalties that make the Gram
-matrix of the samples ``K``, and with their weights ``S``, the errors of the fit are
-``S⁻¹ M⁻¹ y`` for ``M = K + S⁻¹``. The error of sample i in the fit without it is
-``([M⁻¹]ᵢᵢ)⁻¹ [M⁻¹ y]ᵢ``: a number for one output, a system of a few equations for several. An
-intercept without a penalty turns ``M⁻¹`` into its limit for ``K`` plus any multiple of ones.
+With few samples, a system in all pairs of sample and output is smaller than one in the unknowns.
+Let ``A`` be the map from the unknowns to the logits, ``Λ`` the penalties, ``S`` the curvatures of
+the loss in the logits, as a diagonal matrix, and ``K = A Λ⁻¹ Aᵀ`` the Gram matrix.
+
+*Inverse Hessian*, by the Woodbury identity, with ``R = S^½``::
+
+    (Aᵀ S A + Λ)⁻¹ = Λ⁻¹ - Λ⁻¹ Aᵀ R (I + R K R)⁻¹ R A Λ⁻¹
+
+It is exact if the loss has no curvature between outputs: squared errors, binary cross-entropy.
+
+*Leave-one-out.* With squared errors and sample weights ``S``, the fit to targets ``y`` has the
+errors ``S⁻¹ M⁻¹ y``, for ``M = K + S⁻¹``. The fit without sample i predicts it with the error::
+
+    ([M⁻¹]ᵢᵢ)⁻¹ [M⁻¹ y]ᵢ
+
+where ``[M⁻¹]ᵢᵢ`` is a block of n_outputs rows. A free intercept has no penalty: then ``M⁻¹``
+stands for its limit, as the intercept's part of ``K`` goes to infinity.
+
+The Gram matrix of the displacements, ``Ω J Jᵀ Ωᵀ``, is cheap for linear layers that see each
+sample once, with input ``a`` and gradient ``g`` of a logit: a layer adds ``(aᵀa') (gᵀg')``.
 """
 
 from __future__ import annotations
@@ -21,22 +36,23 @@ from sklearn_gradfeat.linearized import (
     agrees,
 )
 
-# Samples times outputs. A Gram matrix of this size is 128 MiB, and factored in seconds.
+# Largest n_samples * n_outputs. A Gram matrix of this width takes 128 MiB, its factorisation
+# seconds.
 MAX_ROWS = 4096
-# A block without a penalty gets this share of its curvature as one. More would make the inverse
-# less exact there, less would cost digits everywhere.
+# An unpenalised block gets this share of its curvature as its penalty. A larger share makes the
+# inverse less exact there, a smaller one costs digits everywhere.
 _FLOOR = 1e-6
 
 
 class SampleInverse:
-    """Inverse Hessian, exact where the loss has no curvature between outputs.
+    """Inverse Hessian, exact if the loss has no curvature between outputs.
 
     Parameters
     ----------
     objective : TangentObjective
         The objective, in float64.
     gram : tensor of shape (n_samples * n_outputs, n_samples * n_outputs)
-        ``Ω J Jᵀ Ωᵀ`` as :func:`tangent_gram` gives it.
+        ``Ω J Jᵀ Ωᵀ`` from :func:`tangent_gram`.
     logits : tensor of shape (n_samples, n_outputs)
         Where the curvature of the loss is taken.
     """
@@ -71,15 +87,26 @@ class SampleInverse:
 
 
 def _level(penalty: float, curvature: Tensor) -> float:
-    """Return the penalty of a block, or a small one where there is none."""
+    """Return the penalty of a block, at least a small share of its curvature."""
     return max(penalty, _FLOOR * float(curvature)) or 1.0
 
 
 def tangent_gram(tangent: TangentTerm, n_samples: int) -> Tensor | None:
-    """Return ``Ω J Jᵀ Ωᵀ``, over pairs of sample and output, where it is cheap.
+    """Return ``Ω J Jᵀ Ωᵀ`` over pairs of sample and output, or None if it is not cheap.
 
-    None for many samples, and for parameters of anything but linear layers that see one row of
-    each sample, and are used nowhere else.
+    It is cheap for few samples and for parameters of linear layers that see one row of each
+    sample, if the parameters have no other use.
+
+    Parameters
+    ----------
+    tangent : TangentTerm
+        The gradient term.
+    n_samples : int
+        Number of samples.
+
+    Returns
+    -------
+    tensor of shape (n_samples * n_outputs, n_samples * n_outputs) or None
     """
     omega = tangent.omega
     if n_samples * len(omega) > MAX_ROWS:
@@ -100,9 +127,9 @@ def tangent_gram(tangent: TangentTerm, n_samples: int) -> Tensor | None:
 
 
 def _is_gram(gram: Tensor, tangent: TangentTerm, n_samples: int) -> bool:
-    """Whether the matrix does to random numbers what the tangent products do.
+    """Return whether the matrix agrees with the Jacobian products on a random vector.
 
-    It does not where anything but the recorded layers uses their parameters.
+    It does not if a parameter has another use besides the recorded layers.
     """
     generator = torch.Generator().manual_seed(0)
     size = (n_samples, len(tangent.omega))
@@ -119,10 +146,10 @@ def _is_gram(gram: Tensor, tangent: TangentTerm, n_samples: int) -> bool:
 def _layer_rows(
     head: LinearizedHead, omega: Tensor, boundary: Tensors, n_samples: int
 ) -> list[tuple[Tensor, Tensor]] | None:
-    """Return what meets the weight and the bias of every layer, and what leaves it.
+    """Return inputs and gradients of every layer, or None if these do not determine ``J``.
 
-    Scaled inputs of shape (n_samples, n_inputs) and gradients of the logits in the output,
-    (n_samples, n_outputs, width); None where those are not all that there is.
+    Scaled inputs have shape (n_samples, n_inputs), gradients of the logits in the output of the
+    layer (n_samples, n_outputs, width).
     """
     activation, calls = record(head, boundary, differentiable=True)
     if not _all_linear(calls, len(head.values), n_samples):
@@ -133,39 +160,40 @@ def _layer_rows(
 
 
 def _all_linear(calls: list[LayerCall], n_parameters: int, n_samples: int) -> bool:
-    """Whether every parameter belongs to a linear layer that sees each sample once."""
+    """Return whether every parameter belongs to a linear layer that sees each sample once."""
     covered = [call.weight for call in calls] + [c.bias for c in calls if c.bias is not None]
     return sorted(covered) == list(range(n_parameters)) and all(
         call.kind == "linear" and call.inputs.shape[:-1] == (n_samples,) for call in calls
     )
 
 
-# Where a sample weighs less than this share of its own features, float64 has no digits left for it.
+# Largest ratio of a diagonal entry of K to the smallest one of S⁻¹; beyond, float64 has no digits
+# left for the errors.
 _DIGITS = 1e12
 
 
 def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
-    """Return what the models that lack one sample each predict for that.
+    """Return the leave-one-out predictions.
 
-    The loss without a sample is the sum of the other terms as they are, so penalties weigh as
-    much as before; and ``Ω`` stays what it is.
+    Leaving a sample out removes its term from the loss. The weights of the other samples, the
+    penalties and ``Ω`` remain the same.
 
     Parameters
     ----------
     objective : TangentObjective
         Squared errors, with penalties above zero.
     gram : tensor of shape (n_samples * n_outputs, n_samples * n_outputs) or None
-        ``Ω J Jᵀ Ωᵀ`` as :func:`tangent_gram` gives it; None without displacements.
+        ``Ω J Jᵀ Ωᵀ`` from :func:`tangent_gram`; None without displacements.
 
     Returns
     -------
     tensor of shape (n_samples, n_outputs), float64
-        Samples of weight zero are predicted by the model of all others, which is that of all.
+        The model of all samples predicts samples of weight zero.
 
     Raises
     ------
     ValueError
-        If penalties are so small that rounding would decide.
+        If the penalties are so small that rounding errors dominate.
     """
     targets, weights = objective.loss.quadratic_minimizer, objective.loss.weights
     assert targets is not None
@@ -178,7 +206,7 @@ def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
     if system.diagonal().max() > _DIGITS * own.min():
         smallest = float(objective.penalty[objective.penalty > 0].min())
         raise ValueError(
-            f"cv='loo' has no digits left at penalties as small as {smallest:.3g}. "
+            f"cv='loo' is dominated by rounding errors at penalties as small as {smallest:.3g}. "
             "Increase the smallest alphas and gradient_alphas, or set cv to a number of folds."
         )
     system.diagonal().add_(own)
@@ -200,9 +228,10 @@ def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
 
 
 def _kernel(objective: TangentObjective, gram: Tensor | None) -> Tensor:
-    """Return the Gram matrix of the unknowns that have penalties, in units of those.
+    """Return the part of ``K`` of the penalised unknowns.
 
-    An intercept takes up what all samples have in common, which is taken off for its digits.
+    A free intercept makes the common mean of all samples irrelevant. It is subtracted, since a
+    large mean would cost digits.
     """
     weights = objective.loss.weights
     one = torch.eye(objective.loss.n_outputs).to(weights)
@@ -222,7 +251,7 @@ def _kernel(objective: TangentObjective, gram: Tensor | None) -> Tensor:
 
 
 def _centred(gram: Tensor, weights: Tensor) -> Tensor:
-    """Return the Gram matrix of rows without their weighted mean, output by output."""
+    """Return the Gram matrix of the rows minus their weighted mean, for each output."""
     pairs = gram.view(len(weights), -1, len(weights), len(gram) // len(weights))
     left = torch.einsum("i,icjd->cjd", weights, pairs)
     right = torch.einsum("icjd,j->icd", pairs, weights)

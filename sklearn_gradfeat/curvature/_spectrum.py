@@ -1,4 +1,12 @@
-"""Inverses of Kronecker products of symmetric matrices, through their eigenvalues."""
+"""Inverses of Kronecker products of symmetric matrices, through their eigenvalues.
+
+With ``G = U g Uᵀ`` and ``A = V a Vᵀ``, the solution of ``G X A + alpha X = B`` is::
+
+    X = U [(Uᵀ B V) / (g aᵀ + alpha)] Vᵀ
+
+A factor that is too wide for a full decomposition keeps its leading eigenvalues; the mean of
+the others stands for each of them on the rest of the space.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +17,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-# Up to this width the full decomposition takes a few seconds; above, the leading part alone.
+# Up to this width the full decomposition takes a few seconds; wider matrices get a partial one.
 MAX_EXACT = 2048
 _RANK = 1024
 _ITERATIONS = 3
@@ -26,7 +34,7 @@ class Spectrum:
     vectors : tensor of shape (..., n, n_values) or None
         Their eigenvectors; None for a diagonal matrix.
     rest : tensor of shape (...) or None
-        The mean of the eigenvalues that are left out.
+        The mean of the other eigenvalues; None if there are none.
     """
 
     values: Tensor
@@ -39,7 +47,7 @@ class Spectrum:
         home = "cpu" if matrix.device.type == "mps" else matrix.device
         n = matrix.shape[-1]
         if n <= MAX_EXACT:
-            # In float32 the decomposition of a nearly singular matrix may fail, even silently.
+            # In float32 the decomposition of a nearly singular matrix may fail, without an error.
             values, vectors = _eigh(matrix.to(home, torch.float64))
             return cls(values.clamp(min=0).to(matrix), vectors.to(matrix))
         values, vectors = _leading(matrix.to(home))
@@ -53,7 +61,7 @@ class Spectrum:
         home, one = "cpu" if rows.device.type == "mps" else rows.device, rows.shape[:-2]
         wide = rows.reshape(rows.shape[-2:]).to(home, torch.float64)
         values, vectors = _eigh(wide @ wide.T)
-        # Below that the vectors drown in the rounding errors of the largest value.
+        # The vectors of smaller values are dominated by rounding errors of the largest one.
         kept = values > len(wide) * torch.finfo(rows.dtype).eps * values[-1]
         values = values[kept]
         vectors = wide.T @ vectors[:, kept] / values.sqrt()
@@ -61,14 +69,14 @@ class Spectrum:
         return cls(values, vectors, rows.new_zeros(one))
 
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the last axis in the eigenbasis, and what the basis leaves out."""
+        """Return the last axis in the eigenbasis, and its part outside of the basis."""
         if self.vectors is None:
             return rows, None
         projected = rows @ self.vectors
         if self.rest is None:
             return projected, None
         outside = rows - projected @ self.vectors.mT
-        # Again, for what rounding leaves: it is about to be divided by next to nothing.
+        # Project twice to remove rounding errors, which a division by a tiny number would enlarge.
         return projected, outside - (outside @ self.vectors) @ self.vectors.mT
 
     def restore(self, rows: Tensor) -> Tensor:
@@ -84,7 +92,7 @@ class Spectrum:
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and eigenvectors of symmetric matrices, float64.
 
-    Divide and conquer, which torch uses, is fast but may fail to converge; QR iterations do not.
+    torch uses divide and conquer, which is fast but may fail to converge; QR iterations follow.
     """
     try:
         values, vectors = torch.linalg.eigh(matrix)
@@ -109,7 +117,7 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class KroneckerInverse:
-    """``(output ⊗ inputs + alpha)⁻¹`` on matrices of shape (..., n_outputs, n_inputs)."""
+    """The inverse of ``output ⊗ inputs + alpha``, on tensors (..., n_outputs, n_inputs)."""
 
     def __init__(self, output: Spectrum, inputs: Spectrum, alpha: float) -> None:
         self.output, self.inputs = output, inputs
@@ -125,7 +133,7 @@ class KroneckerInverse:
         return solved + self._solve(rest, self.inputs.rest[..., None])
 
     def _solve(self, matrix: Tensor, eigenvalues: Tensor) -> Tensor:
-        """Apply the inverse to columns that are eigenvectors of the input side."""
+        """Apply the inverse to columns in the eigenbasis of the inputs."""
         projected, rest = self.output.project(matrix.mT)
         curvature = eigenvalues[..., :, None] * self.output.values[..., None, :]
         solved = self.output.restore(projected / (curvature + self.damping))
@@ -136,6 +144,6 @@ class KroneckerInverse:
 
 
 def damping(alpha: float, curvature: Tensor) -> float:
-    """Return the penalty, or just enough to keep an unpenalised block invertible."""
+    """Return the penalty, or the smallest one that keeps an unpenalised block invertible."""
     largest = float(curvature.max()) if curvature.numel() else 0.0
     return max(alpha, torch.finfo(curvature.dtype).eps * largest, 1e-30)

@@ -1,9 +1,20 @@
-"""The derivative of a head as a graph, which runs without any differentiation.
+"""The derivative of a head as a graph of plain operators, for export.
 
-A head that is a graph of ATen operators is interpreted with a tangent beside every value that
-has one, and that is traced: what remains is one graph of plain operators with a free batch
-size. torch's own forward mode cannot be traced so: it leaves the batch size of the trace in the
-graph.
+The head is a graph of ATen operators. An interpreter runs it on pairs of a value and its
+tangent: the parameters start as ``(θ, t)``, and an operator ``h`` maps::
+
+    (x, ẋ) ↦ (h(x), J_h(x) ẋ)
+
+Values that do not depend on the parameters have no tangent. The last pair is the activation and
+``J t``. Tracing this run leaves a graph of plain operators, which needs no differentiation. The
+batch size is free, and everything that depends on ``θ`` and ``t`` alone is constant.
+
+The products ``J_h(x) ẋ`` come from double backward: ``v ↦ J_hᵀ v`` is linear, so its
+vector-Jacobian product with ``ẋ`` is ``J_h ẋ`` for any ``v``. Forward mode would be shorter, but
+tracing it writes the batch size of the example into the graph. The same happens with the second
+derivatives of convolutions, which have the product rule instead::
+
+    conv(x, W, b) ↦ conv(ẋ, W) + conv(x, Ẇ) + ḃ
 """
 
 from __future__ import annotations
@@ -27,7 +38,7 @@ _ATEN = torch.ops.aten
 
 
 class UntraceableError(Exception):
-    """The derivative has no graph that is right for any batch size."""
+    """The derivative has no graph with a free batch size."""
 
 
 def linearized_graph(
@@ -42,20 +53,20 @@ def linearized_graph(
     parameters : tuple of tensors
         The parameters that vary, at their pretrained values.
     tangents : tuple of tensors
-        The direction ``t``: a tensor of the shape of every parameter.
+        The direction ``t``, one tensor per parameter.
     boundary : tuple of tensors
-        An example with two samples or more.
+        An example of at least two samples.
 
     Returns
     -------
     GraphModule
         Maps the boundary to the activation and ``J t``, both of shape (n_samples,
-        n_features). All other tensors are its buffers.
+        n_features). The parameters and the direction are its buffers.
 
     Raises
     ------
     UntraceableError
-        If some operator has no derivative that can be traced with a free batch size.
+        If the derivative of an operator cannot be traced with a free batch size.
     """
     batch = torch.export.Dim("batch", min=2)
     shapes = (*(None for _ in parameters), *({0: batch} for _ in boundary))
@@ -70,7 +81,7 @@ def linearized_graph(
 
 
 def _simpler_operators() -> dict[Any, Callable[..., Any]]:
-    """Return how operators are taken apart whose second derivatives are missing or fix sizes."""
+    """Return decompositions of operators without a double backward of free batch size."""
     table: dict[Any, Callable[..., Any]] = dict(torch.export.default_decompositions().items())
     recurrent = [getattr(_ATEN, kind).input for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")]
     others = ("_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
@@ -80,7 +91,7 @@ def _simpler_operators() -> dict[Any, Callable[..., Any]]:
 
 
 def _adaptive_average(x: Tensor, size: Sequence[int]) -> Any:
-    """Take a mean over all of an image without torch's ``as_strided``, unknown to ONNX."""
+    """Average over whole images without torch's ``as_strided``, which ONNX does not have."""
     if list(size) != [1, 1]:
         return NotImplemented
     return x.mean((-2, -1), keepdim=True)
@@ -89,7 +100,7 @@ def _adaptive_average(x: Tensor, size: Sequence[int]) -> Any:
 def _trace(
     program: torch.export.ExportedProgram, inputs: Tensors, tangents: Tensors
 ) -> fx.GraphModule:
-    """Trace the derivative of an exported head in the first of its inputs."""
+    """Trace the derivative of an exported head in its first inputs, the parameters."""
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names |= signature.inputs_to_lifted_tensor_constants
@@ -108,9 +119,9 @@ def _trace(
 
     with fakes[-1].fake_mode:
         operands = (*fakes, *(torch.empty_like(fakes[i]) for i in varying))
-        # The symbolic mode keeps to kernels that leave the batch size open.
+        # The symbolic mode chooses kernels that leave the batch size free.
         traced = make_fx(run, tracing_mode="symbolic")(*operands)
-        # Without operators that write into their input, what is not needed can be told.
+        # Unused operators can be removed once none of them works in place.
         traced = make_fx(torch.func.functionalize(traced), tracing_mode="symbolic")(*operands)
     if fakes[-1].shape[0].node.expr.is_number:
         raise UntraceableError("the derivative of some operator fixes the batch size")
@@ -130,7 +141,7 @@ def _bind(traced: fx.GraphModule, values: Sequence[Tensor | None]) -> fx.GraphMo
             graph.erase_node(node)
     for node in graph.nodes:
         if node.target is torch.ops.aten.view.default:
-            # The strides seen here depend on the kernels chosen now.
+            # A view is valid only for the strides of this trace.
             node.target = torch.ops.aten.reshape.default
     graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
@@ -139,7 +150,7 @@ def _bind(traced: fx.GraphModule, values: Sequence[Tensor | None]) -> fx.GraphMo
 
 @dataclass(frozen=True, eq=False)
 class _Dual:
-    """The value of a node and its tangent; a tuple of each where a node has several outputs."""
+    """The value of a node and its tangent; two tuples for a node with several outputs."""
 
     value: Any
     tangent: Any
@@ -176,10 +187,7 @@ class _Linearizer(fx.Interpreter):
 
 
 def _convolution_tangent(target: Any, args: tuple[Any, ...], value: Tensor) -> Tensor:
-    """Return the tangent of a convolution by the product rule.
-
-    The second derivatives of torch's convolutions fix the batch size.
-    """
+    """Return the tangent of a convolution by the product rule."""
     x, weight, bias, rest = *args[:2], args[2] if len(args) > 2 else None, args[3:]
     terms = []
     if isinstance(x, _Dual):
@@ -199,22 +207,23 @@ def _value(operand: Any) -> Any:
 def _tangent(
     function: Callable[..., Any], values: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> Any:
-    """Return ``J t`` of any operator, from two backward passes; None if it is constant.
-
-    ``Jᵀ v`` is linear in ``v``, so its vector-Jacobian product with ``t`` is ``J t``, at any ``v``.
-    It is not taken at zero, where torch returns NaN for operators that work with logarithms.
-    """
+    """Return the tangents of the outputs of an operator; None if all are constant."""
     with torch.enable_grad():
         leaves = [value.detach().requires_grad_() for value in values]
         outputs = function(*leaves)
         if isinstance(outputs, Tensor):
-            return _pushed(outputs, leaves, tangents)
-        found = [_pushed(output, leaves, tangents) for output in outputs or ()]
+            return _double_backward(outputs, leaves, tangents)
+        found = [_double_backward(output, leaves, tangents) for output in outputs or ()]
     return None if all(tangent is None for tangent in found) else found
 
 
-def _pushed(output: Any, leaves: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor | None:
-    """Return the tangent of one output."""
+def _double_backward(
+    output: Any, leaves: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Tensor | None:
+    """Return the tangent of one output, or None if it is constant.
+
+    ``v`` is one: at zero, torch returns NaN for operators that use logarithms.
+    """
     if not isinstance(output, Tensor) or not output.requires_grad:
         return None
     v = torch.ones_like(output, requires_grad=True)

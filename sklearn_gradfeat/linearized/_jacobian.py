@@ -1,4 +1,9 @@
-"""A head linearised at its pretrained parameters, over flat vectors of displacements."""
+"""Jacobian products of a head at its pretrained parameters.
+
+``J`` is the derivative of the activation in the parameters. It is never formed: forward mode
+gives ``J t``, backward mode ``Jᵀ v``. The products are pure functions of the head, its
+parameters and a batch of boundary tensors; :class:`LinearizedHead` applies them to flat vectors.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,29 +22,24 @@ from sklearn_gradfeat.backbones import differentiable_attention
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Head: TypeAlias = Callable[[Tensors, Tensors], Tensor]
+Product = TypeVar("Product")
 
-# Forward-mode levels are global to the process, so two threads must not open one at once.
+# Forward-mode levels are global to the process, so only one thread at a time may open one.
 _FORWARD_MODE = threading.RLock()
 
 
 @functools.cache
 def _load_forward_mode() -> None:
-    """Let torch load its forward derivatives, which warns of torch's own deprecations."""
+    """Load torch's forward derivatives, without the deprecation warnings of torch itself."""
     with _FORWARD_MODE, warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", FutureWarning)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
-def jvp(head: Head, parameters: Tensors, boundary: Tensors, tangents: Tensors) -> Tensor:
-    """Return ``J t``, the derivative of the activation along ``tangents``."""
-    with torch.no_grad():
-        return jvp_with_primal(head, parameters, boundary, tangents)[1].detach()
-
-
-def jvp_with_primal(
+def jvp(
     head: Head, parameters: Tensors, boundary: Tensors, tangents: Tensors
 ) -> tuple[Tensor, Tensor]:
-    """Return the activation and ``J t`` from one evaluation of the head."""
+    """Return the activation and ``J t`` from one evaluation of the head in forward mode."""
     _load_forward_mode()
     with _FORWARD_MODE, differentiable_attention(), forward_ad.dual_level():
         duals = tuple(map(forward_ad.make_dual, parameters, tangents))
@@ -52,17 +52,17 @@ def jvp_with_primal(
 def jvp_by_double_backward(
     head: Head, parameters: Tensors, boundary: Tensors, tangents: Tensors
 ) -> Tensor:
-    """Return ``J t`` without forward mode.
+    """Return ``J t`` from two backward passes.
 
-    ``Jᵀ v`` is linear in ``v``, so its vector-Jacobian product with ``t`` is ``J t``, at any ``v``.
-    It is not taken at zero, where torch returns NaN for operators that work with logarithms.
+    ``Jᵀ v`` is linear in ``v``, so its vector-Jacobian product with ``t`` is ``J t``, for any
+    ``v``. Here ``v`` is one: at zero, torch returns NaN for operators that use logarithms.
     """
     with torch.enable_grad(), differentiable_attention():
         leaves = tuple(p.detach().requires_grad_() for p in parameters)
         primal = head(leaves, boundary)
-        dummy = torch.ones_like(primal, requires_grad=True)
-        pulled = _grad(primal, leaves, dummy, create_graph=True)
-        (tangent,) = torch.autograd.grad(pulled, dummy, tangents)
+        v = torch.ones_like(primal, requires_grad=True)
+        pulled = _grad(primal, leaves, v, create_graph=True)
+        (tangent,) = torch.autograd.grad(pulled, v, tangents)
     return tangent
 
 
@@ -80,10 +80,10 @@ def jvp_then_vjp(
     tangents: Tensors,
     cotangent_of: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensors]:
-    """Return ``t' = J t`` and ``Jᵀ cotangent_of(t')`` from one evaluation of the head."""
+    """Return ``J t`` and ``Jᵀ cotangent_of(J t)`` from one evaluation of the head."""
     with torch.enable_grad():
         leaves = tuple(p.detach().requires_grad_() for p in parameters)
-        primal, tangent = jvp_with_primal(head, leaves, boundary, tangents)
+        primal, tangent = jvp(head, leaves, boundary, tangents)
         tangent = tangent.detach()
         return tangent, _grad(primal, leaves, cotangent_of(tangent))
 
@@ -91,7 +91,7 @@ def jvp_then_vjp(
 def _grad(
     output: Tensor, leaves: Sequence[Tensor], cotangent: Tensor, create_graph: bool = False
 ) -> Tensors:
-    """Return the gradients of the leaves, zeros for a leaf that has no influence."""
+    """Return the gradients in the leaves; zeros for a leaf that ``output`` does not depend on."""
     if not output.requires_grad:
         return tuple(torch.zeros_like(leaf) for leaf in leaves)
     return torch.autograd.grad(
@@ -103,24 +103,27 @@ _NTK_BIAS = math.sqrt(0.1)
 
 
 def ntk_scale(parameter: Tensor) -> float:
-    """Return the constant by which NTK parametrization multiplies a parameter.
+    """Return the constant that multiplies a parameter in the NTK parametrization [1]_.
 
-    ``sqrt(1 / out_channels)`` for weights and ``sqrt(0.1)`` for vectors such as biases
-    and the scales of normalisation layers [1]_.
+    It is ``sqrt(1 / out_channels)`` for weights, and ``sqrt(0.1)`` for vectors such as biases
+    and the scales of normalisation layers.
 
     References
     ----------
-    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning,
+    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning,
        ICLR 2020, arXiv:2004.05529.
     """
     return math.sqrt(1 / parameter.shape[0]) if parameter.ndim > 1 else _NTK_BIAS
 
 
 class LinearizedHead:
-    """``J u`` and ``Jᵀ g`` of a head, for a flat vector ``u`` of scaled displacements.
+    """``J u`` and ``Jᵀ v`` of a head, for a flat vector ``u`` of scaled displacements.
 
-    The displacement of parameter t is ``scale_t * u_t``, which under an L2 penalty on
-    ``u`` is the NTK parametrization; scales of one give the standard one.
+    Parameter k is displaced by ``scale_k * u_k``. With the scales of :func:`ntk_scale`, an L2
+    penalty on ``u`` is that of the NTK parametrization.
+
+    Forward mode lacks some operators. After the first one that is missing, two backward passes
+    replace it.
 
     Parameters
     ----------
@@ -129,7 +132,7 @@ class LinearizedHead:
     parameters : dict of str to tensor
         The pretrained values, in the order in which the head takes them.
     parametrization : {"ntk", "standard"}
-        How displacements are scaled.
+        The scales: those of :func:`ntk_scale`, or one.
     """
 
     def __init__(self, head: Head, parameters: dict[str, Tensor], parametrization: str) -> None:
@@ -149,23 +152,15 @@ class LinearizedHead:
 
     def jvp(self, boundary: Tensors, u: Tensor) -> Tensor:
         """Return ``J u``, of shape (n_samples, n_features)."""
-        tangents = self.displacements(u)
-        if self._forward_mode:
-            try:
-                return jvp(self.head, self.values, boundary, tangents)
-            except NotImplementedError:
-                self._forward_mode = False
-        return jvp_by_double_backward(self.head, self.values, boundary, tangents)
+        found = self._in_forward_mode(jvp, boundary, u)
+        if found is not None:
+            return found[1]
+        return jvp_by_double_backward(self.head, self.values, boundary, self.displacements(u))
 
     def activation_and_jvp(self, boundary: Tensors, u: Tensor) -> tuple[Tensor, Tensor]:
         """Return the activation and ``J u``, from one pass where possible."""
-        if self._forward_mode:
-            try:
-                with torch.no_grad():
-                    return jvp_with_primal(self.head, self.values, boundary, self.displacements(u))
-            except NotImplementedError:
-                self._forward_mode = False
-        return self.activation(boundary), self.jvp(boundary, u)
+        found = self._in_forward_mode(jvp, boundary, u)
+        return found or (self.activation(boundary), self.jvp(boundary, u))
 
     def vjp(self, boundary: Tensors, cotangent: Tensor) -> Tensor:
         """Return ``Jᵀ cotangent`` as a flat vector."""
@@ -174,18 +169,25 @@ class LinearizedHead:
     def jvp_then_vjp(
         self, boundary: Tensors, u: Tensor, cotangent_of: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return ``t = J u`` and ``Jᵀ cotangent_of(t)`` from one pass where possible."""
-        if self._forward_mode:
-            try:
-                tangent, pulled = jvp_then_vjp(
-                    self.head, self.values, boundary, self.displacements(u), cotangent_of
-                )
-            except NotImplementedError:
-                self._forward_mode = False
-            else:
-                return tangent, self._flat(pulled)
+        """Return ``J u`` and ``Jᵀ cotangent_of(J u)``, from one pass where possible."""
+        found = self._in_forward_mode(jvp_then_vjp, boundary, u, cotangent_of)
+        if found is not None:
+            return found[0], self._flat(found[1])
         tangent = self.jvp(boundary, u)
         return tangent, self.vjp(boundary, cotangent_of(tangent))
+
+    def _in_forward_mode(
+        self, product: Callable[..., Product], boundary: Tensors, u: Tensor, *options: Any
+    ) -> Product | None:
+        """Return a product in forward mode, or None if that lacks an operator of the head."""
+        if not self._forward_mode:
+            return None
+        try:
+            with torch.no_grad():
+                return product(self.head, self.values, boundary, self.displacements(u), *options)
+        except NotImplementedError:
+            self._forward_mode = False
+            return None
 
     def displacements(self, u: Tensor) -> Tensors:
         """Return the displacement of every parameter, in its own shape and units."""
@@ -194,7 +196,7 @@ class LinearizedHead:
         )
 
     def pieces(self, u: Tensor) -> Tensors:
-        """View a flat vector as one tensor per parameter, still scaled."""
+        """View a flat vector ``u`` as one tensor per parameter."""
         flat = u.split([value.numel() for value in self.values])
         return tuple(
             piece.view(value.shape) for piece, value in zip(flat, self.values, strict=True)
@@ -207,7 +209,7 @@ class LinearizedHead:
         return torch.cat(pieces) if pieces else torch.empty(0)
 
     def _flat(self, gradients: Tensors) -> Tensor:
-        """Return gradients in the displacements as one gradient in ``u``."""
+        """Return the gradient in ``u`` from the gradients in the displacements."""
         return torch.cat(
             [scale * g.reshape(-1) for g, scale in zip(gradients, self.scales, strict=True)]
         )

@@ -1,8 +1,7 @@
 """Losses of linear models: value, gradient and curvature in the logits.
 
 The logits of a regression are its predictions. Every loss is a weighted sum over samples
-with weights that add up to one, so that its value is a weighted mean. All arithmetic is
-float64.
+with weights that add up to one, so its value is a weighted mean. All arithmetic is float64.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ class Loss(Protocol):
 
     @property
     def quadratic_minimizer(self) -> Tensor | None:
-        """Logits where the gradient of a quadratic loss vanishes; None for any other loss."""
+        """Logits that minimise a quadratic loss; None for any other loss."""
 
     @property
     def n_outputs(self) -> int:
@@ -39,7 +38,7 @@ class Loss(Protocol):
         """Return the weighted mean of the (n_outputs, n_outputs) Hessian blocks."""
 
     def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the weighted diagonal of the Hessian block of every sample."""
+        """Return the weighted diagonal of the Hessian, of shape (n_samples, n_outputs)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Multinomial:
         return float(self.weights @ (torch.logsumexp(logits, 1) - chosen))
 
     def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
-        """Return ``w (p - onehot(y))``, of the rows that ``logits`` stand for."""
+        """Return ``w (p - onehot(y))``, optionally of some rows alone."""
         rows = rows or slice(None)
         residual = torch.softmax(logits, 1)
         residual.scatter_add_(1, self.targets[rows, None], -torch.ones_like(residual[:, :1]))
@@ -86,7 +85,50 @@ class Multinomial:
 
 
 @dataclass(frozen=True)
-class Bernoulli:
+class _SumOverOutputs:
+    """A loss that is a sum over the outputs, so its Hessian is diagonal."""
+
+    targets: Tensor
+    weights: Tensor
+
+    @property
+    def quadratic_minimizer(self) -> Tensor | None:
+        """None: the loss is not quadratic."""
+        return None
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of logits per sample."""
+        return int(self.targets.shape[1])
+
+    def value(self, logits: Tensor) -> float:
+        """Return the weighted mean of the summed losses."""
+        return float(self.weights @ self._losses(logits).sum(1))
+
+    def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
+        """Return the derivative in the logits, optionally of some rows alone."""
+        rows = rows or slice(None)
+        return self._slope(logits, self.targets[rows]) * self.weights[rows, None]
+
+    def mean_curvature(self, logits: Tensor) -> Tensor:
+        """Return the diagonal matrix of the weighted mean of the curvatures."""
+        return torch.diag(self.weights @ self._curvature(logits))
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        """Return the weighted curvatures."""
+        return self.weights[:, None] * self._curvature(logits)
+
+    def _losses(self, logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _slope(self, logits: Tensor, targets: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _curvature(self, logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Bernoulli(_SumOverOutputs):
     """Sigmoid and binary cross-entropy, summed over independent outputs.
 
     Parameters
@@ -97,126 +139,76 @@ class Bernoulli:
         Non-negative, adding up to one.
     """
 
-    quadratic_minimizer: ClassVar[None] = None
-    targets: Tensor
-    weights: Tensor
+    def _losses(self, logits: Tensor) -> Tensor:
+        return -torch.nn.functional.logsigmoid((2 * self.targets - 1) * logits)
 
-    @property
-    def n_outputs(self) -> int:
-        """Number of logits per sample."""
-        return int(self.targets.shape[1])
+    def _slope(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.sigmoid(logits) - targets
 
-    def value(self, logits: Tensor) -> float:
-        """Return the weighted mean of the summed binary cross-entropies."""
-        losses = -torch.nn.functional.logsigmoid((2 * self.targets - 1) * logits)
-        return float(self.weights @ losses.sum(1))
-
-    def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
-        """Return ``w (p - y)``, of the rows that ``logits`` stand for."""
-        rows = rows or slice(None)
-        return (torch.sigmoid(logits) - self.targets[rows]) * self.weights[rows, None]
-
-    def mean_curvature(self, logits: Tensor) -> Tensor:
-        """Return the diagonal matrix of the mean of ``p (1 - p)``."""
+    def _curvature(self, logits: Tensor) -> Tensor:
         p = torch.sigmoid(logits)
-        return torch.diag(self.weights @ (p * (1 - p)))
-
-    def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the weighted ``p (1 - p)``."""
-        p = torch.sigmoid(logits)
-        return self.weights[:, None] * p * (1 - p)
+        return p * (1 - p)
 
 
-@dataclass(frozen=True)
-class Squared:
+class Squared(_SumOverOutputs):
     """Half the squared error, summed over outputs.
 
     Parameters
     ----------
     targets : tensor of shape (n_samples, n_outputs), float64
-        What to predict.
+        The targets.
     weights : tensor of shape (n_samples,), float64
         Non-negative, adding up to one.
     """
-
-    targets: Tensor
-    weights: Tensor
 
     @property
     def quadratic_minimizer(self) -> Tensor:
         """The targets."""
         return self.targets
 
-    @property
-    def n_outputs(self) -> int:
-        """Number of predictions per sample."""
-        return int(self.targets.shape[1])
-
-    def value(self, logits: Tensor) -> float:
-        """Return half the weighted mean of the summed squared errors."""
-        return float(self.weights @ (logits - self.targets).square().sum(1)) / 2
-
-    def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
-        """Return the weighted errors of the rows that ``logits`` stand for."""
-        rows = rows or slice(None)
-        return (logits - self.targets[rows]) * self.weights[rows, None]
-
     def mean_curvature(self, logits: Tensor) -> Tensor:
         """Return the identity."""
         return torch.eye(self.n_outputs).to(logits)
 
-    def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the weights."""
-        return self.weights[:, None].expand_as(self.targets)
+    def _losses(self, logits: Tensor) -> Tensor:
+        return (logits - self.targets).square() / 2
+
+    def _slope(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return logits - targets
+
+    def _curvature(self, logits: Tensor) -> Tensor:
+        return torch.ones_like(logits)
 
 
 @dataclass(frozen=True)
-class Huber:
+class Huber(_SumOverOutputs):
     """Half the squared error up to ``epsilon``, linear beyond, summed over outputs.
 
-    Beyond ``epsilon`` the second derivative is zero, and says nothing of what a step towards
-    the target meets. The curvature here is that of the parabola around the target which
-    touches the loss at the error: no smaller anywhere, and never zero.
+    For an error ``e`` the loss is ``m (|e| - m / 2)`` with ``m = min(|e|, epsilon)``.
+
+    The second derivative vanishes beyond ``epsilon``, and then says nothing about the loss closer
+    to the target. The curvature here is ``epsilon / max(|e|, epsilon)``: that of the parabola
+    around the target which touches the loss at ``e``. It is nowhere smaller, and never zero.
 
     Parameters
     ----------
     targets : tensor of shape (n_samples, n_outputs), float64
-        What to predict.
+        The targets.
     weights : tensor of shape (n_samples,), float64
         Non-negative, adding up to one.
     epsilon : float
         The absolute error at which the loss turns linear.
     """
 
-    quadratic_minimizer: ClassVar[None] = None
-    targets: Tensor
-    weights: Tensor
     epsilon: float
 
-    @property
-    def n_outputs(self) -> int:
-        """Number of predictions per sample."""
-        return int(self.targets.shape[1])
-
-    def value(self, logits: Tensor) -> float:
-        """Return the weighted mean of the summed losses."""
+    def _losses(self, logits: Tensor) -> Tensor:
         errors = (logits - self.targets).abs()
         near = errors.clamp(max=self.epsilon)
-        return float(self.weights @ (near * (errors - near / 2)).sum(1))
+        return near * (errors - near / 2)
 
-    def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
-        """Return the weighted clipped errors of the rows that ``logits`` stand for."""
-        rows = rows or slice(None)
-        errors = (logits - self.targets[rows]).clamp(-self.epsilon, self.epsilon)
-        return errors * self.weights[rows, None]
-
-    def mean_curvature(self, logits: Tensor) -> Tensor:
-        """Return the diagonal matrix of the mean curvature of every output."""
-        return torch.diag(self.weights @ self._curvature(logits))
-
-    def curvatures(self, logits: Tensor) -> Tensor:
-        """Return the weighted curvatures."""
-        return self.weights[:, None] * self._curvature(logits)
+    def _slope(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return (logits - targets).clamp(-self.epsilon, self.epsilon)
 
     def _curvature(self, logits: Tensor) -> Tensor:
         return self.epsilon / (logits - self.targets).abs().clamp(min=self.epsilon)

@@ -1,4 +1,4 @@
-"""Minimise a smooth convex loss of a linear map; no network is known here."""
+"""Solvers that minimise a smooth convex loss of a linear map; they know nothing of networks."""
 
 from sklearn_gradfeat.solvers._lbfgs import (
     CurvaturePairs,

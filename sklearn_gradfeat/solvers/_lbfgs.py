@@ -19,19 +19,20 @@ from torch import Tensor
 
 from sklearn_gradfeat.linearized import Loss
 from sklearn_gradfeat.solvers._steps import (
-    Correct,
+    CoarseSolver,
     LinearObjective,
-    corrected,
+    coarse_step,
+    line_and_coarse_step,
+    line_step,
     start,
-    stepped,
-    stepped_and_corrected,
 )
 
+# Number of curvature pairs that are kept.
 _MEMORY = 30
-# The preconditioner is made anew once the curvature of the loss has changed by such a factor.
-# Curvature pairs from before would carry rounding errors over, so they go with it.
+# A change of the total curvature of the loss by this factor rebuilds the preconditioner. The
+# older curvature pairs are dropped with it: their rounding errors would remain.
 _CHANGE = 2.0
-# A correction is worth making where the gradient norm has to come down by more than that.
+# Coarse-space solves pay off when the gradient norm must decrease by more than this factor.
 _FAR = 8.0
 
 Inverse: TypeAlias = Callable[[Tensor], Tensor]
@@ -39,7 +40,7 @@ Status = Literal["converged", "max_iter", "stalled", "interrupted"]
 
 
 class CurvaturePairs(NamedTuple):
-    """Steps, with the changes of the gradient over them under some penalty."""
+    """Steps and the changes of the gradient over them, and the penalty of that objective."""
 
     pairs: list[tuple[Tensor, Tensor]]
     penalty: Tensor
@@ -47,7 +48,7 @@ class CurvaturePairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Solution:
-    """What :func:`minimize` found.
+    """The result of :func:`minimize`.
 
     Attributes
     ----------
@@ -58,14 +59,14 @@ class Solution:
     n_iter : int
         Number of iterations.
     n_passes : int
-        Number of times the data was passed through the linear map or its adjoint.
+        Number of passes over the data, through the linear map or its adjoint.
     status : str
-        ``"converged"``; ``"max_iter"``; ``"stalled"`` when rounding allows no more
+        ``"converged"``; ``"max_iter"``; ``"stalled"`` when rounding errors prevent further
         progress; ``"interrupted"`` when the callback asked to stop.
     norm : float
         Norm of the gradient in the metric of the preconditioner.
     curvature_pairs : CurvaturePairs
-        What was learned of the objective near the minimiser.
+        The curvature pairs of the last iterations.
     """
 
     x: Tensor
@@ -78,7 +79,7 @@ class Solution:
 
 
 class _Memory:
-    """Curvature pairs and the two-loop recursion around a preconditioner."""
+    """A preconditioner and the curvature pairs collected since it was built."""
 
     def __init__(self, precondition: Callable[[Tensor], Inverse], loss: Loss, logits: Tensor):
         self.precondition = precondition(logits)
@@ -86,27 +87,30 @@ class _Memory:
         self.scale = 1.0
         self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
 
-    def add(self, step: Tensor, change: Tensor, solved: Tensor) -> None:
-        """Remember a step, the change of the gradient, and that with the inverse applied."""
+    def add(self, step: Tensor, change: Tensor, preconditioned: Tensor) -> None:
+        """Store a step ``s``, the change ``y`` of the gradient, and ``1 / sᵀy``; ``Py`` is given.
+
+        A pair without positive curvature beyond rounding is left out.
+        """
         curvature = float(step @ change)
         floor = torch.finfo(step.dtype).eps * float(step.norm()) * float(change.norm())
-        metric = float(change @ solved)
+        metric = float(change @ preconditioned)
         if curvature > floor and metric > 0:
             self.pairs.append((step, change, 1.0 / curvature))
             self.scale = curvature / metric
 
     def recall(self, curvature_pairs: CurvaturePairs | None, penalty: Tensor) -> None:
-        """Remember what another fit learned: the penalty is a known part of every change."""
+        """Store the pairs of another fit, corrected for the difference of the penalties."""
         if curvature_pairs is None:
             return
         for step, former in curvature_pairs.pairs:
             change = former + (penalty - curvature_pairs.penalty) * step
             self.add(step, change, self.precondition(change))
 
-    def direction(self, gradient: Tensor, natural: Tensor) -> Tensor:
-        """Return the quasi-Newton descent direction; ``natural`` is the inverse times gradient."""
+    def direction(self, gradient: Tensor, preconditioned: Tensor) -> Tensor:
+        """Return the L-BFGS direction, by the two-loop recursion; ``Pg`` is given."""
         if not self.pairs:
-            return -self.scale * natural
+            return -self.scale * preconditioned
         q = -gradient
         weights = []
         for step, change, inverse in reversed(self.pairs):
@@ -128,68 +132,90 @@ def minimize(
     max_iter: int,
     callback: Callable[[int, float, Tensor], bool] | None = None,
     curvature_pairs: CurvaturePairs | None = None,
-    coarse: Callable[[Inverse], Correct | None] | None = None,
+    coarse: Callable[[Inverse], CoarseSolver | None] | None = None,
 ) -> Solution:
-    """Minimise a smooth convex objective of a linear map.
+    """Minimise ``F(x) = loss(A x) + Σ penalty x² / 2`` by preconditioned L-BFGS.
 
-    The logits move along a known line, so its minimiser is found without touching the data. An
-    iteration costs one pass over the data, and one more, of the adjoint alone, when the
-    unit step is not good enough: only the gradient has to be computed anew. That
-    of a quadratic loss is linear along the line, so there it is known.
+    ``Z = A x`` are the logits, ``g`` is the gradient of ``F``, and the preconditioner ``P``
+    approximates the inverse Hessian. A pass over the data, through ``A`` or ``Aᵀ``, is the
+    unit of cost. One iteration is:
 
-    With a correction, the first iteration is that alone, and every other one ends with it. What
-    quasi-Newton steps have left to do is much less, at two passes for each.
+    1. *Stopping rule.* Stop when the Newton decrement ``½ gᵀPg`` is at most
+       ``½ tolerance²``. It predicts the decrease of ``F`` over a Newton step, and does not
+       depend on the units of the unknowns.
+    2. *Direction.* The two-loop recursion returns ``d = -H g``. ``H`` starts from ``γ P`` and
+       satisfies the secant equations of the last 30 curvature pairs: steps ``s`` and changes
+       ``y`` of the gradient. The last pair gives ``γ = sᵀy / yᵀPy``.
+    3. *Exact line search.* The logits along ``x + t d`` are ``Z + t D`` with ``D = A d``.
+       Once ``D`` is known, the search for ``t`` needs no pass.
+    4. *Passes.* One pass returns both ``D`` and the gradient at ``t = 1``. The unit step is
+       kept when it meets the Wolfe conditions; any other step takes a second pass, of the
+       adjoint alone. The gradient of a quadratic loss is affine in ``t``, so one pass always
+       suffices: with ``Q`` the Hessian of the loss, it is ``g + t (AᵀQD + penalty d)``.
+    5. *Coarse-space solve.* With ``coarse``, the point then moves to an approximate minimiser
+       of ``F`` over ``x + V``, where ``V`` is a subspace on which ``A`` is cheap. The first
+       iteration consists of this solve alone. An iteration then costs two passes, but far
+       fewer iterations are needed.
+    6. *New preconditioner.* When the summed curvature of the loss has changed by a factor of
+       two since ``P`` was built, ``P`` is built anew at ``Z`` and the pairs are dropped.
+
+    When no step along ``d`` decreases ``F``, the pairs are dropped; without pairs, rounding
+    errors prevent further progress.
 
     Parameters
     ----------
     objective : LinearObjective
         The objective.
     x : tensor of shape (n,)
-        The start.
+        The starting point.
     precondition : callable
-        Maps logits to a function that applies a symmetric positive definite approximation
-        of the inverse Hessian there. Called at the start and
-        whenever the curvature of the loss has changed.
+        Maps logits to a function that applies ``P``, a symmetric positive definite
+        approximation of the inverse Hessian at these logits.
     tolerance : float
-        Stop when the norm of the gradient, in the metric of the preconditioner, is no
-        larger. Half its square is the decrease that a Newton step promises, so it does
-        not depend on the units of the unknowns.
+        Stop when ``sqrt(gᵀPg)``, the norm of the gradient in the metric of the
+        preconditioner, is at most this.
     max_iter : int
-        Stop after so many iterations.
+        Largest number of iterations.
     callback : callable, default=None
-        Called as ``callback(iteration, objective, x)``; returning True stops.
+        Called as ``callback(iteration, objective, x)`` after each iteration; returning True
+        stops the solver.
     curvature_pairs : CurvaturePairs, default=None
-        What a fit that ended at ``x`` learned of the same loss, under whatever penalty.
+        The curvature pairs of a fit that ended at ``x``, of the same loss under any penalty.
     coarse : callable, default=None
-        Called with every preconditioner, unless the start is nearly good enough.
-        Returns None or a correction: ``correct(x, logits, norm)`` returns about the best point
-        around that one in a subspace where that is cheap, and by how much the objective is
-        lower there.
+        Called with every preconditioner, unless the starting point is nearly optimal. Returns
+        None or a function ``solve(x, logits, norm)``, which returns an approximate minimiser
+        over the coarse space through ``x``, its logits and the change of the objective.
 
     Returns
     -------
     Solution
+
+    Raises
+    ------
+    FloatingPointError
+        If the gradient is not finite.
     """
     loss, penalty = objective.loss, objective.penalty
     point = start(objective, x)
     memory = _Memory(precondition, loss, point.logits)
     memory.recall(curvature_pairs, penalty)
-    natural = memory.precondition(point.gradient)
-    norm = _norm(point.gradient, natural)
-    correct = coarse(memory.precondition) if coarse and norm > _FAR * tolerance else None
+    preconditioned = memory.precondition(point.gradient)
+    norm = _norm(point.gradient, preconditioned)
+    solve = coarse(memory.precondition) if coarse and norm > _FAR * tolerance else None
     path, passes, n_iter = [point.value], 1, 0
     status: Status = "converged"
     while norm > tolerance:
         if n_iter == max_iter:
             status = "max_iter"
             break
-        if correct is None:
-            moved, cost = stepped(objective, point, memory.direction(point.gradient, natural))
+        if solve is None:
+            direction = memory.direction(point.gradient, preconditioned)
+            moved, cost = line_step(objective, point, direction)
         elif n_iter == 0:
-            moved, cost = corrected(objective, point, correct, norm)
+            moved, cost = coarse_step(objective, point, solve, norm)
         else:
-            direction = memory.direction(point.gradient, natural)
-            moved, cost = stepped_and_corrected(objective, point, direction, correct, norm)
+            direction = memory.direction(point.gradient, preconditioned)
+            moved, cost = line_and_coarse_step(objective, point, direction, solve, norm)
         passes += cost
         if moved is None:
             if not memory.pairs:
@@ -197,36 +223,36 @@ def minimize(
                 break
             memory.pairs.clear()
             continue
-        moved_natural = memory.precondition(moved.gradient)
-        memory.add(moved.x - point.x, moved.gradient - point.gradient, moved_natural - natural)
-        point, natural, n_iter = moved, moved_natural, n_iter + 1
+        former, preconditioned = preconditioned, memory.precondition(moved.gradient)
+        memory.add(moved.x - point.x, moved.gradient - point.gradient, preconditioned - former)
+        point, n_iter = moved, n_iter + 1
         path.append(point.value)
-        norm = _norm(point.gradient, natural)
+        norm = _norm(point.gradient, preconditioned)
         if callback is not None and callback(n_iter, point.value, point.x):
             status = "interrupted" if norm > tolerance else "converged"
             break
         if not same_curvature(memory.curvature, loss, point.logits):
             memory = _Memory(precondition, loss, point.logits)
-            natural = memory.precondition(point.gradient)
-            norm = _norm(point.gradient, natural)
-            correct = coarse(memory.precondition) if coarse and correct else None
+            preconditioned = memory.precondition(point.gradient)
+            norm = _norm(point.gradient, preconditioned)
+            solve = coarse(memory.precondition) if coarse and solve else None
     learned = CurvaturePairs([(step, change) for step, change, _ in memory.pairs], penalty)
     return Solution(point.x, path, n_iter, passes, status, norm, learned)
 
 
 def same_curvature(former: float, loss: Loss, logits: Tensor) -> bool:
-    """Whether a preconditioner holds at logits, from the sum of curvatures it was made for."""
+    """Return whether the summed curvature of the loss is within a factor of two of a former one."""
     return former / _CHANGE <= float(loss.curvatures(logits).sum()) <= former * _CHANGE
 
 
 def preconditioned_norm(gradient: Tensor, precondition: Inverse) -> float:
-    """Return the norm of a gradient in the metric of a preconditioner."""
+    """Return ``sqrt(gᵀPg)``, the norm of a gradient in the metric of a preconditioner."""
     return _norm(gradient, precondition(gradient))
 
 
-def _norm(gradient: Tensor, natural: Tensor) -> float:
-    """Return the same, for a gradient and its product with the preconditioner."""
-    square = float(gradient @ natural)
+def _norm(gradient: Tensor, preconditioned: Tensor) -> float:
+    """Return ``sqrt(gᵀPg)`` from ``g`` and ``Pg``."""
+    square = float(gradient @ preconditioned)
     if not math.isfinite(square):
         raise FloatingPointError(
             "The gradient of the objective is not finite. Scale X so that the activations of "

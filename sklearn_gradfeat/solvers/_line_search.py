@@ -1,7 +1,12 @@
-"""Exact line search, free of passes because the model is linear.
+"""Exact line search on known logits, without a pass over the data.
 
-Along ``x + t p`` the logits are ``Z + t D`` with ``D = A p`` known, so a step costs a few
-operations on two (n_samples, n_outputs) arrays however expensive ``A`` is.
+Along ``x + t d`` the logits are ``Z + t D`` with ``D = A d``, and the penalty is quadratic::
+
+    F(t)  = loss(Z + t D) + linear t + quadratic t² / 2 + constant
+    F'(t) = <loss'(Z + t D), D> + linear + quadratic t
+
+``F`` is convex, so its minimiser is the root of ``F'``. An evaluation takes a few operations
+on two arrays of shape (n_samples, n_outputs), independent of the cost of ``A``.
 """
 
 from __future__ import annotations
@@ -14,8 +19,10 @@ from torch import Tensor
 from sklearn_gradfeat.linearized import Loss
 
 _LARGEST_STEP = 2.0**20
-_SLOPE_SHARE = 0.5
+# Wolfe conditions on the unit step: F(1) - F(0) <= 1e-4 F'(0) and |F'(1)| <= 0.5 |F'(0)|.
 _SUFFICIENT_DECREASE = 1e-4
+_SLOPE_SHARE = 0.5
+# Relative changes of the objective below this are dominated by rounding.
 _ROUNDING = 1e-9
 
 
@@ -47,23 +54,22 @@ class Line:
     def gain(self, step: float, value: float, slopes: tuple[float, float]) -> float:
         """Return the change of the objective over ``step``, accurate even when tiny.
 
-        A difference of two nearly equal values is all rounding; then the trapezium rule
-        on the two slopes, exact for a quadratic, takes its place.
+        The difference of two nearly equal values consists of rounding errors. The trapezium
+        rule on the two slopes, exact for a quadratic, then replaces it.
         """
-        trapezium = step * (slopes[0] + slopes[1]) / 2
         if abs(slopes[0]) * step < _ROUNDING * abs(value):
-            return trapezium
+            return step * (slopes[0] + slopes[1]) / 2
         moved = self.loss.value(self.logits + step * self.change)
-        rest = step * (self.linear + step * self.quadratic / 2)
-        return moved - self.loss.value(self.logits) + rest
+        penalty = step * (self.linear + step * self.quadratic / 2)
+        return moved - self.loss.value(self.logits) + penalty
 
 
 def search(line: Line, value: float) -> tuple[float, float]:
-    """Return the step and the change of the objective that it brings.
+    """Return a step and the change of the objective over it.
 
-    The unit step is kept when it descends enough (Wolfe conditions), since the caller has
-    paid for it already; any other step is the exact minimiser on the line, and so is every
-    step of a quadratic loss, whose gradient is known all along the line.
+    The unit step is kept when it meets the Wolfe conditions, because the caller already has
+    its gradient. Otherwise the step is the exact minimiser. For a quadratic loss it always
+    is: the gradient is known at every step.
     """
     start = line.slope(0.0)
     if start >= 0:

@@ -1,4 +1,4 @@
-"""Points of a minimisation, and the ways from one to the next."""
+"""The steps of the solver from one point to the next: along a line, over the coarse space."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from sklearn_gradfeat.linearized import Loss
 from sklearn_gradfeat.solvers._line_search import Line, search
 
-# Moves (unknowns, logits) at a gradient norm, and says by how much that changes the objective.
-Correct: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]
+# Maps unknowns, logits and the gradient norm to new unknowns, their logits and the change of the
+# objective.
+CoarseSolver: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]
 
 
 class LinearObjective(Protocol):
@@ -36,7 +37,7 @@ class LinearObjective(Protocol):
 
 
 class Point(NamedTuple):
-    """Unknowns, with their logits, the gradient and the objective."""
+    """Unknowns with their logits, the gradient and the objective."""
 
     x: Tensor
     logits: Tensor
@@ -51,37 +52,27 @@ def start(objective: LinearObjective, x: Tensor) -> Point:
     return _with_gradient(objective, x, logits, value)
 
 
-def _with_gradient(objective: LinearObjective, x: Tensor, logits: Tensor, value: float) -> Point:
-    """Return a point; its gradient takes a pass."""
-    gradient = objective.adjoint(objective.loss.gradient(logits)) + objective.penalty * x
-    return Point(x, logits, gradient, value)
-
-
-def _line(objective: LinearObjective, point: Point, direction: Tensor, change: Tensor) -> Line:
-    """Return the objective along a direction that changes the logits like this."""
-    linear, quadratic = (penalised(objective, direction, x) for x in (point.x, direction))
-    return Line(objective.loss, point.logits, change, linear, quadratic)
-
-
 def penalised(objective: LinearObjective, x: Tensor, y: Tensor) -> float:
-    """Return ``Σ penalty x y``, in float64: over millions of numbers float32 is off by 1e-5."""
+    """Return ``Σ penalty x y`` in float64; with millions of terms float32 is off by 1e-5."""
     penalty = objective.penalty.to(objective.loss.weights)
     return float((penalty * x.to(penalty)) @ y.to(penalty))
 
 
-def stepped(
+def line_step(
     objective: LinearObjective, point: Point, direction: Tensor
 ) -> tuple[Point | None, int]:
-    """Return the best point along a direction, if it is better at all, and the passes it took."""
-    penalty, bottom = objective.penalty, objective.loss.quadratic_minimizer
+    """Return the next point on a line, or None without a decrease, and the number of passes."""
+    penalty, minimizer = objective.penalty, objective.loss.quadratic_minimizer
+    # The gradient of a quadratic loss vanishes at its minimiser, so this adjoint is the change
+    # of the gradient over a unit step. For any other loss it is the gradient after a unit step.
     change, adjoint = objective.forward_adjoint(
-        direction, point.logits if bottom is None else bottom
+        direction, point.logits if minimizer is None else minimizer
     )
-    step, gain = search(_line(objective, point, direction, change), point.value)
+    step, gain = _search(objective, point, direction, change)
     if gain >= 0:
         return None, 1
     logits, x, value = point.logits + step * change, point.x + step * direction, point.value + gain
-    if bottom is not None:
+    if minimizer is not None:
         gradient = point.gradient + step * (adjoint + penalty * direction)
     elif step == 1.0:
         gradient = adjoint + penalty * x
@@ -90,24 +81,37 @@ def stepped(
     return Point(x, logits, gradient, value), 1
 
 
-def stepped_and_corrected(
-    objective: LinearObjective, point: Point, direction: Tensor, correct: Correct, norm: float
+def line_and_coarse_step(
+    objective: LinearObjective, point: Point, direction: Tensor, solve: CoarseSolver, norm: float
 ) -> tuple[Point | None, int]:
-    """Return what a correction makes of the best point along a direction."""
+    """Return the same after a coarse-space solve; the gradient on the line is not needed."""
     change = objective.forward(direction)
-    step, gain = search(_line(objective, point, direction, change), point.value)
+    step, gain = _search(objective, point, direction, change)
     if gain >= 0:
         return None, 1
     x, logits = point.x + step * direction, point.logits + step * change
-    moved, cost = corrected(
-        objective, Point(x, logits, point.gradient, point.value + gain), correct, norm
-    )
+    on_line = Point(x, logits, point.gradient, point.value + gain)
+    moved, cost = coarse_step(objective, on_line, solve, norm)
     return moved, 1 + cost
 
 
-def corrected(
-    objective: LinearObjective, point: Point, correct: Correct, norm: float
+def coarse_step(
+    objective: LinearObjective, point: Point, solve: CoarseSolver, norm: float
 ) -> tuple[Point, int]:
-    """Return what a correction makes of a point."""
-    x, logits, gain = correct(point.x, point.logits, norm)
+    """Return the point after a coarse-space solve, and the number of passes."""
+    x, logits, gain = solve(point.x, point.logits, norm)
     return _with_gradient(objective, x, logits, point.value + gain), 1
+
+
+def _search(
+    objective: LinearObjective, point: Point, direction: Tensor, change: Tensor
+) -> tuple[float, float]:
+    """Search along a direction; ``change`` is the change of the logits over a unit step."""
+    linear, quadratic = (penalised(objective, direction, x) for x in (point.x, direction))
+    return search(Line(objective.loss, point.logits, change, linear, quadratic), point.value)
+
+
+def _with_gradient(objective: LinearObjective, x: Tensor, logits: Tensor, value: float) -> Point:
+    """Return a point; its gradient takes a pass."""
+    gradient = objective.adjoint(objective.loss.gradient(logits)) + objective.penalty * x
+    return Point(x, logits, gradient, value)

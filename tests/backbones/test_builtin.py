@@ -17,7 +17,7 @@ from sklearn_gradfeat.backbones import _sources
 from sklearn_gradfeat.backbones._builtin import SHIPPED
 from sklearn_gradfeat.backbones._sources import resolve_backbone
 from sklearn_gradfeat.cache._store import memory_store
-from tests.test_export import in_onnx_runtime
+from tests.io.test_export import in_onnx_runtime
 
 WEIGHTS = Path(sklearn_gradfeat.__file__).parent / "backbones" / "weights"
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)

@@ -1,7 +1,6 @@
 """The optimum of stage two, against scikit-learn and dense solvers on explicit features."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,23 +8,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
-from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.solvers._steps import penalised
+from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
+from sklearn_gradfeat.curvature import _coarse_space
 from tests.networks import NETWORKS, build
 from tests.oracles import dense_jacobian, dense_optimum, ntk_scales
 
-rng = np.random.RandomState(0)
 N = 40
-X = rng.randn(N, 2, 5, 5)
-TARGETS = {
-    "binary": rng.randint(0, 2, N),
-    "multinomial": rng.randint(0, 3, N),
-    "multilabel": rng.randint(0, 2, (N, 3)),
-}
-WEIGHTS = rng.randint(1, 4, N).astype(float)
+
+
+def targets(rng):
+    return {
+        "binary": rng.integers(0, 2, N),
+        "multinomial": rng.integers(0, 3, N),
+        "multilabel": rng.integers(0, 2, (N, 3)),
+    }
+
+
+X = np.random.default_rng(0).normal(size=(N, 2, 5, 5))
+TARGETS = targets(np.random.default_rng(1))
+WEIGHTS = np.random.default_rng(2).integers(1, 4, N).astype(float)
 TIGHT = {"tol": 1e-22, "max_iter": 3000, "precision": "float64"}
 
 
@@ -39,8 +43,6 @@ def explicit(model, module):
     """Activations, and rows Ωᵀ J of every output in NTK units, float64."""
     names = model.gradient_layers_
     J = dense_jacobian(module, names, X) * ntk_scales(module, names)
-    import torch
-
     with torch.no_grad():
         f = module(torch.tensor(X))
     f = (f.flatten(2).mean(2) if f.ndim > 2 else f).numpy()
@@ -82,8 +84,6 @@ def test_optimum_matches_a_dense_solve(kind, target):
 @pytest.mark.parametrize("target", ["binary", "multinomial"])
 def test_stage_one_is_logistic_regression(target):
     model, module = fit("plain", target, features="activation", alpha=0.01)
-    import torch
-
     with torch.no_grad():
         f = module(torch.tensor(X)).flatten(2).mean(2).numpy()
     oracle = LogisticRegression(C=1 / (0.01 * WEIGHTS.sum()), tol=1e-10, max_iter=10000)
@@ -95,8 +95,8 @@ def test_stage_one_is_logistic_regression(target):
 @pytest.mark.parametrize("n_features", [300, 9000])
 def test_more_features_than_samples(n_features):
     """The preconditioner is then exact for the samples, however many features there are."""
-    wide = rng.randn(N, n_features)
-    model = GradientFeatureClassifier(nn.Identity(), features="activation", alpha=0.02, tol=1e-12)
+    wide = np.random.default_rng(3).normal(size=(N, n_features))
+    model = GradientFeatureClassifier(nn.Identity(), features="activation", alpha=0.02, tol=1e-14)
     model.fit(wide, TARGETS["multinomial"], sample_weight=WEIGHTS)
     oracle = LogisticRegression(C=1 / (0.02 * WEIGHTS.sum()), tol=1e-10, max_iter=10000)
     oracle.fit(wide, TARGETS["multinomial"], sample_weight=WEIGHTS)
@@ -141,16 +141,17 @@ def test_objective_never_increases_and_standard_parametrization_works(kind):
 def test_order_repetition_and_batch_size_do_not_matter(seed, batch_size):
     options = {"alpha": 0.05, "precision": "float64", "tol": 1e-18, "max_iter": 500}
     module, names = build("normed")
-    y = TARGETS["multinomial"]
-    weights = np.random.RandomState(seed).randint(1, 3, N)
-    order = np.random.RandomState(seed).permutation(weights.sum())
+    x, y = X[:12], TARGETS["multinomial"][:12]
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(1, 3, len(x))
+    order = rng.permutation(weights.sum())
     weighted = GradientFeatureClassifier(module, gradient_layers=names, **options)
-    weighted.fit(X, y, sample_weight=weights)
+    weighted.fit(x, y, sample_weight=weights)
     repeated = GradientFeatureClassifier(
         module, gradient_layers=names, batch_size=batch_size, **options
     )
-    repeated.fit(X.repeat(weights, 0)[order], y.repeat(weights)[order])
-    np.testing.assert_allclose(weighted.predict_proba(X), repeated.predict_proba(X), atol=1e-6)
+    repeated.fit(x.repeat(weights, 0)[order], y.repeat(weights)[order])
+    np.testing.assert_allclose(weighted.predict_proba(x), repeated.predict_proba(x), atol=1e-6)
 
 
 def test_same_predictions_without_a_split(monkeypatch):
@@ -202,10 +203,47 @@ def test_the_unit_of_the_activations_does_not_matter(features):
     assert fits[1.0].n_iter_ == fits[1e3].n_iter_
 
 
-def test_penalty_is_summed_in_float64():
-    numbers = np.random.default_rng(0)
-    penalty, x, y = numbers.random((3, 10**6), dtype=np.float32)
-    loss = SimpleNamespace(weights=torch.zeros(1, dtype=torch.float64))
-    objective = SimpleNamespace(penalty=torch.from_numpy(penalty), loss=loss)
-    found = penalised(objective, torch.from_numpy(x), torch.from_numpy(y))
-    assert found == pytest.approx((penalty.astype(float) * x) @ y.astype(float), rel=1e-12)
+class Tied(nn.Module):
+    """A weight with a use besides the layer, which has no Gram matrix of samples."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layer = nn.Linear(3, 3).double()
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x)) @ self.layer.weight
+
+
+def test_fit_of_tied_weights_reaches_the_optimum():
+    rows = np.random.default_rng(0).normal(size=(9, 3))
+    y = np.sin(rows[:, 0] * 3)
+    model = GradientFeatureRegressor(
+        Tied(), gradient_layers="all", alpha=0.01, gradient_alpha=1e-4, tol=1e-10, max_iter=1000
+    ).fit(rows, y)
+    names = model.gradient_layers_
+    module = model.backbone
+    J = dense_jacobian(module, names, rows) * ntk_scales(module, names)
+    f = module(torch.tensor(rows)).detach().numpy()
+    unit = np.sqrt(0.01 / 1e-4)
+    columns = np.hstack([f, unit * np.einsum("d,ndp->np", model.omega_[0], J)])
+    oracle = Ridge(0.01 * len(rows)).fit(columns, y)
+    np.testing.assert_allclose(model.predict(rows), oracle.predict(columns), rtol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", [GradientFeatureClassifier, GradientFeatureRegressor])
+def test_estimators_use_the_coarse_space(estimator, monkeypatch):
+    for name, value in (("_MIN_COST", 0), ("_READING", 0), ("_SHARE", 0.5)):
+        monkeypatch.setattr(_coarse_space, name, value)
+    made = []
+    monkeypatch.setattr(
+        "sklearn_gradfeat.curvature._inverses.leading_subspace",
+        lambda *args: made.append(_coarse_space.leading_subspace(*args)) or made[-1],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 2), nn.Tanh())
+    model = estimator(network, preprocess=None, alpha=1e-3, gradient_alpha=1e-4)
+    model.fit(X.astype(np.float32), np.arange(N) % 3)
+    assert [subspace is not None for subspace in made] == [True]

@@ -1,0 +1,243 @@
+"""The coarse space: its map against that of the objective, and its effect on the solver."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+from sklearn_gradfeat.curvature import _coarse_space as coarse_space
+from sklearn_gradfeat.curvature._inverses import Inverses
+from sklearn_gradfeat.curvature._layer_rows import record
+from sklearn_gradfeat.curvature._preconditioner import Preconditioner
+from sklearn_gradfeat.linearized import LinearizedHead, Squared, TangentTerm
+from sklearn_gradfeat.solvers import minimize
+from tests.curvature.problems import (
+    batches,
+    classes,
+    dense_map,
+    image_objective,
+    image_term,
+    normal,
+    objective,
+)
+from tests.networks import NETWORKS
+
+N, CLASSES = 40, 3
+
+
+@pytest.fixture(autouse=True)
+def every_size_is_worth_it(monkeypatch):
+    """Let tiny layers have a subspace of more than one direction."""
+    monkeypatch.setattr(coarse_space, "_MIN_COST", 0)
+    monkeypatch.setattr(coarse_space, "_READING", 0)
+    monkeypatch.setattr(coarse_space, "_SHARE", 0.5)
+
+
+def subspace_of(problem):
+    curvature = Preconditioner(
+        problem, torch.zeros(N, CLASSES, dtype=torch.float64)[: problem.n_samples]
+    ).curvature
+    return coarse_space.leading_subspace(problem, curvature)
+
+
+# Layers with groups have none: in "grouped" they are all that there is.
+KINDS = [kind for kind in NETWORKS if kind != "grouped"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_map_is_that_of_the_objective(kind):
+    problem = image_objective(kind)
+    subspace = subspace_of(problem)
+    assert all(min(block.curvature.shape) > 0 for block in subspace.blocks)
+    x = normal(sum(subspace.sizes))
+    logits = subspace.forward(x)
+    torch.testing.assert_close(logits, problem.forward(subspace.extend(x)), rtol=1e-9, atol=1e-9)
+    cotangent = normal(N, CLASSES)
+    pulled = subspace.adjoint(cotangent)
+    torch.testing.assert_close(pulled @ x, (cotangent * logits).sum())
+    torch.testing.assert_close(pulled, subspace.restrict(problem.adjoint(cotangent)))
+
+
+def test_map_against_the_dense_one():
+    problem = image_objective("normed", n=8)
+    subspace = subspace_of(problem)
+    unit = torch.eye(sum(subspace.sizes), dtype=torch.float64)
+    basis = torch.stack([subspace.extend(column) for column in unit], 1)
+    torch.testing.assert_close(basis.T @ basis, unit)
+    expected = dense_map(problem) @ basis
+    found = torch.stack([subspace.forward(column) for column in unit], 2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_rows_are_summed_where_that_is_less_to_keep():
+    problems = map(image_objective, ("whole", "residual"))
+    blocks = [block for problem in problems for block in subspace_of(problem).blocks]
+    for block in blocks:
+        (g, a), n = block.curvature.shape, block.n_positions
+        assert block.summed == (CLASSES * g * a <= n * (a + CLASSES * g))
+    assert {block.summed for block in blocks} == {True, False}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_restriction_is_the_orthogonal_projection(kind):
+    problem = image_objective(kind)
+    subspace = subspace_of(problem)
+    x, y = normal(sum(subspace.sizes)), normal(sum(problem.sizes), seed=1)
+    torch.testing.assert_close(subspace.restrict(subspace.extend(x)), x)
+    torch.testing.assert_close(subspace.extend(x) @ y, x @ subspace.restrict(y))
+
+
+@pytest.fixture(scope="module", params=["plain", "whole"])
+def curvature_and_term(request):
+    tangent, boundary = image_term(request.param, n=12)
+    activation = tangent.head.activation(boundary)
+    curvature = Preconditioner(objective(classes(12), activation, tangent), normal(12, 3)).curvature
+    return curvature, activation, tangent, boundary
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(-3, 3))
+def test_linear_adjoint_and_independent_of_the_batches(curvature_and_term, seed, size, factor):
+    curvature, activation, term, boundary = curvature_and_term
+    tangent = TangentTerm(term.head, partial(batches, boundary, size), term.omega, term.alpha)
+    n_positions = coarse_space.positions(record(term.head, boundary)[1], 12)
+    blocks = [
+        coarse_space.Block.from_layer(layer, (2, 3), n_positions[layer.weight], summed)
+        for layer in curvature.layers
+        for summed in (True, False)
+    ]
+    problem, cotangent = objective(classes(12), activation, tangent), normal(12, 3, seed=seed)
+    for block in blocks:
+        subspace = coarse_space.Subspace(problem, [block], curvature.total)
+        x, y = normal(2, sum(subspace.sizes), seed=seed)
+        ax, ay = subspace.forward(x), subspace.forward(y)
+        torch.testing.assert_close(subspace.forward(x + factor * y), ax + factor * ay)
+        torch.testing.assert_close((ax * cotangent).sum(), x @ subspace.adjoint(cotangent))
+        torch.testing.assert_close(ax, problem.forward(subspace.extend(x)))
+
+
+def test_none_for_groups_and_where_a_pass_is_as_good_as_free(monkeypatch):
+    assert subspace_of(image_objective("grouped")) is None
+    problem = image_objective("plain")
+    assert subspace_of(problem) is not None
+    monkeypatch.setattr(coarse_space, "_MIN_COST", 2**15)
+    assert subspace_of(problem) is None
+
+
+def tied(values, boundary):
+    (w,), (x,) = values, boundary
+    return torch.tanh(linear(x, w)) @ w
+
+
+def bias_in_two_places(values, boundary):
+    (w, b), (x,) = values, boundary
+    return torch.tanh(linear(x, w, b)) * (1 + b)
+
+
+def time_first(values, boundary):
+    (w, b), (x,) = values, boundary
+    rows = x.view(len(x), 2, -1).transpose(0, 1).reshape(2 * len(x), -1)
+    return torch.tanh(linear(rows, w, b)).view(2, len(x), -1).mean(0)
+
+
+def silent(values, boundary):
+    (w, b), (x,) = values, boundary
+    return torch.relu(linear(x, w, b) - 1e4) + x[:, :6]
+
+
+def the_same_for_all_samples(values, boundary):
+    (w, b), (x,) = values, boundary
+    rows = torch.arange(192, dtype=x.dtype).view(16, 12) / 192
+    return torch.tanh(linear(rows, w, b)).mean(0) * x[:, :6]
+
+
+def beside_a_tied_one(values, boundary):
+    return tied(values[:1], boundary)[:, :6] + torch.tanh(linear(boundary[0], *values[1:]))
+
+
+@pytest.mark.parametrize(
+    ("head", "shapes", "kept"),
+    [
+        (tied, [(6, 12)], None),
+        (bias_in_two_places, [(6, 12), (6,)], None),
+        (time_first, [(6, 6), (6,)], None),
+        (silent, [(6, 12), (6,)], None),
+        (the_same_for_all_samples, [(6, 12), (6,)], None),
+        (beside_a_tied_one, [(6, 12), (6, 12), (6,)], [1]),
+    ],
+)
+def test_only_layers_with_the_right_map(head, shapes, kept):
+    values = {str(i): normal(*shape, seed=i) for i, shape in enumerate(shapes)}
+    boundary = (normal(N, 12, seed=9),)
+    linearized = LinearizedHead(head, values, "standard")
+    activation = linearized.activation(boundary)
+    omega = normal(CLASSES, activation.shape[1], seed=8)
+    tangent = TangentTerm(linearized, partial(batches, boundary, 16), omega, 1e-3)
+    problem = objective(classes(N), activation, tangent)
+    subspace = subspace_of(problem)
+    assert (subspace and [block.weight for block in subspace.blocks]) == kept
+    inverses, x = Inverses(), torch.zeros(sum(problem.sizes), dtype=torch.float64)
+    inverse, coarse = inverses.at(problem), inverses.coarse(problem)
+    solution = minimize(problem, x, inverse, tolerance=1e-6, max_iter=50, coarse=coarse)
+    assert solution.objective_path[-1] == pytest.approx(value_of(problem, solution.x), rel=1e-9)
+
+
+def value_of(problem, x):
+    value = problem.loss.value(problem.forward(x))
+    return value + float(problem.penalty * x @ x) / 2
+
+
+def test_many_outputs_have_none(monkeypatch):
+    monkeypatch.setattr(coarse_space, "_MAX_OUTPUTS", CLASSES - 1)
+    assert subspace_of(image_objective("plain")) is None
+
+
+def test_memory_is_bounded(monkeypatch):
+    problem = image_objective("residual")
+    size = n_bytes(subspace_of(problem))
+    monkeypatch.setattr(coarse_space, "_MAX_BYTES", size // 2)
+    fewer = subspace_of(problem)
+    assert 0 < n_bytes(fewer) <= size // 2
+
+
+def n_bytes(subspace):
+    return sum(part.nbytes for rows in subspace.rows for part in rows)
+
+
+@pytest.mark.parametrize("loss", ["multinomial", "squared"])
+@pytest.mark.parametrize("kind", ["plain", "transformer"])
+def test_same_optimum_in_fewer_iterations(kind, loss):
+    n = 20
+    weights = torch.full((n,), 1 / n, dtype=torch.float64)
+    chosen = Squared(normal(n, CLASSES, seed=5), weights) if loss == "squared" else None
+    problem = image_objective(kind, chosen, alpha=1e-2, n=n)
+    x = torch.zeros(sum(problem.sizes), dtype=torch.float64)
+    solutions = []
+    for two_levels in (True, False):
+        inverses = Inverses()
+        inverse = inverses.at(problem)
+        coarse = inverses.coarse(problem) if two_levels else None
+        solution = minimize(problem, x, inverse, tolerance=1e-9, max_iter=500, coarse=coarse)
+        assert solution.status == "converged"
+        assert all(np.diff(solution.objective_path) <= 1e-15)
+        value = value_of(problem, solution.x)
+        assert solution.objective_path[-1] == pytest.approx(value, rel=1e-12)
+        solutions.append(solution)
+    torch.testing.assert_close(solutions[0].x, solutions[1].x, rtol=0, atol=1e-6)
+    assert solutions[0].n_iter < solutions[1].n_iter
+
+
+def test_a_good_start_makes_no_subspace():
+    problem = image_objective("plain")
+    inverses = Inverses()
+    x = torch.zeros(sum(problem.sizes), dtype=torch.float64)
+
+    def unwanted(inverse):
+        raise AssertionError
+
+    x = minimize(problem, x, inverses.at(problem), tolerance=1e-9, max_iter=500).x
+    minimize(problem, x, inverses.at(problem), tolerance=1e-8, max_iter=5, coarse=unwanted)

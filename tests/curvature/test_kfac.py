@@ -1,0 +1,80 @@
+"""Kronecker factors against dense Jacobians."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sklearn_gradfeat.curvature._kfac import enough_samples, factors, loss_columns
+from tests.curvature.problems import (
+    MLP_LAYERS,
+    batches,
+    classes,
+    image_term,
+    mlp,
+    module_term,
+    normal,
+    unequal_weights,
+)
+from tests.networks import build
+from tests.oracles import dense_jacobian, ntk_scales
+
+
+@pytest.mark.parametrize("kind", ["plain", "whole", "grouped", "normed"])
+def test_curvature_with_one_position_is_exact_in_the_diagonal(kind):
+    """With one sample the factors are exact where a layer is met at one position."""
+    tangent, boundary = image_term(kind, n=6)
+    head, one = tangent.head, tuple(z[:1] for z in boundary)
+    column = normal(1, tangent.omega.shape[1])
+    found, diagonals = factors(head, [(slice(0, 1), one)], column, torch.ones(1).double())
+    module, names = build(kind)
+    assert list(names) == head.names
+    J = dense_jacobian(module, names, normal(6, 2, 5, 5)[:1])[0] * ntk_scales(module, names)
+    pieces = head.pieces(torch.tensor(column.numpy()[0] @ J))
+    for i, diagonal in diagonals.items():
+        torch.testing.assert_close(diagonal, pieces[i] ** 2)
+    for i, factor in found.items():
+        factor.sum_rows()
+        if kind in ("normed", "whole"):
+            gradient = torch.cat([pieces[i].flatten(1), pieces[factor.bias][:, None]], 1)
+            exact = gradient.reshape(-1, 1) * gradient.reshape(-1)
+            torch.testing.assert_close(torch.kron(factor.output[0], factor.inputs[0]), exact)
+        else:
+            assert factor.inputs.shape[0] == factor.groups == (2 if kind == "grouped" else 1)
+    assert found
+
+
+def grams(found):
+    """The Gram matrices of all factors, as one flat vector."""
+    for factor in found.values():
+        factor.sum_rows()
+    matrices = [m for factor in found.values() for m in (factor.output, factor.inputs)]
+    return torch.cat([matrix.reshape(-1) for matrix in matrices])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(9)), st.integers(1, 9))
+def test_batches_and_order_do_not_matter(order, size):
+    x, weights, columns = normal(9, 3), unequal_weights(9), normal(2, 4, seed=1)
+    head = module_term(mlp(), MLP_LAYERS, x).head
+    found, _ = factors(head, [(slice(0, 9), (x,))], columns, weights)
+    moved = torch.tensor(order)
+    again, _ = factors(head, batches((x[moved],), size), columns, weights[moved])
+    torch.testing.assert_close(grams(again), grams(found))
+
+
+def test_columns_are_a_root_of_the_curvature():
+    loss, omega = classes(12), normal(3, 5)
+    curvature = loss.mean_curvature(normal(12, 3, seed=1))
+    columns = loss_columns(omega, curvature)
+    assert columns.shape == (2, 5)  # a softmax does not depend on the sum of all logits
+    torch.testing.assert_close(columns.T @ columns, omega.T @ curvature @ omega)
+
+
+def test_number_of_samples_grows_with_the_widest_layer():
+    numbers = []
+    for width in (3, 300, 30_000):
+        module = torch.nn.Linear(width, 2, dtype=torch.float64)
+        x = torch.ones(4, width, dtype=torch.float64)
+        numbers.append(enough_samples(module_term(module, ["weight"], x).head, (x,)))
+    assert numbers == [256, 600, 1024]

@@ -1,0 +1,35 @@
+"""Layers as matrix products."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from sklearn_gradfeat.curvature._layer_rows import LayerRecorder
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": 1}, {"padding": "same", "dilation": 2},
+                                     {"stride": 2, "groups": 2}])  # fmt: skip
+def test_patches_times_weight_is_the_convolution(options):
+    generator = torch.Generator().manual_seed(0)
+    for conv, x in (
+        (torch.nn.Conv1d, torch.randn(3, 4, 9, generator=generator)),
+        (torch.nn.Conv2d, torch.randn(3, 4, 7, 8, generator=generator)),
+    ):
+        layer = conv(4, 6, 3, bias=False, **options)
+        with LayerRecorder([layer.weight]) as recorder:
+            output = layer(x)
+        (call,) = recorder.calls
+        everywhere = torch.arange(output[0, 0].numel())
+        rows = call.input_rows(layer.weight.shape[2:], 3, everywhere)
+        weight = layer.weight.view(call.groups, 6 // call.groups, -1)
+        product = torch.einsum("gntk,gok->gnto", rows, weight)
+        torch.testing.assert_close(product, call.output_rows(output, 3))
+
+
+def test_flattened_weights_are_layers_only_where_they_are_matrices():
+    w, x = torch.randn(4, 5, 3), torch.randn(7, 3)
+    with LayerRecorder([w]) as recorder:
+        linear(x, torch.flatten(input=w, start_dim=0, end_dim=1))
+        linear(x, w.flatten(0, 1))
+        linear(torch.randn(7, 15), w.flatten(1))
+    assert [call.inputs.shape[1] for call in recorder.calls] == [15]
