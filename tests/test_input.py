@@ -580,7 +580,7 @@ class Stream(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize(
     ("dataset", "error", "match"),
     [
-        (Items(lambda row: (X[row], Y[row])), TypeError, "Item 0 of X is a tuple.*inputs alone"),
+        (Items(lambda row: (X[row], Y[row])), TypeError, "Item 0 of X is a tuple.*only the inputs"),
         (Items(lambda row: {"image": X[row]}), TypeError, "Item 0 of X is a dict"),
         (Items(lambda row: X[row, :, : 8 - row // 5]), ValueError, r"Item 5 of X .*\(1, 7, 8\)"),
         (Items(lambda row: X[row], 0), ValueError, "0 sample"),

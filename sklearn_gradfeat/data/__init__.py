@@ -1,4 +1,4 @@
-"""What users pass: arrays, tensors, image files, texts; as batches on a device."""
+"""User input: arrays, tensors, image files and texts, validated and read in batches."""
 
 from sklearn_gradfeat.data._batches import (
     MIN_ROWS,
@@ -15,13 +15,8 @@ from sklearn_gradfeat.data._batches import (
     slices,
     to_device,
 )
-from sklearn_gradfeat.data._image_files import (
-    ImageFiles,
-)
-from sklearn_gradfeat.data._texts import (
-    MaskedMean,
-    TextTokenizer,
-)
+from sklearn_gradfeat.data._image_files import ImageFiles
+from sklearn_gradfeat.data._texts import MaskedMean, TextTokenizer
 from sklearn_gradfeat.data._validation import (
     restored_on_error,
     validate_new_samples,
