@@ -215,14 +215,15 @@ def test_same_directory_by_another_name(path):
 @FORKS
 def test_size_set_by_another_process_is_adopted(path):
     owner = Owner()
+    large = chunk(3 * 2**20)  # not in the child, which has none of torch's threads
     with config_context(store_bytes=2**20):
         store = disk_store(path)
 
     def grow():
         set_config(store_bytes=2**24)
-        store.add(key(owner), names(0), chunk(3 * 2**20), ())
+        store.add(key(owner), names(0), large, ())
 
-    os.waitpid(in_child(grow), 0)
+    assert os.waitpid(in_child(grow), 0)[1] == 0
     assert None not in store.find(key(owner), names(0))
     assert None not in store.find(key(owner), names(0))
 
