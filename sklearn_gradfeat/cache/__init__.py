@@ -1,13 +1,7 @@
-"""Every sample through the frozen layers once."""
+"""Run every sample through the frozen layers once, and keep their output."""
 
-from sklearn_gradfeat.cache._config import (
-    config_context,
-    get_config,
-    set_config,
-)
-from sklearn_gradfeat.cache._disk import (
-    disk_store,
-)
+from sklearn_gradfeat.cache._config import config_context, get_config, set_config
+from sklearn_gradfeat.cache._disk import disk_store
 from sklearn_gradfeat.cache._extractor import (
     Extractor,
     build_extractor,
@@ -16,10 +10,7 @@ from sklearn_gradfeat.cache._runner import (
     NOT_FINITE,
     CachedSamples,
 )
-from sklearn_gradfeat.cache._store import (
-    Store,
-    memory_store,
-)
+from sklearn_gradfeat.cache._store import Store, memory_store
 
 __all__ = [
     "NOT_FINITE",

@@ -1,4 +1,4 @@
-"""Settings of the process."""
+"""Settings of the process: the bound of the feature stores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ def get_config() -> dict[str, Any]:
     Returns
     -------
     dict of str to object
-        A copy, by the names of the parameters of :func:`set_config`.
+        A copy of the settings. The keys are the parameters of :func:`set_config`.
+
+    See Also
+    --------
+    set_config : Change the settings.
+    config_context : Change the settings in a block.
 
     Examples
     --------
@@ -32,25 +37,30 @@ def get_config() -> dict[str, Any]:
 
 
 def set_config(*, store_bytes: int | Literal["auto"] | None = None) -> None:
-    """Change the settings of the process, in all of its threads.
+    """Change the settings of the process, for all its threads.
 
     Parameters
     ----------
     store_bytes : int, "auto" or None, default=None
-        The most that the feature store in memory holds, and that a new store on disk may
-        grow to; 0 stores nothing. ``"auto"`` is a quarter of the memory of the machine, or
-        of the container; for the memory of a worker process, such as joblib's, an equal
-        share of that for each CPU. None leaves the setting as it is.
+        Largest size of a feature store, in bytes. It bounds the store in memory, and a new store
+        on disk. 0 keeps nothing in memory. ``"auto"`` is a quarter of the memory of the machine,
+        or of the container. In a worker process, such as those of joblib, ``"auto"`` divides the
+        bound of the store in memory by the number of CPUs. None does not change the setting.
 
     Raises
     ------
     ValueError
-        If ``store_bytes`` is neither.
+        If ``store_bytes`` is not an integer of at least 0, ``"auto"`` or None.
+
+    See Also
+    --------
+    get_config : Return the settings.
+    config_context : Change the settings in a block.
 
     Examples
     --------
     >>> from sklearn_gradfeat import set_config
-    >>> set_config(store_bytes=2 * 2**30)
+    >>> set_config(store_bytes=2 * 2**30)  # 2 GiB
     >>> set_config(store_bytes="auto")
     """
     if store_bytes is None:
@@ -58,8 +68,8 @@ def set_config(*, store_bytes: int | Literal["auto"] | None = None) -> None:
     is_size = isinstance(store_bytes, int) and not isinstance(store_bytes, bool)
     if store_bytes != "auto" and not (is_size and int(store_bytes) >= 0):
         raise ValueError(
-            f"store_bytes={store_bytes!r} is no number of bytes. "
-            "Pass an integer of 0 or more, or 'auto'."
+            f"store_bytes must be an integer of at least 0, 'auto' or None, got {store_bytes!r}. "
+            "Pass the largest size of the feature store in bytes."
         )
     _settings["store_bytes"] = store_bytes
     for listener in _listeners:
@@ -67,13 +77,25 @@ def set_config(*, store_bytes: int | Literal["auto"] | None = None) -> None:
 
 
 @contextmanager
-def config_context(**settings: Any) -> Iterator[None]:
-    """Change settings for a while; they are those of the process, not of the thread.
+def config_context(*, store_bytes: int | Literal["auto"] | None = None) -> Iterator[None]:
+    """Change the settings in a ``with`` block, and restore them after it.
+
+    The settings belong to the process: during the block, all its threads see the change.
 
     Parameters
     ----------
-    **settings : dict
-        As in :func:`set_config`.
+    store_bytes : int, "auto" or None, default=None
+        Largest size of a feature store, in bytes, as in :func:`set_config`.
+
+    Raises
+    ------
+    ValueError
+        If ``store_bytes`` is not an integer of at least 0, ``"auto"`` or None.
+
+    See Also
+    --------
+    set_config : Change the settings.
+    get_config : Return the settings.
 
     Examples
     --------
@@ -83,7 +105,7 @@ def config_context(**settings: Any) -> Iterator[None]:
     0
     """
     before = get_config()
-    set_config(**settings)
+    set_config(store_bytes=store_bytes)
     try:
         yield
     finally:
@@ -91,26 +113,25 @@ def config_context(**settings: Any) -> Iterator[None]:
 
 
 def on_change(listener: Callable[[], None]) -> None:
-    """Have a function called whenever the settings were changed."""
+    """Register a function to call after every change of the settings."""
     _listeners.append(listener)
 
 
 def store_bytes() -> int:
     """Return the bound of a store on disk."""
     size = get_config()["store_bytes"]
-    return _memory() // 4 if size == "auto" else int(size)
+    return _total_memory() // 4 if size == "auto" else int(size)
 
 
 def memory_store_bytes() -> int:
     """Return the bound of the store in memory."""
-    alone = multiprocessing.parent_process() is None
-    if alone or get_config()["store_bytes"] != "auto":
-        return store_bytes()
-    return store_bytes() // (os.cpu_count() or 1)
+    is_worker = multiprocessing.parent_process() is not None
+    shared = is_worker and get_config()["store_bytes"] == "auto"
+    return store_bytes() // (os.cpu_count() or 1) if shared else store_bytes()
 
 
-def _memory() -> int:
-    """Return the bytes of memory of the machine, or of the container if that has fewer."""
+def _total_memory() -> int:
+    """Return the memory of the machine, or of the container if that is smaller, in bytes."""
     try:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows

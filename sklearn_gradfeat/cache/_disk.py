@@ -1,7 +1,30 @@
-"""The store of boundary tensors on disk, shared by processes."""
+"""The feature store on disk, shared by processes.
+
+Keys, names, chunks and places are those of :mod:`sklearn_gradfeat.cache._store`. The LMDB database
+has two kinds of entries:
+
+    chunk number, 16 random bytes   ->  record, with the names and tensors of the chunk
+    key digest + name of a sample   ->  place: chunk number and row
+
+Writes. One process writes at a time. A transaction adds a record with its places, and a commit is
+atomic even if the process or the machine stops. Records are never changed or deleted: a full file
+accepts no more, and the process then warns once and computes the other samples in every fit.
+
+Reads. Any number of processes read, each from a consistent snapshot. A chunk opens as views of the
+mapped file, valid for one read transaction, so callers copy. LMDB verifies no content, so the
+checksum of a record is compared when its chunk is first used, and a place counts only if
+the record has the name of the sample at that row. Samples of damaged records are computed again.
+
+Sharing. A process holds the file lock of a key while it computes samples for it, so that the others
+wait and find them. Only keys whose digest is valid in other processes are stored.
+
+Forks. LMDB forbids a child to use the environment of its parent. A fork waits for all transactions
+of the process; the child closes its copy and opens the file again when it first needs it.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -15,26 +38,23 @@ from pathlib import Path
 from typing import Any
 
 from sklearn_gradfeat.cache._disk_file import (
-    Layout,
     data_file,
-    decode,
-    encode,
     file_lock,
-    is_full,
     note_state,
     open_environment,
-    read_layout,
-    refusal,
+    unusable,
     write_lock,
 )
+from sklearn_gradfeat.cache._disk_record import Layout, decode, encode, read_layout
 from sklearn_gradfeat.cache._store import Chunk, HeldChunk, Place, Tensors, TrunkKey
 
 _PLACE = struct.Struct("<16sI")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, eq=False)
 class DiskChunk:
-    """A chunk in a store on disk."""
+    """A chunk on disk."""
 
     store: DiskStore
     number: bytes
@@ -43,21 +63,18 @@ class DiskChunk:
 
     @contextmanager
     def opened(self) -> Iterator[Tensors]:
-        """Return views of the file, for the duration of a context."""
+        """Return views of the file, valid in the context."""
         with self.store.reading() as transaction:
             yield decode(transaction.get(self.number), self.layout)
 
 
 class DiskStore:
-    """Chunks in an LMDB file: any number of readers, one writer at a time.
-
-    A record is never changed or deleted, and carries a checksum. A commit is all or nothing,
-    whenever the process or the machine stops.
+    """Chunks in an LMDB file.
 
     Parameters
     ----------
     directory : Path
-        Holds the file, its locks, and a note of its last known state.
+        The directory with the file and its locks.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -70,7 +87,7 @@ class DiskStore:
         self._environment, self._writable = open_environment(directory)
 
     def find(self, key: TrunkKey, names: Sequence[bytes]) -> list[Place | None]:
-        """Return where each sample is, None where it is not."""
+        """Return the place of each sample, None for samples that are not stored."""
         if not key.portable:
             return [None] * len(names)
         with self.reading() as transaction:
@@ -79,7 +96,7 @@ class DiskStore:
     def add(
         self, key: TrunkKey, names: Sequence[bytes], chunk: HeldChunk, used: Collection[Chunk]
     ) -> Chunk:
-        """Write a chunk if there is room; return it as kept."""
+        """Store a chunk if there is room, and return it as stored."""
         import lmdb
 
         if not key.portable or not self._writable:
@@ -95,20 +112,24 @@ class DiskStore:
                 note_state(self.directory)
         except (lmdb.Error, OSError) as error:
             self._writable = False
-            self._warn(f"takes no more ({error})", "what it lacks is computed in every fit")
+            self._warn(
+                f"accepts no more samples ({error})",
+                "others are computed in every fit. Free disk space, or call set_config with a "
+                "larger store_bytes before the first fit of a process",
+            )
             return chunk
         with self.reading() as transaction:
             return self._chunk(transaction, number) or chunk
 
     def computing(self, key: TrunkKey) -> AbstractContextManager[None]:
-        """Hold back other threads and processes that would compute samples for the key."""
+        """Return the lock of the threads and processes that compute samples for the key."""
         if not key.portable or not self._writable:
             return nullcontext()
         return file_lock(self.directory / f"{key.digest.hex()}.lock")
 
     @contextmanager
     def reading(self) -> Iterator[Any]:
-        """Return a read transaction; one within another is the same."""
+        """Return a read transaction; a nested call returns the outer one."""
         import lmdb
 
         with self._lock:
@@ -120,32 +141,32 @@ class DiskStore:
                 with self._begin() as self._reader:
                     yield self._reader
             except lmdb.Error as error:
-                raise refusal(self.directory, str(error)) from error
+                raise unusable(self.directory, str(error)) from error
             finally:
                 self._reader = None
 
     def hold(self) -> None:
-        """Wait for the transaction of another thread, so that a fork does not split it."""
+        """Wait until no thread has a transaction."""
         self._lock.acquire()
 
     def release(self) -> None:
-        """Let transactions go on after a fork."""
+        """Allow transactions again."""
         self._lock.release()
 
     def reopen(self) -> None:
-        """Leave the environment of the parent to the parent."""
+        """Close the environment of the parent process in a child; it opens on its next use."""
         self._lock = threading.RLock()
         self._environment.close()
         self._environment = None
 
     def _reconnect(self) -> None:
-        """Open the file again after a fork; not under its lock, which that takes as well."""
+        """Open the file again after a fork. This takes ``write_lock``: do not hold it here."""
         with self._lock:
             if self._environment is None:
                 self._environment, self._writable = open_environment(self.directory)
 
     def _begin(self, write: bool = False) -> Any:
-        """Begin a transaction, at the size that other processes may have given the file."""
+        """Begin a transaction; if another process has enlarged the file, adopt its size."""
         import lmdb
 
         try:
@@ -155,7 +176,7 @@ class DiskStore:
             return self._environment.begin(write=write, buffers=True)
 
     def _place(self, transaction: Any, key: bytes, name: bytes) -> Place | None:
-        """Return the place of a sample, None if it is not there."""
+        """Return the place of a sample, or None."""
         entry = transaction.get(key + name)
         if entry is None or len(entry) != _PLACE.size:
             return None
@@ -164,7 +185,7 @@ class DiskStore:
         return Place(chunk, row) if chunk and chunk.layout.name(row) == name else None
 
     def _chunk(self, transaction: Any, number: bytes) -> DiskChunk | None:
-        """Return a chunk, checked once as long as someone uses it."""
+        """Return a chunk, or None if its record is damaged; chunks in use are checked once."""
         chunk = self._chunks.get(number)
         if chunk is None:
             record = transaction.get(number)
@@ -175,11 +196,11 @@ class DiskStore:
             chunk = self._chunks[number] = DiskChunk(self, number, layout)
         return chunk
 
-    def _warn(self, what: str, consequence: str) -> None:
-        """Warn of one thing once."""
+    def _warn(self, problem: str, consequence: str) -> None:
+        """Warn once of each consequence."""
         if consequence not in self._warned:
             self._warned.add(consequence)
-            text = f"The feature store {str(self.directory)!r} {what}: {consequence}."
+            text = f"The feature store {str(self.directory)!r} {problem}: {consequence}."
             warnings.warn(text, UserWarning, stacklevel=2)
 
 
@@ -188,36 +209,42 @@ _lock = threading.RLock()
 
 
 def disk_store(path: str | os.PathLike[str]) -> DiskStore | None:
-    """Return the store in a directory, the same one for everybody in the process.
+    """Return the store in a directory, the same object for all callers in the process.
 
-    On a full disk there is none, with a warning.
+    If the disk is too full to open it, warn and return None.
 
     Raises
     ------
     ImportError
         If lmdb is not installed.
-    ValueError, OSError
-        If the directory cannot be used.
+    ValueError
+        If the file is damaged, is not a store, or has another version.
+    OSError
+        If there is no store and none can be created.
     """
     directory = Path(path).expanduser().absolute()
     with _lock:
         for identity, known in list(_stores.items()):
-            if _identity(known.directory) != identity:  # deleted meanwhile
+            if _identity(known.directory) != identity:  # deleted since
                 del _stores[identity]
         try:
             store = _stores.get(_identity(directory)) or DiskStore(directory)
         except OSError as error:
-            if not is_full(error):
+            if error.errno not in _DISK_FULL:
                 raise
-            text = f"The feature store {str(directory)!r} cannot be opened, the disk is full"
-            warnings.warn(f"{text}: features are computed in every fit.", UserWarning, stacklevel=2)
+            text = (
+                f"The feature store {str(directory)!r} cannot be opened, the disk is full: all "
+                "samples are computed in every fit. Free disk space, or pass another path as "
+                "feature_store."
+            )
+            warnings.warn(text, UserWarning, stacklevel=2)
             return None
         _stores[_identity(directory)] = store
         return store
 
 
 def _identity(directory: Path) -> tuple[int, int]:
-    """Return what tells files apart, however they are called."""
+    """Return device and inode of the file, which are equal under all names of the directory."""
     try:
         status = data_file(directory).stat()
     except OSError:

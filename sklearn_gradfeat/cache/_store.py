@@ -1,4 +1,29 @@
-"""The store of boundary tensors in memory, one for the process."""
+"""The feature store in memory, which keeps the output of the frozen layers.
+
+The trunk, the frozen part of a network below the gradient layers, maps each sample to one or more
+tensors, its *boundary*. A store keeps them, and all fits and predictions share them:
+
+* The *name* of a sample is a hash of its bytes. A *key* is a hash of all else that the boundary
+  depends on: the network and its cut, the preprocessing, the precision, and the dtype and shape
+  of the samples. Equal key and name mean equal boundary, up to rounding.
+* A *chunk* holds the boundary of the samples that one batch added; a *place* is a row of a chunk.
+  The index maps key and name to a place.
+* Before a thread computes samples, it holds the lock of the key and looks again, so two
+  threads never compute the same sample.
+
+Eviction. The size of the chunks and of the index stays within ``memory_store_bytes()``. A look-up
+marks a chunk as recently used. A new chunk evicts the least recently used chunks, except those
+which the same pass over the samples has used. If that does not make enough room, nothing is evicted
+and the new chunk is not kept. Otherwise a pass over more samples than fit would evict its first
+chunks before the next pass can read them. Readers of an evicted chunk hold a reference and go on.
+
+Lifetime. A key belongs to the networks that have asked for it. When the last of them is garbage
+collected, its chunks are removed. Finalizers may run at any moment, even in a thread that
+holds the lock, so they append to a queue, which the next holder of the lock empties.
+
+Forks. A fork waits for the lock, so the child inherits a consistent index. The child replaces
+the locks, since the threads that held them do not exist there.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +51,18 @@ Tensors: TypeAlias = tuple[Tensor, ...]
 
 
 class Chunk(Protocol):
-    """The boundary tensors of some samples, to be read and never written."""
+    """The boundary tensors of some samples. Nobody may write to them."""
 
     def opened(self) -> AbstractContextManager[Tensors]:
-        """Return the tensors, for the duration of a context."""
+        """Return a context manager with the tensors."""
 
     @property
     def lasting(self) -> bool:
-        """Whether the tensors outlive that context."""
+        """Whether the tensors remain valid after that context."""
 
 
 class Place(NamedTuple):
-    """Where the boundary of one sample is."""
+    """The row of a chunk with the boundary of one sample."""
 
     chunk: Chunk
     row: int
@@ -56,7 +81,7 @@ class HeldChunk:
 
 
 def held(tensors: Tensors) -> HeldChunk:
-    """Return tensors as a chunk in host memory that holds no more than they need."""
+    """Return tensors as a chunk in host memory, copied if they are views of a larger storage."""
 
     def own(tensor: Tensor) -> Tensor:
         host = tensor.detach().to("cpu").contiguous()
@@ -66,12 +91,12 @@ def held(tensors: Tensors) -> HeldChunk:
 
 
 class Boundary:
-    """The boundary tensors of many samples; it refers to chunks and holds no copy of them.
+    """The boundary tensors of many samples, as references to chunks.
 
     Parameters
     ----------
     places : sequence of Place
-        Where each sample is, in the order of the samples.
+        The place of each sample, in order.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -81,14 +106,14 @@ class Boundary:
         self._rows = np.array([place.row for place in places])
 
     def subset(self, samples: npt.NDArray[np.intp]) -> Boundary:
-        """Return the boundary of some of the samples, if any is kept."""
+        """Return the boundary of the selected samples; without places it stays empty."""
         part = copy.copy(self)
         if self.chunks:
             part._numbers, part._rows = self._numbers[samples], self._rows[samples]
         return part
 
     def take(self, samples: slice) -> Tensors:
-        """Return the tensors of some samples: views where a chunk holds them in a row."""
+        """Return the tensors of some samples: views if they are consecutive rows of one chunk."""
         runs = list(_runs(self._numbers[samples], self._rows[samples]))
         with ExitStack() as stack:
             opened = {
@@ -102,7 +127,7 @@ class Boundary:
 
 
 def _runs(numbers: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> Iterator[tuple[int, slice]]:
-    """Iterate over (chunk, rows) of the longest stretches of neighbours."""
+    """Iterate over (chunk, rows) of the longest runs of consecutive rows."""
     breaks = np.flatnonzero((np.diff(numbers) != 0) | (np.diff(rows) != 1)) + 1
     starts = [0, *breaks.tolist()]
     for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
@@ -110,22 +135,22 @@ def _runs(numbers: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]) -> Iterator
         yield int(numbers[start]), slice(first, first + stop - start)
 
 
-# What an entry of the index takes, in bytes: two dictionary slots, a key, a place.
-_ENTRY = 256
+# Size of an index entry: two dictionary slots, a name, a place.
+_ENTRY_BYTES = 256
 
 
 @dataclass(frozen=True)
 class TrunkKey:
-    """What the boundary of a sample depends on besides the sample.
+    """All that the boundary of a sample depends on, except the sample.
 
     Attributes
     ----------
     digest : bytes
-        Of the network, its cut, the preprocessing and the precision.
+        Hash of the network, its cut, the preprocessing and the precision.
     portable : bool
-        Whether the digest means the same in other processes.
+        Whether the digest is valid in other processes.
     owner : object
-        The network; what is in memory is freed with it.
+        The network. The store in memory frees the chunks with it.
     """
 
     digest: bytes
@@ -133,38 +158,34 @@ class TrunkKey:
     owner: object
 
     def for_samples(self, raw: Tensor) -> TrunkKey:
-        """Return the key for samples of the dtype and shape of a batch."""
+        """Return the key for samples with the dtype and shape of a batch."""
         kind = digest(self.digest, raw.dtype, tuple(raw.shape[1:]))
         return TrunkKey(kind, self.portable, self.owner)
 
 
 def sample_names(raw: Tensor) -> list[bytes]:
-    """Return a hash of the bytes of every sample of a batch."""
+    """Return the hash of each sample of a batch."""
     rows = raw.numpy().reshape(len(raw), -1).view("u1")
     return [xxhash.xxh3_128_digest(row.data) for row in rows]
 
 
 class Store(Protocol):
-    """Where boundary tensors are kept between fits and predictions."""
+    """Keeps boundary tensors between fits and predictions."""
 
     def find(self, key: TrunkKey, names: Sequence[bytes]) -> list[Place | None]:
-        """Return where each sample is, None where it is not."""
+        """Return the place of each sample, None for samples that are not stored."""
 
     def add(
         self, key: TrunkKey, names: Sequence[bytes], chunk: HeldChunk, used: Collection[Chunk]
     ) -> Chunk:
-        """Keep a chunk if there is room, without giving up those in use; return it as kept."""
+        """Store a chunk if there is room without evicting ``used``, and return it as stored."""
 
     def computing(self, key: TrunkKey) -> AbstractContextManager[None]:
-        """Hold back whoever else would compute samples for the key."""
+        """Return a lock that others must hold, too, to compute samples for the key."""
 
 
 class MemoryStore:
-    """Chunks in host memory up to a bound, least recently used out first.
-
-    A chunk leaves with the last network that it was computed for, or when there is no room for
-    another. Whoever still refers to it keeps it.
-    """
+    """Chunks in host memory, evicted by the rules at the top of this module."""
 
     def __init__(self) -> None:
         self._places: defaultdict[bytes, dict[bytes, Place]] = defaultdict(dict)
@@ -179,11 +200,13 @@ class MemoryStore:
         _config.on_change(self.trim)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(
-                before=self._hold, after_in_parent=self._release, after_in_child=self._renew
+                before=self._before_fork,
+                after_in_parent=self._after_fork_in_parent,
+                after_in_child=self._after_fork_in_child,
             )
 
     def find(self, key: TrunkKey, names: Sequence[bytes]) -> list[Place | None]:
-        """Return where each sample is, None where it is not."""
+        """Return the place of each sample, None for samples that are not stored."""
         with self._locked():
             self._attach(key)
             known = self._places.get(key.digest, {})
@@ -195,8 +218,8 @@ class MemoryStore:
     def add(
         self, key: TrunkKey, names: Sequence[bytes], chunk: HeldChunk, used: Collection[Chunk]
     ) -> Chunk:
-        """Keep a chunk if there is room, without giving up those in use; return it as kept."""
-        size = sum(z.nbytes for z in chunk.tensors) + _ENTRY * len(names)
+        """Store a chunk if there is room without evicting ``used``, and return it."""
+        size = sum(z.nbytes for z in chunk.tensors) + _ENTRY_BYTES * len(names)
         with self._locked():
             if self._make_room(_config.memory_store_bytes() - size, used):
                 self._entries[chunk] = (key.digest, names, size)
@@ -206,26 +229,26 @@ class MemoryStore:
 
     @contextmanager
     def computing(self, key: TrunkKey) -> Iterator[None]:
-        """Hold back other threads that would compute samples for the key."""
+        """Hold the lock of the threads that compute samples for the key."""
         with self._locked():
             lock = self._computing[key.digest]
         with lock:
             yield
 
     def trim(self) -> None:
-        """Give up what is above the bound."""
+        """Evict chunks until the store is within its bound."""
         with self._locked():
             self._make_room(_config.memory_store_bytes(), ())
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock, and forget the networks that are gone by the end."""
+        """Hold the lock, and remove the chunks of collected networks before its release."""
         with self._lock:
             yield
-            self._forget_dead()
+            self._remove_dead()
 
     def _make_room(self, bound: int, used: Collection[Chunk]) -> bool:
-        """Give up the chunks unused for longest until the rest is within a bound, if that helps."""
+        """Evict least recently used chunks to meet a bound; evict none if that is impossible."""
         leaving, left = [], self.nbytes
         for chunk, (_, _, size) in self._entries.items():
             if left <= bound:
@@ -240,18 +263,18 @@ class MemoryStore:
         return True
 
     def _remove(self, chunk: HeldChunk) -> None:
-        """Take a chunk and its samples out of the index."""
+        """Remove a chunk and its samples from the index."""
         key, names, size = self._entries.pop(chunk)
         self.nbytes -= size
         places = self._places[key]
         for name in names:
-            if name in places and places[name].chunk is chunk:  # and not computed a second time
+            if name in places and places[name].chunk is chunk:  # a later chunk may have replaced it
                 del places[name]
         if not places:
             del self._places[key]
 
     def _attach(self, key: TrunkKey) -> None:
-        """Note that a network uses a key, until it is gone."""
+        """Record that a network uses a key."""
         if key.owner not in self._tokens:
             token = self._tokens[key.owner] = next(self._counter)
             self._used_by[token] = set()
@@ -259,16 +282,16 @@ class MemoryStore:
         self._used_by[self._tokens[key.owner]].add(key.digest)
 
     def _gone(self, token: int) -> None:
-        """Forget a network; it may end at any moment, also while this thread has the lock."""
+        """Queue a collected network, and remove its chunks now if the lock is free."""
         self._dead.append(token)
         if self._lock.acquire(blocking=False):
             try:
-                self._forget_dead()
+                self._remove_dead()
             finally:
                 self._lock.release()
 
-    def _forget_dead(self) -> None:
-        """Remove what only networks used that are gone."""
+    def _remove_dead(self) -> None:
+        """Remove the chunks of keys that no living network uses."""
         while self._dead:
             keys = self._used_by.pop(self._dead.popleft()).difference(*self._used_by.values())
             for chunk in [c for c, (key, _, _) in self._entries.items() if key in keys]:
@@ -276,16 +299,16 @@ class MemoryStore:
             for key in keys:
                 self._computing.pop(key, None)
 
-    def _hold(self) -> None:
-        """Wait for other threads, or a child could inherit a change that is half made."""
+    def _before_fork(self) -> None:
+        """Wait until no thread changes the index."""
         self._lock.acquire()
 
-    def _release(self) -> None:
-        """Let other threads go on after a fork."""
+    def _after_fork_in_parent(self) -> None:
+        """Release the lock in the parent after a fork."""
         self._lock.release()
 
-    def _renew(self) -> None:
-        """Replace the locks that threads of the parent hold."""
+    def _after_fork_in_child(self) -> None:
+        """Replace the locks in the child after a fork."""
         self._lock = threading.Lock()
         self._computing.clear()
 
@@ -294,5 +317,5 @@ _memory = MemoryStore()
 
 
 def memory_store() -> MemoryStore:
-    """Return the store in memory."""
+    """Return the store in the memory of this process."""
     return _memory

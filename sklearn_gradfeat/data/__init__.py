@@ -1,4 +1,4 @@
-"""What users pass: arrays, tensors, image files, texts; as batches on a device."""
+"""User input: arrays, tensors, image files and texts, validated and read in batches."""
 
 from sklearn_gradfeat.data._batches import (
     MIN_ROWS,

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 Preprocess: TypeAlias = Callable[[Tensor], Tensor]
 
-# Matrix products round the rows of a smaller batch in another way.
+# CPU matrix products round a row differently in a batch with fewer rows than this.
 MIN_ROWS = 16
 
 _PRECISIONS = {
@@ -26,69 +26,83 @@ _PRECISIONS = {
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn ``device`` into a torch device; ``"auto"`` is cuda, then mps, then cpu."""
+    """Return a torch device with its index; ``"auto"`` prefers cuda, then mps, then the CPU."""
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        return torch.empty(0, device=device).device  # with its index
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device={device!r} cannot be used here: {error}. "
-            "Pass device='auto' to take the best device that is present."
+            "Pass device='auto' to select the best available device."
         ) from error
 
 
 def compute_dtypes(
     precision: str, X: Any, device: torch.device, indices: bool
 ) -> tuple[torch.dtype, torch.dtype]:
-    """Choose the dtypes of the trunk, and of the head with the solver and the results.
+    """Return the dtype of the frozen layers, and the dtype of the head, the solver and results.
 
-    ``"auto"`` follows scikit-learn for rows of numbers (float64 unless they are of a narrower
-    floating type) and torch for everything else (float32). The head of a network for rows is
-    small, so it computes in float64 in any case.
+    ``"auto"`` follows scikit-learn for tabular data: float64, unless ``X`` has a narrower floating
+    dtype. It follows torch for all other data: float32. The head of a network for tabular data is
+    small and always computes in float64. The device mps has no float64.
+
+    Parameters
+    ----------
+    precision : {"auto", "float64", "float32", "bfloat16"}
+        With ``"bfloat16"`` the tensors are float32 and the caller enables autocast.
+    X : ndarray or lazy array-like of shape (n_samples, ...)
+        Validated input.
+    device : torch.device
+        The computing device.
+    indices : bool
+        Whether ``X`` holds integers that index an embedding.
     """
     if precision == "float64" and device.type == "mps":
         raise ValueError(
             "precision='float64' is not available on device 'mps'. "
             "Pass device='cpu', or precision='float32'."
         )
-    rows = len(X.shape) == 2 and X.dtype != np.uint8 and not indices
+    tabular = len(X.shape) == 2 and X.dtype != np.uint8 and not indices
     if precision == "auto":
-        wide = rows and (X.dtype.kind in "iub" or X.dtype.itemsize > 4) and device.type != "mps"
+        wide = tabular and (X.dtype.kind in "iub" or X.dtype.itemsize > 4) and device.type != "mps"
         precision = "float64" if wide else "float32"
     trunk = _PRECISIONS[precision]
-    return trunk, torch.float64 if rows and device.type != "mps" else trunk
+    return trunk, torch.float64 if tabular and device.type != "mps" else trunk
 
 
 def accumulation_device(device: torch.device) -> torch.device:
-    """Where float64 sums live: on ``device`` unless it has no float64."""
+    """Return the device for float64 sums: ``device`` itself, or the CPU for mps."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def is_lazy(X: Any) -> bool:
-    """Whether ``X`` is read batch by batch: it looks like an array of images but is none.
+# Lazy arrays. Images on disk may need more room than the memory has, so the package reads them
+# batch by batch. A lazy array has a numpy ``dtype`` and a ``shape`` of three or more dimensions,
+# and a slice of rows returns an array. HDF5 and zarr data sets, ImageFiles and the items of a
+# torch ``Dataset`` are lazy arrays. Their values are checked when a batch is read, so NaN raises
+# an error in the middle of ``fit``. Arrays, tensors, lists, data frames and tabular data are
+# converted and validated as a whole, as in scikit-learn.
 
-    That takes a numpy ``dtype``, a ``shape`` of more than two dimensions, and slices: HDF5 and
-    zarr data sets, :class:`ImageFiles`, items of a torch ``Dataset``. What is in memory, or
-    has rows, is converted as a whole, as scikit-learn does.
-    """
+
+def is_lazy(X: Any) -> bool:
+    """Return whether ``X`` is a lazy array, to be read batch by batch."""
     if isinstance(X, (np.ndarray, Tensor)) or sp.issparse(X) or not hasattr(X, "__getitem__"):
         return False
     return isinstance(getattr(X, "dtype", None), np.dtype) and len(getattr(X, "shape", ())) > 2
 
 
-def without_torch(X: Any) -> Any:
-    """Turn tensors, lists of tensors and map-style datasets into what numpy can read.
+def from_torch(X: Any) -> Any:
+    """Convert tensors, sequences of tensors and map-style datasets into numpy input.
 
-    Tensors become arrays without a copy where they can, a dataset of images stays on disk.
-    Anything else passes through.
+    Tensors become arrays, without a copy if possible. A dataset of images becomes a lazy array, a
+    dataset of tabular data becomes an array. Any other input is returned unchanged.
     """
     if isinstance(X, Dataset):
         items = _DatasetItems(X)
         return items if is_lazy(items) else items[:]
     if isinstance(X, (list, tuple)) and any(isinstance(item, Tensor) for item in X):
-        return [without_torch(item) for item in X]
+        return [from_torch(item) for item in X]
     if not isinstance(X, Tensor):
         return X
     host = X.detach().cpu()
@@ -100,7 +114,10 @@ class _DatasetItems:
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         if not hasattr(dataset, "__len__"):
-            raise TypeError("X is a torch Dataset without a length; it must be a map-style one.")
+            raise TypeError(
+                "X is a torch Dataset without a length. Pass a map-style Dataset, with `__len__` "
+                "and `__getitem__`."
+            )
         self._dataset = dataset
         first = self._item(0) if len(dataset) else np.empty(0)
         self.shape = (len(dataset), *first.shape)
@@ -110,10 +127,10 @@ class _DatasetItems:
         item = self._dataset[row]
         if isinstance(item, (tuple, list, dict)):
             raise TypeError(
-                f"Item {row} of X is a {type(item).__name__}. Pass a Dataset whose items are the "
-                "inputs alone, as tensors or arrays, and the targets as y."
+                f"Item {row} of X is a {type(item).__name__}. Pass a Dataset that returns only the "
+                "inputs, as tensors or arrays, and pass the targets as y."
             )
-        return np.asarray(without_torch(item))
+        return np.asarray(from_torch(item))
 
     def __getitem__(self, rows: slice) -> npt.NDArray[Any]:
         items = []
@@ -121,30 +138,21 @@ class _DatasetItems:
             items.append(self._item(row))
             if items[-1].shape != self.shape[1:]:
                 raise ValueError(
-                    f"Item {row} of X has shape {items[-1].shape}, the first has {self.shape[1:]}."
+                    f"Item {row} of X has shape {items[-1].shape}, but item 0 has shape "
+                    f"{self.shape[1:]}. Pass a Dataset with items of one shape."
                 )
         return np.array(items).reshape(len(items), *self.shape[1:])
 
 
-def to_tensor(array: npt.NDArray[Any]) -> Tensor:
-    """Copy an array of any layout, byte order or writability into a tensor."""
-    dtype = np.dtype(np.float64) if array.dtype == np.longdouble else array.dtype.newbyteorder("=")
-    native = array.astype(dtype, order="C", copy=True)
-    try:
-        return torch.from_numpy(native)
-    except TypeError as error:
-        raise ValueError(f"X must hold numbers, its dtype is {array.dtype}.") from error
-
-
 class Rows:
-    """Some rows of an array, read in slices as it is itself: nothing is copied before.
+    """A lazy selection of rows; slices of it are read from ``X`` on demand.
 
     Parameters
     ----------
     X : ndarray or lazy array-like of shape (n_samples, ...)
         The array.
     rows : ndarray of int
-        Which rows, in what order.
+        The selected rows, in order.
     """
 
     def __init__(self, X: Any, rows: npt.NDArray[np.intp]) -> None:
@@ -164,21 +172,21 @@ class Rows:
 
 
 class Samples:
-    """The rows of ``X`` as batches on a device, ready for the network.
+    """The samples as batches on a device, ready for the network.
 
     Parameters
     ----------
     X : ndarray or lazy array-like of shape (n_samples, ...)
         Validated input.
     preprocess : callable or None
-        Applied to every batch in its own dtype before the cast to ``dtype``.
+        Maps a batch, in the dtype of ``X``, to the input of the network.
     dtype : torch.dtype
         Floating dtype of the batches.
     device : torch.device
-        Where the batches go.
+        The device of the batches.
     indices : bool
-        Whether the network takes integers as indices (it has an embedding), so that
-        they must reach it as int64 instead of as floating point numbers.
+        Whether the network indexes an embedding with its input. Integers then become int64
+        instead of ``dtype``.
     """
 
     def __init__(
@@ -199,49 +207,65 @@ class Samples:
         return int(self.X.shape[0])
 
     def subset(self, rows: npt.NDArray[np.intp]) -> Samples:
-        """Return some of the samples."""
+        """Return the selected samples, without reading them."""
         return Samples(Rows(self.X, rows), self.preprocess, self.dtype, self.device, self.indices)
 
     def batch(self, rows: slice) -> Tensor:
-        """Return the rows as one tensor of the network's dtype on its device."""
+        """Return some samples as one input of the network, on its device."""
         return self.prepare(self.read(rows))
 
     def read(self, rows: slice) -> Tensor:
-        """Return the rows as they are, in host memory."""
+        """Return a copy of some samples in host memory, in the dtype of ``X``."""
         part = self.X[rows]
         if is_lazy(self.X):
             part = np.asarray(part)
             if part.dtype.kind == "f" and not np.isfinite(part).all():
-                raise ValueError("Input X contains NaN or infinity.")
-        return to_tensor(part)
+                raise ValueError(
+                    "Input X contains NaN or infinity. Replace these values, or leave out these "
+                    "samples."
+                )
+        return _copy_to_tensor(part)
 
     def prepare(self, raw: Tensor) -> Tensor:
-        """Bring what was read to the device, through ``preprocess``."""
+        """Move samples that were read to the device, and apply ``preprocess`` to them."""
         if self.device.type == "mps" and raw.dtype == torch.float64:
             raw = raw.float()  # the device has no float64
         raw = to_device(raw, self.device)
-        cooked = raw if self.preprocess is None else self.preprocess(raw)
-        if not isinstance(cooked, Tensor) or cooked.shape[:1] != raw.shape[:1]:
-            got = tuple(cooked.shape) if isinstance(cooked, Tensor) else type(cooked).__name__
+        prepared = raw if self.preprocess is None else self.preprocess(raw)
+        if not isinstance(prepared, Tensor) or prepared.shape[:1] != raw.shape[:1]:
+            is_tensor = isinstance(prepared, Tensor)
+            got = tuple(prepared.shape) if is_tensor else type(prepared).__name__
             raise ValueError(
-                f"preprocess must return a tensor with one row per sample: it was given a "
-                f"batch of shape {tuple(raw.shape)} and returned {got}."
+                f"preprocess must return a tensor with one row per sample: for a batch of shape "
+                f"{tuple(raw.shape)} it returned {got}."
             )
-        keep = self.indices and not cooked.is_floating_point()
-        return cooked.to(self.device, torch.int64 if keep else self.dtype)
+        keep = self.indices and not prepared.is_floating_point()
+        return prepared.to(self.device, torch.int64 if keep else self.dtype)
+
+
+def _copy_to_tensor(array: npt.NDArray[Any]) -> Tensor:
+    """Copy an array of any memory layout and byte order into a tensor."""
+    dtype = np.dtype(np.float64) if array.dtype == np.longdouble else array.dtype.newbyteorder("=")
+    native = array.astype(dtype, order="C", copy=True)
+    try:
+        return torch.from_numpy(native)
+    except TypeError as error:
+        raise ValueError(
+            f"X must hold numbers, got dtype {array.dtype}. Convert X to a numeric dtype."
+        ) from error
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor; from host memory to CUDA by way of locked pages, so that nobody waits."""
+    """Move a tensor to a device; from the CPU to CUDA asynchronously, through pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def slices(n_samples: int, batch_size: int, stride: int = 1) -> Iterator[slice]:
-    """Yield slices of about equally many of every ``stride``-th row, ``batch_size`` at most.
+    """Yield slices that divide every ``stride``-th sample into batches of about equal size.
 
-    Matrix products round the rows of a very small last batch in another way than its others.
+    Equal sizes avoid a very small last batch, which matrix products would round differently.
     """
     n_rows = math.ceil(n_samples / stride)
     n_batches = math.ceil(n_rows / batch_size)

@@ -1,4 +1,21 @@
-"""One image file as numbers from 0 to 255, whatever its format."""
+"""Decoding of one image file to an array of uint8.
+
+Files of every kind must give comparable pixels, and a network takes three channels of eight bits,
+or one. The steps, in order:
+
+1. Orientation. The EXIF tag 0x0112 has a value from 1 to 8 for the reflection or rotation that
+   turns the stored pixels upright.
+2. Depth. A channel of b bits has values v from 0 to m = 2ᵇ − 1, and becomes ⌊255 v / m + ½⌋.
+   A TIFF file may store m − v ("white is zero"). Pillow clips values above 255 instead.
+3. Transparency. A pixel of colour c and opacity a becomes a c + (1 − a) · white.
+4. Colour. Palettes, CMYK and grey become RGB or grey, without colour profiles.
+5. Size. The image is scaled to cover (height, width) with its aspect ratio, then cropped around its
+   centre.
+
+A small file can declare a huge image. Pillow warns above ``PIL.Image.MAX_IMAGE_PIXELS`` and raises
+an error above twice this number. Here any image above the limit raises an error, before its pixels
+are decoded and before it is enlarged.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +25,8 @@ from PIL import ExifTags, Image, TiffImagePlugin
 
 MODES = {"rgb": "RGB", "grey": "L"}
 
-# What undoes an EXIF orientation. ImageOps.exif_transpose also rewrites the rest of the EXIF
-# data, which fails where a camera left some of it malformed.
+# ImageOps.exif_transpose also rewrites the other EXIF tags, which fails if a camera wrote some of
+# them incorrectly.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -22,17 +39,16 @@ _UPRIGHT = {
 
 
 def decode(path: str, color: str, size: tuple[int, int] | None) -> npt.NDArray[np.uint8]:
-    """Read an image file, upright and opaque.
+    """Return the first frame of an image file, upright and opaque.
 
     Parameters
     ----------
     path : str
-        A file of any format that Pillow reads; of several frames the first.
+        A file in any format that Pillow reads.
     color : {"rgb", "grey"}
-        What to convert to.
+        Colour space of the result.
     size : (int, int) or None
-        Height and width: the image is resized to cover them, and its centre kept. None
-        leaves it as it is.
+        Height and width in pixels. None keeps the size of the image.
 
     Returns
     -------
@@ -41,73 +57,71 @@ def decode(path: str, color: str, size: tuple[int, int] | None) -> npt.NDArray[n
     Raises
     ------
     OSError
-        If the file cannot be read or is no image; the message names it.
+        If the file cannot be decoded. The message has its path.
     """
     try:
         with Image.open(path) as image:
-            _refuse_bomb(image.width, image.height)
+            _check_number_of_pixels(image.width, image.height)
             image.load()
-            turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            pixels = _flat(image, MODES[color])
-        pixels = pixels if turn is None else pixels.transpose(turn)
-        return np.asarray(pixels if size is None else cover(pixels, size))
+            transpose = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            pixels = _convert(image, MODES[color])
+        pixels = pixels if transpose is None else pixels.transpose(transpose)
+        return np.asarray(pixels if size is None else _resize_and_crop(pixels, size))
     except FileNotFoundError:
-        raise FileNotFoundError(f"There is no file {path}") from None
-    except Exception as error:  # what Pillow's many decoders raise is not documented
+        raise FileNotFoundError(f"There is no file {path}. Check the path.") from None
+    except Exception as error:  # Pillow does not document the errors of its decoders
         raise OSError(f"{path} cannot be read as an image: {error}") from error
 
 
-def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize to cover ``size``, keeping the ratio of the sides, and crop around the centre.
+def _resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize to cover ``size``, and crop around the centre.
 
-    For a square these are torchvision's ``Resize(side)`` and ``CenterCrop(side)``.
+    For a square this equals torchvision's ``Resize(side)`` and ``CenterCrop(side)``.
     """
     height, width = size
-    sides = (int(width * image.height / image.width), width)
     if height * image.width >= width * image.height:
-        sides = (height, int(height * image.width / image.height))
-    if sides != (image.height, image.width):
-        _refuse_bomb(*sides[::-1])  # a line of one pixel by 10000 covers a square with gigabytes
-        image = image.resize(sides[::-1], Image.Resampling.BILINEAR)
-    top, left = round((sides[0] - height) / 2), round((sides[1] - width) / 2)
+        resized = height, int(height * image.width / image.height)
+    else:
+        resized = int(width * image.height / image.width), width
+    if resized != (image.height, image.width):
+        # An image of 1 × 10000 pixels would cover a square of 224 pixels with gigabytes.
+        _check_number_of_pixels(resized[1], resized[0])
+        image = image.resize((resized[1], resized[0]), Image.Resampling.BILINEAR)
+    top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def _refuse_bomb(width: int, height: int) -> None:
-    """Refuse what Pillow only warns of, up to twice its limit."""
+def _check_number_of_pixels(width: int, height: int) -> None:
+    """Raise an error for an image above Pillow's limit."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise ValueError(
-            f"it would take {width} × {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = "
-            f"{limit}; raise that limit if you trust the file"
+            f"it needs {width} × {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}. "
+            "Raise this limit if you trust the file"
         )
 
 
-def _flat(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to ``mode``, with 16 bits scaled to 8 and what is transparent on white."""
-    # Pillow scales PGM with more than 8 bits to the range of 16, in mode I.
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """Convert depth, transparency and colour (steps 2 to 4 of the module)."""
+    # Pillow scales a PGM file with more than 8 bits to 16 bits, in mode I.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = _to_8_bits(image)
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"its numbers have no known range (Pillow's mode {image.mode}); save it with 8 or 16 "
-            "bits for each channel"
+            f"its pixel values have no known range (Pillow mode {image.mode}). Save it with 8 or "
+            "16 bits per channel"
         )
     if image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), opaque)
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba)
     return image if image.mode == mode else image.convert(mode)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale the range of 16 bits, or of a TIFF with fewer, to 0..255, rounded.
-
-    Pillow's own conversion clips at 255, and it leaves it to its users that TIFF may count from
-    white.
-    """
-    numbers = np.asarray(image).astype(np.uint32)
+    """Scale the values of a grey image to the range of 8 bits."""
+    values = np.asarray(image).astype(np.uint32)
     tags = getattr(image, "tag_v2", {})
-    most = 2 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
-    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
-        numbers = most - numbers
-    return Image.fromarray(((numbers * 255 + most // 2) // most).astype(np.uint8))
+    largest = 2 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero
+        values = largest - values
+    return Image.fromarray(((values * 255 + largest // 2) // largest).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Image files as an array that is decoded where it is read."""
+"""Image files as a lazy array, decoded where it is read."""
 
 from __future__ import annotations
 
@@ -19,107 +19,73 @@ from sklearn_gradfeat.data._image_decoding import MODES, decode
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
 
-
-def labelled_files(root: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    """Return the image files below ``root`` and the subfolder that each is in.
-
-    Both are sorted by class and then by path. Names that start with a dot are passed over,
-    and so are files of other types.
-    """
-    classes = sorted(entry.name for entry in os.scandir(root) if _is_class(entry))
-    if not classes:
-        raise FileNotFoundError(
-            f"{os.fspath(root)} has no subfolders, which name the classes. For images without "
-            "classes pass a list of files to ImageFiles."
-        )
-    files, labels = [], []
-    for label in classes:
-        of_class = _images_below(os.path.join(root, label))
-        files += of_class
-        labels += [label] * len(of_class)
-    return files, labels
-
-
-def _is_class(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
-
-
-def _images_below(folder: str) -> list[str]:
-    """Return the image files at any depth, sorted."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.join(parent, name)
-            for name in files
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
-    if not found:
-        raise FileNotFoundError(f"{folder} has no images ({', '.join(EXTENSIONS)}).")
-    return sorted(found)
-
-
-_MOST_THREADS = 16  # Pillow's Python code, which runs in one thread at a time, limits more
-_LISTED = 5  # broken files that a warning spells out
+# Part of the decoding is Python code, which runs in one thread at a time.
+_MAX_THREADS = 16
+_MAX_LISTED = 5
 
 Result = TypeVar("Result")
 
 
 class ImageFiles:
-    """Image files as an array of shape (n_samples, height, width, 3) that is read when needed.
+    """Image files as a lazy array of shape (n_samples, height, width, 3).
 
-    It holds paths. Slices, index arrays and masks give another ``ImageFiles`` without opening
-    a file, so ``train_test_split`` and ``GridSearchCV`` copy paths only. An integer gives
-    the image, ``np.asarray`` all of them. Estimators of this package decode one batch ahead
-    of the network.
+    The array holds paths and decodes an image when it is read. Slices, index arrays and masks
+    return another ``ImageFiles`` without opening a file, so ``train_test_split`` and
+    ``GridSearchCV`` copy only paths. An integer index returns one image as an array.
+    ``np.asarray`` decodes all images. The estimators of this package decode one batch while the
+    network processes the previous one.
 
-    Images are turned upright as their EXIF orientation says. Transparent ones are put on
-    white, 16 bits a channel are scaled to 8, palettes and CMYK are converted without colour
-    profile. Of several frames the first is taken.
+    Every image is rotated as its EXIF orientation tag says. Transparent images are placed on a
+    white background. 16 bits per channel are scaled to 8. Palettes and CMYK are converted without a
+    colour profile. Of an image with several frames the first is used.
 
     Parameters
     ----------
     paths : iterable of str or path-like
-        The files, of any format that Pillow reads. Relative paths are made absolute.
+        The files, in any format that Pillow reads. Relative paths are made absolute.
     size : int, (int, int) or None, default=None
-        Side, or height and width. Images are resized (bilinear, antialiased), larger or
-        smaller, until they cover it, keeping the ratio of their sides, and cropped around
-        the centre: torchvision's ``Resize`` and ``CenterCrop``. None is for files that all
-        have the size of the first.
+        Height and width of the images, in pixels; an integer is both. Images are resized
+        (bilinear, antialiased) to cover this size with their aspect ratio, and cropped around the
+        centre, like torchvision's ``Resize`` and ``CenterCrop``. None keeps the images as they
+        are; all must then have the size of the first one.
     color : {"rgb", "grey"}, default="rgb"
-        Grey images have shape (height, width).
+        Colour space of the images. Grey images have shape (height, width).
     channels : {"last", "first"}, default="last"
-        ``"first"`` has samples of shape (3, height, width), or (1, height, width) if grey,
-        as modules and torchvision's ``weights.transforms()`` take them.
+        Position of the channel axis. With ``"first"`` images have shape (3, height, width), or
+        (1, height, width) if grey, as torch modules and torchvision's ``weights.transforms()``
+        expect.
     on_error : {"raise", "skip"}, default="raise"
-        ``"raise"``: a file that cannot be read raises ``OSError`` once it is decoded.
-        ``"skip"``: all files are decoded now and those that cannot be read are left out,
-        with a warning. Align the targets with ``y[X.kept]``.
+        With ``"raise"``, decoding a file that cannot be read raises ``OSError``. With ``"skip"``,
+        the constructor decodes all files, leaves out those that cannot be read, and warns. Select
+        the targets of the remaining files with ``y[X.kept]``.
     n_threads : int or None, default=None
-        Number of files decoded at once. None is the number of cores, at most 16.
+        Number of files to decode at the same time. None is the number of CPU cores, at most 16.
 
     Attributes
     ----------
     paths : ndarray of str of shape (n_samples,)
-        The files.
-    kept : ndarray of shape (n_samples,)
-        Their positions in the ``paths`` that were passed first.
+        The absolute paths of the files.
+    kept : ndarray of int of shape (n_samples,)
+        Index of each file in the ``paths`` passed to the constructor.
     skipped : list of (str, str)
-        Files that were left out, and why.
+        Path and error message of each file that was left out.
     shape : tuple of int
-        (n_samples, height, width, 3) unless ``color`` or ``channels`` say otherwise.
+        (n_samples, height, width, 3), or the shape that ``color`` and ``channels`` imply.
     ndim : int
-        Length of ``shape``.
+        Number of dimensions of the array.
     dtype : dtype
-        uint8.
+        uint8, with values from 0 to 255.
 
     Raises
     ------
     ValueError
-        If a parameter is wrong, or with ``size=None``, when decoding, files differ in size.
+        If a parameter is invalid, or ``paths`` is empty and ``size`` is None. Decoding raises it
+        if ``size`` is None and the files differ in size.
+    TypeError
+        If ``paths`` is a single path.
     OSError
-        If a file cannot be read or is no image, or is larger than Pillow's limit against
-        decompression bombs, ``PIL.Image.MAX_IMAGE_PIXELS``.
+        If a file cannot be read, is not an image, or has more pixels than
+        ``PIL.Image.MAX_IMAGE_PIXELS``, the limit of Pillow against decompression bombs.
 
     Examples
     --------
@@ -156,7 +122,7 @@ class ImageFiles:
         if isinstance(paths, (str, bytes, os.PathLike)):
             raise TypeError(
                 f"paths must be a list of files, got the single path {os.fspath(paths)!r}. For a "
-                "folder with one subfolder for each class use ImageFiles.from_folder."
+                "folder with one subfolder per class use ImageFiles.from_folder."
             )
         absolute = [os.path.abspath(os.fsdecode(path)) for path in paths]
         self.paths = np.array(absolute, dtype=object)
@@ -165,7 +131,7 @@ class ImageFiles:
         self.kept = np.arange(len(absolute))
         self.skipped: list[tuple[str, str]] = []
         if on_error == "skip":
-            self._leave_out_broken()
+            self._skip_unreadable()
         self._height, self._width = self._resize or self._size_of_first()
         self._reference = self.paths[0] if len(self.paths) else ""
 
@@ -173,44 +139,59 @@ class ImageFiles:
     def from_folder(
         cls, root: str | os.PathLike[str], **options: Any
     ) -> tuple[ImageFiles, npt.NDArray[np.str_]]:
-        """Return the images of a folder that has one subfolder for each class.
+        """Return the images in a folder that has one subfolder per class, and their classes.
 
         Parameters
         ----------
         root : str or path-like
-            The folder, of ``<class>/**/*.jpg`` and so on: .jpg, .jpeg, .png, .webp, .tif,
-            .tiff, .bmp, .gif, .ppm and .pgm. Names that start with a dot are passed over.
+            The folder. Images are ``root/<class>/**/*.jpg``, and likewise .jpeg, .png, .webp,
+            .tif, .tiff, .bmp, .gif, .ppm and .pgm. Names that start with a dot are ignored.
         **options
-            ``size``, ``color``, ``channels``, ``on_error`` and ``n_threads``, as above.
+            The parameters ``size``, ``color``, ``channels``, ``on_error`` and ``n_threads`` of
+            the class.
 
         Returns
         -------
         X : ImageFiles
             The images, sorted by class and then by path.
         y : ndarray of str of shape (n_samples,)
-            The name of the subfolder of each.
+            The name of the subfolder of each image.
 
         Raises
         ------
         FileNotFoundError
-            If there are no subfolders, or one has no images.
+            If the folder has no subfolders, or a subfolder has no images.
         """
-        files, labels = labelled_files(root)
+        classes = sorted(
+            entry.name
+            for entry in os.scandir(root)
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
+        if not classes:
+            raise FileNotFoundError(
+                f"root={os.fspath(root)!r} has no subfolders. Pass a folder with one subfolder per "
+                "class; for images without classes pass a list of files to ImageFiles."
+            )
+        files, labels = [], []
+        for label in classes:
+            in_class = _images_below(os.path.join(root, label))
+            files += in_class
+            labels += [label] * len(in_class)
         images = cls(files, **options)
         return images, np.array(labels)[images.kept]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of ``np.asarray`` of this."""
-        channels = {"rgb": 3, "grey": 1}[self._color]
+        """Shape of the array."""
+        n_channels = {"rgb": 3, "grey": 1}[self._color]
         if self._channels == "first":
-            return len(self), channels, self._height, self._width
-        sides = len(self), self._height, self._width
-        return sides if channels == 1 else (*sides, channels)
+            return len(self), n_channels, self._height, self._width
+        grey = len(self), self._height, self._width
+        return grey if n_channels == 1 else (*grey, n_channels)
 
     @property
     def ndim(self) -> int:
-        """Length of ``shape``."""
+        """Number of dimensions of the array."""
         return len(self.shape)
 
     def __len__(self) -> int:
@@ -220,14 +201,14 @@ class ImageFiles:
         return f"<ImageFiles of shape {self.shape}>"
 
     def __getitem__(self, rows: Any) -> Any:
-        """Return one image as an array, or several as ``ImageFiles``."""
+        """Return one image as an array, or several images as ``ImageFiles``."""
         if isinstance(rows, tuple) and len(rows) == 2 and isinstance(rows[1], EllipsisType):
             rows = rows[0]  # scikit-learn writes X[rows, ...]
         chosen = np.empty(()) if isinstance(rows, tuple) else self.paths[rows]
         if isinstance(chosen, str):
             return self._image(chosen)
         if chosen.ndim != 1:
-            raise IndexError("ImageFiles are indexed along the first axis only: X[rows].")
+            raise IndexError("ImageFiles have one axis to index. Write X[rows].")
         part = copy.copy(self)
         part.paths, part.kept = chosen, self.kept[rows]
         return part
@@ -235,7 +216,10 @@ class ImageFiles:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """Decode all images."""
         if copy is False:
-            raise ValueError("ImageFiles cannot become an array without a copy: they are decoded.")
+            raise ValueError(
+                "ImageFiles cannot become an array without a copy, since they are decoded. Pass "
+                "copy=None or copy=True."
+            )
         images = np.empty(self.shape, self.dtype)
 
         def fill(row: int) -> None:
@@ -245,13 +229,13 @@ class ImageFiles:
         return images if dtype is None else images.astype(dtype)
 
     def _image(self, path: str) -> npt.NDArray[np.uint8]:
-        """Decode one image of the common shape."""
+        """Decode one image, and check its size."""
         image = decode(path, self._color, self._resize)
         if image.shape[:2] != (self._height, self._width):
             raise ValueError(
                 f"Images of different sizes: {self._reference} is {self._height} × {self._width} "
                 f"(height × width), {path} is {image.shape[0]} × {image.shape[1]}. Pass size= to "
-                "bring all to one size."
+                "resize all images to one size."
             )
         if self._channels == "first":
             return np.moveaxis(np.atleast_3d(image), 2, 0)
@@ -260,38 +244,61 @@ class ImageFiles:
     def _size_of_first(self) -> tuple[int, int]:
         """Return the height and width of the first file."""
         if not len(self.paths):
-            raise ValueError("There are no files in paths, so their size is not known: pass size=.")
+            raise ValueError("paths has no files, so the image size is unknown. Pass size=.")
         height, width = decode(self.paths[0], self._color, None).shape[:2]
         return height, width
 
-    def _leave_out_broken(self) -> None:
-        """Decode every file and keep those that can be."""
+    def _skip_unreadable(self) -> None:
+        """Decode every file, and keep the files without an error."""
 
-        def reason(path: str) -> str:
+        def error_message(path: str) -> str:
             try:
                 decode(path, self._color, self._resize)
             except OSError as error:
                 return str(error)
             return ""
 
-        reasons = self._in_threads(reason, self.paths)
-        self.skipped = [(path, why) for path, why in zip(self.paths, reasons, strict=True) if why]
+        errors = self._in_threads(error_message, self.paths)
+        self.skipped = [(path, text) for path, text in zip(self.paths, errors, strict=True) if text]
         if not self.skipped:
             return
-        self.kept = np.array([row for row, why in enumerate(reasons) if not why], dtype=int)
-        shown = "\n".join(f"  {why}" for _, why in self.skipped[:_LISTED])
-        more = f"\n  and {len(self.skipped) - _LISTED} more" if len(self.skipped) > _LISTED else ""
-        message = f"{len(self.skipped)} of {len(reasons)} files cannot be read:\n{shown}{more}"
+        self.kept = np.array([row for row, text in enumerate(errors) if not text], dtype=int)
+        listed = "\n".join(f"  {text}" for _, text in self.skipped[:_MAX_LISTED])
+        n_more = len(self.skipped) - _MAX_LISTED
+        more = f"\n  and {n_more} more" if n_more > 0 else ""
+        message = f"{len(self.skipped)} of {len(errors)} files cannot be read:\n{listed}{more}"
         if not len(self.kept):
             raise OSError(message)
         self.paths = self.paths[self.kept]
-        warnings.warn(f"{message}\nThey are left out; see `skipped`.", stacklevel=3)
+        warnings.warn(
+            f"{message}\nThey are left out. The attribute `skipped` lists them, and y[X.kept] has "
+            "the other targets.",
+            stacklevel=3,
+        )
 
     def _in_threads(self, work: Callable[[Any], Result], items: Iterable[Any]) -> list[Result]:
-        """Return the results in order; threads end with the call, so that nothing is pickled."""
-        n_threads = self._n_threads or min(joblib.cpu_count(), _MOST_THREADS)
+        """Return the results in order; the threads end here, so pickles contain none."""
+        n_threads = self._n_threads or min(joblib.cpu_count(), _MAX_THREADS)
         with ThreadPoolExecutor(n_threads, "decode") as pool:
             return list(pool.map(work, items))
+
+
+def _images_below(folder: str) -> list[str]:
+    """Return the sorted image files in a folder and its subfolders."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            os.path.join(parent, name)
+            for name in files
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} has no images ({', '.join(EXTENSIONS)}). Add images to this class, or "
+            "remove its folder."
+        )
+    return sorted(found)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -310,6 +317,7 @@ def _height_and_width(size: Any) -> tuple[int, int] | None:
     sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or not all(map(_is_positive, sides)):
         raise ValueError(
-            f"size must be None, a positive integer or a pair of them (height, width), got {size!r}"
+            "size must be None, a positive integer or a pair (height, width) of positive integers, "
+            f"got {size!r}."
         )
     return int(sides[0]), int(sides[1])

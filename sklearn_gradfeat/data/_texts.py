@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
@@ -18,29 +19,31 @@ _KEYS = ("input_ids", "attention_mask")
 
 
 class TextTokenizer(TransformerMixin, BaseEstimator):
-    """Turn texts into the token ids and the attention mask that a network reads.
+    """Convert texts to token ids and an attention mask.
 
-    The first step of a pipeline whose network is a :class:`MaskedMean`.
+    This transformer is the first step of a pipeline. The second step is an estimator with a
+    :class:`MaskedMean` as its backbone.
 
     Parameters
     ----------
     tokenizer : str or callable
-        A tokenizer of the package ``transformers``, its name, or the folder it is in; or any
-        callable that is called as ``tokenizer(texts, padding="max_length",
-        truncation=True, max_length=max_length)`` and returns a mapping with ``"input_ids"``
-        and ``"attention_mask"``, each of shape (n_samples, max_length).
+        A string is the name or the folder of a tokenizer of the package ``transformers``. A
+        callable is a tokenizer of that package, or any function that is called as
+        ``tokenizer(texts, padding="max_length", truncation=True, max_length=max_length)`` and
+        returns a mapping with the keys ``"input_ids"`` and ``"attention_mask"``, each with
+        integers of shape (n_samples, max_length).
     max_length : int, default=128
-        Number of tokens of every text: longer ones are cut, shorter ones padded. Time and
-        memory are proportional to it, so make it no longer than the texts need.
+        Number of tokens per text. Longer texts are truncated, shorter texts are padded. Time and
+        memory are proportional to it, so choose it no longer than the texts need.
 
     Attributes
     ----------
     tokenizer_ : callable
-        The tokenizer, loaded where a name was given.
+        The tokenizer, loaded if ``tokenizer`` is a string.
 
     See Also
     --------
-    MaskedMean : Takes what this transformer returns.
+    MaskedMean : The backbone that takes the output of this transformer.
 
     Examples
     --------
@@ -64,17 +67,17 @@ class TextTokenizer(TransformerMixin, BaseEstimator):
         "max_length": [Interval(Integral, 1, None, closed="left")],
     }
 
-    def __init__(self, tokenizer, max_length=128):
+    def __init__(self, tokenizer: str | Tokenizer, max_length: int = 128) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X, y=None):
-        """Load the tokenizer; nothing is learnt.
+    def fit(self, X: Iterable[str], y: object = None) -> TextTokenizer:
+        """Validate the texts and load the tokenizer; it learns nothing from the texts.
 
         Parameters
         ----------
-        X : array-like of shape (n_samples,)
+        X : array-like of str of shape (n_samples,)
             Texts.
         y : object, default=None
             Ignored.
@@ -87,45 +90,55 @@ class TextTokenizer(TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If ``X`` holds anything but strings.
+            If ``X`` is not a sequence of strings, or is empty.
         ImportError
-            If a tokenizer is loaded by name and ``transformers`` is not installed.
+            If ``tokenizer`` is a string and ``transformers`` is not installed.
         """
-        _strings(X)
-        named = isinstance(self.tokenizer, str)
-        self.tokenizer_ = _load(self.tokenizer) if named else self.tokenizer
+        _validate_texts(X)
+        tokenizer = self.tokenizer
+        self.tokenizer_: Tokenizer = (
+            _load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        )
         return self
 
-    def transform(self, X):
-        """Return the tokens.
+    def transform(self, X: Iterable[str]) -> npt.NDArray[np.int64]:
+        """Tokenize the texts.
 
         Parameters
         ----------
-        X : array-like of shape (n_samples,)
+        X : array-like of str of shape (n_samples,)
             Texts.
 
         Returns
         -------
-        ndarray of shape (n_samples, 2, max_length)
-            For every text its token ids, and a mask that is one where there is a token.
+        tokens : ndarray of int64 of shape (n_samples, 2, max_length)
+            ``tokens[:, 0]`` has the token ids. ``tokens[:, 1]`` has the attention mask, 1 for
+            tokens and 0 for padding. A text without tokens has a mask of 1 at its first
+            position, so that its mean and its attention are defined.
+
+        Raises
+        ------
+        ValueError
+            If ``X`` is not a sequence of strings, or is empty; or if the tokenizer does not return
+            ``max_length`` numbers per text.
         """
         check_is_fitted(self)
-        texts, length = _strings(X), self.max_length
+        texts, length = _validate_texts(X), self.max_length
         encoded = self.tokenizer_(texts, padding="max_length", truncation=True, max_length=length)
         for key in _KEYS:
             lengths = {len(row) for row in encoded[key]}
             if len(encoded[key]) != len(texts) or lengths != {length}:
                 raise ValueError(
-                    f"The tokenizer must return max_length={length} numbers for each of "
-                    f"{len(texts)} texts; its {key!r} has {len(encoded[key])} rows of length "
-                    f"{', '.join(map(str, sorted(lengths)))}."
+                    f"tokenizer must return max_length={length} numbers for each of {len(texts)} "
+                    f"texts, but its {key!r} has {len(encoded[key])} rows of length "
+                    f"{', '.join(map(str, sorted(lengths)))}. Pass a tokenizer that pads and "
+                    "truncates to max_length."
                 )
         tokens = np.stack([np.asarray(encoded[key], np.int64) for key in _KEYS], axis=1)
-        # The mean over no token is not defined, nor is attention to none.
         tokens[~tokens[:, 1].any(1), 1, 0] = 1
         return tokens
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.string = tags.input_tags.one_d_array = True
         tags.input_tags.two_d_array = False
@@ -133,21 +146,33 @@ class TextTokenizer(TransformerMixin, BaseEstimator):
 
 
 class MaskedMean(nn.Module):
-    """The mean of a language model's token vectors over the tokens of each text.
+    """Average the token vectors of a language model over the tokens of each text.
 
-    It takes the tokens of a :class:`TextTokenizer`. Padding is left out, so the
-    result does not depend on ``max_length`` where no text is cut.
+    Pass it as ``backbone`` to an estimator, after a :class:`TextTokenizer`. Padding is left out
+    of the mean, so the result does not depend on ``max_length`` unless a text is truncated.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Called as ``model(ids, attention_mask=mask)``; returns the vectors of the tokens, of
-        shape (n_samples, length, n_features), or an object that has them as
-        ``last_hidden_state``, such as the encoders of the package ``transformers`` do.
+        A language model such as the encoders of the package ``transformers``. It is called as
+        ``model(ids, attention_mask=mask)``, with two integer tensors of shape (n_samples,
+        length). It returns one vector per token, as a floating tensor of shape (n_samples, length,
+        n_features), or an object with this tensor as its attribute ``last_hidden_state``.
 
     See Also
     --------
-    TextTokenizer : Makes the input.
+    TextTokenizer : The transformer that makes the input of this module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sklearn_gradfeat import MaskedMean
+    >>> class OneHot(torch.nn.Module):
+    ...     def forward(self, ids, attention_mask):
+    ...         return torch.nn.functional.one_hot(ids, 3).float()
+    >>> tokens = torch.tensor([[[2, 1, 0], [1, 1, 0]]])  # ids and mask of one text
+    >>> MaskedMean(OneHot())(tokens)
+    tensor([[0.0000, 0.5000, 0.5000]])
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -155,17 +180,22 @@ class MaskedMean(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the means.
+        """Return the mean token vector of each text.
 
         Parameters
         ----------
-        tokens : tensor of shape (n_samples, 2, length)
-            Token ids and mask.
+        tokens : tensor of int64 of shape (n_samples, 2, length)
+            The token ids and the attention mask, as returned by :meth:`TextTokenizer.transform`.
 
         Returns
         -------
         tensor of shape (n_samples, n_features)
-            The activations.
+            The means, in the dtype of the token vectors.
+
+        Raises
+        ------
+        TypeError
+            If ``model`` does not return token vectors.
         """
         ids, mask = tokens.unbind(1)
         output = self.model(ids, attention_mask=mask)
@@ -173,15 +203,15 @@ class MaskedMean(nn.Module):
         if not isinstance(vectors, Tensor) or vectors.ndim != 3:
             raise TypeError(
                 "The model of MaskedMean must return a tensor of shape (n_samples, length, "
-                "n_features), or an object with such a `last_hidden_state`; it returned "
-                f"{type(output).__name__}."
+                "n_features), or an object with this tensor as `last_hidden_state`, but it "
+                f"returned {type(output).__name__}. Pass a model that returns token vectors."
             )
         weights = mask[:, :, None].to(vectors.dtype)
         return (vectors * weights).sum(1) / weights.sum(1)
 
 
-def _strings(X: Iterable[Any]) -> list[str]:
-    """Return texts as a list of strings; raise an error for anything else."""
+def _validate_texts(X: Any) -> list[str]:
+    """Return the texts as a list of strings, and raise an error for other input."""
     advice = "Pass a list, an array or a column of strings."
     if isinstance(X, str) or getattr(X, "ndim", 1) != 1 or not isinstance(X, Iterable):
         shape = f" of shape {X.shape}" if hasattr(X, "shape") else ""
@@ -195,18 +225,18 @@ def _strings(X: Iterable[Any]) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(
                 f"X must hold strings, but text {i} is {text!r}, of type {type(text).__name__}. "
-                'Fill what is missing with "", or leave these samples out.'
+                'Replace missing texts with "", or leave these samples out.'
             )
-    return list(map(str, texts))  # numpy's own strings too
+    return list(map(str, texts))  # numpy.str_ to str
 
 
-def _load(name: str) -> Tokenizer:
+def _load_tokenizer(name: str) -> Tokenizer:
     """Load a tokenizer of the package transformers."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError(
-            f"tokenizer={name!r} needs transformers. Install it with pip install "
+            f"tokenizer={name!r} needs the package transformers. Install it with pip install "
             "'sklearn-gradfeat[text]', or pass a callable."
         ) from error
     tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name)

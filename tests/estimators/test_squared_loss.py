@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, log_loss
 from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn_gradfeat.training._calibration import _parts, best_scales
 from torch import nn
 
 from sklearn_gradfeat import (
@@ -17,7 +18,6 @@ from sklearn_gradfeat import (
     GradientFeatureRegressor,
     load,
 )
-from sklearn_gradfeat.training._calibration import _parts, best_scales
 from tests.networks import build
 from tests.oracles import dense_jacobian, dense_regression, ntk_scales
 

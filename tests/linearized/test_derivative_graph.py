@@ -7,9 +7,9 @@ from torch import fx, nn
 
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone
 from sklearn_gradfeat.linearized import LinearizedHead, UntraceableError, linearized_graph
+from tests.backbones.test_architectures import LAST
+from tests.backbones.test_architectures import build as build_architecture
 from tests.networks import NETWORKS, build
-from tests.test_architectures import LAST
-from tests.test_architectures import build as build_architecture
 
 
 def check_graph(module, x, names, sizes=(1, 2, 5), **tolerance):

@@ -1,21 +1,14 @@
-"""The feature store: what is computed once, what again, and what happens to a store on disk."""
+"""The store in memory, and the rules of sharing that both stores follow."""
 
 import copy
 import functools
 import gc
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import threading
-import time
-import warnings
 import weakref
-from pathlib import Path
 
 import joblib
-import lmdb
 import numpy as np
 import pytest
 import torch
@@ -25,49 +18,25 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_predict
 from torch import nn
 
-import sklearn_gradfeat
 from sklearn_gradfeat import GradientFeatureClassifier, config_context, set_config
-from sklearn_gradfeat.cache import _config, _disk
 from sklearn_gradfeat.cache._disk import disk_store
 from sklearn_gradfeat.cache._runner import Trunk
-from sklearn_gradfeat.cache._store import (
-    Boundary,
-    HeldChunk,
-    MemoryStore,
-    Place,
-    TrunkKey,
-    memory_store,
+from sklearn_gradfeat.cache._store import Boundary, HeldChunk, MemoryStore, Place, memory_store
+from tests.cache.stores import (
+    FORKS,
+    Owner,
+    chunk,
+    fork,
+    in_child,
+    key,
+    model,
+    names,
+    passes,
 )
-from tests.counting import Counted, Halved
-from tests.tiny import NET, X, Y, data, estimator, tiny_net
+from tests.counting import Halved
+from tests.tiny import X, Y, data, estimator, tiny_net
 
-ROOT = Path(sklearn_gradfeat.__file__).parents[1]
 GRID = {"alpha": np.geomspace(1, 100, 8)}
-FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
-
-
-@pytest.fixture
-def counted(tmp_path):
-    return Counted(str(tmp_path / "passes"))
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "store"
-
-
-def passes(counted):
-    """Return the number of samples that went through the trunk."""
-    log = Path(counted.file)
-    return sum(map(int, log.read_text().split())) if log.exists() else 0
-
-
-def model(counted, backbone=NET, **parameters):
-    return estimator(backbone, preprocess=counted, **{"alpha": 1.0, **parameters})
-
-
-# --- once per sample -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "n_jobs"), [("auto", 1), ("path", 1), ("path", 2)])
@@ -84,13 +53,6 @@ def test_grid_search_passes_every_sample_once(counted, path, monkeypatch, kind, 
     GridSearchCV(clone(features), GRID, cv=5, n_jobs=n_jobs).fit(images, y)
     search.predict_proba(images[::-1])
     assert passes(counted) == 30
-
-
-def test_stores_take_a_quarter_of_the_memory_unless_told(monkeypatch):
-    monkeypatch.setattr("sklearn_gradfeat.cache._config._memory", lambda: 4000)
-    assert (_config.store_bytes(), _config.memory_store_bytes()) == (1000, 1000)
-    with config_context(store_bytes=7):
-        assert (_config.store_bytes(), _config.memory_store_bytes()) == (7, 7)
 
 
 def test_workers_share_among_their_tasks(counted):
@@ -159,28 +121,14 @@ def test_equal_networks_of_one_factory_share(counted):
     assert passes(counted) == 24
 
 
-def test_later_session_finds_everything(counted, path):
-    features = model(counted, feature_store=path).fit(X, Y)
-    code = (
-        "import pickle, sys; from tests import counting; from tests.tiny import X, Y\n"
-        "features = pickle.load(sys.stdin.buffer)\n"
-        "features.predict(X); features.fit(X, Y)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env=environment, input=pickle.dumps(features)
-    )
-    assert passes(counted) == 24
-
-
-def test_random_network_for_rows_is_not_stored():
+def test_random_network_for_tabular_data_is_not_stored():
     before = memory_store().nbytes
     rows = X.reshape(24, -1)
     GradientFeatureClassifier(max_iter=300, alpha=1.0, random_state=0).fit(rows, Y)
     assert memory_store().nbytes == before
 
 
-def test_rows_of_a_module_keep_their_bits_in_any_company(counted):
+def test_tabular_predictions_do_not_depend_on_stored_rows(counted):
     rows = X.reshape(24, -1).astype(float)
     network = nn.Sequential(nn.Linear(64, 33), nn.Tanh(), nn.Linear(33, 7)).double()
     features = model(counted, network).fit(rows, Y)
@@ -201,9 +149,6 @@ def test_progress_bar_counts_what_is_computed(counted, capsys):
     assert "6/6" in capsys.readouterr().err
 
 
-# --- what makes a sample another one ---------------------------------------------------------
-
-
 def edited(features):
     features.backbone[0].weight.data.mul_(2)
     return features
@@ -219,6 +164,8 @@ CHANGES = {
     "activation_layer": lambda f: f.set_params(activation_layer="3"),
     "features": lambda f: f.set_params(features="activation"),
 }
+
+
 SAMENESS = {
     "clone": clone,
     "copy": copy.deepcopy,
@@ -231,7 +178,7 @@ SAMENESS = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_change_is_computed_anew(counted, path, change):
+def test_change_is_computed_again(counted, path, change):
     features = model(counted, tiny_net(), feature_store=path).fit(X, Y)
     changed = CHANGES[change](features).fit(X, Y)
     assert passes(counted) == 48
@@ -255,7 +202,7 @@ def test_dtype_and_shape_are_part_of_a_sample(counted, path, other):
     assert passes(counted) == 48
 
 
-def test_transform_without_a_value_is_not_shared(path):
+def test_transform_without_a_hash_is_not_shared(path):
     lock = threading.Lock()
     seen = []
 
@@ -287,26 +234,7 @@ def test_network_without_a_graph_is_stored_in_memory_alone(counted, path):
     assert disk_store(path)._environment.stat()["entries"] == 1  # its version
 
 
-# --- in memory -------------------------------------------------------------------------------
-
-
-class Owner:
-    """Stands for a network."""
-
-
-def key(owner, digest=b"k" * 16):
-    return TrunkKey(digest, True, owner)
-
-
-def chunk(size, n=4):
-    return HeldChunk((torch.zeros(n, size // n, dtype=torch.uint8),))
-
-
-def names(start, n=4):
-    return [bytes([start + i]) * 16 for i in range(n)]
-
-
-def test_least_recently_used_leaves_first():
+def test_least_recently_used_chunk_is_evicted():
     store, owner = MemoryStore(), Owner()
     with config_context(store_bytes=3 * (4000 + 4 * 256)):
         for start in (0, 4, 8):
@@ -319,7 +247,7 @@ def test_least_recently_used_leaves_first():
         assert store.nbytes <= 3 * (4000 + 4 * 256)
 
 
-def test_chunks_in_use_do_not_leave_for_others():
+def test_chunks_in_use_are_not_evicted():
     store, owner = MemoryStore(), Owner()
     with config_context(store_bytes=2 * (4000 + 4 * 256)):
         used = {store.add(key(owner), names(s), chunk(4000), ()) for s in (0, 4)}
@@ -384,13 +312,13 @@ def test_equal_networks_keep_what_they_share():
     assert store.nbytes == 0
 
 
-def test_pickle_has_no_features():
+def test_pickle_has_no_stored_tensors():
     images, y = data(300)
     small, large = (estimator(tiny_net()).fit(images[:n], y[:n]) for n in (30, 300))
     assert abs(len(pickle.dumps(small)) - len(pickle.dumps(large))) < 2000
 
 
-def test_stored_tensors_are_views_where_they_can_be():
+def test_consecutive_rows_are_views():
     features = HeldChunk((torch.arange(12).reshape(6, 2),))
     (taken,) = Boundary([Place(features, row) for row in (1, 2, 3, 5)]).take(slice(0, 3))
     assert taken.data_ptr() == features.tensors[0][1:].data_ptr()
@@ -398,7 +326,7 @@ def test_stored_tensors_are_views_where_they_can_be():
 
 @given(st.data())
 @settings(max_examples=50, deadline=None)
-def test_boundary_takes_what_indexing_takes(draw):
+def test_take_equals_indexing(draw):
     sizes = draw.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     chunks = [HeldChunk((torch.rand(n, 2), torch.rand(n))) for n in sizes]
     place = st.builds(
@@ -412,29 +340,6 @@ def test_boundary_takes_what_indexing_takes(draw):
     for i, taken in enumerate(Boundary(places).take(rows)):
         expected = [place.chunk.tensors[i][place.row] for place in places[rows]]
         assert torch.equal(taken, torch.stack(expected))
-
-
-def test_transform_may_reuse_its_memory(counted):
-    class Reusing:
-        def __init__(self):
-            self.memory = torch.empty(6, 8)
-
-        def __call__(self, batch):
-            self.memory[: len(batch)] = batch.flatten(1)[:, :8]
-            return self.memory[: len(batch)]
-
-    net = nn.Sequential(nn.Linear(8, 4), nn.Tanh())
-    fitted = [
-        estimator(net, preprocess=transform, batch_size=6, feature_store=store).fit(X, Y)
-        for transform, store in (
-            (Reusing(), "auto"),
-            (lambda batch: batch.flatten(1)[:, :8], None),
-        )
-    ]
-    np.testing.assert_allclose(fitted[0].coef_, fitted[1].coef_, rtol=1e-3, atol=1e-5)
-
-
-# --- threads and forks -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["auto", "path"])
@@ -471,19 +376,6 @@ def test_threads_that_change_the_index_at_once():
     assert store.nbytes == 0
 
 
-def in_child(function):
-    """Call a function in a forked process; return its number."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        finally:
-            os._exit(status)
-    return child
-
-
 @fork
 @FORKS
 @pytest.mark.parametrize("kind", ["auto", "path"])
@@ -518,226 +410,21 @@ def test_forked_child_finds_and_adds(path, kind):
     assert (None in store.find(key(owner, label), names(4))) == (kind == "auto")
 
 
-# --- on disk ---------------------------------------------------------------------------------
+def test_transform_may_reuse_its_memory(counted):
+    class Reusing:
+        def __init__(self):
+            self.memory = torch.empty(6, 8)
 
+        def __call__(self, batch):
+            self.memory[: len(batch)] = batch.flatten(1)[:, :8]
+            return self.memory[: len(batch)]
 
-@pytest.fixture
-def written(counted, path):
-    """Return a directory with a store that nobody has open."""
-    refit(counted, path)
-    _disk._stores.popitem()[1]._environment.close()
-    return path
-
-
-def refit(counted, path):
-    return model(counted, feature_store=path).fit(X, Y)
-
-
-def test_truncated_store_is_refused(counted, written):
-    file = written / "features.mdb"
-    os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(ValueError, match=r"cannot be used: .* Delete the file"):
-        refit(counted, written)
-    file.unlink()
-    refit(counted, written)
-    assert passes(counted) == 48
-
-
-@pytest.mark.parametrize("what", ["text", "zeros", "head"])
-def test_file_that_is_no_store_is_refused(counted, written, what):
-    file = written / "features.mdb"
-    content = bytearray(file.read_bytes())
-    content[: 4096 * 2 if what == "head" else None] = os.urandom(8192)
-    file.write_bytes({"text": b"hello" * 5000, "zeros": bytes(50_000), "head": content}[what])
-    with pytest.raises(ValueError, match=r"cannot be used: .* Delete the file"):
-        refit(counted, written)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_garbage_never_gives_wrong_features(counted, written, seed):
-    rng, file = np.random.default_rng(seed), written / "features.mdb"
-    content = np.fromfile(file, np.uint8)
-    page = int(rng.integers(2, len(content) // 4096)) * 4096
-    content[page : page + 4096] = rng.integers(0, 256, 4096)
-    content.tofile(file)
-    expected = model(counted, feature_store=None).fit(X, Y)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The feature store .* holds damaged records")
-            features = refit(counted, written)
-    except ValueError as error:
-        assert "Delete the file" in str(error)
-    else:
-        np.testing.assert_allclose(features.coef_, expected.coef_, rtol=1e-3, atol=1e-5)
-
-
-def test_damaged_record_is_computed_again(counted, written):
-    file = written / "features.mdb"
-    content = bytearray(file.read_bytes())
-    place = max(range(0, len(content), 4096), key=lambda i: len(set(content[i : i + 4096])))
-    content[place + 2000] ^= 1  # within the numbers, which fill most of the file
-    file.write_bytes(content)
-    with pytest.warns(UserWarning, match="holds damaged records: their samples are computed"):
-        features = refit(counted, written)
-    assert passes(counted) == 48
-    features.predict(X)
-    clone(features).fit(X, Y)
-    assert passes(counted) == 48
-
-
-def test_other_database_is_refused(path):
-    path.mkdir()
-    with lmdb.open(str(path / "features.mdb"), subdir=False) as other, other.begin(write=True) as t:
-        t.put(b"something", b"else")
-    with pytest.raises(ValueError, match="it was not made by sklearn-gradfeat"):
-        disk_store(path)
-
-
-def test_newer_store_is_refused(written):
-    with (
-        lmdb.open(str(written / "features.mdb"), subdir=False) as newer,
-        newer.begin(write=True) as transaction,
-    ):
-        transaction.put(b"format", b'{"name": "sklearn-gradfeat features", "version": 2}')
-    with pytest.raises(ValueError, match=r"its format is 2, this version reads 1\. Delete"):
-        disk_store(written)
-
-
-def test_path_that_is_a_file_is_refused(counted, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="There is no feature store and none can be made"):
-        model(counted, feature_store=tmp_path / "file").fit(X, Y)
-
-
-def test_store_without_lmdb(counted, path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(ImportError, match=r"pip install 'sklearn-gradfeat\[disk\]'"):
-        model(counted, feature_store=path).fit(X, Y)
-
-
-def test_full_store_warns_once_and_computes(counted, path):
-    images, y = np.tile(X, (20, 1, 2, 2)), np.tile(Y, 20)
-    images += np.arange(len(images), dtype=np.float32)[:, None, None, None] / len(images)
-    features = model(counted, feature_store=path, batch_size=64)
-    with config_context(store_bytes=2**20):
-        with pytest.warns(UserWarning, match="takes no more .*: what it lacks is computed"):
-            features.fit(images, y)
-        assert (path / "features.mdb").stat().st_size <= 2**20
-        start = passes(counted)
-        clone(features).fit(images, y)
-    assert 0 < passes(counted) - start < len(images)
-    expected = model(counted, feature_store=None).fit(images, y)
-    np.testing.assert_allclose(features.coef_, expected.coef_, rtol=1e-3, atol=1e-5)
-
-
-def test_full_disk_warns_once_and_computes(counted, path, monkeypatch):
-    def full(directory):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("sklearn_gradfeat.cache._disk.note_state", full)
-    features = model(counted, feature_store=path, batch_size=8)
-    with pytest.warns(UserWarning, match="No space left on device") as caught:
-        features.fit(X, Y)
-    assert len(caught) == 1
-    assert hasattr(features, "coef_")
-
-
-def test_disk_that_is_full_before_there_is_a_store(counted, path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.warns(UserWarning, match="the disk is full: features are computed") as caught:
-        features = model(counted, feature_store=path).fit(X, Y)
-    assert len(caught) == 1
-    expected = model(counted, feature_store=None).fit(X, Y)
-    assert np.array_equal(features.coef_, expected.coef_)
-    monkeypatch.undo()
-    clone(features).fit(X, Y)  # there is room again
-    start = passes(counted)
-    clone(features).fit(X, Y)
-    assert passes(counted) == start
-
-
-def test_read_only_store_is_read(counted, written, monkeypatch):
-    def denied(path):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("sklearn_gradfeat.cache._disk_file.file_lock", denied)
-    features = refit(counted, written)
-    assert passes(counted) == 24
-    features.predict(X + 1)
-    features.predict(X + 1)
-    assert passes(counted) == 72
-    with pytest.raises(PermissionError, match="There is no feature store and none can be made"):
-        refit(counted, written / "new")
-
-
-def test_deleted_store_starts_anew(counted, path):
-    features = refit(counted, path)
-    for file in path.iterdir():
-        file.unlink()
-    path.rmdir()
-    clone(features).fit(X, Y)
-    clone(features).fit(X, Y)
-    assert passes(counted) == 48
-
-
-def test_same_directory_by_another_name(path):
-    store = disk_store(path)
-    (path.parent / "link").symlink_to(path)
-    assert disk_store(path.parent / "link") is store
-    assert disk_store(str(path)) is store
-
-
-@fork
-@FORKS
-def test_larger_store_of_another_process_is_followed(path):
-    owner = Owner()
-    with config_context(store_bytes=2**20):
-        store = disk_store(path)
-
-    def grow():
-        set_config(store_bytes=2**24)
-        store.add(key(owner), names(0), chunk(3 * 2**20), ())
-
-    os.waitpid(in_child(grow), 0)
-    assert None not in store.find(key(owner), names(0))
-    assert None not in store.find(key(owner), names(0))
-
-
-def sample(start):
-    return [start.to_bytes(8, "big") + bytes([i]) * 8 for i in range(4)]
-
-
-@fork
-@FORKS
-def test_killed_writer_leaves_a_whole_store(path, tmp_path):
-    store, owner, log = disk_store(path), Owner(), tmp_path / "log"
-
-    def write():
-        for start in range(10**9):
-            tensors = (torch.full((4, 5000), start, dtype=torch.int32),)
-            with store.computing(key(owner)):
-                store.add(key(owner), sample(start), HeldChunk(tensors), ())
-            with log.open("ab") as file:
-                file.write(b".")
-
-    for seed in range(8):
-        log.unlink(missing_ok=True)
-        child = in_child(write)
-        while not log.exists():
-            time.sleep(0.01)
-        time.sleep(np.random.default_rng(seed).uniform(0, 0.1))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        _disk._stores.popitem()[1]._environment.close()
-        store = disk_store(path)
-        for start in range(log.stat().st_size):
-            found = store.find(key(owner), sample(start))
-            assert None not in found
-            (taken,) = Boundary(found).take(slice(None))
-            assert torch.equal(taken, torch.full((4, 5000), start, dtype=torch.int32))
-        with store.computing(key(owner)):  # its locks are free
-            store.add(key(owner), names(seed * 4), chunk(400), ())
-        assert None not in store.find(key(owner), names(seed * 4))
+    net = nn.Sequential(nn.Linear(8, 4), nn.Tanh())
+    fitted = [
+        estimator(net, preprocess=transform, batch_size=6, feature_store=store).fit(X, Y)
+        for transform, store in (
+            (Reusing(), "auto"),
+            (lambda batch: batch.flatten(1)[:, :8], None),
+        )
+    ]
+    np.testing.assert_allclose(fitted[0].coef_, fitted[1].coef_, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,237 @@
+"""Arrays, tensors, data frames, datasets and lazy arrays give the same fit, in every dtype."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+from torch import nn
+
+from sklearn_gradfeat import GradientFeatureClassifier
+from tests.data.arrays import Items, Lazy, memory_map, with_value
+from tests.tiny import X, Y, estimator
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return estimator().fit(X, Y)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda a: a.astype(a.dtype.newbyteorder(">")),
+        lambda a: np.ascontiguousarray(a[:, :, ::-1])[:, :, ::-1],
+        lambda a: np.ascontiguousarray(a[::-1])[::-1],
+        np.asfortranarray,
+        lambda a: np.repeat(a, 2, 0)[::2],
+        lambda a: a.astype(object),
+        lambda a: a.tolist(),
+        lambda a: torch.from_numpy(a.copy()),
+        lambda a: torch.from_numpy(a.copy()).requires_grad_(),
+        Lazy,
+    ],
+    ids=["big-endian", "negative", "reversed", "fortran", "strided", "object", "list", "tensor",
+         "grad", "lazy"],
+)  # fmt: skip
+def test_layouts(fitted, convert):
+    unusual = convert(X)
+    assert np.array_equal(fitted.predict_proba(unusual), fitted.predict_proba(X))
+    model = estimator().fit(unusual, Y)
+    assert np.array_equal(model.coef_, fitted.coef_)
+    assert np.array_equal(model.predict_proba(unusual), fitted.predict_proba(X))
+    assert model.sample_shape_ == (1, 8, 8)
+
+
+def test_read_only_memory_map(fitted, tmp_path):
+    mapped = memory_map(tmp_path, X)
+    before = np.array(mapped)
+    model = estimator().fit(mapped, Y)
+    assert np.array_equal(model.predict_proba(mapped), fitted.predict_proba(X))
+    assert np.array_equal(mapped, before)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64, np.uint64, bool])
+def test_integers(dtype):
+    integers = np.clip(X * 2 + 3, 0, 8).astype(dtype)
+    model = estimator(features="activation").fit(integers, Y)
+    other = estimator(features="activation").fit(integers.astype(np.float32), Y)
+    assert model.coef_.dtype == np.float32
+    assert np.array_equal(model.predict_proba(integers), other.predict_proba(integers))
+
+
+def test_half_precision(fitted):
+    model = estimator().fit(X.astype(np.float16), Y)
+    assert model.coef_.dtype == np.float32
+    expected = fitted.predict_proba(X)
+    np.testing.assert_allclose(model.predict_proba(X.astype(np.float16)), expected, atol=0.02)
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
+def test_precision(fitted, precision):
+    model = estimator(precision=precision).fit(X, Y)
+    assert model.coef_.dtype == (np.float64 if precision == "float64" else np.float32)
+    atol = 0.05 if precision == "bfloat16" else 1e-3
+    np.testing.assert_allclose(model.predict_proba(X), fitted.predict_proba(X), atol=atol)
+    assert precision == "float32" or not np.array_equal(model.coef_, fitted.coef_)
+
+
+def test_bfloat16_tensor(fitted):
+    half = torch.from_numpy(X).bfloat16()
+    assert np.array_equal(fitted.predict(half), fitted.predict(half.float().numpy()))
+
+
+def test_tensor_targets(fitted):
+    model = estimator().fit(torch.from_numpy(X.copy()), torch.from_numpy(Y.copy()))
+    assert np.array_equal(model.predict_proba(X), fitted.predict_proba(X))
+    assert isinstance(model.classes_, np.ndarray)
+
+
+def test_data_frame():
+    pd = pytest.importorskip("pandas")
+    rows = X.reshape(24, -1)[:, :3].astype(float)
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    frame = pd.DataFrame(rows, columns=["a", "b", "c"])
+    model = estimator(net).fit(frame, pd.Series(Y, index=np.arange(24)[::-1]))
+    assert list(model.feature_names_in_) == ["a", "b", "c"]
+    assert np.array_equal(model.predict(frame), estimator(net).fit(rows, Y).predict(rows))
+    with pytest.raises(ValueError, match="feature names"):
+        model.predict(frame[["b", "a", "c"]])
+
+
+def test_tabular_data_computes_in_float64():
+    rows = X.reshape(24, -1)[:, :3]
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    for dtype in (np.float64, np.int64, np.float32):
+        model = estimator(net, features="activation").fit(rows.astype(dtype), Y)
+        assert model.coef_.dtype == np.float64
+    assert estimator(features="activation").fit(X, Y).coef_.dtype == np.float32
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_predictions_do_not_depend_on_other_rows(precision):
+    rows = X.reshape(24, -1)[:, :3]
+    model = GradientFeatureClassifier(precision=precision, random_state=0, alpha=0.1).fit(rows, Y)
+    together = model.decision_function(rows)
+    alone = np.vstack([model.decision_function(row[None]) for row in rows])
+    np.testing.assert_allclose(alone, together, rtol=1e-7, atol=1e-7)
+
+
+def test_input_is_not_changed():
+    images, y, weights = X.copy(), Y.copy(), np.arange(1.0, 25)
+    estimator(preprocess=lambda batch: batch.mul_(2)).fit(images, y, weights).predict(images)
+    assert np.array_equal(images, X)
+    assert np.array_equal(y, Y)
+    assert np.array_equal(weights, np.arange(1.0, 25))
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "match"),
+    [
+        (lambda batch: batch[:1], r"one row per sample.*returned \(1, 1, 8, 8\)"),
+        (lambda batch: batch.numpy(), "must return a tensor.*returned ndarray"),
+    ],
+)
+def test_bad_preprocess(preprocess, match):
+    with pytest.raises(ValueError, match=match):
+        estimator(preprocess=preprocess).fit(X, Y)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is present")
+def test_absent_device():
+    with pytest.raises(ValueError, match=r"device='cuda' cannot be used here.*device='auto'"):
+        estimator(device="cuda").fit(X, Y)
+
+
+def test_lazy_is_read_in_batches(fitted):
+    class Counting(Lazy):
+        largest = 0
+
+        def __getitem__(self, rows):
+            part = super().__getitem__(rows)
+            Counting.largest = max(Counting.largest, len(part))
+            return part
+
+    model = estimator(batch_size=7).fit(Counting(X), Y)
+    proba = model.predict_proba(Counting(X))
+    assert Counting.largest == 6  # four batches of 24 samples, all of one size
+    np.testing.assert_allclose(proba, fitted.predict_proba(X), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        torch.from_numpy,
+        lambda X: torch.from_numpy(X).requires_grad_(),
+        lambda X: list(torch.from_numpy(X).requires_grad_()),
+        list,
+        lambda X: Items(lambda row: X[row]),
+        lambda X: Items(lambda row: torch.from_numpy(X[row]).requires_grad_()),
+        lambda X: torch.utils.data.Subset(Items(lambda row: X[row]), range(24)),
+        Lazy,
+    ],
+    ids=[
+        "tensor",
+        "grad",
+        "list-of-tensors",
+        "list",
+        "dataset",
+        "tensor-dataset",
+        "subset",
+        "lazy",
+    ],
+)
+def test_in_a_grid_search(fitted, convert):
+    unusual = convert(X.copy())
+    grid = GridSearchCV(estimator(), {"alpha": [0.1, 10.0]}, cv=2, error_score="raise")
+    search = grid.fit(unusual, Y)
+    expected = clone(grid).fit(X, Y).cv_results_["mean_test_score"]
+    assert np.array_equal(search.cv_results_["mean_test_score"], expected)
+    assert np.array_equal(fitted.predict(unusual), fitted.predict(X))
+
+
+def test_memory_map_in_a_grid_search(tmp_path):
+    grid = GridSearchCV(estimator(), {"alpha": [0.1]}, cv=2, error_score="raise")
+    mapped = grid.fit(memory_map(tmp_path, X), Y)
+    assert mapped.best_score_ == clone(grid).fit(X, Y).best_score_
+
+
+def test_dataset_is_read_in_batches(fitted):
+    read = []
+    dataset = Items(lambda row: read.append(row) or X[row])
+    model = estimator(batch_size=7)
+    model.fit(dataset, Y)
+    assert read == [0, 0, 1, *range(24)]  # the shape, an example, and all
+    assert np.array_equal(model.predict(X), fitted.predict(X))
+
+
+def test_dataset_of_tabular_data():
+    rows = X.reshape(24, -1)[:, :3]
+    model = estimator(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), features="activation")
+    expected = clone(model).fit(rows, Y).coef_
+    assert np.array_equal(model.fit(Items(lambda row: rows[row]), Y).coef_, expected)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(X)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "match"),
+    [
+        (Items(lambda row: (X[row], Y[row])), TypeError, "Item 0 of X is a tuple.*only the inputs"),
+        (Items(lambda row: {"image": X[row]}), TypeError, "Item 0 of X is a dict"),
+        (Items(lambda row: X[row, :, : 8 - row // 5]), ValueError, r"Item 5 of X .*\(1, 7, 8\)"),
+        (Items(lambda row: X[row], 0), ValueError, "0 sample"),
+        (Stream(), TypeError, "without a length"),
+    ],
+)
+def test_bad_dataset(dataset, error, match):
+    with pytest.raises(error, match=match):
+        estimator().fit(dataset, Y[: len(dataset)] if hasattr(dataset, "__len__") else Y)
+
+
+def test_lazy_nan_at_predict(fitted):
+    with pytest.raises(ValueError, match="X contains NaN or infinity"):
+        fitted.predict(Lazy(with_value(np.nan)))
