@@ -10,7 +10,7 @@ to choose one costs each of the models several times its row. Graphs are capture
 
     python examples/benchmarks/fit_vs_finetune.py --data cifar10.zip --output fit_vs_finetune.json
 
-[1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning, ICLR 2020,
+[1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning, ICLR 2020,
     arXiv:2004.05529.
 """
 

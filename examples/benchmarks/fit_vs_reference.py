@@ -17,7 +17,7 @@ recipe goes on until it has met both, or to the limit. Graph and kernels are loa
 
     python examples/benchmarks/fit_vs_reference.py --data cifar10.zip --limit 20
 
-[1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning, ICLR 2020,
+[1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning, ICLR 2020,
     arXiv:2004.05529.
 """
 

@@ -13,7 +13,7 @@ the folder of torchvision's VOCDetection (VOCdevkit/VOC2007/) or CocoDetection (
 train2014/, val2014/). Average precision is scikit-learn's, where VOC07 takes eleven points of
 recall; difficult objects of VOC are as good as absent, where VOC leaves out their images.
 
-[1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation Learning, ICLR 2020,
+[1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning, ICLR 2020,
     arXiv:2004.05529.
 """
 
