@@ -661,7 +661,7 @@ def test_disk_that_is_full_before_there_is_a_store(counted, path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)  # not on every system
     with pytest.warns(UserWarning, match="the disk is full: features are computed") as caught:
         features = model(counted, feature_store=path).fit(X, Y)
     assert len(caught) == 1
@@ -688,6 +688,7 @@ def test_read_only_store_is_read(counted, written, monkeypatch):
         refit(counted, written / "new")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not delete a file that is open")
 def test_deleted_store_starts_anew(counted, path):
     features = refit(counted, path)
     for file in path.iterdir():
