@@ -116,7 +116,9 @@ class CrossValidated(BaseGradientFeature):
     @torch.inference_mode(False)
     def _fit_search(self, X: Any, y: Any, sample_weight: Any, params: dict[str, Any]) -> Self:
         """Search, fit the best model, and set the fitted attributes."""
-        _raise_for_params(params, self, "fit", allow=["groups"])
+        # Groups need no routing. scikit-learn 1.6 has no argument `allow` for them.
+        routed = {name: value for name, value in params.items() if name != "groups"}
+        _raise_for_params(routed, self, "fit")
         self._check_search()
         with restored_on_error(self, "n_features_in_", "feature_names_in_"):
             X, y = validate_samples(self, X, y)

@@ -34,10 +34,7 @@ def in_onnx_runtime(module, samples, path):
     onnxruntime = pytest.importorskip("onnxruntime")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
-        program = torch.onnx.export(
-            module, (torch.from_numpy(samples[:3]),), dynamo=True, dynamic_shapes=({0: BATCH},),
-            verbose=False,
-        )  # fmt: skip
+        program = torch.onnx.export(exported(module, samples), dynamo=True, verbose=False)
     program.save(path)
     session = onnxruntime.InferenceSession(path)
     (entry,) = session.get_inputs()
