@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import GradientFeatureClassifier
 
-SCRIPTS = Path(__file__).parents[1] / "examples" / "benchmarks"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
 FAST = [
     "--alphas", "1e-2", "1e-1", "--gradient-alphas", "1e-3", "--rate-factors", "0.1",
     "--patience", "1", "--seeds", "2", "--max-iter", "3",

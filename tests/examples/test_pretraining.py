@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sklearn_gradfeat.backbones._builtin import ConvNet, load_convnet
 
-SCRIPTS = Path(__file__).parents[1] / "examples" / "pretraining"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "pretraining"
 TASKS = {
     "vae": ["vae"],
     "rotation": ["rotation"],
