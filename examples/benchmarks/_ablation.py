@@ -48,7 +48,7 @@ def partly_random(network, layers, theta_1, theta_2, seed):
         torch.manual_seed(seed)
         for name, layer in copied.named_children():
             if not (theta_2 if name in layers else theta_1):
-                nn.init.kaiming_normal_(layer.weight, network.slope)
+                nn.init.kaiming_normal_(layer.weight, network.negative_slope)
                 nn.init.zeros_(layer.bias)
     return copied
 

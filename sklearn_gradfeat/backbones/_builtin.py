@@ -1,4 +1,4 @@
-"""The networks that come with the package: the paper's encoder, pretrained without labels."""
+"""The networks of the package: a random perceptron, and encoders pretrained without labels."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _DEPTH = 2
 def random_mlp(n_features: int, seed: int) -> nn.Sequential:
     """Return a wide multi-layer perceptron with random weights, in float64.
 
-    The same one for the same arguments, so that folds and candidates share its graph.
+    Equal arguments give the same object, so that folds and candidates share its graph.
 
-    Weights are N(0, 2 / fan_in) and biases N(0, 0.01): the function that the NTK
-    parametrization [1]_ draws at its start, with the gain that keeps the scale of the
-    activations through rectifiers.
+    Weights are drawn from N(0, 2 / fan_in) and biases from N(0, 0.01), as in the NTK
+    parametrization [1]_ at initialisation, with the gain that keeps the scale of the
+    activations through ReLUs.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def random_mlp(n_features: int, seed: int) -> nn.Sequential:
     Returns
     -------
     nn.Sequential
-        Linear layers and rectifiers, ending in a rectifier; 256 activations.
+        Two linear layers, each with a ReLU after it; 256 activations.
 
     References
     ----------
@@ -65,13 +65,13 @@ _LAYERS = ((32, 5, 1), (64, 4, 2), (128, 4, 1), (256, 4, 2), (512, 4, 1))
 class ConvNet(nn.Module):
     """Five convolutions without padding: the encoder of [1]_, table 3.
 
-    A leaky rectifier follows every convolution. What remains of the image, a single
+    A leaky ReLU follows every convolution. The output of the last one, which is a single
     position for 32 x 32 pixels, is averaged into 512 activations.
 
     Parameters
     ----------
-    slope : float, default=0.01
-        Slope of the leaky rectifiers below zero.
+    negative_slope : float, default=0.01
+        Slope of the leaky ReLUs below zero.
 
     Attributes
     ----------
@@ -80,13 +80,13 @@ class ConvNet(nn.Module):
 
     References
     ----------
-    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as CachedSamples for Deep Representation
+    .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation
        Learning, ICLR 2020, arXiv:2004.05529.
     """
 
-    def __init__(self, slope: float = SLOPE) -> None:
+    def __init__(self, negative_slope: float = SLOPE) -> None:
         super().__init__()
-        self.slope = slope
+        self.negative_slope = negative_slope
         channels = 3
         for i, (out_channels, size, stride) in enumerate(_LAYERS, start=1):
             setattr(self, f"conv{i}", nn.Conv2d(channels, out_channels, size, stride))
@@ -106,7 +106,7 @@ class ConvNet(nn.Module):
         """
         hidden = images
         for convolution in self.children():
-            hidden = leaky_relu(convolution(hidden), self.slope)
+            hidden = leaky_relu(convolution(hidden), self.negative_slope)
         return hidden.mean(dim=(2, 3))
 
 
@@ -116,7 +116,7 @@ _SIDES = (32, 32)
 
 
 class ToConvNet(nn.Module):
-    """From colour images to what the networks were trained on: 32 x 32, in [-1, 1]."""
+    """Convert colour images to the input of the networks: 32 x 32 pixels in [-1, 1]."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Prepare images of shape (n_samples, 3, height, width), uint8 or in [0, 1]."""
@@ -128,12 +128,12 @@ class ToConvNet(nn.Module):
 
 
 def load_shipped(name: str) -> tuple[ConvNet, ImagePreprocess]:
-    """Return a network that is part of the package, and its input transform.
+    """Return a pretrained network of the package, and its input transform.
 
     Parameters
     ----------
     name : str
-        One of ``SHIPPED``. The card of that name beside the weights says what it is.
+        One of ``SHIPPED``. A card of that name beside the weights describes the network.
 
     Returns
     -------
