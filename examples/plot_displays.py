@@ -1,9 +1,10 @@
 """
-Pictures of a fitted model
+Displays of a fitted model
 ==========================
 
-A small network learns to tell the digits 0 to 4 apart, and is then frozen. Its features serve to
-tell 5 to 9 apart, from few images. Four pictures show how that goes. The script downloads nothing.
+A small network is trained to classify the digits 0 to 4, and is then frozen. Linear models over it
+classify 5 to 9, from few images. Four figures compare and explain them. The script downloads
+nothing.
 """
 
 # %%
@@ -20,7 +21,6 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from sklearn_gradfeat import (
-    FeatureComparisonDisplay,
     GradientFeatureClassifier,
     LayerContributionDisplay,
     ObjectiveDisplay,
@@ -30,7 +30,7 @@ from sklearn_gradfeat import (
 try:
     import matplotlib.pyplot as plt
 except ImportError:
-    sys.exit(print("matplotlib is not installed, so there are no pictures: pip install matplotlib"))
+    sys.exit(print("matplotlib is not installed, so there are no figures: pip install matplotlib"))
 plt.switch_backend("Agg")
 
 digits = load_digits()
@@ -63,9 +63,9 @@ network = nn.Sequential(
 train(network, nn.Linear(32, 5), X[first], y[first], epochs=10)
 
 # %%
-# A model for every kind of features, and fine-tuning
-# ---------------------------------------------------
-# Printing an estimator names its network and, once it is fitted, the layers θ₂.
+# Three linear models, and fine-tuning
+# ------------------------------------
+# The text of a fitted estimator names its network and the gradient layers θ₂.
 
 models = {
     features: GradientFeatureClassifier(
@@ -83,14 +83,23 @@ with torch.no_grad():
     predictions["fine-tuned"] = classifier(tuned(torch.from_numpy(X_test))).argmax(1).numpy() + 5
 
 # %%
-# Which is best
-# -------------
-# The bars are standard errors over the test images. The models meet the same images, so their
-# differences, on the right, are more certain than the bars on the left suggest.
+# Which model is best
+# -------------------
+# A prediction is correct or not, and the mean over the test images has a standard error. All models
+# predict the same images, so the differences to one of them, image by image, have smaller errors.
 
-figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
-display = FeatureComparisonDisplay.from_predictions(y_test, predictions, ax=axes[0])
-display.plot(axes[1], reference="activation")
+correct = {name: predicted == y_test for name, predicted in predictions.items()}
+figure, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
+for name, values in correct.items():
+    difference = values.astype(float) - correct["activation"]
+    for axis, sample in zip(axes, (values, difference), strict=True):
+        mean, error = 100 * sample.mean(), 100 * sample.std() / np.sqrt(len(sample))
+        axis.errorbar(mean, name, xerr=error, fmt="o", capsize=3)
+        print(f"{mean:5.1f} ± {error:.1f} %", end="   ")
+    print(name)
+axes[0].invert_yaxis()
+axes[0].set(xlabel="accuracy, %")
+axes[1].set(xlabel="gain over activation, %")
 figure.savefig("displays_comparison.png", dpi=120)
 
 # %%
@@ -101,17 +110,17 @@ display = ObjectiveDisplay.from_estimator(models)
 display.figure_.savefig("displays_objective.png", dpi=120)
 
 # %%
-# Which layers decide, and how far they were moved
-# ------------------------------------------------
+# How much each layer contributes
+# -------------------------------
 
 display = LayerContributionDisplay.from_estimator(models["full"], X_test)
 display.figure_.savefig("displays_layers.png", dpi=120)
 
 # %%
-# Which pixels move the gradient term
-# -----------------------------------
+# Which pixels change the gradient term
+# -------------------------------------
 
 chosen = [np.flatnonzero(y_test == digit)[0] for digit in range(5, 10)]
 display = SaliencyDisplay.from_estimator(models["full"], X_test[chosen], method="occlusion")
 display.figure_.savefig("displays_saliency.png", dpi=120)
-print("Drawn: displays_comparison.png, _objective.png, _layers.png and _saliency.png")
+print("Figures: displays_comparison.png, _objective.png, _layers.png and _saliency.png")

@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN, VOCDetection
 
 from sklearn_gradfeat import ImageFiles
 
-# Data sets that torchvision keeps in a folder, with a file or folder by which to recognise each. The
+# Data sets in the formats of torchvision, and the file or folder that each is recognised by. The
 # first match counts.
 PHOTOGRAPHS = {"VOC07": "VOCdevkit", "COCO14": "annotations"}
 IMAGES = {

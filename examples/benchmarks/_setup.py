@@ -121,7 +121,7 @@ def task_parser(description):
 
 
 def network_parser(description):
-    """Return a parser of the options of :func:`run_networks`; ``--output`` is left to the script."""
+    """Return a parser of the options of :func:`run_networks`, without ``--output``."""
     parser = argparse.ArgumentParser(description=description)
     add, known = parser.add_argument, ["convnet-rotation", "convnet-vae", "efficientnet"]
     add("--data", type=Path, help="zip file or folder of images, as for paper_tables.py")

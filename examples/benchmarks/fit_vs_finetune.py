@@ -160,7 +160,12 @@ def main():
     add("--n-layers", type=int, default=1, help="number of topmost convolutions in θ₂")
     add("--logistic-alpha", type=float, default=1e-3, help="1 / (C * number of images)")
     add("--rate-factor", type=float, default=1.0, help="factor on the published learning rates")
-    add("--patience", type=int, default=10, help="epochs without a better score after which fine-tuning stops")
+    add(
+        "--patience",
+        type=int,
+        default=10,
+        help="epochs without a better score after which fine-tuning stops",
+    )
     add("--output", type=Path, default=Path("fit_vs_finetune.json"))
     arguments = parser.parse_args()
     need_data(arguments.data)

@@ -156,8 +156,18 @@ def main():
     """Run the benchmark, write JSON, and print a Markdown table."""
     parser = task_parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--slack", type=float, default=0.01, help="share of the decrease in the second stage of the fit")
-    add("--limit", type=float, default=20, help="time limit of a recipe, in units of that of the fit")
+    add(
+        "--slack",
+        type=float,
+        default=0.01,
+        help="share of the decrease in the second stage of the fit",
+    )
+    add(
+        "--limit",
+        type=float,
+        default=20,
+        help="time limit of a recipe, in units of that of the fit",
+    )
     add("--every", type=int, default=100, help="iterations between evaluations")
     add("--output", type=Path, default=Path("fit_vs_reference.json"))
     arguments = parser.parse_args()

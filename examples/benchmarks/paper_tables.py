@@ -380,7 +380,12 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", type=Path, help="zip file or folder of images, see the top of this file")
     add("--tables", type=int, nargs="+", default=[3, 2, 1], choices=[1, 2, 3])
-    add("--encoders", nargs="+", default=list(SHIPPED), help="names, or files of weights; tables 1 and 3")
+    add(
+        "--encoders",
+        nargs="+",
+        default=list(SHIPPED),
+        help="names, or files of weights; tables 1 and 3",
+    )
     add("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS), help="table 1")
     models = [*MODELS[1:3], CONTROL, MODELS[3]]
     add("--models", nargs="+", default=models, choices=models, help="tables 2 and 3")
@@ -390,7 +395,12 @@ def main(argv=None):
     add("--alphas", type=float, nargs="+", default=[1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
     add("--gradient-alphas", type=float, nargs="+", default=[1e-2, 1e-3, 1e-4, 1e-5])
     add("--rate-factors", type=float, nargs="+", default=[1.0, 0.1, 0.01])
-    add("--patience", type=int, default=10, help="epochs without a better score after which fine-tuning stops")
+    add(
+        "--patience",
+        type=int,
+        default=10,
+        help="epochs without a better score after which fine-tuning stops",
+    )
     add("--seeds", type=int, default=3, help="runs of the better recipe of fine-tuning")
     add("--max-iter", type=int, default=100)
     add("--tol", type=float, default=1e-4, help="tolerance of the linear models")

@@ -42,7 +42,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, dropout):
         super().__init__()
-        self.image_branch = nn.Sequential(*self._convolutions(), *self._layer(2048, N_COMMON, dropout))
+        self.image_branch = nn.Sequential(
+            *self._convolutions(), *self._layer(2048, N_COMMON, dropout)
+        )
         self.latent_branch = nn.Sequential(
             *self._layer(N_LATENT, N_COMMON, dropout), *self._layer(N_COMMON, N_COMMON, dropout)
         )

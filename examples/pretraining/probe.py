@@ -26,7 +26,9 @@ def activations(network, pixels):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path, help="file that a pretext task exported")
-    parser.add_argument("--data", type=Path, required=True, help="zip file or folder, train/ and test/<class>/*.jpg")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="zip file or folder, train/ and test/<class>/*.jpg"
+    )
     arguments = parser.parse_args(argv)
     network, _ = load_convnet(arguments.weights)
     pixels, classes = load_images(arguments.data)
