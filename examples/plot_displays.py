@@ -3,14 +3,12 @@ Displays of a fitted model
 ==========================
 
 A small network is trained to classify the digits 0 to 4, and is then frozen. Linear models over it
-classify 5 to 9, from few images. Four figures compare and explain them. The script downloads
-nothing.
+classify 5 to 9, from few images. Four figures compare and explain them. Nothing is downloaded.
 """
 
 # %%
 # The network and its pretraining
 # -------------------------------
-
 import copy
 import sys
 
@@ -44,7 +42,7 @@ X_train, X_test, y_train, y_test = train_test_split(
 def train(network, classifier, images, labels, epochs):
     model = nn.Sequential(network, classifier)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    images, labels = map(torch.from_numpy, (images, labels))
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(64):
             loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
@@ -85,42 +83,41 @@ with torch.no_grad():
 # %%
 # Which model is best
 # -------------------
-# A prediction is correct or not, and the mean over the test images has a standard error. All models
-# predict the same images, so the differences to one of them, image by image, have smaller errors.
+# Bars are standard errors of the mean over the test images. The models predict the same images, so
+# the paired differences, on the right, have smaller errors.
 
 correct = {name: predicted == y_test for name, predicted in predictions.items()}
 figure, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
 for name, values in correct.items():
     difference = values.astype(float) - correct["activation"]
-    for axis, sample in zip(axes, (values, difference), strict=True):
+    panels = {"accuracy, %": values, "gain over activation, %": difference}
+    for axis, (label, sample) in zip(axes, panels.items(), strict=True):
         mean, error = 100 * sample.mean(), 100 * sample.std() / np.sqrt(len(sample))
         axis.errorbar(mean, name, xerr=error, fmt="o", capsize=3)
+        axis.set_xlabel(label)
         print(f"{mean:5.1f} ± {error:.1f} %", end="   ")
     print(name)
 axes[0].invert_yaxis()
-axes[0].set(xlabel="accuracy, %")
-axes[1].set(xlabel="gain over activation, %")
 figure.savefig("displays_comparison.png", dpi=120)
 
 # %%
 # Did the fit converge, and how fast
 # ----------------------------------
 
-display = ObjectiveDisplay.from_estimator(models)
-display.figure_.savefig("displays_objective.png", dpi=120)
+ObjectiveDisplay.from_estimator(models).figure_.savefig("displays_objective.png", dpi=120)
 
 # %%
 # How much each layer contributes
 # -------------------------------
 
-display = LayerContributionDisplay.from_estimator(models["full"], X_test)
-display.figure_.savefig("displays_layers.png", dpi=120)
+contributions = LayerContributionDisplay.from_estimator(models["full"], X_test)
+contributions.figure_.savefig("displays_layers.png", dpi=120)
 
 # %%
 # Which pixels change the gradient term
 # -------------------------------------
 
 chosen = [np.flatnonzero(y_test == digit)[0] for digit in range(5, 10)]
-display = SaliencyDisplay.from_estimator(models["full"], X_test[chosen], method="occlusion")
-display.figure_.savefig("displays_saliency.png", dpi=120)
+saliency = SaliencyDisplay.from_estimator(models["full"], X_test[chosen], method="occlusion")
+saliency.figure_.savefig("displays_saliency.png", dpi=120)
 print("Figures: displays_comparison.png, _objective.png, _layers.png and _saliency.png")

@@ -50,8 +50,8 @@ def search(regressor, grid):
 # %%
 # Four models
 # -----------
-# The loss is a mean here and a sum in ``Ridge``, so the ``alpha`` of ``Ridge`` is larger by a factor
-# of the number of samples. The models with gradients also search ``gradient_alpha``.
+# The loss is a mean here and a sum in ``Ridge``, so ``alpha`` differs by a factor, the number
+# of samples. The models with gradients also search ``gradient_alpha``.
 
 penalties = [0.001, 0.03, 1.0]
 grid = {"alpha": penalties, "gradient_alpha": penalties}
@@ -83,5 +83,5 @@ for name, model in models.items():
     print(f"{name:24}" + "".join(f"{scores[name, table]:10.3f}" for table in tables))
 
 # %%
-# Ridge on the columns cannot fit a nonlinear function. The gradients of a random network help on one
-# data set and not on the other, so search ``features`` as well.
+# Ridge on the columns cannot fit a nonlinear function. The gradients of a random network help on
+# one data set and not on the other, so search ``features`` as well.

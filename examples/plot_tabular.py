@@ -10,8 +10,8 @@ does not show the benefit of gradients of a pretrained one.
 # %%
 # Data sets and models
 # --------------------
-# The models have default parameters, except for enough iterations to converge. Columns are scaled to
-# mean zero and variance one. Every third digit is used, to save time.
+# The models have default parameters, except for enough iterations to converge. Columns are scaled
+# to mean zero and variance one. Every third digit is used, to save time.
 
 import time
 

