@@ -31,7 +31,7 @@ CIFAR10_CLASSES = {
 def need_data(path):
     """End the program with a message unless the path exists."""
     if path is None or not path.exists():
-        sys.exit(print("--data does not exist, so there is nothing to measure."))
+        sys.exit(print("--data must name a zip file or folder of images: nothing to measure."))
 
 
 def read_images(path, split, n_images=None):

