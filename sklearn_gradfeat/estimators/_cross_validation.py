@@ -105,9 +105,9 @@ def searched(constraints: dict[str, Any]) -> dict[str, Any]:
 
 
 class CrossValidated(BaseGradientFeature):
-    """A mixin with the search.
+    """A mixin that adds the search for the best penalties.
 
-    A class names the estimator of a fold, and the scorer that ``scoring=None`` means.
+    A subclass sets the class of fold models, and the scorer for ``scoring=None``.
     """
 
     _fold_class: Callable[[], Any]
@@ -240,7 +240,7 @@ class CrossValidated(BaseGradientFeature):
         return float(self._get_scorer()(model, fold.samples, data.y[fold.rows], **given))
 
     def _fold_model(self, prepared: Prepared, problem: Problem) -> Any:
-        """Return an estimator that scorers take for a fitted one."""
+        """Return an estimator that scorers accept as fitted."""
         model = self._fold_class()
         known = model.get_params(deep=False)
         parameters = self.get_params(deep=False)
@@ -307,7 +307,7 @@ class CrossValidated(BaseGradientFeature):
         return router.add(scorer=self._get_scorer(), method_mapping=to_score)
 
     def __sklearn_is_fitted__(self) -> bool:
-        """Whether there is a model, and not a choice of penalties alone."""
+        """Return whether there is a model, not only a choice of penalties."""
         if hasattr(self, "alpha_") and not hasattr(self, "coef_"):
             raise NotFittedError(
                 f"This {type(self).__name__} was fitted with refit=False, so it has penalties but "

@@ -68,8 +68,8 @@ def relative_displacements(
 ) -> dict[str, float]:
     """Return ``‖w₂‖ / ‖θ₂‖`` of every group of parameters.
 
-    The parameters are those of the network with its batch norms folded, in which the
-    displacements are.
+    The parameters are those of the network with its batch norms folded, like the
+    displacements.
     """
     values = extractor.network(list(model.displacements)).parameters
 
@@ -91,7 +91,7 @@ class InputTerm:
     Parameters
     ----------
     extractor : Extractor
-        The way to the features.
+        The frozen network, with its transform and precision.
     model : LinearModel
         The linear model, on the device of the extractor.
     term : {"gradient", "activation", "full"}

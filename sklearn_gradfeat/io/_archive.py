@@ -41,7 +41,7 @@ def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays
     path : str or path-like
         The file.
     document : dict
-        What JSON can hold.
+        A dictionary that JSON can hold.
     arrays : dict of str to ndarray
         Arrays of numbers or booleans.
     """
@@ -74,7 +74,7 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
     Raises
     ------
     ValueError
-        If it is no such file, is damaged, or is of a newer format.
+        If the file is damaged, has a newer format, or was not written by this function.
     """
     try:
         with safe_open(path, framework="numpy") as archive:
@@ -112,12 +112,12 @@ def digest(arrays: Mapping[str, npt.NDArray[Any]], text: str = "") -> str:
 
 
 def pack(value: Any, name: str, arrays: Arrays) -> Any:  # noqa: PLR0911
-    """Return what JSON can hold of a value; its arrays go to ``arrays``, named after ``name``.
+    """Return a value in a form for JSON; its arrays go to ``arrays``, under ``name``.
 
     Raises
     ------
     NotStorableError
-        If neither can hold it.
+        If neither JSON nor an array can hold the value.
     """
     if isinstance(value, np.generic):
         value = value.item()

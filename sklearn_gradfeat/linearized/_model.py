@@ -94,7 +94,7 @@ class LinearModel:
         return self if term == "full" else replace(self, weights=torch.zeros_like(self.weights))
 
     def displaced_in(self, names: Collection[str]) -> LinearModel:
-        """Return the model with the displacements of some parameters alone."""
+        """Return the model with zero displacements, except of the parameters ``names``."""
         return replace(
             self,
             displacements={
