@@ -30,6 +30,7 @@ from sklearn_gradfeat import (
     GradientFeatureRegressorCV,
     ImageFiles,
 )
+from sklearn_gradfeat.data import Rows
 from tests.tiny import NET, X, Y, data, tiny_net
 
 PENALTIES = {"alphas": [0.5, 0.02], "gradient_alphas": [0.1]}
@@ -324,6 +325,15 @@ def test_lazy_input_is_never_read_as_a_whole(layers):
     in_memory = classifier(**options).fit(X, Y)
     assert np.array_equal(model.scores_, in_memory.scores_)
     np.testing.assert_allclose(model.coef_, in_memory.coef_, 1e-4, 1e-6)
+
+
+def test_some_rows_of_an_array():
+    rows = np.array([3, 4, 5, 9, 2, 20])
+    for array in (X, Lazy(X)):
+        part = Rows(array, rows)
+        assert part.shape == (6, 1, 8, 8) and len(part) == 6
+        assert np.array_equal(part[1:5], X[rows[1:5]])
+        assert np.array_equal(part[::2], X[rows[::2]])
 
 
 def test_image_files(tmp_path):

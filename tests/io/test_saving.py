@@ -318,9 +318,8 @@ def test_parameter_that_only_pickle_can_hold(path, fitted):
 
 
 def test_scorer_that_only_pickle_can_hold(path):
-    model = GradientFeatureClassifierCV(NET, scoring=make_scorer(accuracy_score), **SEARCH).fit(
-        X, Y
-    )
+    scoring = make_scorer(accuracy_score)
+    model = GradientFeatureClassifierCV(NET, scoring=scoring, **SEARCH).fit(X, Y)
     with pytest.raises(ValueError, match=r"pickle only: parameters.scoring is make_scorer"):
         model.save(path)
 
@@ -329,7 +328,7 @@ def test_subclass(path):
     class Mine(GradientFeatureClassifier):
         pass
 
-    with pytest.raises(TypeError, match="Mine is not one of them. Use joblib or pickle"):
+    with pytest.raises(TypeError, match=r"Mine is not one of them\. Use joblib or pickle"):
         Mine(NET, alpha=0.1, tol=0.1).fit(X, Y).save(path)
 
 
