@@ -231,13 +231,19 @@ class CrossValidated(BaseGradientFeature):
         if logits is None:
             samples = data.prepared.subset(fold.rows)
             logits = _cached_logits(candidate.model, samples)
-        model.known, model.leave_one_out = (
-            (fold.samples, to_numpy(logits)),
-            candidate.logits is not None,
-        )
+        model.known = fold.samples, to_numpy(logits)
+        model.leave_one_out = candidate.logits is not None
         vars(model).update(candidate.model.attributes())
         given = _check_method_params(data.X, to_score, indices=fold.rows)
-        return float(self._get_scorer()(model, fold.samples, data.y[fold.rows], **given))
+        try:
+            return float(self._get_scorer()(model, fold.samples, data.y[fold.rows], **given))
+        except AttributeError as error:
+            if "proba" not in str(error):
+                raise
+            raise ValueError(
+                f"scoring={self.scoring!r} needs probabilities, which are not available with "
+                f"loss={self.loss!r}. Set loss='log_loss', or a scoring without probabilities."
+            ) from error
 
     def _fold_model(self, prepared: Prepared, problem: Problem) -> Any:
         """Return an estimator that scorers accept as fitted."""

@@ -48,8 +48,8 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         ``epsilon`` and linear beyond. It is summed over the outputs and averaged over the
         samples.
     epsilon : float, default=1.35
-        The absolute error at which Huber's loss turns linear, in the units of ``y``. (In
-        ``HuberRegressor`` it is a multiple of its ``scale_``.)
+        The absolute error at which Huber's loss turns linear, in the units of ``y``.
+        ``HuberRegressor`` takes it in multiples of its ``scale_`` instead.
     alpha : float, default=1e-4
         L2 penalty: ``alpha / 2`` times the squared norm of ``W``, on a loss that is a
         weighted mean. The ``alpha`` of ``Ridge`` is ``alpha * sample_weight.sum()``.

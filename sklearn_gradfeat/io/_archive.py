@@ -173,5 +173,5 @@ def _splitters() -> dict[str, Any]:
     return {
         name: kind
         for name, kind in vars(model_selection).items()
-        if hasattr(kind, "get_n_splits") and not name.startswith(("FirstStage", "Repeated"))
+        if hasattr(kind, "get_n_splits") and not name.startswith(("Base", "Repeated"))
     }

@@ -9,6 +9,7 @@ suit features and targets of any scale.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -166,7 +167,8 @@ def leave_one_out_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
             objective = stages.objective(alpha, stages.samples.activation, None)
             yield _left_out(stages, (i, 0), first.model, first.solution, objective, None)
             continue
-        gram = tangent_gram(stages.tangent(first.model, 0.0), len(stages.samples.activation))
+        tangent, n_samples = stages.tangent(first.model, 0.0), len(stages.samples.activation)
+        gram = stages.samples.batch_size.retry(partial(tangent_gram, tangent, n_samples))
         if gram is None:
             raise ValueError(
                 "cv='loo' needs gradient layers that are linear, or convolutions as large as "

@@ -25,7 +25,7 @@ from torch import Tensor
 from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.cache import CachedSamples
 from sklearn_gradfeat.curvature import Inverses
-from sklearn_gradfeat.data import accumulation_device
+from sklearn_gradfeat.data import Result, accumulation_device
 from sklearn_gradfeat.linearized import (
     LinearizedHead,
     LinearModel,
@@ -188,7 +188,7 @@ class TwoStageFit:
         """Fit ``b + W f``, starting from the ``Ω`` of ``warm``."""
         objective = self.objective(alpha, self.samples.activation, None)
         zero = self.like.new_zeros(sum(objective.sizes))
-        reference = _norm_at_zero(objective, zero, self.inverses.at(objective))
+        reference = _norm_at_zero(objective, zero, self._inverse(objective, self.inverses))
         start = zero
         if warm is not None and math.isfinite(reference):
             start = self._unknowns(warm.omega, warm.intercept, zero[:0])
@@ -302,7 +302,7 @@ class TwoStageFit:
 
         Where Newton steps are exact, continue to rounding; this takes one or two more steps.
         """
-        inverse = inverses.at(objective)
+        inverse, coarse = self._inverse(objective, inverses), inverses.coarse(objective)
         wanted = min(tol, _EXACT) if inverses.exact_for(objective) else tol
         solution = minimize(
             objective,
@@ -312,13 +312,24 @@ class TwoStageFit:
             max_iter=self.settings.max_iter,
             callback=watch,
             curvature_pairs=inverses.curvature_pairs,
-            coarse=inverses.coarse(objective),
+            coarse=lambda inverse: self._retry(partial(coarse, inverse)),
         )
         inverses.learn(solution)
         # `tol` itself is enough, even if the solver missed a stricter tolerance.
         if solution.norm <= math.sqrt(self.settings.tol) * reference:
             return replace(solution, status="converged")
         return solution
+
+    def _inverse(
+        self, objective: TangentObjective, inverses: Inverses
+    ) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+        """Return the function from logits to the approximate inverse Hessian."""
+        inverse = self._retry(partial(inverses.at, objective))
+        return lambda logits: self._retry(partial(inverse, logits))
+
+    def _retry(self, compute: Callable[[], Result]) -> Result:
+        """Return ``compute()``, repeated in smaller batches where memory runs out."""
+        return self.samples.batch_size.retry(compute)
 
 
 def _norm_at_zero(
