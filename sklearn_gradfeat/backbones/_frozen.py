@@ -64,6 +64,10 @@ class Network:
     _head: Callable[..., tuple[Tensor, ...]]
     cut: tuple[int, ...] = ()
 
+    def boundary(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the input of the head for a batch."""
+        return (x,) if self.trunk is None else self.trunk(x)
+
     def head(self, parameters: tuple[Tensor, ...], boundary: tuple[Tensor, ...]) -> Tensor:
         """Return the activation, of shape (n_samples, n_activations)."""
         return self._head(*parameters, *boundary)[0]

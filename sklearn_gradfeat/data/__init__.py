@@ -1,5 +1,6 @@
 """User input: arrays, tensors, image files and texts, validated and read in batches."""
 
+from sklearn_gradfeat.data._batch_size import BatchSize, Result, free_bytes
 from sklearn_gradfeat.data._batches import (
     MIN_ROWS,
     Preprocess,
@@ -15,7 +16,6 @@ from sklearn_gradfeat.data._batches import (
 from sklearn_gradfeat.data._image_files import (
     ImageFiles,
 )
-from sklearn_gradfeat.data._memory import BatchSize, Result, free_bytes
 from sklearn_gradfeat.data._targets import (
     encode_classes,
     normalized_weights,

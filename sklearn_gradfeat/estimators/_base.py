@@ -73,12 +73,12 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
             X, y = validate_samples(self, X, y)
             problem = self._problem(y, sample_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
-            progress = Progress(self, X=X, y=y, metadata=metadata)
-            prepared = self._prepare(X)
             alpha = float(self.alpha)
             gradient_alpha = alpha if self.gradient_alpha is None else float(self.gradient_alpha)
-            stages = TwoStageFit(prepared, problem)
-            result = stages.fit(alpha, gradient_alpha, self._warm_model(stages), progress)
+            with Progress(self, X=X, y=y, metadata=metadata) as progress:
+                prepared = self._prepare(X)
+                stages = TwoStageFit(prepared, problem)
+                result = stages.fit(alpha, gradient_alpha, self._warm_model(stages), progress)
             warn_unless_converged(result, prepared.settings)
         self.__dict__.update(prepared.attributes | problem.attributes | result.attributes())
         progress.end()

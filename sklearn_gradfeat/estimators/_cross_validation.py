@@ -126,20 +126,23 @@ class CrossValidated(BaseGradientFeature):
             to_split, to_score = self._routed(sample_weight, params)
             folds = self._folds(X, y, to_split)
             weights = {} if sample_weight is None else {"sample_weight": sample_weight}
-            progress = Progress(self, X=X, y=y, metadata={**params, **weights})
             if sample_weight is not None:
                 sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
-            prepared = self._prepare(X)
-            stages = TwoStageFit(prepared, problem)
-            grid = place_grid(self.alphas, self.gradient_alphas, stages)
-            data = _Data(X, y, sample_weight, prepared)
-            models = self._fold_models(grid, data, stages, folds)
-            fitted = self._search(grid, data, models, 1 if folds is None else len(folds), to_score)
-            if self.refit:
-                alpha, gradient_alpha = fitted["alpha_"], fitted["gradient_alpha_"] or 0.0
-                result = TwoStageFit(prepared, problem).fit(alpha, gradient_alpha, None, progress)
-                warn_unless_converged(result, prepared.settings)
-                fitted |= prepared.attributes | problem.attributes | result.attributes()
+            with Progress(self, X=X, y=y, metadata={**params, **weights}) as progress:
+                prepared = self._prepare(X)
+                stages = TwoStageFit(prepared, problem)
+                grid = place_grid(self.alphas, self.gradient_alphas, stages)
+                data = _Data(X, y, sample_weight, prepared)
+                models = self._fold_models(grid, data, stages, folds)
+                n_folds = 1 if folds is None else len(folds)
+                fitted = self._search(grid, data, models, n_folds, to_score)
+                if self.refit:
+                    # Without what the search learned: the plain estimator has the same bits.
+                    stages = TwoStageFit(prepared, problem)
+                    alpha, gradient_alpha = fitted["alpha_"], fitted["gradient_alpha_"] or 0.0
+                    result = stages.fit(alpha, gradient_alpha, progress=progress)
+                    warn_unless_converged(result, prepared.settings)
+                    fitted |= prepared.attributes | problem.attributes | result.attributes()
         self.__dict__.pop("coef_", None)  # without a refit there is no model any more
         self.__dict__.update(fitted)
         progress.end()
@@ -326,7 +329,7 @@ class CrossValidated(BaseGradientFeature):
 def _cached_logits(model: LinearModel, prepared: Prepared) -> torch.Tensor:
     """Return the logits of samples that have passed the frozen layers."""
     samples, network = prepared.samples, prepared.network
-    head = LinearizedHead(network.head, network.parameters, "standard")
+    head = LinearizedHead.from_network(network)
 
     def compute() -> torch.Tensor:
         logits = samples.activation.new_empty(len(samples.activation), len(model.intercept))

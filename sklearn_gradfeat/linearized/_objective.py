@@ -25,8 +25,8 @@ from torch import Tensor
 
 from sklearn_gradfeat.data import BatchSize, Result
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead, Tensors
+from sklearn_gradfeat.linearized._logits import linear_logits
 from sklearn_gradfeat.linearized._losses import Loss
-from sklearn_gradfeat.linearized._model import linear_logits
 
 # Largest relative difference of results that agree, as a power of the machine epsilon.
 _ROUNDING = 0.4

@@ -31,7 +31,6 @@ from sklearn_gradfeat import (
     ImageFiles,
 )
 from sklearn_gradfeat.data import Rows
-from tests.backbones.test_frozen import Counting
 from tests.tiny import NET, X, Y, data, tiny_net
 
 PENALTIES = {"alphas": [0.5, 0.02], "gradient_alphas": [0.1]}

@@ -97,7 +97,7 @@ def test_module_receives_the_weights_and_stays_as_it_is(saved, fitted):
 
 
 def test_unknown_estimator(saved, monkeypatch):
-    monkeypatch.setattr("sklearn_gradfeat.estimators._loading._ESTIMATORS", {"Other": None})
+    monkeypatch.setattr("sklearn_gradfeat.estimators._load._ESTIMATORS", {"Other": None})
     with pytest.raises(ValueError, match=r"holds a GradientFeatureClassifier.*It has Other"):
         load(saved, NET)
 
@@ -105,7 +105,7 @@ def test_unknown_estimator(saved, monkeypatch):
 def test_every_estimator_can_be_loaded():
     public = [getattr(sklearn_gradfeat, name) for name in sklearn_gradfeat.__all__]
     estimators = {kind.__name__ for kind in public if hasattr(kind, "save")}
-    assert estimators == set(sklearn_gradfeat.estimators._loading._ESTIMATORS)
+    assert estimators == set(sklearn_gradfeat.estimators._load._ESTIMATORS)
 
 
 # --- formats ----------------------------------------------------------------------------------
