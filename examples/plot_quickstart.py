@@ -43,7 +43,7 @@ arguments = parser.parse_args()
 
 
 def read_images(folder, n_images):
-    images, labels = ImageFiles.from_folder(folder)
+    images, labels = ImageFiles.from_folder(folder, size=32)  # as the network takes them
     classes = np.unique(labels)
     n_each = max(1, n_images // len(classes))
     rows = np.concatenate([np.flatnonzero(labels == label)[:n_each] for label in classes])

@@ -23,8 +23,9 @@ backbone : None, str, torch.nn.Module or callable, default=None
 
 gradient_layers : {"last", "all"}, int, str or list of str, default="last"
     The layers whose parameters are θ₂. ``"last"`` is the topmost residual or transformer
-    block, or the topmost convolution of a plain network. An integer k is the k topmost of
-    these. Any other value holds names or glob patterns of submodules or parameters.
+    block; in a network without such blocks, the topmost convolution or linear layer. An
+    integer k is the k topmost of these. Any other value holds names or glob patterns of
+    submodules or parameters.
 activation_layer : str, default=None
     The submodule whose output is the activation. None takes the output of the backbone.
 preprocess : "auto", callable or None, default="auto"

@@ -228,8 +228,8 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         The folds; None is 5. A splitter by groups takes the ``groups`` of ``fit``. ``"loo"``
         scores leave-one-out predictions, which come from one factorisation for each pair of
         penalties without a fit of the second stage. It needs squared errors, at most 4096
-        samples times outputs, and gradient layers that are linear, or convolutions as large as
-        their input. ``Ω`` is then that of all samples.
+        samples times outputs, and gradient layers that are linear and see one vector per
+        sample, or convolutions as large as their input. ``Ω`` is then that of all samples.
     scoring : str, callable or None, default=None
         A scorer, as in :class:`~sklearn.model_selection.GridSearchCV`; None is R².
     %REFIT%

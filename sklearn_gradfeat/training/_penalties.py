@@ -171,9 +171,9 @@ def leave_one_out_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
         gram = stages.samples.batch_size.retry(partial(tangent_gram, tangent, n_samples))
         if gram is None:
             raise ValueError(
-                "cv='loo' needs gradient layers that are linear, or convolutions as large as "
-                "their input. Choose such layers by gradient_layers, or set cv to a number of "
-                "folds."
+                "cv='loo' needs gradient layers that are linear and see one vector per sample, or "
+                "convolutions as large as their input. Choose such layers by gradient_layers, or "
+                "set cv to a number of folds."
             )
         for j in _descending(grid.gradient_alphas):
             objective = stages.second_objective(first, float(grid.gradient_alphas[j]))
