@@ -21,6 +21,7 @@ from sklearn_gradfeat.data._targets import (
     normalized_weights,
     numeric_targets,
     weighted_mean,
+    weighted_median,
 )
 from sklearn_gradfeat.data._texts import (
     MaskedMean,
@@ -56,4 +57,5 @@ __all__ = [
     "validate_new_samples",
     "validate_samples",
     "weighted_mean",
+    "weighted_median",
 ]

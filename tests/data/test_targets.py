@@ -11,6 +11,7 @@ from sklearn_gradfeat.data import (
     normalized_weights,
     numeric_targets,
     weighted_mean,
+    weighted_median,
 )
 
 # --- classes ---------------------------------------------------------------------------------
@@ -86,6 +87,15 @@ def test_weighted_mean(column, seed):
     mean = weighted_mean(targets, weights)
     assert mean[0] == pytest.approx(np.average(column, weights=weights), rel=1e-9, abs=1e-6)
     assert mean[1] == 0.1  # to the last bit
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=8), st.integers(0, 1000))
+def test_weighted_median_is_that_of_repetitions(column, seed):
+    times = np.random.default_rng(seed).integers(1, 4, len(column))
+    targets = np.stack([column, -np.array(column)], 1).astype(float)
+    median = weighted_median(targets, times / times.sum())
+    repeated = np.sort(targets.repeat(times, axis=0), axis=0)
+    assert np.array_equal(median, repeated[(len(repeated) - 1) // 2])
 
 
 # --- weights ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sklearn_gradfeat.data import weighted_mean, weighted_median
 from sklearn_gradfeat.linearized import Bernoulli, Huber, LinearModel, Multinomial, Squared
 from sklearn_gradfeat.training import classification_problem, regression_problem
 
@@ -49,7 +50,8 @@ def test_losses_of_real_targets(shape, fit_intercept, epsilon):
     assert type(loss) is (Squared if epsilon is None else Huber)
     assert problem.attributes == {"_single_output": len(shape) == 1}
     columns = y.reshape(4, -1)
-    expected = WEIGHTS @ columns if fit_intercept else np.zeros(columns.shape[1])
+    centre = weighted_mean if epsilon is None else weighted_median
+    expected = centre(columns, WEIGHTS) if fit_intercept else np.zeros(columns.shape[1])
     np.testing.assert_allclose(problem.offset, expected)
     centred = torch.from_numpy(columns - problem.offset)
     assert not loss.gradient(centred).any()
