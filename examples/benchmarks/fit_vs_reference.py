@@ -38,9 +38,9 @@ from _reference import Judge, LinearModel, train
 from _setup import empty_store, encoder, save, task_parser
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
+from sklearn_gradfeat.training._stages import TwoStageFit
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.training._stages import TwoStageFit
 
 TARGETS = ("objective", "accuracy")
 

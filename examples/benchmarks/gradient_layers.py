@@ -26,9 +26,9 @@ import torch
 from _setup import empty_store, gain_on, network_parser, pretrained, run_networks
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedKFold, train_test_split
+from sklearn_gradfeat.training._stages import unwatched
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
-from sklearn_gradfeat.training._stages import unwatched
 
 DEPTHS = (1, 2, 3)
 N_PROBES = 10
