@@ -231,7 +231,13 @@ class Trunk:
             boundary = tuple(z.contiguous() for z in outputs)
         if self.samples.preprocess is not None:  # it may return the same memory every time
             boundary = tuple(z.clone() if _overlap(z, x) else z for z in boundary)
-        return tuple(z.to(self.dtype) if z.is_floating_point() else z for z in boundary)
+        return tuple(map(self._converted, boundary))
+
+    def _converted(self, tensor: Tensor) -> Tensor:
+        """Return a boundary tensor in the precision of the head."""
+        if tensor.is_complex():
+            return tensor.to(self.dtype.to_complex())
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
 def cache_samples(
