@@ -43,9 +43,10 @@ def set_config(*, store_bytes: int | Literal["auto"] | None = None) -> None:
     ----------
     store_bytes : int, "auto" or None, default=None
         Largest size of a feature store, in bytes. It bounds the store in memory, and a new store
-        on disk. 0 keeps nothing in memory. ``"auto"`` is a quarter of the memory of the machine,
-        or of the container. In a worker process, such as those of joblib, ``"auto"`` divides the
-        bound of the store in memory by the number of CPUs. None does not change the setting.
+        on disk. 0 stores nothing, neither in memory nor on disk. ``"auto"`` is a quarter of the
+        memory of the machine, or of the container. In a worker process, such as those of joblib,
+        ``"auto"`` divides the bound of the store in memory by the number of CPUs. None does not
+        change the setting.
 
     Raises
     ------

@@ -32,7 +32,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from typing import Any
 from sklearn_gradfeat.cache._disk_file import (
     data_file,
     file_lock,
-    note_state,
+    is_enabled,
     open_environment,
     unusable,
     write_lock,
@@ -104,28 +104,39 @@ class DiskStore:
         self._reconnect()
         record, number = encode(names, chunk.tensors), uuid.uuid4().bytes
         try:
-            with file_lock(write_lock(self.directory)), self._lock:
-                with self._begin(write=True) as transaction:
-                    transaction.put(number, record)
-                    for row, name in enumerate(names):
-                        transaction.put(key.digest + name, _PLACE.pack(number, row))
-                note_state(self.directory)
+            with (
+                file_lock(write_lock(self.directory)),
+                self._lock,
+                self._begin(write=True) as transaction,
+            ):
+                transaction.put(number, record)
+                for row, name in enumerate(names):
+                    transaction.put(key.digest + name, _PLACE.pack(number, row))
         except (lmdb.Error, OSError) as error:
-            self._writable = False
-            self._warn(
-                f"accepts no more samples ({error})",
-                "others are computed in every fit. Free disk space, or call set_config with a "
-                "larger store_bytes before the first fit of a process",
-            )
+            self._refuse(error)
             return chunk
         with self.reading() as transaction:
             return self._chunk(transaction, number) or chunk
 
-    def computing(self, key: TrunkKey) -> AbstractContextManager[None]:
-        """Return the lock of the threads and processes that compute samples for the key."""
-        if not key.portable or not self._writable:
-            return nullcontext()
-        return file_lock(self.directory / f"{key.digest.hex()}.lock")
+    @contextmanager
+    def computing(self, key: TrunkKey) -> Iterator[None]:
+        """Hold the lock of the threads and processes that compute samples for the key."""
+        with ExitStack() as stack:
+            if key.portable and self._writable:
+                try:
+                    stack.enter_context(file_lock(self.directory / f"{key.digest.hex()}.lock"))
+                except OSError as error:
+                    self._refuse(error)
+            yield
+
+    def _refuse(self, error: Exception) -> None:
+        """Store no more samples in this process, and warn."""
+        self._writable = False
+        self._warn(
+            f"accepts no more samples ({error})",
+            "others are computed in every fit. Free disk space, or call set_config with a larger "
+            "store_bytes before the first fit of a process",
+        )
 
     @contextmanager
     def reading(self) -> Iterator[Any]:
@@ -211,18 +222,31 @@ _lock = threading.RLock()
 def disk_store(path: str | os.PathLike[str]) -> DiskStore | None:
     """Return the store in a directory, the same object for all callers in the process.
 
-    If the disk is too full to open it, warn and return None.
+    The directory is created, those above it are not. If the disk is too full to open it, warn and
+    return None. Return None, and create nothing, if ``store_bytes`` leaves no room for a file.
 
     Raises
     ------
     ImportError
         If lmdb is not installed.
     ValueError
-        If the file is damaged, is not a store, or has another version.
+        If the path is empty or starts with ``~``; or if the file is damaged, is not a store, or
+        has another version.
     OSError
         If there is no store and none can be created.
     """
-    directory = Path(path).expanduser().absolute()
+    if not os.fspath(path):
+        raise ValueError(
+            "feature_store is an empty path. Pass the path of a directory; '.' is the current one."
+        )
+    directory = Path(path).absolute()
+    if str(path).startswith("~") and not directory.exists():
+        raise ValueError(
+            f"feature_store={str(path)!r} starts with '~', which is not expanded to the home "
+            "directory. Pass Path(...).expanduser(), or './~' for a directory of that name."
+        )
+    if not is_enabled():
+        return None
     with _lock:
         for identity, known in list(_stores.items()):
             if _identity(known.directory) != identity:  # deleted since

@@ -3,16 +3,19 @@
 =================  ==============================================================================
 ``features.mdb``   An LMDB database: the format, the records of the chunks, and the index.
 ``...mdb-lock``    LMDB's table of readers.
-``write.lock``     Held to write the database, or to open it.
-``<key>.lock``     Held to compute samples for a key.
-``state``          Inode, size and modification time of the database after the last commit.
+``write.lock``     Held to write the database, or to open it. Nothing is written to the file.
+``<key>.lock``     Held to compute samples for a key. Nothing is written to the file.
 =================  ==============================================================================
 
-The database is verified before it is opened. LMDB maps the file into memory and follows the page
+No other file is written, and these only if they are what they should be: a database is one of this
+package by its format, a table of readers by LMDB's mark. Links in the place of locks are refused.
+
+A new database gets its name when it is complete, so a full disk or a kill leaves no part of one.
+
+Every database is verified before it is opened. LMDB maps the file into memory and follows the page
 numbers in it without a check, so a truncated or damaged file can end the process with a
-segmentation fault. Verification reads the whole file, so it is skipped if the file is in the
-noted state: then the last change was a complete commit of this package. A file in any other state
-was written by another program, or by a process that stopped between a commit and its note.
+segmentation fault, and a damaged disk changes pages without a change of size or time. Verification
+reads the index and the first page of each record, about 10 microseconds for each sample.
 
 The locks are advisory ``flock`` locks, which the system releases when a process ends. Where there
 are none (Windows), two processes may compute the same samples; LMDB still orders the writes.
@@ -24,8 +27,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
+import struct
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,9 +47,11 @@ if TYPE_CHECKING:
 
 _FORMAT_KEY = b"format"
 _FORMAT = {"name": "sklearn-gradfeat features", "version": 1}
-_MIN_FILE_BYTES = 2**20
+_MAX_FORMAT_BYTES = 1000
+_MIN_FILE_BYTES = 2**15  # LMDB needs more than the half for an empty database
 _MAX_READERS = 1024
 _READER_TABLE_BYTES = 2**17  # LMDB needs less for _MAX_READERS
+_READER_TABLE_MARKS = (bytes(4), struct.pack("=I", 0xBEEFC0DE))
 
 
 def data_file(directory: Path) -> Path:
@@ -56,24 +64,36 @@ def write_lock(directory: Path) -> Path:
     return directory / "write.lock"
 
 
-@contextmanager
-def file_lock(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> AbstractContextManager[None]:
     """Hold a lock against other processes and other threads.
 
     Raises
     ------
     OSError
-        If the file cannot be written.
+        If the file cannot be created, or is a link, a pipe or a device.
     """
-    with path.open("ab") as file:
+    return _locked(path, os.O_RDWR | os.O_CREAT)
+
+
+@contextmanager
+def _locked(path: Path, flags: int) -> Iterator[None]:
+    """Hold a lock on a file, opened with these flags."""
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):  # some are missing on Windows
+        flags |= getattr(os, name, 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "The lock is not a regular file", str(path))
         if fcntl is None:
             yield
             return
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may still have the file open
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may still have it open
+    finally:
+        os.close(descriptor)
 
 
 def open_environment(directory: Path) -> tuple[lmdb.Environment, bool]:
@@ -102,18 +122,24 @@ def open_environment(directory: Path) -> tuple[lmdb.Environment, bool]:
             "A path as feature_store needs lmdb 3 or newer. Install it with "
             "pip install 'sklearn-gradfeat[disk]', or set feature_store='auto'."
         ) from error
+    file = data_file(directory)
+    if file.exists() and not file.is_file():
+        raise unusable(directory, "it is not a regular file")
     try:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(exist_ok=True)
             with file_lock(write_lock(directory)):
                 return _open(directory, readonly=False), True
         except OSError as error:
-            if not data_file(directory).exists():
+            if not file.exists():
                 reason = (
                     "The feature store does not exist and cannot be created; pass the path of a "
-                    f"writable directory as feature_store: {error.strerror}"
+                    "writable directory as feature_store, or of a new one in an existing "
+                    f"directory: {error.strerror}"
                 )
                 raise type(error)(error.errno, reason, str(directory)) from error
+        lock = write_lock(directory)
+        with _locked(lock, os.O_RDONLY) if os.access(lock, os.R_OK) else nullcontext():
             return _open(directory, readonly=True), False
     except lmdb.Error as error:
         if os.strerror(errno.ENOSPC) in str(error):
@@ -126,14 +152,16 @@ def _open(directory: Path, readonly: bool) -> lmdb.Environment:
     import lmdb
 
     file = data_file(directory)
-    exists = file.exists() and file.stat().st_size > 0
-    if exists and not _is_in_noted_state(directory):
+    is_new = not file.exists() or file.stat().st_size == 0
+    if not is_new:
         _verify_pages(directory)
     if not readonly:
-        _reserve_reader_table(file)
+        _reserve_reader_table(directory)
+        if is_new:
+            _create(file)
     auto = _config.get_config()["store_bytes"] == "auto"
     # Map size 0 means the bound in the file, which other processes share.
-    size = 0 if exists and auto else max(_config.store_bytes(), _MIN_FILE_BYTES)
+    size = 0 if is_new or auto else _map_size()
     environment = lmdb.open(
         str(file), map_size=size, subdir=False, readonly=readonly, lock=not readonly,
         metasync=False, max_readers=_MAX_READERS,
@@ -143,9 +171,33 @@ def _open(directory: Path, readonly: bool) -> lmdb.Environment:
     except BaseException:
         environment.close()
         raise
-    if not readonly:
-        note_state(directory)
     return environment
+
+
+def is_enabled() -> bool:
+    """Whether the bound of the stores leaves room for a file."""
+    return _config.store_bytes() >= _MIN_FILE_BYTES
+
+
+def _map_size() -> int:
+    """Return the largest size of the file, which LMDB takes in whole pages."""
+    return _config.store_bytes() // _MIN_FILE_BYTES * _MIN_FILE_BYTES
+
+
+def _create(file: Path) -> None:
+    """Write a database that holds the format alone, and then give it its name."""
+    import lmdb
+
+    draft = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+    try:
+        with (
+            lmdb.open(str(draft), map_size=_map_size(), subdir=False, lock=False) as environment,
+            environment.begin(write=True) as transaction,
+        ):
+            transaction.put(_FORMAT_KEY, json.dumps(_FORMAT).encode())
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _verify_pages(directory: Path) -> None:
@@ -160,36 +212,39 @@ def _verify_pages(directory: Path) -> None:
         raise unusable(directory, f"it is damaged: {problems[0]}")
 
 
-def _reserve_reader_table(file: Path) -> None:
+def _reserve_reader_table(directory: Path) -> None:
     """Allocate the disk space of the table of readers before LMDB maps it into memory.
 
     On a full disk, the first write to a mapped file without space would end the process.
     """
-    table = file.with_name(f"{file.name}-lock")
-    if hasattr(os, "posix_fallocate") and not table.exists():
+    table = directory / f"{data_file(directory).name}-lock"
+    if os.path.lexists(table) and not (table.is_file() and not table.is_symlink()):
+        raise unusable(directory, f"{table.name!r} beside it is not a regular file")
+    size = table.stat().st_size if table.exists() else 0
+    if size:
+        with table.open("rb") as handle:
+            if handle.read(4) not in _READER_TABLE_MARKS:
+                raise unusable(directory, f"{table.name!r} beside it is not a file of LMDB")
+    if hasattr(os, "posix_fallocate") and size < _READER_TABLE_BYTES:
         try:
-            with table.open("wb") as handle:
+            with table.open("ab") as handle:
                 os.posix_fallocate(handle.fileno(), 0, _READER_TABLE_BYTES)
         except OSError:
-            table.unlink(missing_ok=True)
+            if not size:
+                table.unlink(missing_ok=True)
             raise
 
 
 def _check_format(directory: Path, environment: lmdb.Environment) -> None:
-    """Write the format into an empty database, and raise an error for any other format."""
+    """Raise an error unless the database has the format of this version."""
     with environment.begin() as transaction:
-        stored = transaction.get(_FORMAT_KEY)
-        is_new = stored is None and transaction.stat()["entries"] == 0
-    if is_new:
-        with environment.begin(write=True) as transaction:
-            transaction.put(_FORMAT_KEY, json.dumps(_FORMAT).encode())
-        return
+        stored = transaction.get(_FORMAT_KEY) or b""
     try:
-        found = json.loads(stored or b"")
+        found = json.loads(stored[:_MAX_FORMAT_BYTES])
         version = found["version"] if found["name"] == _FORMAT["name"] else None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         version = None
-    if version is None:
+    if not isinstance(version, int):
         raise unusable(directory, "it was not made by sklearn-gradfeat")
     if version != _FORMAT["version"]:
         raise unusable(
@@ -203,23 +258,3 @@ def unusable(directory: Path, reason: str) -> ValueError:
         f"The feature store {str(data_file(directory))!r} cannot be used: {reason}. Delete the "
         "file to compute its content again, or pass another path as feature_store."
     )
-
-
-def note_state(directory: Path) -> None:
-    """Write the note of the state of the database, while its lock is held."""
-    draft = directory / f"state.{os.getpid()}"
-    draft.write_text(_state(directory))
-    draft.replace(directory / "state")
-
-
-def _is_in_noted_state(directory: Path) -> bool:
-    """Return whether the database is as the last commit left it."""
-    try:
-        return (directory / "state").read_text() == _state(directory)
-    except OSError:
-        return False
-
-
-def _state(directory: Path) -> str:
-    status = data_file(directory).stat()
-    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"

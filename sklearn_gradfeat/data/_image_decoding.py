@@ -19,6 +19,10 @@ are decoded and before it is enlarged.
 
 from __future__ import annotations
 
+import math
+import os
+import stat
+
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, TiffImagePlugin
@@ -60,8 +64,12 @@ def decode(path: str, color: str, size: tuple[int, int] | None) -> npt.NDArray[n
         If the file cannot be decoded. The message has its path.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block, and a device never end
+            raise ValueError("it is not a regular file")
         with Image.open(path) as image:
             _check_number_of_pixels(image.width, image.height)
+            if size is not None:
+                _check_resized(image, size)
             image.load()
             transpose = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             pixels = _convert(image, MODES[color])
@@ -79,16 +87,31 @@ def _resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     For a square this equals torchvision's ``Resize(side)`` and ``CenterCrop(side)``.
     """
     height, width = size
-    if height * image.width >= width * image.height:
-        resized = height, int(height * image.width / image.height)
-    else:
-        resized = int(width * image.height / image.width), width
+    resized = _cover(image.width, image.height, size)
     if resized != (image.height, image.width):
-        # An image of 1 × 10000 pixels would cover a square of 224 pixels with gigabytes.
         _check_number_of_pixels(resized[1], resized[0])
         image = image.resize((resized[1], resized[0]), Image.Resampling.BILINEAR)
     top, left = round((resized[0] - height) / 2), round((resized[1] - width) / 2)
     return image.crop((left, top, left + width, top + height))
+
+
+def _cover(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width of an image after it is scaled to cover ``size``."""
+    if size[0] * width >= size[1] * height:
+        return size[0], int(size[0] * width / height)
+    return int(size[1] * height / width), size[1]
+
+
+def _check_resized(image: Image.Image, size: tuple[int, int]) -> None:
+    """Raise an error if the image is too large after scaling, upright or not.
+
+    An image of 1 × 10000 pixels would cover a square of 224 pixels with gigabytes. Some formats
+    store the orientation behind the pixels, so it is unknown here.
+    """
+    sides = (image.width, image.height), (image.height, image.width)
+    smallest = min((_cover(*pair, size) for pair in sides), key=math.prod)
+    if smallest != (image.height, image.width):
+        _check_number_of_pixels(smallest[1], smallest[0])
 
 
 def _check_number_of_pixels(width: int, height: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import stat
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 import joblib
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from sklearn_gradfeat.data._image_decoding import MODES, decode
 
@@ -146,6 +149,9 @@ class ImageFiles:
         root : str or path-like
             The folder. Images are ``root/<class>/**/*.jpg``, and likewise .jpeg, .png, .webp,
             .tif, .tiff, .bmp, .gif, .ppm and .pgm. Names that start with a dot are ignored.
+            Links to files and to folders outside of ``root`` are followed. Every file and every
+            folder is read once: links to folders inside of ``root`` are ignored, and so are
+            further links to the same file. :meth:`duplicates` finds equal files.
         **options
             The parameters ``size``, ``color``, ``channels``, ``on_error`` and ``n_threads`` of
             the class.
@@ -161,6 +167,12 @@ class ImageFiles:
         ------
         FileNotFoundError
             If the folder has no subfolders, or a subfolder has no images.
+
+        Warns
+        -----
+        UserWarning
+            If links place a file in two classes. It keeps the class of the file itself, or else
+            the first class.
         """
         classes = sorted(
             entry.name
@@ -172,13 +184,47 @@ class ImageFiles:
                 f"root={os.fspath(root)!r} has no subfolders. Pass a folder with one subfolder per "
                 "class; for images without classes pass a list of files to ImageFiles."
             )
-        files, labels = [], []
-        for label in classes:
-            in_class = _images_below(os.path.join(root, label))
-            files += in_class
-            labels += [label] * len(in_class)
-        images = cls(files, **options)
-        return images, np.array(labels)[images.kept]
+        visited: set[str] = set()
+        found = [
+            (label, path)
+            for label in classes
+            for path in _images_below(os.fsdecode(os.path.join(root, label)), root, visited)
+        ]
+        found = _each_file_once(found)
+        missing = [label for label in classes if label not in dict(found)]
+        if missing:
+            raise FileNotFoundError(
+                f"{os.path.join(root, missing[0])} has no images ({', '.join(EXTENSIONS)}) except "
+                "those that also are in another class. Add images to this class, or remove its "
+                "folder."
+            )
+        images = cls([path for _, path in found], **options)
+        return images, np.array([label for label, _ in found])[images.kept]
+
+    def duplicates(self) -> npt.NDArray[np.intp]:
+        """Return the index of the first sample whose file has the same bytes, for each sample.
+
+        Equal files in training and test data make scores too high. The result can be passed as
+        ``groups`` to splitters such as :class:`~sklearn.model_selection.GroupKFold`, which keep
+        equal files in one fold. Files are compared by a 128-bit hash of their bytes. A file that
+        cannot be read equals only itself.
+
+        Returns
+        -------
+        first : ndarray of int of shape (n_samples,)
+            ``first[i] == i`` for samples without an equal one before them, so
+            ``(first != np.arange(len(X))).sum()`` is the number of duplicates.
+        """
+        names = [os.path.realpath(path) for path in self.paths]
+        sizes = {name: _size(name) for name in names}
+        n_of_size = Counter(sizes.values())
+        ambiguous = [name for name, size in sizes.items() if n_of_size[size] > 1]
+        hashes = dict(zip(ambiguous, self._in_threads(_content_hash, ambiguous), strict=True))
+        contents = [hashes.get(name) or name for name in names]
+        first: dict[Any, int] = {}
+        for row, content in enumerate(contents):
+            first.setdefault(content, row)
+        return np.array([first[content] for content in contents], dtype=np.intp)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -232,6 +278,12 @@ class ImageFiles:
         """Decode one image, and check its size."""
         image = decode(path, self._color, self._resize)
         if image.shape[:2] != (self._height, self._width):
+            if path == self._reference:
+                raise ValueError(
+                    f"{path} has changed: it was {self._height} × {self._width} (height × width), "
+                    f"and is {image.shape[0]} × {image.shape[1]} now. Create the ImageFiles again, "
+                    "or pass size= to resize all images to one size."
+                )
             raise ValueError(
                 f"Images of different sizes: {self._reference} is {self._height} × {self._width} "
                 f"(height × width), {path} is {image.shape[0]} × {image.shape[1]}. Pass size= to "
@@ -283,11 +335,29 @@ class ImageFiles:
             return list(pool.map(work, items))
 
 
-def _images_below(folder: str) -> list[str]:
-    """Return the sorted image files in a folder and its subfolders."""
+def _images_below(folder: str, root: str | os.PathLike[str], visited: set[str]) -> list[str]:
+    """Return the sorted image files in a folder and its subfolders.
+
+    A link to a folder is followed unless this folder lies in ``root``, or ``root`` in it: those
+    files have places of their own, and a cycle of links passes through such a link. ``visited``
+    has the real paths of all folders of all classes so far, so each folder is read once.
+    """
+    inside = os.path.realpath(os.fsdecode(root))
+
+    def is_new(path: str) -> bool:
+        real = os.path.realpath(path)
+        if real in visited or (os.path.islink(path) and _nested(real, inside)):
+            return False
+        visited.add(real)
+        return True
+
     found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, folders, files in os.walk(folder, followlinks=True) if is_new(folder) else ():
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(".") and is_new(os.path.join(parent, name))
+        ]
         found += [
             os.path.join(parent, name)
             for name in files
@@ -299,6 +369,59 @@ def _images_below(folder: str) -> list[str]:
             "remove its folder."
         )
     return sorted(found)
+
+
+def _nested(folder: str, other: str) -> bool:
+    """Whether one of two real paths lies in the other."""
+    return any(
+        os.path.join(inner, "").startswith(os.path.join(outer, ""))
+        for inner, outer in ((folder, other), (other, folder))
+    )
+
+
+def _each_file_once(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return pairs of class and path without links to files that are in the list otherwise."""
+    chosen: dict[str, tuple[bool, int]] = {}
+    reals = [os.path.realpath(path) for _, path in found]
+    for row, (real, (_, path)) in enumerate(zip(reals, found, strict=True)):
+        place = os.path.islink(path), row
+        chosen[real] = min(chosen.get(real, place), place)
+    kept = {row for _, row in chosen.values()}
+    moved = [
+        path
+        for row, (label, path) in enumerate(found)
+        if row not in kept and found[chosen[reals[row]][1]][0] != label
+    ]
+    if moved:
+        warnings.warn(
+            f"Links place {len(moved)} files in two classes, such as {moved[0]}. Each has one "
+            "class: that of the file itself, or else the first. Remove the links, or their files.",
+            stacklevel=3,
+        )
+    return [pair for row, pair in enumerate(found) if row in kept]
+
+
+def _size(path: str) -> int | None:
+    """Return the size of a regular file, None for anything else."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _content_hash(path: str) -> bytes | None:
+    """Return a hash of the bytes of a regular file, None if it cannot be read."""
+    if _size(path) is None:
+        return None
+    state = xxhash.xxh3_128()
+    try:
+        with open(path, "rb") as stream:
+            while block := stream.read(2**20):
+                state.update(block)
+    except OSError:
+        return None
+    return state.digest()
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -5,9 +5,11 @@ Nothing in such a file can be executed, so reading one from a stranger is safe.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import uuid
@@ -34,7 +36,10 @@ class NotStorableError(TypeError):
 
 
 def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays: Arrays) -> None:
-    """Write a file, which replaces one of that name once it is complete.
+    """Write a file, read it back, and only then give it its name.
+
+    A file of that name is replaced; a symbolic link keeps pointing to its target, which is
+    replaced.
 
     Parameters
     ----------
@@ -44,19 +49,63 @@ def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays
         A dictionary that JSON can hold.
     arrays : dict of str to ndarray
         Arrays of numbers or booleans.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written, if what was written differs from the arguments, or if
+        ``path`` is a device, a pipe or a directory.
     """
     text = json.dumps({"format": FORMAT, **document})
     metadata = {_DOCUMENT: text, _DIGEST: digest(arrays, text)}
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise OSError(
+            errno.EINVAL, "The model cannot replace this: it is not a regular file", str(target)
+        )
+    unfinished = target.with_name(f".{uuid.uuid4().hex}.unfinished")
     try:
         with unfinished.open("xb") as stream:
-            stream.write(save(arrays, metadata))
+            # safetensors writes the memory of an array in its order there, which is wrong for
+            # any other order than that of C.
+            contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+            stream.write(save(contiguous, metadata))
             stream.flush()
             os.fsync(stream.fileno())
+        _verify(unfinished, text)
         unfinished.replace(target)
+        _sync_folder(target.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _verify(path: Path, text: str) -> None:
+    """Raise an error unless a file can be read and has this document; its digest is for arrays."""
+    try:
+        found, _ = read_archive(path)
+    except ValueError as error:
+        raise OSError(
+            f"The model was not saved, since the file that was written cannot be read: {error} "
+            "Check the disk, or save to another one."
+        ) from error
+    if json.dumps(found) != text:
+        raise OSError(
+            "The model was not saved, since the file that was written has another header. Check "
+            "the disk, or save to another one."
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the new name of a file to the disk, where the system can do this for a folder."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
@@ -137,12 +186,21 @@ def pack(value: Any, name: str, arrays: Arrays) -> Any:  # noqa: PLR0911
     if _splitters().get(type(value).__name__) is type(value):
         arguments = {n: getattr(value, n) for n in inspect.signature(type(value)).parameters}
         return {"splitter": type(value).__name__, "arguments": pack(arguments, name, arrays)}
+    if isinstance(value, np.ma.MaskedArray):
+        raise NotStorableError(f"{name} is a masked array, whose mask would be lost")
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.itemsize <= 8:
-        arrays[name] = value.astype(value.dtype.newbyteorder("="), copy=False)
+        name = _unused(name, arrays)
+        arrays[name] = value.astype(value.dtype.newbyteorder("="), order="C", copy=False)
         return {"array": name}
     if isinstance(value, np.ndarray) and all(isinstance(item, str) for item in value.flat):
         return {"strings": value.tolist(), "dtype": value.dtype.str}
     raise NotStorableError(f"{name} is {value!r}, of type {type(value).__name__}")
+
+
+def _unused(name: str, arrays: Arrays) -> str:
+    """Return the name, with a number if another array has it: keys 1 and "1" look alike."""
+    names = itertools.chain([name], (f"{name}~{i}" for i in itertools.count(1)))
+    return next(candidate for candidate in names if candidate not in arrays)
 
 
 def unpack(value: Any, arrays: Arrays) -> Any:

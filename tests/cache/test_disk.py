@@ -150,10 +150,10 @@ def test_full_store_warns_once_and_computes(counted, path):
 
 
 def test_full_disk_warns_once_and_computes(counted, path, monkeypatch):
-    def full(directory):
+    def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_disk, "note_state", full)
+    monkeypatch.setattr(_disk, "write_lock", full)
     features = model(counted, feature_store=path, batch_size=8)
     with pytest.warns(UserWarning, match="No space left on device") as caught:
         features.fit(X, Y)
