@@ -38,7 +38,6 @@ from _reference import Evaluation, LinearModel, train
 from _setup import empty_store, encoder, save, task_parser, timed_second_stage
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
-from sklearn_gradfeat.training._stages import TwoStageFit
 
 from sklearn_gradfeat import GradientFeatureClassifier
 

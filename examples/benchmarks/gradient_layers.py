@@ -27,7 +27,6 @@ import torch
 from _setup import empty_store, gain_on, network_parser, pretrained, run_networks, two_stages
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedKFold, train_test_split
-from sklearn_gradfeat.training._stages import unwatched
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
 
