@@ -160,6 +160,8 @@ def test_default_gradient_alphas_follow_the_targets():
     np.testing.assert_allclose(larger.scores_, model.scores_, 1e-2)
 
 
+# The features are rounding errors, so it depends on the processor whether the solver stops at tol.
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_features_without_any_variation():
     model = regressor(alphas=2, gradient_alphas=2).fit(0 * X, TARGETS)
     assert np.isfinite(model.alphas_).all() and (model.alphas_ > 0).all()
