@@ -106,5 +106,5 @@ for features in ("activation", "gradient", "full"):
     model.fit(X_train, y_train)
     seconds = time.perf_counter() - start
     work = f"{model.n_iter_:10}  {model.n_passes_:6}  {seconds:7.1f}"
-    print(f"{features:10}  {model.score(X_test, y_test):8.4f}  {work}")
+    print(f"{features:10}  {model.score(X_test, y_test):8.3f}  {work}")
 print(f"gradients of {', '.join(model.gradient_layers_)}")
