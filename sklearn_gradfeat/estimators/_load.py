@@ -36,6 +36,7 @@ def load(
     *,
     preprocess: Preprocess | None = None,
     device: str | torch.device | None = None,
+    feature_store: str | os.PathLike[str] | None = "auto",
 ) -> Any:
     """Load an estimator from a file that its method ``save`` wrote.
 
@@ -53,7 +54,10 @@ def load(
     preprocess : callable, default=None
         The transform, if the model was fitted with one of your own.
     device : str or torch.device, default=None
-        Replaces the parameter ``device`` of the model.
+        The parameter ``device`` of the model. None is ``"auto"``: a file does not choose the
+        device.
+    feature_store : "auto", path or None, default="auto"
+        The parameter ``feature_store`` of the model. A file does not choose a path either.
 
     Returns
     -------
@@ -85,4 +89,4 @@ def load(
     """
     if device is not None:
         resolve_device(device)
-    return load_estimator(path, _ESTIMATORS, backbone, preprocess, device)
+    return load_estimator(path, _ESTIMATORS, backbone, preprocess, device, feature_store)

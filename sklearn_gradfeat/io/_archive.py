@@ -11,16 +11,18 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
+import re
+import stat
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from sklearn import model_selection
 
@@ -29,6 +31,8 @@ Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 # 2: `negative_slope` replaces `head_leak`; `gradient_backbone` and `omega` are gone.
 FORMAT = 2
 _DOCUMENT, _DIGEST = "sklearn_gradfeat", "digest"
+_LENGTH_BYTES = 8
+_STRINGS = re.compile(r"\|?O|T|[<>=]?U(\d{1,9})", re.ASCII)
 
 
 class NotStorableError(TypeError):
@@ -124,31 +128,112 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
     ------
     ValueError
         If the file is damaged, has a newer format, or was not written by this function.
+    OSError
+        If the file cannot be read, or is a device, a pipe or a directory.
     """
-    try:
-        with safe_open(path, framework="numpy") as archive:
-            metadata = archive.metadata() or {}
-            if _DOCUMENT not in metadata:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "A model file must be a regular file", os.fspath(path))
+    with open(path, "rb") as stream:
+        try:
+            header = _read_header(stream, status.st_size)
+            metadata = header.pop("__metadata__", {})
+            if not isinstance(metadata, dict) or _DOCUMENT not in metadata:
                 raise ValueError(
                     f"{path} is a safetensors file, but not of a model that was saved by "
                     "sklearn-gradfeat."
                 )
-            arrays = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no file of a saved model ({error}).") from error
+            arrays = _read_arrays(stream, header, status.st_size)
+        except _DamagedError as error:
+            raise ValueError(f"{path} is damaged, or no file of a saved model: {error}.") from error
+    text = metadata[_DOCUMENT]
     try:
-        document = json.loads(metadata[_DOCUMENT])
-        written = int(document["format"])
-    except (ValueError, KeyError, TypeError) as error:
+        _check_cost(text, status.st_size)
+        document = json.loads(text)
+        written = document["format"]
+        if not isinstance(written, int) or isinstance(written, bool):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header cannot be read.") from error
     if written > FORMAT:
         raise ValueError(
-            f"{path} has format {written}, written by {document.get('versions')}. This version of "
-            f"sklearn-gradfeat reads formats up to {FORMAT}: upgrade it."
+            f"{path} has format {written}, written by {str(document.get('versions'))[:200]}. This "
+            f"version of sklearn-gradfeat reads formats up to {FORMAT}: upgrade it."
         )
-    if metadata.get(_DIGEST) != digest(arrays, metadata[_DOCUMENT]):
+    if metadata.get(_DIGEST) != digest(arrays, text):
         raise ValueError(f"{path} is damaged: its contents do not match their digest.")
     return document, arrays
+
+
+class _DamagedError(Exception):
+    """The file is no safetensors file; the message has the reason."""
+
+
+# Dtypes by their names in the format; numpy lacks the others.
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+_SMALL = 2**20  # bytes that a header may cost in a file of any size
+_VALUE_BYTES = 100
+
+
+def _check_cost(text: bytes | str, size: int) -> None:
+    """Raise an error if a JSON text would become more than three times the file in memory.
+
+    Every value follows one of four characters, and takes about 100 bytes as an object of Python.
+    """
+    data = text.encode() if isinstance(text, str) else text
+    n_values = sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
+    cost = len(text) * (1 if text.isascii() else 4) + _VALUE_BYTES * n_values
+    if cost > 3 * size + _SMALL:
+        raise ValueError("its header has too many values for its size")
+
+
+def _read_header(stream: BinaryIO, size: int) -> dict[str, Any]:
+    """Return the header of a safetensors file, whose arrays follow in the stream."""
+    length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+    if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
+        raise _DamagedError("it is shorter than its header says")
+    text = stream.read(length)
+    try:
+        _check_cost(text, size)
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError("its header is not readable") from error
+    if not isinstance(header, dict):
+        raise _DamagedError("its header is no mapping")
+    return header
+
+
+def _read_arrays(stream: BinaryIO, header: dict[str, Any], size: int) -> Arrays:
+    """Return the arrays of a safetensors file, each with memory of its own."""
+    entries = []
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(kind), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
+                entries.append((start, stop, name, kind, shape))
+            case _:
+                raise _DamagedError("its header has no valid entry for an array")
+    position, arrays = stream.tell(), {}
+    end = 0
+    for start, stop, name, kind, shape in sorted(entries, key=lambda entry: entry[:2]):
+        if kind not in _DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise _DamagedError("its header has an array of no known dtype or shape")
+        dtype = np.dtype(_DTYPES[kind])
+        if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            raise _DamagedError("its arrays overlap, or leave gaps")
+        end = stop
+        if position + end > size:
+            raise _DamagedError("it is shorter than its header says")
+        array = np.fromfile(stream, dtype, math.prod(shape))
+        try:
+            arrays[name] = array.reshape(shape)
+        except ValueError as error:  # too many dimensions, or too long ones beside one of length 0
+            raise _DamagedError("its header has an array of an impossible shape") from error
+    if position + end != size:
+        raise _DamagedError("it is longer than its header says")
+    return arrays
 
 
 def digest(arrays: Mapping[str, npt.NDArray[Any]], text: str = "") -> str:
@@ -193,7 +278,8 @@ def pack(value: Any, name: str, arrays: Arrays) -> Any:  # noqa: PLR0911
         arrays[name] = value.astype(value.dtype.newbyteorder("="), order="C", copy=False)
         return {"array": name}
     if isinstance(value, np.ndarray) and all(isinstance(item, str) for item in value.flat):
-        return {"strings": value.tolist(), "dtype": value.dtype.str}
+        dtype = "T" if value.dtype.kind == "T" else value.dtype.str
+        return {"strings": value.tolist(), "dtype": dtype}
     raise NotStorableError(f"{name} is {value!r}, of type {type(value).__name__}")
 
 
@@ -204,25 +290,68 @@ def _unused(name: str, arrays: Arrays) -> str:
 
 
 def unpack(value: Any, arrays: Arrays) -> Any:
-    """Return the value that :func:`pack` was given."""
+    """Return the value that :func:`pack` was given.
+
+    Raises
+    ------
+    ValueError
+        If :func:`pack` returns nothing like it.
+    """
     match value:
+        case None | bool() | int() | float() | str():
+            result: Any = value
         case list():
-            result: Any = [unpack(item, arrays) for item in value]
-        case {"tuple": items}:
+            result = [unpack(item, arrays) for item in value]
+        case {"tuple": list(items)}:
             result = tuple(unpack(items, arrays))
-        case {"dict": pairs}:
-            result = {unpack(key, arrays): unpack(item, arrays) for key, item in pairs}
-        case {"splitter": name, "arguments": arguments}:
-            result = _splitters()[name](**unpack(arguments, arrays))
-        case {"device": device}:
-            result = torch.device(device)
-        case {"array": name}:
+        case {"dict": list(pairs)}:
+            result = _unpack_dict(pairs, arrays)
+        case {"splitter": str(name), "arguments": arguments} if name in _splitters():
+            try:
+                result = _splitters()[name](**unpack(arguments, arrays))
+            except Exception as error:  # the constructors of scikit-learn may raise anything
+                raise ValueError(f"it has no valid arguments of {name}: {error}") from error
+        case {"device": str(device)}:
+            try:
+                result = torch.device(device)
+            except RuntimeError as error:
+                raise ValueError("it has no valid name of a device") from error
+        case {"array": str(name)} if name in arrays:
             result = arrays[name]
-        case {"strings": strings, "dtype": dtype}:
-            result = np.array(strings, dtype=dtype)
+        case {"strings": list(strings), "dtype": str(dtype)}:
+            result = _unpack_strings(strings, dtype)
         case _:
-            result = value
+            raise ValueError("it has a value of an unknown kind")
     return result
+
+
+def _unpack_dict(pairs: list[Any], arrays: Arrays) -> dict[Any, Any]:
+    """Return a dictionary from its pairs of key and value."""
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError("it has a dictionary without pairs")
+    keys = [unpack(key, arrays) for key, _ in pairs]
+    try:
+        n_hashes = len({hash(key) for key in keys})
+    except TypeError as error:
+        raise ValueError("it has a dictionary with keys that cannot be hashed") from error
+    if len(keys) > 2 * n_hashes + 100:  # made up, so that a dictionary takes quadratic time
+        raise ValueError("it has a dictionary with too many equal hashes")
+    return {key: unpack(item, arrays) for key, (_, item) in zip(keys, pairs, strict=True)}
+
+
+def _unpack_strings(strings: list[Any], dtype: str) -> npt.NDArray[Any]:
+    """Return an array of strings; no dtype makes it much longer than its texts."""
+    kind = _STRINGS.fullmatch(dtype)
+    try:
+        texts = np.array(strings, dtype=object)
+    except ValueError as error:
+        raise ValueError("it has an array of strings of no shape") from error
+    if kind is None or not all(isinstance(text, str) for text in texts.flat):
+        raise ValueError("it has an array of strings with other values")
+    length = int(kind.group(1) or 0)
+    if 4 * length * texts.size > 16 * sum(map(len, texts.flat)) + _SMALL:
+        raise ValueError(f"it has an array of strings with the long dtype {dtype}")
+    return texts.astype(np.dtypes.StringDType() if dtype == "T" else dtype)
 
 
 @functools.cache

@@ -23,11 +23,19 @@ from sklearn_gradfeat.cache import Extractor
 from sklearn_gradfeat.data import Preprocess
 from sklearn_gradfeat.io._archive import Arrays, digest, read_archive, unpack
 from sklearn_gradfeat.io._saving import WEIGHTS, probe, transformed
+from sklearn_gradfeat.io._schema import (
+    check_attributes,
+    check_document,
+    check_parameters,
+    unpacked,
+)
 
 _TOLERANCE = 1e-3
 # Parameters of files of format 1 that have another name now, and those that are gone.
 _RENAMED = {"head_leak": "negative_slope"}
 _DROPPED = {"gradient_backbone", "omega"}
+# A file says nothing about the machine that reads it.
+_LOCAL = {"device", "feature_store"}
 
 
 def load_estimator(
@@ -36,6 +44,7 @@ def load_estimator(
     backbone: BackboneLike,
     preprocess: Preprocess | None,
     device: str | torch.device | None,
+    feature_store: str | os.PathLike[str] | None = "auto",
 ) -> Any:
     """Read an estimator from a file; see :func:`sklearn_gradfeat.load`.
 
@@ -43,16 +52,17 @@ def load_estimator(
     """
     saved = _Saved(str(path), *read_archive(path))
     kind = saved.kind(kinds)
-    parameters = saved.parameters()
-    resolved = saved.resolve(backbone, parameters)
-    frozen, module = saved.freeze(resolved.module, parameters["activation_layer"])
+    parameters, attributes = saved.contents(kind)
+    resolved = saved.resolve(backbone, parameters, attributes)
+    frozen, module = saved.freeze(resolved.module, parameters.get("activation_layer"))
     extractor = saved.extractor(frozen, resolved, preprocess, parameters)
     if saved.document["backbone"]["module"] or isinstance(backbone, nn.Module):
         backbone = module  # so that a later fit has the same weights
     given = {"backbone": backbone, "preprocess": preprocess, "device": device}
     parameters |= {name: value for name, value in given.items() if value is not None}
-    estimator = kind(**parameters)
-    vars(estimator).update(saved.unpacked("attributes"), _extractor=extractor)
+    estimator = kind(**parameters, feature_store=feature_store)
+    estimator._validate_params()
+    vars(estimator).update(attributes, _extractor=extractor)
     saved.check(estimator)
     return estimator
 
@@ -67,25 +77,47 @@ class _Saved:
 
     def kind(self, kinds: Mapping[str, Any]) -> Any:
         """Return the class of the estimator."""
-        name = self.document["estimator"]
-        if name not in kinds:
+        name = self.document.get("estimator")
+        if not isinstance(name, str) or name not in kinds:
             raise ValueError(
-                f"{self.path} holds a {name}, which this version of sklearn-gradfeat does not "
-                f"have. It has {', '.join(kinds)}."
+                f"{self.path} holds a {str(name)[:200]}, which this version of sklearn-gradfeat "
+                f"does not have. It has {', '.join(kinds)}."
             )
         return kinds[name]
 
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters of the constructor, under their present names."""
-        stored = self.unpacked("parameters")
-        return {_RENAMED.get(n, n): value for n, value in stored.items() if n not in _DROPPED}
+    def contents(self, kind: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return parameters, under their present names, and attributes, after all checks."""
+        try:
+            check_document(self.document, sum(array.nbytes for array in self.arrays.values()))
+            stored = {
+                _RENAMED.get(name, name): value
+                for name, value in self.document["parameters"].items()
+                if name not in _DROPPED | _LOCAL
+            }
+            check_parameters(stored, kind)
+            parameters = unpacked(stored, self.arrays)
+            attributes = unpacked(self.document["attributes"], self.arrays)
+            check_attributes(attributes, kind)
+            self.check_probe(attributes["coef_"].shape[0])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path} is damaged, or was not written by sklearn-gradfeat: {error}."
+            ) from error
+        return parameters, attributes
 
-    def unpacked(self, group: str) -> dict[str, Any]:
-        """Return the parameters or the attributes."""
-        packed = self.document[group]
-        return {name: unpack(value, self.arrays) for name, value in packed.items()}
+    def check_probe(self, n_outputs: int) -> None:
+        """Raise an error unless the results to compare with have their shapes."""
+        shape = self.document["backbone"]["example"]["shape"][0], n_outputs
+        for name, expected in (("probe", shape), ("transformed", (2, 2))):
+            if name in self.document:
+                array = unpack(self.document[name], self.arrays)
+                is_array = isinstance(array, np.ndarray) and array.dtype.kind == "f"
+                if not is_array or array.shape != expected:
+                    raise ValueError(f"its header has a wrong value of {name!r}")
 
-    def resolve(self, backbone: BackboneLike, parameters: dict[str, Any]) -> Resolved:
+    def resolve(
+        self, backbone: BackboneLike, parameters: dict[str, Any], attributes: dict[str, Any]
+    ) -> Resolved:
         """Return the architecture, for the given or for the stored ``backbone``."""
         code = self.document["code"].get("backbone")
         if backbone is None and code is not None:
@@ -94,8 +126,18 @@ class _Saved:
                 "code: pass the module, or a callable that returns one, as `backbone`."
             )
         if backbone is None:
-            backbone = self.document["backbone"].get("name") or parameters["backbone"]
-        return resolve_backbone(backbone, self.unpacked("attributes")["sample_shape_"], 0)
+            backbone = self.document["backbone"].get("name") or parameters.get("backbone")
+        shape = tuple(attributes["sample_shape_"])
+        first = self.arrays.get(f"{WEIGHTS}0.weight", np.empty(0)).shape[1:]
+        if backbone is None and len(shape) == 1 and first != shape:
+            raise ValueError(
+                f"{self.path} is damaged, or was not written by sklearn-gradfeat: it lacks the "
+                f"weights of a network for samples of shape {shape}."
+            )
+        try:
+            return resolve_backbone(backbone, shape, 0)
+        except ImportError as error:
+            raise ValueError(f"The network in {self.path} cannot be built: {error}") from error
 
     def freeze(self, module: nn.Module, layer: str | None) -> tuple[FrozenBackbone, nn.Module]:
         """Return the frozen network, and a module with its weights."""
@@ -103,14 +145,16 @@ class _Saved:
         shape, stride, dtype = (stored["example"][key] for key in ("shape", "stride", "dtype"))
         example = torch.empty_strided(shape, stride, dtype=getattr(torch, dtype)).zero_()
         dtype = getattr(torch, stored["dtype"])
+        # Taken out, so that their memory is free once the module has them.
         weights = {
-            name.removeprefix(WEIGHTS): array
-            for name, array in self.arrays.items()
+            name.removeprefix(WEIGHTS): self.arrays.pop(name)
+            for name in list(self.arrays)
             if name.startswith(WEIGHTS)
         }
         try:
             if weights:
                 module = with_weights(module, weights, example, dtype)
+                weights.clear()
             frozen = FrozenBackbone(module, example, dtype, layer)
         except (ValueError, TypeError) as error:
             raise ValueError(f"The backbone does not fit {self.path}: {error}") from error

@@ -4,8 +4,8 @@ The JSON document of the archive holds
 
 - ``estimator``, ``versions``: the class, and the versions of this package, torch, scikit-learn
   and numpy that wrote the file;
-- ``parameters``, ``attributes``: the constructor's parameters and the fitted attributes, whose
-  arrays are tensors of the archive;
+- ``parameters``, ``attributes``: the constructor's parameters, except ``device`` and
+  ``feature_store``, and the fitted attributes; their arrays are tensors of the archive;
 - ``code``: the names of ``backbone`` and ``preprocess``, if they are code;
 - ``extractor``: the precision, ``negative_slope`` and the name of the transform;
 - ``backbone``: the name or the weights of the network, and a digest of the weights;
@@ -36,6 +36,7 @@ WEIGHTS = "backbone."
 _PACKAGE = __name__.partition(".")[0]
 _NOTED = (_PACKAGE, "torch", "sklearn", "numpy")
 _CODE = ("backbone", "preprocess")
+_LOCAL = ("device", "feature_store")  # choices of this machine, which no other takes from a file
 _NOT_STORED = {"_extractor", "_metadata_request", "_skl_callbacks", "_sklearn_output_config"}
 
 
@@ -70,6 +71,8 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
         for name, value in vars(estimator).items()
         if name not in parameters and name not in _NOT_STORED
     }
+    for name in _LOCAL:
+        del parameters[name]
     code = {name: describe(parameters.pop(name)) for name in _CODE if callable(parameters[name])}
     document = {
         "estimator": kind.__name__,

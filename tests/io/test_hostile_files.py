@@ -1,6 +1,10 @@
 """Model files: layouts of arrays, atomic and verified writing, and files from strangers."""
 
+import json
 import os
+import struct
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,7 +12,14 @@ import torch
 
 import sklearn_gradfeat.io._archive as archive
 from sklearn_gradfeat import GradientFeatureClassifierCV, load
-from sklearn_gradfeat.io._archive import NotStorableError, pack, read_archive, write_archive
+from sklearn_gradfeat.io._archive import (
+    NotStorableError,
+    digest,
+    pack,
+    read_archive,
+    unpack,
+    write_archive,
+)
 from tests.tiny import NET, X, Y, estimator, tiny_net
 
 
@@ -132,3 +143,247 @@ def test_devices_pipes_and_folders_are_not_replaced(tmp_path, fitted):
         with pytest.raises(OSError, match="not a regular file"):
             fitted.save(path)
     assert pipe.is_fifo()
+
+
+# --- strangers --------------------------------------------------------------------------------
+
+
+def forge(path, change=lambda document, arrays: None, text=None):
+    """Change a file, with a right digest: it is no signature."""
+    document, arrays = read_archive(path)
+    change(document, arrays)
+    text = json.dumps(document) if text is None else text(json.dumps(document))
+    metadata = {"sklearn_gradfeat": text, "digest": digest(arrays, text)}
+    path.write_bytes(archive_save(arrays, metadata))
+
+
+def raw(path, header, body=b""):
+    path.write_bytes(struct.pack("<Q", len(header)) + header + body)
+
+
+def set_in(*keys, value):
+    def change(document, arrays):
+        for key in keys[:-1]:
+            document = document[key]
+        document[keys[-1]] = value
+
+    return change
+
+
+def test_machine_of_the_reader_is_not_chosen_by_the_file(tmp_path, saved):
+    victim = tmp_path / "victim"
+    forge(saved, set_in("parameters", "feature_store", value=str(victim)))
+    forge(saved, set_in("parameters", "device", value={"device": "cuda:3"}))
+    loaded = load(saved, NET)
+    loaded.predict(X)
+    assert (loaded.feature_store, loaded.device) == ("auto", "auto")
+    assert not victim.exists()
+    loaded = load(saved, NET, feature_store=victim, device="cpu")
+    assert (loaded.feature_store, loaded.device) == (victim, "cpu")
+
+
+def test_file_has_no_path_or_device_of_the_writer(path, tmp_path):
+    estimator(feature_store=tmp_path / "secret", device="cpu").fit(X, Y).save(path)
+    assert b"secret" not in path.read_bytes()
+    assert not {"feature_store", "device"} & set(read_archive(path)[0]["parameters"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d, a: d["attributes"].pop("sample_shape_"), "lacks 'sample_shape_'"),
+        (lambda d, a: d.pop("versions"), "its header lacks 'versions'"),
+        (set_in("estimator", value=[]), "which this version"),
+        (set_in("backbone", value=""), "wrong value of 'backbone'"),
+        (set_in("backbone", "name", value=3), "wrong value of 'name'"),
+        (set_in("backbone", "dtype", value="save"), "wrong value of 'dtype'"),
+        (set_in("extractor", "dtype", value=[]), "wrong value of 'dtype'"),
+        (set_in("extractor", "negative_slope", value="x"), "negative_slope"),
+        (set_in("parameters", "x", value=1), "no parameter 'x'"),
+        (set_in("parameters", "alpha", value="x"), "'alpha' parameter"),
+        (set_in("parameters", "backbone", value=3), "wrong value of 'backbone'"),
+        (set_in("parameters", "activation_layer", value="a" * 10**6), "'activation_layer'"),
+        (set_in("attributes", "feature_store", value="/victim"), "'feature_store', which is no"),
+        (set_in("attributes", "predict", value=1), "'predict', which is no"),
+        (set_in("attributes", "_extractor", value=1), "'_extractor', which is no"),
+        (set_in("attributes", "coef_", value=1), "wrong value of 'coef_'"),
+        (set_in("attributes", "coef_", value={"array": "probe"}), "shapes that do not fit"),
+        (set_in("attributes", "classes_", value={"strings": ["a"], "dtype": "O"}), "do not fit"),
+        (set_in("attributes", "classes_", value={"array": "none"}), "an unknown kind"),
+        (set_in("attributes", "n_iter_", value={"dict": [[[], 1]]}), "keys that cannot be hashed"),
+        (set_in("attributes", "n_iter_", value={"dict": [1]}), "without pairs"),
+        (set_in("attributes", "n_iter_", value={"device": "nonsense"}), "name of a device"),
+        (
+            set_in("parameters", "alpha", value={"splitter": "KFold", "arguments": {"dict": []}}),
+            "'alpha' parameter",
+        ),
+        (
+            set_in("parameters", "alpha", value={"splitter": "KFold", "arguments": 3}),
+            "no valid arguments of KFold",
+        ),
+        (set_in("probe", value={"array": "attributes.coef_"}), "wrong value of 'probe'"),
+        (set_in("backbone", "example", "shape", value=[2, 1, 8, 2**40]), "is too large"),
+        (set_in("backbone", "example", "stride", value=[2**40, 64, 8, 1]), "gaps in memory"),
+        (set_in("backbone", "example", "stride", value=[-1, 64, 8, 1]), "wrong value of 'stride'"),
+        (set_in("attributes", "sample_shape_", value=[2**40]), "sample_shape_=.* is too large"),
+        (
+            set_in("attributes", "classes_", value={"strings": ["a"] * 3, "dtype": "<U250000000"}),
+            "the long dtype <U250000000",
+        ),
+        (
+            set_in("attributes", "classes_", value={"strings": [["a"], "b"], "dtype": "O"}),
+            "array of strings",
+        ),
+    ],
+)
+def test_documents_that_are_made_up(saved, change, message):
+    forge(saved, change)
+    with pytest.raises(ValueError, match=message):
+        load(saved, NET)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lambda text: "[" * 100_000 + "]" * 100_000,
+        lambda text: text.replace('"format": 2', '"format": 1e999'),
+        lambda text: text.replace('"format": 2', '"format": ' + "9" * 5000),
+        lambda text: text.replace('"format": 2', '"format": true'),
+        lambda text: '{"format": 2, "a": [' + "1," * 10**6 + "1]}",
+        lambda text: "{}",
+    ],
+    ids=["deep", "infinite", "long", "type", "many", "empty"],
+)
+def test_headers_that_are_made_up(saved, text):
+    forge(saved, text=text)
+    with pytest.raises(ValueError, match=r"header cannot be read|damaged, or no file"):
+        load(saved, NET)
+
+
+def test_deep_values(saved):
+    value = 1
+    for _ in range(400):
+        value = {"tuple": [value]}
+    forge(saved, set_in("attributes", "other_", value=value))
+    try:
+        load(saved, NET)
+    except ValueError as error:
+        assert "damaged" in str(error)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"{",
+        b"[" * 100_000,
+        b'{"__metadata__": 3}',
+        b'{"__metadata__": {"sklearn_gradfeat": 3}}',
+        b'{"__metadata__": {"sklearn_gradfeat": "{}"}, "a": 3}',
+        b'{"__metadata__": {"sklearn_gradfeat": "{}"}, "a": {"dtype": "F64", "shape": [1], '
+        b'"data_offsets": [0, 9]}}',
+        b'{"__metadata__": {"sklearn_gradfeat": "{}"}, "a": {"dtype": "F64", "shape": '
+        b'[0, 9223372036854775807, 9], "data_offsets": [0, 0]}}',
+        b'{"__metadata__": {"sklearn_gradfeat": "{}"}, "a": {"dtype": "F64", "shape": '
+        b'[1000000000000], "data_offsets": [0, 8000000000000]}}',
+        b'{"__metadata__": {"sklearn_gradfeat": "{}"}, "a": {"dtype": "BF16", "shape": [1], '
+        b'"data_offsets": [0, 2]}}',
+        b'{"a":' + b"[]," * 10**6,
+        ('{"a":"' + "\U0001f600" + "a" * 10**7 + '"}').encode(),
+    ],
+    ids=range(12),
+)
+def test_containers_that_are_made_up(path, header):
+    raw(path, header)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"damaged|not of a model"):
+        load(path)
+    assert tracemalloc.get_traced_memory()[1] < 4 * len(header) + 2**21
+    tracemalloc.stop()
+    raw(path, header[:0], b"1")
+    with pytest.raises(ValueError, match="damaged"):
+        load(path)
+
+
+def test_equal_hashes_take_linear_time():
+    prime = 2**61 - 1
+    pairs = [[i * prime, 0] for i in range(20_000)]
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="too many equal hashes"):
+        unpack({"dict": pairs}, {})
+    assert time.perf_counter() - start < 2
+
+
+def test_pipes_and_folders_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(OSError, match="must be a regular file"):
+            load(path)
+
+
+JUNK = [None, True, -1, 2**70, 1e300, float("nan"), "", "x", [], {}, [[]], {"array": "probe"}]
+JUNK += [{"tuple": []}, {"dict": []}, {"strings": [], "dtype": "O"}, {"device": "meta"}]
+
+
+def places(value, path=()):
+    """Yield the keys that lead to each value in a document."""
+    yield path
+    for key, item in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value if isinstance(value, list) else ())
+    ):
+        yield from places(item, (*path, key))
+
+
+def mutated(document, arrays, rng):
+    """Change one to three values of a document, or an array."""
+    for _ in range(rng.integers(1, 4)):
+        found = [path for path in places(document) if path]
+        *parents, last = found[rng.integers(len(found))]
+        parent = document
+        for key in parents:
+            parent = parent[key]
+        if rng.random() < 0.2:
+            del parent[last]
+        else:
+            parent[last] = JUNK[rng.integers(len(JUNK))]
+    if rng.random() < 0.2:
+        name = list(arrays)[rng.integers(len(arrays))]
+        arrays[name] = [np.zeros(3), np.zeros((0, 2**40)), arrays[name].astype("f2")][
+            rng.integers(3)
+        ]
+
+
+def fuzz(saved, n_files, seed):
+    """Load mutated files; return how many were accepted. Other errors than the two fail."""
+    rng, accepted, contents = np.random.default_rng(seed), 0, saved.read_bytes()
+    for i in range(n_files):
+        saved.write_bytes(contents)
+        if i % 3:
+            forge(saved, lambda document, arrays: mutated(document, arrays, rng))
+        else:
+            damaged = bytearray(contents)
+            for place in rng.integers(0, min(len(contents), 4000), rng.integers(1, 5)):
+                damaged[place] = rng.integers(256)
+            saved.write_bytes(damaged[: rng.integers(1, len(damaged))] if i % 2 else damaged)
+        try:
+            load(saved, NET)
+        except (ValueError, OSError) as error:
+            assert len(str(error)) > 20, (seed, i)
+        except Exception as error:
+            raise AssertionError(f"{seed=} {i=}") from error
+        else:
+            accepted += 1
+    return accepted
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_files(saved):
+    assert fuzz(saved, 300, seed=0) < 150
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_many_mutated_files(saved):
+    assert fuzz(saved, 30_000, seed=1) < 15_000
