@@ -1,5 +1,6 @@
 """``backbone=`` turned into one frozen network in two parts, trunk and head."""
 
+from sklearn_gradfeat.backbones._ambient import neutral_state
 from sklearn_gradfeat.backbones._attention import differentiable_attention
 from sklearn_gradfeat.backbones._copies import on_host, stored_weights, with_weights
 from sklearn_gradfeat.backbones._fingerprint import UndigestibleError, digest
@@ -22,6 +23,7 @@ __all__ = [
     "differentiable_attention",
     "digest",
     "freeze",
+    "neutral_state",
     "on_host",
     "resolve_backbone",
     "seeded",

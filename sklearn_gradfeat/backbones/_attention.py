@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _LOCK = threading.Lock()
 
 
-def _shared(
+def shared_setting(
     open_setting: Callable[[], AbstractContextManager[None]],
 ) -> Callable[[], AbstractContextManager[None]]:
     """Return a context manager for a setting of the process that threads share.
@@ -51,10 +51,10 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-plain_attention = _shared(_without_fast_path)
+plain_attention = shared_setting(_without_fast_path)
 """Avoid the fused transformer layers for inference, which cannot be captured as operators."""
 
-_math_attention = _shared(lambda: sdpa_kernel(SDPBackend.MATH))
+_math_attention = shared_setting(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 @contextmanager

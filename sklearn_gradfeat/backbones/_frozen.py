@@ -38,9 +38,8 @@ from sklearn_gradfeat.backbones._graph import (
     Captured,
     CaptureError,
     capture,
-    check_activation,
-    run_once,
 )
+from sklearn_gradfeat.backbones._independence import check_independence
 from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_relu
 
 _LOCK = threading.RLock()
@@ -105,7 +104,7 @@ class FrozenBackbone:
             _check_layer(module, activation_layer)
         copied = frozen_copy(module, example.device, dtype)
         self.module = ActivationModule(copied, activation_layer)
-        check_activation(run_once(self.module, example), len(example))
+        check_independence(self.module, example)
         self.module.requires_grad_(False)  # not before lazy modules have their parameters
         self.example = torch.zeros_like(example)
         self.dtype = dtype

@@ -29,6 +29,8 @@ _ROUNDING = operator.attrgetter(
     "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision",
     "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision",
 )  # fmt: skip
+# Switches that choose between kernels, which round differently.
+_KERNELS = operator.attrgetter("cudnn.enabled", "cudnn.deterministic", "cudnn.benchmark")
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class Extractor:
         """Return the key for the store, or None if network or transform cannot be hashed."""
         backbone = self.backbone
         precision = (backbone.dtype, self.dtype, self.half, self.takes_indices)
-        kernels = (backbone.example.device.type, _ROUNDING(torch.backends))
+        deterministic = torch.are_deterministic_algorithms_enabled(), _KERNELS(torch.backends)
+        kernels = (backbone.example.device.type, _ROUNDING(torch.backends), deterministic)
         try:
             value = digest(
                 backbone.fingerprint.digest, network.cut, self.preprocess, precision, kernels

@@ -16,7 +16,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sklearn_gradfeat.backbones import on_host
+from sklearn_gradfeat.backbones import neutral_state, on_host
 from sklearn_gradfeat.cache import Extractor, Store, build_extractor, disk_store, memory_store
 from sklearn_gradfeat.data import (
     BatchSize,
@@ -66,7 +66,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         "verbose": ["verbose"],
     }
 
-    @torch.inference_mode(False)
+    @neutral_state()
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
         """Validate, pass the samples through the network, train, and set the attributes."""
         with restored_on_error(self, "n_features_in_", "feature_names_in_"):
@@ -131,7 +131,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
             return None
         return LinearModel.from_estimator(self, activation.device, activation.dtype)
 
-    @torch.inference_mode(False)
+    @neutral_state()
     def _logits(self, X: Any) -> npt.NDArray[Any]:
         """Return the logits, of shape (n_samples, n_outputs)."""
         X = validate_new_samples(self, X)
@@ -139,7 +139,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         batch_size = BatchSize(self.batch_size)
         return predict_logits(extractor, model, X, batch_size, bool(self.verbose), self._store(X))
 
-    @torch.inference_mode(False)
+    @neutral_state()
     def _extractor_and_model(self) -> tuple[Extractor, LinearModel]:
         """Return the fitted network and linear model, on the device of the computation."""
         try:
@@ -149,6 +149,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         extractor = self._extractor.on(device)
         return extractor, LinearModel.from_estimator(self, device, extractor.dtype)
 
+    @neutral_state()
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted model to one file, without pickle.
 
@@ -171,6 +172,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         """
         save_estimator(self, path)
 
+    @neutral_state()
     def to_torch(self, device: str | torch.device = "cpu") -> nn.Module:
         """Return the fitted model as one torch module, for ``torch.export`` and ONNX.
 

@@ -25,6 +25,7 @@ from sklearn.utils.metadata_routing import (
 from sklearn.utils.validation import _check_method_params, _check_sample_weight
 from tqdm.auto import tqdm
 
+from sklearn_gradfeat.backbones import neutral_state
 from sklearn_gradfeat.curvature import MAX_ROWS
 from sklearn_gradfeat.data import Rows, restored_on_error, validate_samples
 from sklearn_gradfeat.estimators._base import BaseGradientFeature
@@ -113,7 +114,7 @@ class CrossValidated(BaseGradientFeature):
     _fold_class: Callable[[], Any]
     _default_scoring: str
 
-    @torch.inference_mode(False)
+    @neutral_state()
     def _fit_search(self, X: Any, y: Any, sample_weight: Any, params: dict[str, Any]) -> Self:
         """Search, fit the best model, and set the fitted attributes."""
         # Groups need no routing. scikit-learn 1.6 has no argument `allow` for them.

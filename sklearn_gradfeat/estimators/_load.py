@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sklearn_gradfeat.backbones import BackboneLike
+from sklearn_gradfeat.backbones import BackboneLike, neutral_state
 from sklearn_gradfeat.data import Preprocess, resolve_device
 from sklearn_gradfeat.estimators._classifier import (
     GradientFeatureClassifier,
@@ -30,6 +30,7 @@ _ESTIMATORS = {
 }
 
 
+@neutral_state()
 def load(
     path: str | os.PathLike[str],
     backbone: BackboneLike = None,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.backbones import Network, differentiable_attention
+from sklearn_gradfeat.backbones import Network, differentiable_attention, neutral_state
 from sklearn_gradfeat.cache import Extractor
 from sklearn_gradfeat.data import BatchSize, Samples
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Tensors, to_numpy
@@ -19,7 +19,7 @@ from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Tensors, to
 Groups = Mapping[str, Sequence[str]]
 
 
-@torch.inference_mode(False)
+@neutral_state()
 def logit_parts(
     extractor: Extractor, model: LinearModel, X: Any, batch_size: int, groups: Groups
 ) -> tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]:
@@ -70,7 +70,7 @@ def logit_parts(
     return activation, parts
 
 
-@torch.inference_mode(False)
+@neutral_state()
 def relative_displacements(
     extractor: Extractor, model: LinearModel, groups: Groups
 ) -> dict[str, float]:
@@ -106,7 +106,7 @@ class InputTerm:
         ``Ω J(x) w₂``, ``W f(x)``, or their sum.
     """
 
-    @torch.inference_mode(False)
+    @neutral_state()
     def __init__(self, extractor: Extractor, model: LinearModel, term: str) -> None:
         self.extractor = extractor
         self.model = replace(model.term(term), intercept=torch.zeros_like(model.intercept))
@@ -117,7 +117,7 @@ class InputTerm:
         )
         self.linearized = LinearizedHead.from_network(self.network)
 
-    @torch.inference_mode(False)
+    @neutral_state()
     def inputs(self, X: Any) -> Tensor:
         """Return samples as the network receives them."""
         extractor = self.extractor
@@ -126,14 +126,14 @@ class InputTerm:
             X, extractor.preprocess, extractor.dtype, device, extractor.takes_indices
         ).batch(slice(None))
 
-    @torch.inference_mode(False)
+    @neutral_state()
     def values(self, x: Tensor) -> Tensor:
         """Return the term, of shape (n_samples, n_outputs)."""
         with torch.no_grad():
             boundary = self.network.boundary(x)
         return self.model.logits(self.linearized, boundary)
 
-    @torch.inference_mode(False)
+    @neutral_state()
     def gradient(self, x: Tensor, outputs: Sequence[int]) -> Tensor:
         """Return the derivative of one logit of every sample in its input, shaped like ``x``.
 
