@@ -183,8 +183,10 @@ def _check_cost(text: bytes | str, size: int) -> None:
 
     Every value follows one of four characters, and takes about 100 bytes as an object of Python.
     """
-    marks = (b",", b":", b"[", b"{") if isinstance(text, bytes) else (",", ":", "[", "{")
-    n_values = sum(text.count(mark) for mark in marks)  # type: ignore[arg-type]
+    if isinstance(text, bytes):
+        n_values = sum(map(text.count, (b",", b":", b"[", b"{")))
+    else:
+        n_values = sum(map(text.count, ",:[{"))
     cost = len(text) * (1 if text.isascii() else 4) + _VALUE_BYTES * n_values
     if cost > 3 * size + _SMALL:
         raise ValueError("its header has too many values for its size")
