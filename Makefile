@@ -6,19 +6,22 @@ OMP_NUM_THREADS ?= 1
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := $(VENV)-oldest
 PYTEST := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow docs lint ruff format-check types imports format clean
+.PHONY: help demo test slow coverage oldest docs lint ruff format-check types imports format clean
 
 help:
-	@echo 'make demo    install into $(VENV) and run the quick start; on images of yours: DATA=cifar10.zip'
-	@echo 'make test    lint and the fast tests'
-	@echo 'make slow    the slow tests'
-	@echo 'make docs    build the documentation into docs/_build/html'
-	@echo 'make lint    lint, format check, types, import layers'
-	@echo 'make format  reformat the code and apply the safe lint fixes'
-	@echo 'make clean   remove everything generated but $(VENV)'
+	@echo 'make demo     install into $(VENV) and run the quick start; on images of yours: DATA=cifar10.zip'
+	@echo 'make test     lint and the fast tests'
+	@echo 'make slow     the slow tests'
+	@echo 'make coverage the fast tests, with the lines and branches that none of them reaches'
+	@echo 'make oldest   the fast tests with the oldest versions that pyproject.toml promises'
+	@echo 'make docs     build the documentation into docs/_build/html'
+	@echo 'make lint     lint, format check, types, import layers'
+	@echo 'make format   reformat the code and apply the safe lint fixes'
+	@echo 'make clean    remove everything generated but $(VENV)'
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +36,18 @@ test: lint
 
 slow: $(INSTALLED)
 	$(PYTEST) -m slow
+
+coverage: $(INSTALLED)
+	$(PYTEST) --cov --cov-report=term-missing
+
+oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
+
+$(OLDEST)/.installed: pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) .ci/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -c $(OLDEST)/constraints.txt -e '.[test]'
+	touch $@
 
 docs: $(VENV)/.installed-docs
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
@@ -61,5 +76,5 @@ format: $(INSTALLED)
 
 clean:
 	rm -rf build dist *.egg-info docs/_build docs/auto_examples docs/generated
-	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -exec rm -rf {} +

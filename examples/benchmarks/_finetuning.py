@@ -1,4 +1,4 @@
-"""Fine-tuning of the gradient layers, with the recipes of the paper and its code."""
+"""Fine-tuning of the gradient layers, by the recipes of the paper and of its published code."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim.lr_scheduler import StepLR
 
+from sklearn_gradfeat.data import BatchSize
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is fine-tuned; the learning rate is the published one."""
+    """The settings of fine-tuning; ``rate`` is the published learning rate."""
 
     optimizer: Callable
     rate: float
@@ -39,20 +41,20 @@ RECIPES = {
 
 
 def gradient_network(fitted, device):
-    """Return the extractor of a fitted estimator, and its network split below θ₂."""
+    """Return the extractor of a fitted estimator, and its network, cut below θ₂."""
     extractor = fitted._extractor.on(device)
     return extractor, extractor.network(extractor.backbone.choose(fitted.gradient_layers))
 
 
 class Head(nn.Module):
-    """Gradient layers at their pretrained values, and a fitted classifier, to be fine-tuned.
+    """The layers to fine-tune: pretrained gradient layers and a fitted classifier.
 
     Parameters
     ----------
     fitted : GradientFeatureClassifier
-        A logistic regression on activations. Batch norms are folded, as in any of our models.
+        A logistic regression on the activations. Its batch norms are folded into convolutions.
     device : torch.device
-        Where to train.
+        The device of the training.
     """
 
     def __init__(self, fitted, device):
@@ -73,7 +75,7 @@ class Head(nn.Module):
 
     @torch.inference_mode()
     def logits(self, boundary):
-        """Return the logits of tensors in host memory, as numpy's array."""
+        """Return the logits as an array; ``boundary`` is in host memory."""
         device = self.classifier.weight.device
         batches = zip(*(t.split(500) for t in boundary), strict=True)
         parts = [self(*(t.to(device) for t in batch)).cpu() for batch in batches]
@@ -81,17 +83,17 @@ class Head(nn.Module):
 
 
 def below(fitted, X, device):
-    """Return the tensors that the gradient layers take, in host memory."""
+    """Return the inputs of the gradient layers, tensors in host memory."""
     extractor, network = gradient_network(fitted, device)
     parts = [
         [tensor.cpu() for tensor in boundary]
-        for _, boundary in extractor.batches(X, network, 500, verbose=False)
+        for _, boundary in extractor.batches(X, network, BatchSize(500), verbose=False, store=None)
     ]
     return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
 def fitted_to_rows(model, task):
-    """Return a clone fitted without the held-out images, where it would seem too good."""
+    """Return a clone that is fitted without the held-out images, on which it would overfit."""
     fitted = clone(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -99,20 +101,21 @@ def fitted_to_rows(model, task):
 
 
 def take(boundary, rows):
-    """Return some of the samples."""
+    """Return some samples of the inputs of the gradient layers."""
     return tuple(tensor[rows] for tensor in boundary)
 
 
 def accuracy(logits, y):
-    """Return the share of samples whose most probable class is right."""
+    """Return the share of samples whose predicted class is correct."""
     return float((logits.argmax(1) == y).mean())
 
 
 def fine_tune(head, train, held_out, recipe, rate, patience, seed, metric=accuracy):
-    """Train a head in place, up to its best epoch on held-out samples; return that score.
+    """Fine-tune a head in place until its best epoch, and return the best held-out score.
 
-    Samples are boundary tensors and numpy's targets: class indices, or an indicator matrix. It
-    stops after ``patience`` epochs without a better score.
+    ``train`` and ``held_out`` are pairs of the inputs of the gradient layers and the targets, an
+    array of class indices or an indicator matrix. Training stops after ``patience`` epochs without
+    a better score.
     """
     (z, targets), device = train, head.classifier.weight.device
     y = torch.from_numpy(targets)
@@ -145,18 +148,18 @@ def fine_tune(head, train, held_out, recipe, rate, patience, seed, metric=accura
 
 
 def mean_average_precision(logits, y):
-    """Return the mean over all labels that occur of the average precision."""
+    """Return the average precision, averaged over the labels that occur."""
     occurs = y.any(0)
     return float(average_precision_score(y[:, occurs], logits[:, occurs], average="macro"))
 
 
 def summed_binary_cross_entropy(logits, y):
-    """Return the loss of our models for several labels."""
+    """Return the multilabel loss of the package: summed over labels, averaged over samples."""
     return binary_cross_entropy_with_logits(logits, y, reduction="sum") / len(y)
 
 
 def fine_tune_with_skorch(head, train, held_out, recipe, rate, patience, seed):
-    """Train a head in place, likewise, with skorch's loop and callbacks."""
+    """Fine-tune a head in place likewise, with the training loop and callbacks of skorch."""
     from skorch import NeuralNetClassifier
     from skorch.callbacks import EarlyStopping, GradientNormClipping, LRScheduler
     from skorch.dataset import Dataset
@@ -166,7 +169,7 @@ def fine_tune_with_skorch(head, train, held_out, recipe, rate, patience, seed):
     stop = EarlyStopping(
         "valid_acc", lower_is_better=False, patience=patience, load_best=True, sink=lambda _: None
     )
-    ((z,), y), (held_out_z, held_out_y) = train, held_out  # one boundary tensor
+    ((z,), y), (held_out_z, held_out_y) = train, held_out  # a single input tensor
     torch.manual_seed(seed)
     net = NeuralNetClassifier(
         head,

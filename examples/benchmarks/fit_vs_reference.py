@@ -1,19 +1,20 @@
-"""Time to the same objective and to the same test accuracy: our fit, and the recipes of the paper.
+"""Time to the same objective and test accuracy: a fit, and the training recipes of the paper.
 
 The paper [1] and its code train the same linear model with Adam or SGD, and pass every minibatch
-through the whole network, frozen layers included. The loops here are our own, after that
-description; convolutions that are matrix products run as such, which is faster on CPUs. Both
-sides minimise the same objective, with the penalties of the command line. The published weight
-decays are penalties of 1e-6 (Adam) and 5e-5 (SGD) on all weights in the same parametrization,
-NTK, and on the intercept, which is free here. θ₂ is the topmost convolution.
+through the whole network, frozen layers included. The loops here were written from that
+description. A convolution that covers its whole input runs as a matrix product, which is faster on
+a CPU. Both sides minimise the same objective, with the penalties of the command line. The published
+weight decays are penalties of 1e-6 (Adam) and 5e-5 (SGD) on all weights, also in the NTK
+parametrization, and on the intercept, which has no penalty here. θ₂ is the topmost convolution.
 
-A fit starts with an empty feature store. Its clock runs from the images to the fitted model, frozen
-layers and first stage included. The clock of a recipe starts at the second at which the second
-stage of our fit began, and the recipe at the same weights: what led to them counts for both. It
-stands still while the recipe is judged, every so many iterations. The targets are our last
-objective, plus a share of the decrease in our second stage, and our test accuracy; "best" is the
-better of all judgements, so the accuracy of a recipe is chosen on the test images, ours is not. A
-recipe goes on until it has met both, or to the limit. Graph and kernels are loaded beforehand.
+A fit starts with an empty feature store. Its time starts with the images and includes the frozen
+layers and the first stage. A recipe starts from the same weights as the second stage of the fit,
+and its time starts at the time of that stage, so the first stage counts for both. The model is
+evaluated every so many iterations, which is not counted. The targets are the final objective of
+the fit, plus a share of the decrease in its second stage, and the test accuracy of the fit. A
+recipe runs until it has reached both targets, or to the limit. The best of its evaluations is
+reported, so its accuracy is selected on the test images, and that of the fit is not. Graph and
+kernels are loaded beforehand.
 
     python examples/benchmarks/fit_vs_reference.py --data cifar10.zip --limit 20
 
@@ -29,44 +30,38 @@ import statistics
 import time
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import torch
 from _datasets import Task, need_data
 from _finetuning import RECIPES
-from _reference import Judge, LinearModel, train
-from _setup import empty_store, encoder, save, task_parser
+from _reference import Evaluation, LinearModel, train
+from _setup import empty_store, encoder, save, task_parser, timed_second_stage
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.training._stages import TwoStageFit
 
 TARGETS = ("objective", "accuracy")
 
 
 def fit(model, task):
-    """Fit; return the seconds, those of the first stage, and the model where the second began."""
-    seen, second_stage = {}, TwoStageFit.fit_gradient
-
-    def noting(self, base, *arguments):
-        seen.update(first_stage=time.perf_counter() - start, base=base.model)
-        return second_stage(self, base, *arguments)
-
+    """Fit; return the seconds, those of the first stage, and the model of the first stage."""
     empty_store()
-    with mock.patch.object(TwoStageFit, "fit_gradient", noting), warnings.catch_warnings():
+    with timed_second_stage() as second, warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         start = time.perf_counter()
         model.fit(task.X, task.y)
-    return {"seconds": time.perf_counter() - start, **seen}
+        seconds = time.perf_counter() - start
+    first = second["first"].model
+    return {"seconds": seconds, "first_stage": second["start"] - start, "first": first}
 
 
-def race(run, model, judge, ours, arguments):
-    """Return the seconds of a training run to either target, None if it never got there."""
+def race(run, model, evaluate, ours, arguments):
+    """Return the seconds of a training run to each target, None if it was not reached."""
     slack = arguments.slack * (ours["start"] - ours["objective"])
     to, best = dict.fromkeys(TARGETS), {"objective": math.inf, "accuracy": 0.0}
     for trained in itertools.chain([0.0], run):
-        seconds, found = ours["first_stage"] + trained, judge(model)
+        seconds, found = ours["first_stage"] + trained, evaluate(model)
         best["objective"] = min(best["objective"], found["objective"])
         best["accuracy"] = max(best["accuracy"], found["accuracy"])
         met = {
@@ -79,20 +74,20 @@ def race(run, model, judge, ours, arguments):
     return {"to": to, "seconds": seconds, **best}
 
 
-def repeat(model, network, preprocess, task, judge, arguments, seed):
-    """Return how the fit went, and every recipe after it."""
+def repeat(model, network, preprocess, task, evaluate, arguments, seed):
+    """Return the figures of the fit and of every recipe after it."""
     fitted = fit(model, task)
-    base = fitted.pop("base")
+    first = fitted.pop("first")
 
     def start():
-        return LinearModel(network, base.omega, base.intercept)
+        return LinearModel(network, first.omega, first.intercept)
 
     ours = {
         "to": dict.fromkeys(TARGETS, fitted["seconds"]),
         **fitted,
         "start": float(model.objective_path_[0]),
         "objective": float(model.objective_path_[-1]),
-        "objective_by_reference": judge(start().load(model))["objective"],
+        "objective_by_reference": evaluate(start().load(model))["objective"],
         "accuracy": 100 * model.score(task.X_test, task.y_test),
         "iterations": model.n_iter_,
         "passes": model.n_passes_,
@@ -101,12 +96,12 @@ def repeat(model, network, preprocess, task, judge, arguments, seed):
     for name, recipe in RECIPES.items():
         reference = start()
         run = train(reference, recipe, preprocess, task, arguments, seed)
-        runs[name] = race(run, reference, judge, ours, arguments)
+        runs[name] = race(run, reference, evaluate, ours, arguments)
     return runs
 
 
 def summary(kind, runs):
-    """Return the medians of one kind of training; what was not reached counts as infinite."""
+    """Return the medians of one kind of training; a target out of reach has infinite time."""
     ratios, seconds = {}, {}
     for target in TARGETS:
         to = [math.inf if (s := r[kind]["to"][target]) is None else s for r in runs]
@@ -126,15 +121,15 @@ def compare(name, task, arguments):
         alpha=arguments.alpha, gradient_alpha=arguments.gradient_alpha,
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judge = Judge(network, preprocess, task, arguments, device)
+    evaluate = Evaluation(network, preprocess, task, arguments, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         few = slice(None, None, max(1, len(task.y) // 64))
         warm = clone(model).set_params(max_iter=1).fit(task.X[few], task.y[few])
         weights = (torch.from_numpy(a).to(device) for a in (warm.omega_, warm.intercept_))
-        judge(LinearModel(network, *weights))
+        evaluate(LinearModel(network, *weights))
     runs = [
-        repeat(clone(model), network, preprocess, task, judge, arguments, seed)
+        repeat(clone(model), network, preprocess, task, evaluate, arguments, seed)
         for seed in range(arguments.seed, arguments.seed + arguments.repeats)
     ]
     return [{"encoder": name, "model": kind, **summary(kind, runs)} for kind in runs[0]]
@@ -158,19 +153,29 @@ def table(rows):
 
 
 def main():
-    """Run what was asked for, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = task_parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--slack", type=float, default=0.01, help="share of the decrease in our second stage")
-    add("--limit", type=float, default=20, help="of a recipe, in units of our time")
-    add("--every", type=int, default=100, help="iterations between judgements")
+    add(
+        "--slack",
+        type=float,
+        default=0.01,
+        help="share of the decrease in the second stage of the fit",
+    )
+    add(
+        "--limit",
+        type=float,
+        default=20,
+        help="time limit of a recipe, in units of that of the fit",
+    )
+    add("--every", type=int, default=100, help="iterations between evaluations")
     add("--output", type=Path, default=Path("fit_vs_reference.json"))
     arguments = parser.parse_args()
     need_data(arguments.data)
     task = Task(arguments)
     rows = [row for name in arguments.encoders for row in compare(name, task, arguments)]
     save(rows, arguments)
-    print("Seconds to our objective and accuracy in units of our fit; best values reached:\n")
+    print("Seconds to the objective and accuracy of the fit, in units of its time; best values:\n")
     print(table(rows))
 
 

@@ -1,13 +1,14 @@
-"""Can a cheap score on the training images choose how many layers take part?
+"""Can a cheap score on the training images select the number of gradient layers?
 
-For each network the topmost one, two and three are fitted, with the penalty of the gradients chosen
-on a tenth of the training images. Two scores come from a share of those images alone:
+For each network, models with one, two and three of the topmost layers are fitted. The penalty of
+the gradient term is selected on a tenth of the training images. Two scores use a share of those
+images alone:
 
 alignment
-    of the tangent kernel with what the activations leave to explain [1]: with the rows G of
-    gradient features and the residual r of the first stage, ``|Gᵀr|² / (|GGᵀ| |r|²)``.
+    of the tangent kernel with the residual of the first stage [1]: with the gradient features ``G``
+    and the residual ``r``, ``|Gᵀr|² / (|GGᵀ| |r|²)``.
 validation
-    the log-loss of a fit to half of that share on the other half.
+    the log loss on one half of that share of a fit to the other half.
 
     python examples/benchmarks/gradient_layers.py --data cifar10.zip --output gradient_layers.json
 
@@ -23,12 +24,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _setup import empty_store, gain_on, network_parser, pretrained, run_networks
+from _setup import empty_store, gain_on, network_parser, pretrained, run_networks, two_stages
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
-from sklearn_gradfeat.training._stages import unwatched
 
 DEPTHS = (1, 2, 3)
 N_PROBES = 10
@@ -36,15 +36,16 @@ N_PROBES = 10
 
 @torch.no_grad()
 def alignment(model, X, y):
-    """Return the alignment of the kernel, between 0 and 1."""
-    stages = model._prepare(X).stages(model._problem(y, None))
-    base = stages.fit_activation(model.alpha, None, unwatched)
-    logits = stages.objective(model.alpha, stages.samples.activation, None).forward(
-        torch.cat([base.model.weights.flatten(), base.model.intercept])
-    )
-    residual = stages.loss.gradient(logits)
-    objective = stages.objective(0.0, None, stages.tangent(base.model, 0.0))
-    nothing = stages.like.new_zeros(objective.sizes[1])
+    """Return the alignment of the kernel, between 0 and 1.
+
+    ``|GGᵀ|²`` is estimated by the mean of ``|GGᵀ s|²`` over random signs ``s``.
+    """
+    stages = two_stages(model, X, y)
+    first = stages.fit_activation(model.alpha)
+    activation = stages.objective(model.alpha, stages.samples.activation, None)
+    residual = stages.loss.gradient(activation.forward(first.solution.x))
+    objective = stages.objective(0.0, None, stages.tangent(first.model, 0.0))
+    intercept = stages.like.new_zeros(objective.sizes[1])
 
     def transposed(cotangent):
         return objective.split(objective.adjoint(cotangent)).u
@@ -52,15 +53,15 @@ def alignment(model, X, y):
     rng, squares = np.random.default_rng(0), []
     for _ in range(N_PROBES):
         signs = torch.from_numpy(rng.choice([-1.0, 1.0], size=tuple(residual.shape)))
-        through = objective.forward(torch.cat([nothing, transposed(signs)]))
-        squares.append(float(through.square().sum()))
+        product = objective.forward(torch.cat([intercept, transposed(signs)]))  # GGᵀ signs
+        squares.append(float(product.square().sum()))
     norm = math.sqrt(np.mean(squares))
     explained = float(transposed(residual).double().square().sum())
     return explained / (norm * float(residual.square().sum()))
 
 
 def timed(function, *arguments):
-    """Return what a call returns, and its seconds, with an empty feature store."""
+    """Return the result and the seconds of a call that starts with an empty feature store."""
     empty_store()
     start = time.perf_counter()
     with warnings.catch_warnings():
@@ -89,14 +90,14 @@ def compare(name, task, arguments):
             **common, **grid, cv=[half], refit=False, scoring="neg_log_loss"
         )
         _, small_seconds = timed(small.fit, X, y)
-        right = model.predict(task.X_test) == task.y_test
-        base = right if base is None else base
+        correct = model.predict(task.X_test) == task.y_test
+        base = correct if base is None else base
         yield {
             "network": name,
             "depth": depth,
             "layers": model.gradient_layers_,
-            "accuracy": 100 * float(right.mean()),
-            **gain_on(base, right),
+            "accuracy": 100 * float(correct.mean()),
+            **gain_on(base, correct),
             "held_out": 100 * model.best_score_,
             "gradient_alpha": model.gradient_alpha_,
             "seconds": seconds,
@@ -125,10 +126,12 @@ def table(rows):
 
 
 def main():
-    """Run what was asked for."""
+    """Run the benchmark."""
     parser = network_parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--share", type=float, default=0.25, help="of the training images, for the scores")
+    add(
+        "--share", type=float, default=0.25, help="share of the training images that the scores use"
+    )
     add("--alpha", type=float, default=1e-2)
     add("--gradient-alphas", type=float, nargs="+", default=[1e-2, 1e-3, 1e-4])
     add("--output", type=Path, default=Path("gradient_layers.json"))

@@ -1,9 +1,9 @@
-"""Time of a search over 5 folds × 8 penalties in units of one fit, with and without a store.
+"""Time of a search over 5 folds × 8 penalties in units of one fit, by kind of feature store.
 
-All runs of a repeat follow one another, so that the machine is as busy for one as for the next.
-The network is frozen before the clock starts. A fit runs without a store, whatever the search
-does. Searches start with an empty store; the rerun finds what the search before it left. "CV" is
-the estimator with the same search built in, without a store; all others are GridSearchCV.
+All runs of a repeat follow one another, so that the load of the machine is about the same for each.
+The network is frozen before the time starts. The single fit runs without a store. Searches start
+with an empty store, and a rerun with the store of the search before it. "CV" is the estimator with
+the search built in, without a store. All others are GridSearchCV.
 
     python examples/benchmarks/grid_vs_fit.py --data cifar10.zip --output grid_vs_fit.json
 """
@@ -31,7 +31,7 @@ STORES = ("CV", "None", '"auto"', '"auto", rerun', "path", "path, rerun")
 
 
 def searching(model, parameter):
-    """Return the estimator with a search built in, over the same penalties."""
+    """Return the estimator with the search built in, over the same penalties."""
     parameters = clone(model).get_params(deep=False)
     del parameters["warm_start"]
     alpha, gradient_alpha = parameters.pop("alpha"), parameters.pop("gradient_alpha")
@@ -44,7 +44,7 @@ def searching(model, parameter):
 
 
 def seconds(model, X, y):
-    """Return how long a fit takes, on the clock and of the processor."""
+    """Return the wall-clock and the processor seconds of a fit."""
     start, cpu = time.perf_counter(), time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -72,7 +72,7 @@ def repeat(model, X, y, parameter):
 
 
 def compare(name, model, X, y, repeats, parameter):
-    """Return one row for each kind of store."""
+    """Return one row for each kind of search."""
     few = slice(None, None, max(1, len(X) // 64))
     clone(model).set_params(max_iter=1).fit(X[few], y[few])
     runs = [repeat(model, X, y, parameter) for _ in range(repeats)]
@@ -110,12 +110,12 @@ def table(rows):
 
 
 def main():
-    """Run what was asked for, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="zip file of train/<class>/*.jpg")
     parser.add_argument("--n-train", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--features", default="full", help="of the model for images")
+    parser.add_argument("--features", default="full", help="features= of the model for images")
     parser.add_argument("--output", type=Path, default=Path("grid_vs_fit.json"))
     arguments = parser.parse_args()
     if arguments.data is None:

@@ -1,7 +1,8 @@
-"""Time of bfloat16 in units of float32: in the frozen layers, and in a pass over the head.
+"""Time of bfloat16 in units of that of float32: in the frozen layers, and in a pass over the head.
 
-A pass is `J u` and `Jᵀ g` of all samples at the same point. Errors are those of the change of the
-logits and of the gradient, relative to their norms. Runs of a repeat follow one another.
+A pass computes `J u` and `Jᵀ g` of all samples at the same point. The errors are those of the
+change of the logits and of the gradient, relative to their norms. The runs of a repeat follow one
+another.
 
     python examples/benchmarks/half_precision.py --data cifar10.zip --output half_precision.json
 """
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import torch
 from _datasets import need_data, read_images
-from _setup import Preprocess, empty_store, save
+from _setup import empty_store, save, scaled_images
 from sklearn.base import clone
-from solver import PROBLEMS, objective_of
+from solver import PROBLEMS, second_stage
 from torchvision.models import resnet18
 
 from sklearn_gradfeat import GradientFeatureClassifier
@@ -29,7 +30,7 @@ def resnet(path, n_train):
     network.fc = torch.nn.Identity()
     X, y = read_images(path, "train", n_train)
     model = GradientFeatureClassifier(
-        network, preprocess=Preprocess(224), gradient_layers="layer4.1", alpha=0.1,
+        network, preprocess=scaled_images(224), gradient_layers="layer4.1", alpha=0.1,
         gradient_alpha=1e-4, batch_size=64,
     )  # fmt: skip
     return model, X, y
@@ -40,7 +41,7 @@ CHOICES["resnet"] = ("ResNet18, layer4.1", resnet)
 
 
 def seconds(run):
-    """Return how long a call takes, and what it returns."""
+    """Return the seconds and the result of a call."""
     start = time.perf_counter()
     result = run()
     return time.perf_counter() - start, result
@@ -49,7 +50,7 @@ def seconds(run):
 def compare(name, load, path, n_train, repeats):
     """Return the row of a problem."""
     model, X, y = load(path, n_train)
-    objective, x = objective_of(model, X, y)
+    objective, x = second_stage(model, X, y)
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(len(x), generator=generator)
     logits = objective.forward(x)
@@ -84,7 +85,7 @@ def table(rows):
 
 
 def main():
-    """Run all problems, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="zip file of train/<class>/*.jpg")
     parser.add_argument("--problems", nargs="+", choices=CHOICES, default=list(CHOICES))

@@ -1,9 +1,9 @@
-"""Images per second from disk by number of threads, and how much of it hides behind the network.
+"""Images per second from disk by number of threads, and the share that overlaps with the network.
 
 One pass of a random ResNet18 is timed three times: over decoded images, decoding alone, and over
-the files, where the next batch is decoded while the network runs. What is hidden is the share of
-the decoding time by which the last is shorter than the other two together. A further pass finds the
-features of the decoded images in the feature store.
+the files, where the next batch is decoded while the network runs. The hidden share is the saving of
+the last over the sum of the other two, relative to the time of decoding. A further pass finds the
+outputs of the decoded images in the feature store.
 
     python examples/benchmarks/images_from_disk.py --data photos --output images_from_disk.json
 """
@@ -23,17 +23,13 @@ import PIL
 import torch
 import torchvision
 from _setup import environment
+from torchvision.transforms import v2
 
 from sklearn_gradfeat import GradientFeatureClassifier, ImageFiles
 
 
-def scale(batch):
-    """Bring uint8 images to about the range of ImageNet's."""
-    return (batch.float() - 116) / 58
-
-
 def timed(function, *arguments, repeats):
-    """Return the median of the seconds that a call takes."""
+    """Return the median of the seconds of a call."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -53,10 +49,11 @@ def decoding(files, size, threads, repeats):
 
 
 def hiding(files, size, batch_size, repeats):
-    """Return what of the decoding hides behind the network."""
+    """Return the share of the decoding time that overlaps with the network."""
     X = ImageFiles(files, size=size, channels="first")
     network = torchvision.models.resnet18()
     network.fc = torch.nn.Identity()
+    scale = v2.Compose([v2.ToDtype(torch.float32), v2.Normalize([116.0] * 3, [58.0] * 3)])
     model = GradientFeatureClassifier(
         network, preprocess=scale, features="activation", max_iter=1, tol=1,
         batch_size=batch_size, feature_store=None,
@@ -75,7 +72,7 @@ def hiding(files, size, batch_size, repeats):
 
 
 def versions():
-    """Return what the numbers depend on."""
+    """Return the versions, the hardware and the load that the numbers depend on."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {**environment(), "pillow": PIL.__version__, "load": load}
 
@@ -95,7 +92,7 @@ def table(result):
 
 
 def main():
-    """Run what was asked for, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of <class>/*.jpg")
     parser.add_argument("--n-images", type=int, default=1000)
@@ -105,7 +102,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("images_from_disk.json"))
     arguments = parser.parse_args()
     if arguments.data is None or not arguments.data.is_dir():
-        sys.exit(print("--data is no folder of <class>/*.jpg, so there is nothing to measure."))
+        sys.exit(print("--data must name a folder of <class>/*.jpg: nothing to measure."))
     X, _ = ImageFiles.from_folder(arguments.data, size=arguments.size)
     files = list(X.paths[:: max(1, len(X) // arguments.n_images)][: arguments.n_images])
     cores = joblib.cpu_count()

@@ -1,8 +1,8 @@
-"""Penalties chosen by leaving one sample out, against five folds and the best on test data.
+"""Penalties selected by leave-one-out, against five folds and the best on test data.
 
-Regressions on rows of numbers with the random network. Both searches try the same 6 x 6
-penalties; "best" is the highest score on the test samples over that grid. Time is that of a search
-with its last fit. The searches of a repeat follow one another.
+The problems are regressions on tabular data with the random network. Both searches try the same
+6 x 6 penalties. "best" is the highest score on the test samples over that grid. The time is that of
+a search with its final fit. The searches of a repeat follow one another.
 
     python examples/benchmarks/leave_one_out.py
 """
@@ -24,7 +24,7 @@ from sklearn_gradfeat import GradientFeatureRegressor, GradientFeatureRegressorC
 
 
 def two_outputs():
-    """Return Friedman's first function and the square of it."""
+    """Return Friedman's first function with its square as a second output."""
     X, y = make_friedman1(2000, noise=1, random_state=0)
     return X, np.column_stack([y, y**2 / 20])
 
@@ -51,7 +51,7 @@ def best_on_test(search, X, y, X_test, y_test):
 
 
 def compare(name, repeats):
-    """Return one row for each way to choose."""
+    """Return the row of a problem."""
     X, y = PROBLEMS[name]()
     X, X_test, y, y_test = train_test_split(X, y, train_size=300, random_state=0)
     scaler = StandardScaler().fit(X)
@@ -92,14 +92,14 @@ def table(rows):
 
 
 def main():
-    """Run all problems, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("leave_one_out.json"))
     arguments = parser.parse_args()
     rows = [compare(name, arguments.repeats) for name in PROBLEMS]
     save(rows, arguments)
-    print("R² on test samples with the penalties chosen:\n")
+    print("R² on test samples with the selected penalties:\n")
     print(table(rows))
 
 

@@ -1,8 +1,8 @@
-"""What two of LQF's three changes [1] are worth here: squared loss, and leaky rectifiers.
+"""The gain of two changes that LQF [1] makes: squared loss, and leaky ReLUs in place of ReLUs.
 
-The third, K-FAC, is part of the solver. ``negative_slope`` is 0.2 or None. Every variant has the
-penalties that are best on the test images: so the accuracies are too high, most where many
-penalties do about as well, and the errors of the differences do not include the choice.
+Its third change, K-FAC, is part of the solver. ``negative_slope`` is 0.2 or None. Every variant has
+the penalties with the best score on the test images. The accuracies are therefore too high, most
+of all where many penalties score about alike, and the errors of the gains leave the selection out.
 
     python examples/benchmarks/lqf.py --data cifar10.zip --output lqf.json
 
@@ -22,12 +22,13 @@ from sklearn.model_selection import PredefinedSplit
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
 
-LEAK = 0.2
+NEGATIVE_SLOPE = 0.2
 
 
-def search(loss, leak, network, task, arguments):
-    """Return which test images are right, and the penalties."""
-    common = {**network, "loss": loss, "negative_slope": leak, "max_iter": arguments.max_iter}
+def search(loss, negative_slope, network, task, arguments):
+    """Return which predictions of the test images are correct, and the penalties."""
+    common = {**network, "loss": loss, "negative_slope": negative_slope}
+    common["max_iter"] = arguments.max_iter
     searched = GradientFeatureClassifierCV(
         **common,
         alphas=arguments.alphas,
@@ -38,24 +39,25 @@ def search(loss, leak, network, task, arguments):
     searched.fit(np.concatenate([task.X, task.X_test]), np.concatenate([task.y, task.y_test]))
     penalties = {"alpha": searched.alpha_, "gradient_alpha": searched.gradient_alpha_}
     model = GradientFeatureClassifier(**common, **penalties).fit(task.X, task.y)
-    return {"right": model.predict(task.X_test) == task.y_test, **penalties}
+    return {"correct": model.predict(task.X_test) == task.y_test, **penalties}
 
 
 def compare(name, task, arguments):
-    """Iterate over the rows of a network; gains are those on cross-entropy without a leak."""
+    """Iterate over the rows of a network; gains are over cross-entropy with the ReLUs unchanged."""
     network, base = pretrained(name), None
-    for loss, leak in itertools.product(("log_loss", "squared"), (None, LEAK)):
+    variants = itertools.product(("log_loss", "squared"), (None, NEGATIVE_SLOPE))
+    for loss, negative_slope in variants:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            figures = search(loss, leak, network, task, arguments)
-        right = figures.pop("right")
-        base = right if base is None else base
+            figures = search(loss, negative_slope, network, task, arguments)
+        correct = figures.pop("correct")
+        base = correct if base is None else base
         yield {
             "network": name,
             "loss": loss,
-            "leak": leak,
-            "accuracy": 100 * float(right.mean()),
-            **gain_on(base, right),
+            "negative_slope": negative_slope,
+            "accuracy": 100 * float(correct.mean()),
+            **gain_on(base, correct),
             **figures,
         }
 
@@ -63,21 +65,20 @@ def compare(name, task, arguments):
 def table(rows):
     """Return the rows as a Markdown table."""
     lines = [
-        "| network | loss | leak | accuracy, % | gain | penalties |",
+        "| network | loss | negative_slope | accuracy, % | gain | penalties |",
         "|---|---|---|---:|---:|---|",
     ]
     for row in rows:
-        leak = "none" if row["leak"] is None else row["leak"]
         lines.append(
-            f"| {row['network']} | {row['loss']} | {leak} | {row['accuracy']:.1f} | "
-            f"{row['gain']:+.1f} ± {row['gain_error']:.1f} | "
+            f"| {row['network']} | {row['loss']} | {row['negative_slope']} | "
+            f"{row['accuracy']:.1f} | {row['gain']:+.1f} ± {row['gain_error']:.1f} | "
             f"{row['alpha']:g}, {row['gradient_alpha']:g} |"
         )
     return "\n".join(lines)
 
 
 def main():
-    """Run what was asked for."""
+    """Run the benchmark."""
     parser = network_parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--alphas", type=float, nargs="+", default=[1.0, 1e-1, 1e-2, 1e-3])

@@ -1,17 +1,19 @@
-"""The paper's tables [1] on the data at hand, beside the figures that are printed there.
+"""Tables 1 to 3 of the paper [1] on your data, beside the published figures.
 
-Table 3: activation, gradient, full and fine-tuning, for an encoder without labels. Table 1: the
-same with random parameters. Table 2: several labels an image, with EfficientNet-Lite0. Penalties
-and learning rates are chosen on a tenth of the training images. The linear models are
-then fitted to all of them; fine-tuning needs that tenth to know when to stop.
+Table 3 compares the models "activation", "gradient" and "full" with fine-tuning, for an encoder
+that was pretrained without labels. Table 1 repeats it with random parameters in parts of the
+gradient term. Table 2 is multilabel classification with EfficientNet-Lite0. A held-out tenth of
+the training images selects the penalties and the learning rates. The linear models are then fitted
+to all training images. Fine-tuning keeps the tenth for early stopping.
 
     python examples/benchmarks/paper_tables.py --data cifar10.zip --output paper_tables.json
 
 --data is a zip file or a folder of train/<class>/*.jpg and test/<class>/*.jpg, or the folder where
-torchvision keeps CIFAR-10, CIFAR-100 or SVHN. Table 2 makes squares of four such images, or takes
+torchvision keeps CIFAR-10, CIFAR-100 or SVHN. Table 2 makes tiles of four such images, or reads
 the folder of torchvision's VOCDetection (VOCdevkit/VOC2007/) or CocoDetection (annotations/,
-train2014/, val2014/). Average precision is scikit-learn's, where VOC07 takes eleven points of
-recall; difficult objects of VOC are as good as absent, where VOC leaves out their images.
+train2014/, val2014/). Two details differ from the VOC07 protocol: average precision is that of
+scikit-learn, where VOC07 averages the precision at eleven values of recall; and a difficult object
+counts as absent, where VOC07 leaves out its image.
 
 [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning, ICLR 2020,
     arXiv:2004.05529.
@@ -31,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _ablation import GradientsElsewhere, RandomOmegaClassifier, partly_random
 from _datasets import MultiLabelTask, Task, need_data
 from _finetuning import (
     RECIPES,
@@ -45,15 +48,16 @@ from _finetuning import (
 from _setup import gain_on, pretrained, save
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
-from sklearn_gradfeat.backbones._builtin import SHIPPED, ConvNet
+from sklearn_gradfeat.backbones._builtin import SHIPPED
 
 TOP = ["conv3", "conv4", "conv5"]
 LAYERS = {"conv5": TOP[2:], "conv4-5": TOP[1:], "conv3-5": TOP}
-# Accuracies in percent, of "gradient" and "full" for each entry of LAYERS. The key: are θ₁, θ₂
-# pretrained, is ω fitted?
+# Published accuracies in percent: pairs of "gradient" and "full" for each entry of LAYERS. The key
+# says whether θ̄₁ and θ̄₂ are pretrained, and whether Ω is fitted. The alternative is random.
 TABLE_1 = {
     (False, False, False): ((23.09, 62.83), (26.30, 62.83), (27.52, 62.85)),
     (False, False, True): ((40.23, 63.11), (43.36, 63.42), (44.36, 63.38)),
@@ -64,7 +68,7 @@ TABLE_1 = {
     (True, True, False): ((70.28, 69.84), (71.08, 70.10), (71.60, 70.64)),
     (True, True, True): ((70.14, 70.51), (70.89, 70.78), (71.55, 71.37)),
 }
-# Accuracies in percent, of the entries of MODELS, by encoder and data.
+# Published accuracies in percent by encoder and data, for each entry of MODELS.
 TABLE_3 = {
     ("bigan", "SVHN"): (82.04, 89.91, 89.96, 91.15),
     ("bigan", "CIFAR-10"): (62.87, 70.14, 70.51, 71.78),
@@ -73,7 +77,8 @@ TABLE_3 = {
     ("vae", "CIFAR-10"): (52.05, 61.47, 61.16, 65.16),
     ("vae", "CIFAR-100"): (29.20, 35.10, 34.83, 37.86),
 }
-# Mean average precisions in percent, likewise, with ResNet18: of one crop (table 2), of ten (4).
+# Published mean average precisions in percent with ResNet18, for each entry of MODELS: from one
+# crop (VOC07, table 2) and from ten crops (COCO14, table 4).
 TABLES_2_AND_4 = {
     "VOC07": (82.65, 83.05, 83.50, 82.97),
     "COCO14": (62.98, 66.33, 66.45, 63.43),
@@ -83,34 +88,40 @@ CONTROL = "input of θ₂"
 
 
 def choose(model, task, parameter, values):
-    """Set the parameter to the value with the best score on the held-out tenth."""
+    """Set a penalty to the value with the best score on the held-out tenth."""
     if len(values) == 1:
         return model.set_params(**{parameter: values[0]})
-    penalties = {
-        "alpha": [model.alpha],
-        "gradient_alpha": [1.0 if model.gradient_alpha is None else model.gradient_alpha],
-        parameter: values,
-    }
+    options = {"cv": task.held_out_fold, "refit": False}
+    options["scoring"] = mean_average_precision_scorer if task.multilabel else None
+    if isinstance(model, RandomOmegaClassifier):  # the built-in search fits Ω
+        search = fit_quietly(GridSearchCV(model, {parameter: values}, **options), task)
+        return model.set_params(**search.best_params_)
     shared = model.get_params(deep=False)
-    for name in ("alpha", "gradient_alpha", "warm_start"):
-        del shared[name]
-    search = GradientFeatureClassifierCV(
-        **shared, cv=task.held_out_fold, refit=False, scoring=score if task.multilabel else None,
-        **{f"{name}s": grid for name, grid in penalties.items()},
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        search.fit(task.X, task.y)
+    del shared["warm_start"]
+    alpha, gradient_alpha = shared.pop("alpha"), shared.pop("gradient_alpha")
+    grids = {"alphas": [alpha], "gradient_alphas": [gradient_alpha or 1.0], f"{parameter}s": values}
+    search = fit_quietly(GradientFeatureClassifierCV(**shared, **grids, **options), task)
     return model.set_params(**{parameter: getattr(search, f"{parameter}_")})
 
 
-def score(model, X, y):
-    """Return the mean average precision."""
+def fit_quietly(search, task):
+    """Fit a search to all training images, and ignore models that did not converge."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return search.fit(task.X, task.y)
+
+
+def mean_average_precision_scorer(model, X, y):
+    """Return the mean average precision of a model."""
     return mean_average_precision(model.decision_function(X), y)
 
 
 def measure(model, task):
-    """Fit to all training images; return how it went, and what it makes of the test images."""
+    """Fit to all training images; return figures of the fit and results on the test images.
+
+    ``"test"`` is a list with one array: logits of multilabel images, or whether the predicted class
+    is correct.
+    """
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
@@ -127,8 +138,8 @@ def measure(model, task):
     }
 
 
-def fitted_activation(network, task, arguments):
-    """Return the logistic regression on activations, with the best penalty."""
+def activation_model(network, task, arguments):
+    """Return an unfitted logistic regression on the activations, with the best penalty."""
     model = GradientFeatureClassifier(
         **network, features="activation", max_iter=arguments.max_iter, tol=arguments.tol,
         random_state=arguments.seed,
@@ -137,15 +148,15 @@ def fitted_activation(network, task, arguments):
 
 
 def gradient_model(activation, features, task, alphas, **parameters):
-    """Return a model with gradients and the best penalty."""
+    """Return an unfitted model with a gradient term, with the best penalty for it."""
     model = clone(activation).set_params(features=features, **parameters)
     return choose(model, task, "gradient_alpha", alphas)
 
 
 def on_input(activation, task, arguments):
-    """Return the logistic regression on the input of the gradient layers, and its task.
+    """Return an unfitted logistic regression on the input of the gradient layers, and its task.
 
-    ``activation`` is fitted.
+    ``activation`` must be fitted.
     """
     flat = copy.copy(task)
     for name in ("X", "X_test"):
@@ -158,9 +169,9 @@ def on_input(activation, task, arguments):
 
 
 def fine_tuning(activation, task, arguments):
-    """Iterate over (recipe, figures) of fine-tuning the gradient layers.
+    """Iterate over (model, figures) of fine-tuning the gradient layers by each recipe.
 
-    The recipe that does better on the held-out tenth runs again with other seeds.
+    The recipe with the better score on the held-out tenth is repeated with other seeds.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fitted = fitted_to_rows(activation, task)
@@ -191,10 +202,10 @@ def fine_tuning(activation, task, arguments):
 
 
 def compared(figures, base, task):
-    """Replace what a model makes of the test images by its score and its gain on ``base``.
+    """Replace the results on the test images by the score and the gain over ``base``.
 
-    Both in percent, with standard errors over the test images: those of a model, and of the
-    difference between two on the same images. Several seeds are averaged, image by image.
+    Both are in percent, with standard errors over the test images. The error of the gain is that of
+    the paired difference. Results of several seeds are averaged image by image.
     """
     tests = np.stack(figures.pop("test"))
     (base,) = base
@@ -217,7 +228,7 @@ def compared(figures, base, task):
 
 
 def bootstrap(tests, base, y, n_draws=200):
-    """Return the standard errors of the mean average precision, and of its gain on the base's."""
+    """Return the standard errors of the mean average precision and of its gain over ``base``."""
     rng = np.random.default_rng(0)
     draws = []
     for rows in rng.integers(len(y), size=(n_draws, len(y))):
@@ -227,10 +238,10 @@ def bootstrap(tests, base, y, n_draws=200):
 
 
 def four_models(activation, task, arguments, published):
-    """Iterate over the rows of a network: three linear models, two ways of fine-tuning.
+    """Iterate over the rows of a network: three linear models, and fine-tuning by two recipes.
 
-    And a control that the paper does not have: a logistic regression on what the gradient layers
-    take, all of it.
+    A control that the paper lacks is added: a logistic regression on the whole input of the
+    gradient layers.
     """
 
     def models():
@@ -252,8 +263,8 @@ def four_models(activation, task, arguments, published):
 
 
 def table_2(task, arguments):
-    """Iterate over the rows of several labels: EfficientNet-Lite0 as ImageNet left it."""
-    activation = fitted_activation(pretrained("efficientnet", arguments.side), task, arguments)
+    """Iterate over the rows of multilabel classification with EfficientNet-Lite0."""
+    activation = activation_model(pretrained("efficientnet", arguments.side), task, arguments)
     for row in four_models(activation, task, arguments, TABLES_2_AND_4.get(task.source)):
         yield {"table": 2, "encoder": "EfficientNet-Lite0", "data": task.source, **row}
 
@@ -262,55 +273,47 @@ def table_3(name, task, arguments):
     """Iterate over the rows of an encoder."""
     keys = ((known, task.source) for known in ("bigan", "vae") if known in Path(name).stem)
     published = TABLE_3.get(next(keys, None))
-    activation = fitted_activation(pretrained(name), task, arguments)
+    activation = activation_model(pretrained(name), task, arguments)
     for row in four_models(activation, task, arguments, published):
         yield {"table": 3, "encoder": name, **row}
 
 
-def partly_random(network, layers, below_pretrained, layers_pretrained, seed):
-    """Return a copy with random weights (He's) in ``layers``, below them, in both or nowhere."""
-    copied = ConvNet(network.negative_slope)
-    copied.load_state_dict(network.state_dict())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name, layer in copied.named_children():
-            if not (layers_pretrained if name in layers else below_pretrained):
-                nn.init.kaiming_normal_(layer.weight, network.negative_slope)
-                nn.init.zeros_(layer.bias)
-    return copied
-
-
 def table_1(name, task, arguments):
-    """Iterate over the rows of an encoder: what is random, by the gradient layers.
+    """Iterate over the rows of an encoder with parts of the gradient term random.
 
-    The penalty is chosen with the first choice of layers, and kept for the others.
+    The penalties are selected with the first choice of layers, and kept for the others.
     """
     network = pretrained(name)
-    activation = fitted_activation(network, task, arguments)
+    activation = activation_model(network, task, arguments)
     figures = measure(activation, task)
     base = figures["test"]
     row = {"table": 1, "encoder": name, "model": "activation", **compared(figures, base, task)}
     yield {**row, "published": TABLE_3.get(("bigan", task.source), (None,))[0]}
     alphas = {}
     for layers, (key, published) in itertools.product(arguments.layers, TABLE_1.items()):
-        lower, upper, fitted = key
-        names = LAYERS[layers]
-        other = partly_random(network["backbone"], names, lower, upper, arguments.seed)
-        options = {
-            "gradient_layers": names,
-            "gradient_backbone": None if lower and upper else other,
-            "omega": "fitted" if fitted else "random",
-        }
+        theta_1, theta_2, fitted = key
+        ablated = ablation(activation, LAYERS[layers], *key, arguments.seed)
         of_cifar10 = task.source == "CIFAR-10"
         known = published[list(LAYERS).index(layers)] if of_cifar10 else (None, None)
         for features, of_paper in zip(("gradient", "full"), known, strict=True):
             candidates = alphas.get((key, features), arguments.gradient_alphas)
-            model = gradient_model(activation, features, task, candidates, **options)
+            model = gradient_model(ablated, features, task, candidates)
             alphas[key, features] = [model.gradient_alpha]
             result = compared(measure(model, task), base, task)
-            row = {"table": 1, "encoder": name, "theta_1": lower, "theta_2": upper}
+            row = {"table": 1, "encoder": name, "theta_1": theta_1, "theta_2": theta_2}
             row |= {"omega": fitted, "layers": layers, "model": features, **result}
             yield {**row, "published": of_paper}
+
+
+def ablation(activation, layers, theta_1, theta_2, fitted, seed):
+    """Return an unfitted model: are θ̄₁ and θ̄₂ pretrained, is Ω fitted, or are they random?"""
+    parameters = {**activation.get_params(deep=False), "gradient_layers": layers}
+    if not (theta_1 and theta_2):
+        network = activation.backbone
+        other = partly_random(network, layers, theta_1, theta_2, seed)
+        parameters["backbone"] = GradientsElsewhere(network, other)
+        parameters["gradient_layers"] = [f"gradient.{layer}" for layer in layers]
+    return (GradientFeatureClassifier if fitted else RandomOmegaClassifier)(**parameters)
 
 
 def markdown(rows):
@@ -323,10 +326,10 @@ def markdown(rows):
 
 
 def per_model(rows):
-    """Return a table with a line for each model."""
+    """Return the lines of a table with one row for each model."""
     metric = "mean average precision" if rows[0]["table"] == 2 else "accuracy"
     lines = [
-        f"| model | {metric}, % | more than activation | published, % | seconds |",
+        f"| model | {metric}, % | gain over activation | published, % | seconds |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -347,14 +350,17 @@ def beside(row):
 
 
 def per_combination(rows):
-    """Return a table with a line for what is random, and published figures in parentheses."""
+    """Return the lines of a table with one row for each combination of random parts.
+
+    The published figures are in parentheses.
+    """
     activation, *rows = rows
     figures = {(r["theta_1"], r["theta_2"], r["omega"], r["layers"], r["model"]): r for r in rows}
     columns = list(itertools.product(dict.fromkeys(r["layers"] for r in rows), MODELS[1:3]))
     lines = [
         f"activation: {beside(activation)}",
         "",
-        f"| θ̄₁ | θ̄₂ | ω̄ | {' | '.join(map(' '.join, columns))} |",
+        f"| θ̄₁ | θ̄₂ | Ω | {' | '.join(map(' '.join, columns))} |",
         f"|---|---|---|{'---:|' * len(columns)}",
     ]
     for key in TABLE_1:
@@ -369,12 +375,17 @@ def per_combination(rows):
 
 
 def main(argv=None):
-    """Run what was asked for; write JSON and Markdown after every row, print Markdown."""
+    """Write JSON and Markdown after every row, and print the Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", type=Path, help="files of images, see the top of this file")
+    add("--data", type=Path, help="zip file or folder of images, see the top of this file")
     add("--tables", type=int, nargs="+", default=[3, 2, 1], choices=[1, 2, 3])
-    add("--encoders", nargs="+", default=list(SHIPPED), help="names, or files; tables 1 and 3")
+    add(
+        "--encoders",
+        nargs="+",
+        default=list(SHIPPED),
+        help="names, or files of weights; tables 1 and 3",
+    )
     add("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS), help="table 1")
     models = [*MODELS[1:3], CONTROL, MODELS[3]]
     add("--models", nargs="+", default=models, choices=models, help="tables 2 and 3")
@@ -384,10 +395,15 @@ def main(argv=None):
     add("--alphas", type=float, nargs="+", default=[1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
     add("--gradient-alphas", type=float, nargs="+", default=[1e-2, 1e-3, 1e-4, 1e-5])
     add("--rate-factors", type=float, nargs="+", default=[1.0, 0.1, 0.01])
-    add("--patience", type=int, default=10, help="epochs of fine-tuning without a better one")
-    add("--seeds", type=int, default=3, help="runs of the better way of fine-tuning")
+    add(
+        "--patience",
+        type=int,
+        default=10,
+        help="epochs without a better score after which fine-tuning stops",
+    )
+    add("--seeds", type=int, default=3, help="runs of the better recipe of fine-tuning")
     add("--max-iter", type=int, default=100)
-    add("--tol", type=float, default=1e-4, help="of the linear models")
+    add("--tol", type=float, default=1e-4, help="tolerance of the linear models")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("paper_tables.json"))
     arguments = parser.parse_args(argv)

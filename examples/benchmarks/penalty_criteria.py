@@ -1,15 +1,15 @@
-"""Criteria on the training data alone that penalties could be chosen by, against test data.
+"""Criteria on the training data alone by which penalties could be selected, against test data.
 
-For every pair of penalties of a grid the model is fitted, and judged by
+For every pair of penalties of a grid, the model is fitted and two criteria are computed:
 
 * "leave-one-out": the log loss of every sample after a Newton step towards the fit without it,
   with the exact Hessian of all unknowns, at the output weights `Ω` of all samples;
-* "degrees of freedom": the training loss plus, for every sample, the trace of the Hessian of the
-  loss in units of that of the objective.
+* "degrees of freedom": the training loss plus, averaged over samples, the trace of the Hessian of
+  the loss in units of that of the objective.
 
-The table has the test accuracy with the pair that each criterion likes best, that with the pair of
-the smallest test loss, and the highest in the grid. Hessians are inverted by way of the Gram matrix
-of the samples, so these are few.
+The table has the test accuracy with the best pair of each criterion, that with the pair of the
+smallest test loss, and the highest of the grid. Hessians are inverted by way of the Gram matrix of
+the samples, so the samples are few.
 
     python examples/benchmarks/penalty_criteria.py --data cifar10.zip
 """
@@ -19,34 +19,31 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 from _datasets import read_images
-from _setup import digits, save
+from _setup import digits, save, two_stages
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.curvature._sample_space import tangent_gram
-from sklearn_gradfeat.solvers._lbfgs import minimize
-from sklearn_gradfeat.training import _stages
+from sklearn_gradfeat.curvature import tangent_gram
 
-N_TRAIN = 400  # times ten classes is what a Gram matrix may have
-FLAT = 1e-6  # the penalty of the intercept
+N_TRAIN = 400  # with ten classes, the largest Gram matrix
+INTERCEPT_PENALTY = 1e-6
 
 
 def rows(path):
-    """Return model, training and test data of the random network, and its grid."""
+    """Return the model, training data, test data and grid of the random network."""
     model, X, y = digits()
     X, X_test, y, y_test = train_test_split(X, y, train_size=N_TRAIN, random_state=0, stratify=y)
     return model, (X, y), (X_test, y_test), (np.logspace(-4, -1, 4), np.logspace(-4, 0, 5))
 
 
 def encoder(name):
-    """Return the function that does so for a shipped network."""
+    """Return the function that does the same for a network of the package."""
 
     def task(path):
         model = GradientFeatureClassifier(name, gradient_layers=["conv5"])
@@ -65,24 +62,23 @@ PROBLEMS = {
 
 def fitted(model, X, y):
     """Fit, and return the objective of the second stage and its optimum."""
-    caught = []
-
-    def catching(objective, *args, **kwargs):
-        solution = minimize(objective, *args, **kwargs)
-        caught.append((objective, solution.x))
-        return solution
-
-    with mock.patch.object(_stages, "minimize", catching):
-        model.fit(X, y)
-    return caught[-1]
+    stages = two_stages(model, X, y)
+    first = stages.fit_activation(model.alpha)
+    linear, solution = stages.fit_gradient(first, model.gradient_alpha, first.model)
+    model.__dict__.update(stages.attributes | linear.attributes())
+    return stages.second_objective(first, model.gradient_alpha), solution.x
 
 
 def leverages(objective, curvatures):
-    """Return how much the logits of every sample follow a change of its own loss gradient."""
+    """Return the change of the logits of every sample per change of its own loss gradient.
+
+    With the kernel ``K`` of the samples in units of the penalties, and the square root ``R`` of the
+    curvatures, these are the diagonal blocks of ``K - K R (1 + R K R)⁻¹ R K``.
+    """
     n_samples, n_outputs, _ = curvatures.shape
     one = torch.eye(n_outputs).double()
-    features = objective.activation.double()
-    kernel = torch.kron(features @ features.T / objective.alpha + 1 / FLAT, one)
+    activation = objective.activation.double()
+    kernel = torch.kron(activation @ activation.T / objective.alpha + 1 / INTERCEPT_PENALTY, one)
     kernel += tangent_gram(objective.tangent, n_samples).double() / objective.tangent.alpha
     values, vectors = torch.linalg.eigh(curvatures)
     root = vectors * values.clamp(min=0).sqrt()[:, None] @ vectors.mT
@@ -97,7 +93,7 @@ def leverages(objective, curvatures):
 
 
 def criteria(objective, x):
-    """Return the value of every criterion, the smaller the better."""
+    """Return the value of every criterion; smaller is better."""
     loss, logits = objective.loss, objective.forward(x)
     p = logits.softmax(1)
     curvatures = loss.weights[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
@@ -134,7 +130,7 @@ def compare(name, path):
 
 
 def table(found):
-    """Return the choices as a Markdown table."""
+    """Return the accuracies with the selected penalties as a Markdown table."""
     by = ("leave-one-out", "degrees of freedom", "test loss")
     lines = [f"| problem | {' | '.join(by)} | highest |", "|---|---:|---:|---:|---:|"]
     for name in dict.fromkeys(row["problem"] for row in found):
@@ -146,7 +142,7 @@ def table(found):
 
 
 def main():
-    """Run what was asked for, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="zip file of train/ and test/<class>/*.jpg")
     parser.add_argument("--output", type=Path, default=Path("penalty_criteria.json"))
@@ -156,11 +152,11 @@ def main():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for name, task in PROBLEMS.items():
             if task is not rows and arguments.data is None:
-                print(f"{name}: skipped, there is no --data.")
+                print(f"{name}: skipped without --data.")
                 continue
             found += compare(name, arguments.data)
             save(found, arguments, n_train=N_TRAIN)
-    print("Test accuracy with the penalties that a criterion likes best:\n")
+    print("Test accuracy with the best penalties of each criterion:\n")
     print(table(found))
 
 

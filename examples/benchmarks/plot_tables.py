@@ -1,8 +1,8 @@
-"""Draw what paper_tables.py measured with several models, tables 2 and 3.
+"""Plot tables 2 and 3 of paper_tables.py.
 
     python examples/benchmarks/plot_tables.py table3.json table2.json --output tables.svg
 
-Bars are one standard error over the test images; hollow circles are the paper's figures.
+Bars are one standard error over the test images. Hollow circles are the published figures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 
 def groups(paths):
-    """Return (table, network, sizes, rows by model) of every network; files are joined."""
+    """Return the rows by model of every (table, network, data, number of images) in the files."""
     found = {}
     for path in paths:
         content = json.loads(path.read_text())
@@ -28,7 +28,7 @@ def groups(paths):
                 key = (number, name, size["data"], size["n_train"])
                 first = found.setdefault(key, {}).setdefault(row["model"], row)
                 if first["score"] != row["score"]:
-                    sys.exit(f"{path}: {row['model']} has another score in a former file.")
+                    sys.exit(f"{path}: {row['model']} has another score in an earlier file.")
     return found
 
 
@@ -52,12 +52,12 @@ def draw(found):
 
 
 def main():
-    """Read the tables and write the picture."""
+    """Read the tables and write the figure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("tables", type=Path, nargs="+", help="JSON files of paper_tables.py")
     parser.add_argument("--output", type=Path, default=Path("tables.svg"))
     arguments = parser.parse_args()
-    mpl.rcParams["svg.hashsalt"] = "tables"  # the same bytes for the same tables
+    mpl.rcParams["svg.hashsalt"] = "tables"  # equal tables give equal bytes
     figure = draw(groups(arguments.tables))
     figure.savefig(arguments.output, metadata={"Date": None})
 

@@ -1,15 +1,16 @@
-"""Time and memory of a fit by number of images, of classes, of gradient layers, and by batch size.
+"""Time and memory of a fit by number of images, classes and gradient layers, and by batch size.
 
 One number changes at a time, and the others keep their defaults. The network is
 "convnet-rotation". Every fit runs in a process of its own, with an empty feature store, after a
-short fit of other images that loads libraries and captures the graph. A pass is the second stage
-divided by its passes over the head, so it has a share of the preconditioner; "before" is all else,
-the trunk and the first stage. Memory is the largest that was resident during the fit less that
-before it, so without the images; Linux alone tells. On CUDA, what torch allocated there comes
-beside it.
+short fit of other images, which loads libraries and captures the graph. The time of a pass is that
+of the second stage divided by its passes over the head, so it includes a share of the
+preconditioner. "before" is the time of everything else, the trunk and the first stage. Memory is
+the peak of the resident memory during the fit, minus the memory before it, so it leaves out the
+images; it is measured on Linux only. On CUDA, the memory that torch allocated there is added.
 
-Images are those of --data, or else random ones, 8 x 8 pixels enlarged. Classes are those of
---data; or, for random images and wherever their number changes, the nearest of as many images.
+Images are those of --data, or else random blocks of 4 x 4 pixels. Classes are those of --data.
+For random images, and wherever the number of classes changes, the class of an image is the nearest
+of as many images.
 
     python examples/benchmarks/scaling.py --data cifar10.zip --output scaling.json
 """
@@ -25,16 +26,14 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 from _datasets import read_images
-from _setup import environment, nearest, random_images, resident
+from _setup import environment, nearest, random_images, resident, timed_second_stage
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.training import _stages
 
 STUDIES = {
     "n_samples": (500, 2000, 5000, 20000, 50000),
@@ -57,34 +56,25 @@ def load(arguments):
 
 
 def measure(task):
-    """Return times, passes and memory of one fit, the first of its kind in this process."""
+    """Return times, passes and memory of one fit, after a short one in the same process."""
     X = np.load(f"{task['folder']}/X.npy", mmap_mode="r")[: task["n_samples"]].copy()
     y = np.load(f"{task['folder']}/y.npy")[: len(X)]
     if task["n_classes"] is not None:
         y = nearest(X, task["n_classes"])
     options = {k: task[k] for k in ("gradient_layers", "batch_size")}
     model = GradientFeatureClassifier("convnet-rotation", **PENALTIES, **options)
-    minimize, second = _stages.minimize, []
-
-    def timed(objective, *args, **kwargs):
-        start = time.perf_counter()
-        solution = minimize(objective, *args, **kwargs)
-        if objective.tangent is not None:
-            second.append(time.perf_counter() - start)
-        return solution
-
-    with warnings.catch_warnings(), mock.patch.object(_stages, "minimize", timed):
+    with warnings.catch_warnings(), timed_second_stage() as second:
         warnings.simplefilter("ignore", ConvergenceWarning)
         short = GradientFeatureClassifier("convnet-rotation", max_iter=1, **options)
         short.set_params(feature_store=None).fit(random_images(32, seed=1), np.arange(32) % 2)
-        host, cuda = resident("VmRSS", anew=True), torch.cuda.memory_allocated()
+        host, cuda = resident("VmRSS", reset_peak=True), torch.cuda.memory_allocated()
         start = time.perf_counter()
         model.fit(X, y)
         seconds = time.perf_counter() - start
     return {
-        "pass": second[-1] / model.n_passes_,
+        "pass": second["seconds"] / model.n_passes_,
         "seconds": seconds,
-        "before": seconds - second[-1],
+        "before": seconds - second["seconds"],
         "passes": model.n_passes_,
         "converged": model.n_iter_ < model.max_iter,
         "host": resident("VmHWM") - host,
@@ -95,7 +85,7 @@ def measure(task):
 
 
 def in_new_process(task):
-    """Return what :func:`measure` does in a process of its own."""
+    """Return the result of :func:`measure` in a process of its own."""
     command = [sys.executable, __file__, "--task", json.dumps(task)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     measured = json.loads(done.stdout)
@@ -104,7 +94,7 @@ def in_new_process(task):
 
 
 def tasks(arguments, folder, n_images):
-    """Return every value of every study, with all that a fit depends on."""
+    """Return the settings of a fit for every value of every study."""
     n_train = min(arguments.n_train, n_images)
     limits = {"n_samples": min(arguments.largest, n_images), "n_classes": n_train}
     found = {}
@@ -116,7 +106,7 @@ def tasks(arguments, folder, n_images):
 
 
 def rows(found, runs):
-    """Return medians and ratios to the first value of the study, of one row for each value."""
+    """Return one row for each value: medians, and ratios to the first value of the study."""
     result = []
     for (study, value), task in found.items():
         unit = (study, min(STUDIES[study][0], max(v for s, v in found if s == study)))
@@ -132,7 +122,7 @@ def rows(found, runs):
 
 
 def slopes(table_rows):
-    """Return the slopes by number of images in a log-log plot; 1 is a straight line through 0."""
+    """Return the exponents of the power laws in the number of images; 1 is proportional."""
     of_n = [row for row in table_rows if row["study"] == "n_samples"]
     n = np.log([row["n_samples"] for row in of_n])
     keys = [key for key in MEASURES if len(of_n) > 1 and all(row[key] > 0 for row in of_n)]
@@ -156,12 +146,14 @@ def table(table_rows):
 
 
 def main():
-    """Run what was asked for, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="zip file of train/<class>/*.jpg")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
-    parser.add_argument("--largest", type=int, default=50000, help="number of images")
-    parser.add_argument("--n-train", type=int, default=4000, help="where it is not what changes")
+    parser.add_argument("--largest", type=int, default=50000, help="largest number of images")
+    parser.add_argument(
+        "--n-train", type=int, default=4000, help="number of images in the other studies"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("scaling.json"))
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)

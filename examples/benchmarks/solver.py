@@ -1,18 +1,19 @@
-"""Passes and seconds of the second stage to shares of the initial gap, with and without its parts.
+"""Passes and seconds of the second stage until the gap to the optimum falls to given shares.
 
-Solvers start at the fitted activations and run without a tolerance, one after the other:
+The gap is that of the objective, and the shares are those of the gap at the start. Solvers start at
+the fitted activation term and run without a tolerance, one after the other:
 
-* "both levels", what `fit` does: quasi-Newton steps in K-FAC's metric, corrected in the
-  leading subspace after each of them, where there is one;
+* "both levels", the solver of `fit`: quasi-Newton steps, preconditioned by K-FAC, each followed by
+  a coarse-space solve in the leading subspace, where there is one;
 * "from a quarter": the same, after five iterations on every fourth sample;
-* "K-FAC alone": no correction;
+* "K-FAC alone": without coarse-space solves;
 * "Newton-CG": conjugate gradients on the exact Hessian, with the same preconditioner;
 * "no preconditioner": plain L-BFGS, for comparison.
 
-The optimum is the lowest objective that any of them reached, which is as far as float32 goes if one
-of them had iterations enough. A pass is one evaluation of the head
-over all samples: the linear map or its adjoint, or both at the same point. Making the subspace
-is no pass; its seconds count, as do those of the preconditioner.
+The optimum is the lowest objective of all solvers, which is exact up to float32 if one of them had
+enough iterations. A pass is one evaluation of the head over all samples: the linear map, or its
+adjoint, or both at the same point. Building the subspace is not a pass. The seconds include it and
+the preconditioner.
 
     python examples/benchmarks/solver.py --data cifar10.zip --output solver.json
 """
@@ -21,29 +22,24 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 from _datasets import read_images
-from _setup import digits, docstrings, images, save
-from sklearn.exceptions import ConvergenceWarning
+from _setup import digits, docstrings, images, save, two_stages
+from scipy.optimize import minimize_scalar
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.curvature._inverses import Inverses
-from sklearn_gradfeat.solvers._lbfgs import minimize
-from sklearn_gradfeat.solvers._line_search import Line, search
-from sklearn_gradfeat.solvers._steps import penalised
-from sklearn_gradfeat.training import _stages
+from sklearn_gradfeat.curvature import Inverses
+from sklearn_gradfeat.solvers import minimize
 
 SHARES = (0.1, 0.01, 0.001, 0.0001)
 
 
 def convnet(path, n_train, layers):
-    """Return a model and data: a shipped network."""
+    """Return a model and data: a network of the package."""
     X, y = read_images(path, "train", n_train)
     model = GradientFeatureClassifier(
         "convnet-vae", gradient_layers=layers, alpha=1e-4, gradient_alpha=1e-5
@@ -71,7 +67,7 @@ PROBLEMS = {
 
 
 class Watched:
-    """An objective that counts passes and remembers when which value was reached."""
+    """An objective that counts passes and records the values that a solver reaches."""
 
     def __init__(self, objective):
         self.objective, self.passes, self.records = objective, 0, []
@@ -93,22 +89,22 @@ class Watched:
         return self.objective.forward_adjoint(direction, logits)
 
     def reached(self, iteration, value, x):
-        """Note where the solver is."""
+        """Record the objective, the passes and the seconds so far."""
         self.records.append((value, self.passes, time.perf_counter() - self.start))
 
 
-def lbfgs(objective, x, inverses, max_iter, *, precondition=True, correct=True):
+def lbfgs(objective, x, inverses, max_iter, *, precondition=True, coarse=True):
     """Minimise with the solver of the package, without some of its parts."""
     inverse = inverses.at(objective.objective)
     minimize(
         objective, x, inverse if precondition else lambda logits: torch.clone,
         tolerance=0.0, max_iter=max_iter, callback=objective.reached,
-        coarse=inverses.coarse(objective.objective) if correct else None,
+        coarse=inverses.coarse(objective.objective) if coarse else None,
     )  # fmt: skip
 
 
 class Curved:
-    """The second-order part of a loss at some logits."""
+    """The quadratic part of a loss at given logits."""
 
     def __init__(self, loss, logits):
         self.loss, self.logits, self.n_outputs = loss, logits, loss.n_outputs
@@ -120,45 +116,57 @@ class Curved:
 
 
 def conjugate_gradients(objective, gradient, logits, inverse, share):
-    """Return about the Newton step, and the change of the logits along it."""
+    """Return an approximate Newton step, and the change of the logits along it.
+
+    It solves ``H s = -g`` up to ``share`` of the initial residual, in the norm of the
+    preconditioner.
+    """
     quadratic = replace(objective.objective, loss=Curved(objective.loss, logits))
     zero = torch.zeros_like(logits)
     step, moved, residual = torch.zeros_like(gradient), zero.clone(), -gradient
-    natural = inverse(residual)
-    direction, square = natural, residual @ natural
+    preconditioned = inverse(residual)
+    direction, square = preconditioned, residual @ preconditioned
     goal = share**2 * square
     for _ in range(50):
         objective.passes += 1
-        change, bent = quadratic.forward_adjoint(direction, zero)
-        bent += objective.penalty * direction
-        length = square / (direction @ bent)
+        change, product = quadratic.forward_adjoint(direction, zero)
+        product += objective.penalty * direction
+        length = square / (direction @ product)
         step, moved = step + length * direction, moved + float(length) * change
-        residual = residual - length * bent
-        natural, former = inverse(residual), square
-        square = residual @ natural
+        residual = residual - length * product
+        preconditioned, former = inverse(residual), square
+        square = residual @ preconditioned
         if square <= goal:
             break
-        direction = natural + square / former * direction
+        direction = preconditioned + square / former * direction
     return step, moved
 
 
 def newton_cg(objective, x, inverses, max_iter):
     """Minimise by truncated Newton steps: conjugate gradients, then an exact line search."""
     loss, penalty = objective.loss, objective.penalty
-    logits = objective.forward(x)
+    logits, share = objective.forward(x), 0.3
     inverse = inverses.at(objective.objective)(logits)
-    value, share = loss.value(logits) + penalised(objective, x, x) / 2, 0.3
+    value = value_at(objective, x, logits)
     while objective.passes < max_iter:
         gradient = objective.adjoint(loss.gradient(logits)) + penalty * x
         direction, change = conjugate_gradients(objective, gradient, logits, inverse, share)
-        parts = (penalised(objective, direction, y) for y in (x, direction))
-        line = Line(loss, logits, change, *parts)
-        step, gain = search(line, value)
-        if gain >= 0:
+
+        def along(step, x=x, logits=logits, direction=direction, change=change):
+            return value_at(objective, x + step * direction, logits + step * change)
+
+        found = minimize_scalar(along, bracket=(0.0, 1.0))
+        if found.fun >= value:
             return
-        x, logits, value = x + step * direction, logits + step * change, value + gain
+        x, logits, value = x + found.x * direction, logits + found.x * change, found.fun
         share = max(share / 2, 0.01)
         objective.reached(None, value, x)
+
+
+def value_at(objective, x, logits):
+    """Return the objective at a point with known logits."""
+    penalty = float(objective.penalty.double() @ x.double().square())
+    return objective.loss.value(logits) + penalty / 2
 
 
 def thinned(objective):
@@ -175,14 +183,14 @@ def thinned(objective):
     weights = loss.weights[few] / loss.weights[few].sum()
     loss = replace(loss, targets=loss.targets[few], weights=weights)
     tangent = replace(objective.tangent, batches=batches)
-    features = objective.activation[few]
+    activation = objective.activation[few]
     return replace(
-        objective, loss=loss, tangent=tangent, activation=features, n_samples=len(features)
+        objective, loss=loss, tangent=tangent, activation=activation, n_samples=len(activation)
     )
 
 
 def from_a_quarter(objective, x, inverses, max_iter):
-    """Minimise over some samples first; their passes count as what they are of the others'."""
+    """Minimise over every fourth sample first; a pass over these counts as a quarter."""
     few, own = Watched(thinned(objective.objective)), Inverses()
     inverse, coarse = own.at(few.objective), own.coarse(few.objective)
     x = minimize(few, x, inverse, tolerance=0.0, max_iter=5, coarse=coarse).x
@@ -193,38 +201,30 @@ def from_a_quarter(objective, x, inverses, max_iter):
 SOLVERS = {
     "both levels": lbfgs,
     "from a quarter": from_a_quarter,
-    "K-FAC alone": partial(lbfgs, correct=False),
+    "K-FAC alone": partial(lbfgs, coarse=False),
     "Newton-CG": newton_cg,
-    "no preconditioner": partial(lbfgs, precondition=False, correct=False),
+    "no preconditioner": partial(lbfgs, precondition=False, coarse=False),
 }
 
 
-def objective_of(model, X, y):
-    """Return the objective of the second stage and where it starts."""
-    caught = []
-
-    def catching(objective, x, *args, **kwargs):
-        if objective.tangent is not None:
-            caught.append((objective, x))
-            kwargs["max_iter"] = 1
-        return minimize(objective, x, *args, **kwargs)
-
-    with mock.patch.object(_stages, "minimize", catching), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(X, y)
-    return caught[0]
+def second_stage(model, X, y):
+    """Return the objective of the second stage and its start."""
+    stages = two_stages(model, X, y)
+    first = stages.fit_activation(model.alpha)
+    gradient_alpha = model.alpha if model.gradient_alpha is None else model.gradient_alpha
+    objective = stages.second_objective(first, gradient_alpha)
+    return objective, torch.cat([first.solution.x, stages.like.new_zeros(objective.sizes[2])])
 
 
 def compare(name, model, X, y, solvers, max_iter):
-    """Return one row for each solver: what was reached when."""
-    objective, x = objective_of(model, X, y)
+    """Return one row for each solver: passes and seconds to every share of the gap."""
+    objective, x = second_stage(model, X, y)
     runs = {}
     for solver in solvers:
         watched = Watched(objective)
         SOLVERS[solver](watched, x, Inverses(), max_iter)
         runs[solver] = watched.records
-    logits = objective.forward(x)
-    start = objective.loss.value(logits) + penalised(objective, x, x) / 2
+    start = value_at(objective, x, objective.forward(x))
     optimum = min(value for records in runs.values() for value, *_ in records)
     rows = []
     for solver, records in runs.items():
@@ -249,20 +249,22 @@ def table(rows):
 
 
 def main():
-    """Run what was asked for, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="zip file of train/<class>/*.jpg")
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
     parser.add_argument("--n-train", type=int, default=10_000, help="images")
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=SOLVERS)
-    parser.add_argument("--max-iter", type=int, default=200, help="of Newton-CG: passes")
+    parser.add_argument(
+        "--max-iter", type=int, default=200, help="iterations; of Newton-CG: passes"
+    )
     parser.add_argument("--output", type=Path, default=Path("solver.json"))
     arguments = parser.parse_args()
     rows = []
     for problem in arguments.problems:
         name, load = PROBLEMS[problem]
         if problem in ("conv5", "conv4-5", "head", "blocks") and arguments.data is None:
-            print(f"{name}: skipped, there is no --data.")
+            print(f"{name}: skipped without --data.")
             continue
         task = load(arguments.data, arguments.n_train)
         rows += compare(name, *task, arguments.solvers, arguments.max_iter)

@@ -1,4 +1,4 @@
-"""What a smaller `tol` buys: objective, passes, and loss and accuracy on images held out.
+"""Effect of `tol` on the objective, the passes, and loss and accuracy on held-out images.
 
 python examples/benchmarks/tolerance.py --data cifar10.zip --output tolerance.json
 """
@@ -31,7 +31,7 @@ def models(arguments):
 
 
 def measure(model, train, test):
-    """Fit, and return how it went."""
+    """Fit, and return the figures of the fit and on held-out images."""
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -62,7 +62,7 @@ def table(rows):
 
 
 def main():
-    """Run what was asked for, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="zip file of train/ and test/<class>/*.jpg")
     parser.add_argument("--n-train", type=int, default=2000)

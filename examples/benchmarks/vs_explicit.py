@@ -1,15 +1,15 @@
-"""Time of a fit against explicit gradient features and scikit-learn's logistic regression.
+"""Time of a fit against explicit gradient features with scikit-learn's logistic regression.
 
-Two classes, digits below five and the others: with more, they share the displacements, which
-scikit-learn cannot do. Explicit features are the activations and, for every sample, the gradient
-of the fitted output weights times the activation. That is what they make of the Jacobian, which
-is never formed. Columns are scaled so that one C stands for both penalties. The output weights come
-from the fit, so the explicit side is spared a first stage. It is left out where its features are
-larger than --limit-mib. Fits start with no stored features and a captured graph.
+The task has two classes, digits below five and the others. With more classes, the displacements are
+shared between the classes, which scikit-learn does not support. The explicit features of a sample
+are its activations, and the gradient of the output weights times the activation. The Jacobian
+itself is not formed. Columns are scaled so that one C stands for both penalties. The output weights
+are those of the fit, so the explicit side has no first stage. It is left out where its features are
+larger than --limit-mib. Fits start without stored outputs and with a captured graph.
 
 Each solver stops at its own tolerance. The disagreement is the largest difference between the
-logits of the two, in standard deviations of the logits; the excess is by how much the objective of
-the explicit side ends above that of the fit, as a share of the latter: which of them stopped early.
+logits of the two, in standard deviations of the logits. The excess is the objective of the explicit
+side relative to that of the fit, minus one; it tells which of them stopped early.
 
     python examples/benchmarks/vs_explicit.py --output vs_explicit.json
 """
@@ -38,11 +38,11 @@ from sklearn_gradfeat.backbones._builtin import load_shipped, random_mlp
 ALPHA, GRADIENT_ALPHA = 1e-2, 1e-3
 SIZES = (250, 500, 1000, 1797)
 PROBLEMS = {
-    "perceptron": "rows, random network, top layer",
+    "perceptron": "tabular, random network, top layer",
     "conv2": "images, convnet-rotation, conv2",
     "conv5": "images, convnet-rotation, conv5",
 }
-BATCH = 16  # of per-sample gradients
+BATCH = 16  # samples whose gradients are computed at once
 
 
 def problem(name):
@@ -54,7 +54,7 @@ def problem(name):
 
 
 def scale(parameter):
-    """Return what NTK parametrization multiplies the displacement of a parameter by."""
+    """Return the scale of a parameter in the NTK parametrization."""
     return (1 / len(parameter) if parameter.ndim > 1 else 0.1) ** 0.5
 
 
@@ -82,14 +82,14 @@ def explicit(model, X):
 
 
 def timed(function, *arguments):
-    """Return what a call returns, and how long it takes."""
+    """Return the result and the seconds of a call."""
     start = time.perf_counter()
     result = function(*arguments)
     return result, time.perf_counter() - start
 
 
 def repeat(model, X, y, tol, with_explicit):
-    """Return the seconds of both sides, one after the other, and how far apart they end."""
+    """Return the seconds of both sides, one after the other, and the difference of the results."""
     model, seconds = timed(clone(model).fit, X, y)
     run = {"fit": seconds, "passes": model.n_passes_}
     if not with_explicit:
@@ -151,13 +151,15 @@ def table(rows):
 
 
 def main():
-    """Run what was asked for, write JSON, print Markdown."""
+    """Run the benchmark, write JSON, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--limit-mib", type=float, default=2048, help="of explicit features")
-    parser.add_argument("--tol", type=float, default=1e-6, help="of the fit")
-    parser.add_argument("--sklearn-tol", type=float, default=1e-5)
+    parser.add_argument(
+        "--limit-mib", type=float, default=2048, help="largest size of the explicit features"
+    )
+    parser.add_argument("--tol", type=float, default=1e-6, help="tolerance of the fit")
+    parser.add_argument("--sklearn-tol", type=float, default=1e-5, help="likewise of scikit-learn")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("vs_explicit.json"))
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""What the pretext tasks share: command line, training loop, checkpoints, log and export.
+"""Shared parts of the pretext tasks: command line, training loop, checkpoints, log and export.
 
-A task is a module with an ``encoder``, a list of ``optimizers``, and a method ``step`` that takes
-a batch of bytes, updates the weights, and returns what to log.
+A task is a module with an ``encoder``, a list of ``optimizers``, and a method ``step``, which takes
+a batch of uint8 images, updates the weights, and returns a dict of values for the log.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sklearn_gradfeat.backbones._builtin import SLOPE
 
 
 def parser(description, epochs, batch_size):
-    """Return the options that all tasks have."""
+    """Return the parser of the options that all tasks share."""
     result = argparse.ArgumentParser(description=description.splitlines()[0])
     add = result.add_argument
     add("--data", type=Path, required=True, help="zip file or folder, train/<class>/*.jpg")
@@ -37,7 +37,7 @@ def parser(description, epochs, batch_size):
 
 
 def run(make_task, arguments):
-    """Train a task, from its checkpoint if there is one, and export its encoder."""
+    """Train a task, resuming from its checkpoint if it exists, and export its encoder."""
     torch.manual_seed(arguments.seed)
     device = torch.device(arguments.device)
     pixels, _ = load_images(arguments.data)
@@ -53,12 +53,12 @@ def run(make_task, arguments):
 
 
 def mixed_precision(device):
-    """Compute in bfloat16 on a GPU; CPUs were no faster with it."""
+    """Return the context of the forward pass: bfloat16 on a GPU; it did not speed up a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def _epoch(task, pixels, epoch, arguments):
-    """Show every image to the task once, and return the record for the log."""
+    """Train on every image once, and return the record for the log."""
     task.train()
     start = time.perf_counter()
     n_batches = max(1, len(pixels) // arguments.batch_size)
@@ -84,7 +84,7 @@ def _anneal(optimizers, progress):
 
 
 def _save(task, history, arguments):
-    """Write the checkpoint, then the log, each at once: no interruption leaves half a file."""
+    """Write the checkpoint, then the log; an interruption leaves no incomplete file."""
     state = {
         "task": task.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in task.optimizers],
@@ -101,7 +101,7 @@ def _save(task, history, arguments):
 
 
 def _resume(task, arguments):
-    """Load the checkpoint and return the records of its epochs, none if there is none."""
+    """Load the checkpoint, if it exists, and return the records of its epochs."""
     path = arguments.output / "checkpoint.pt"
     if not path.exists():
         return []
@@ -119,11 +119,12 @@ def _resume(task, arguments):
 def export(encoder, path):
     """Write an encoder as the weights of a ConvNet, in float16, and print their hash.
 
-    A slope that is not the usual one is noted in the file.
+    The metadata of the file hold the slope of its leaky ReLUs unless that is the default.
     """
     network = encoder.folded()
     weights = {n: value.half().cpu().contiguous() for n, value in network.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    note = None if network.negative_slope == SLOPE else {"slope": str(network.negative_slope)}
-    save_file(weights, path, metadata=note)
+    slope = network.negative_slope
+    metadata = None if slope == SLOPE else {"slope": str(slope)}
+    save_file(weights, path, metadata=metadata)
     print(f"{path}  SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}")

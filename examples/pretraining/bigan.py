@@ -1,8 +1,9 @@
 r"""Pretrain the ConvNet as the encoder of a bidirectional GAN [1, 2].
 
-A discriminator tells pairs of an image and its latent variables from pairs of latent variables
-and their image. Encoder and generator try to make them alike. --wasserstein replaces the
-Jensen-Shannon divergence by the Wasserstein distance, with a penalty on the gradient [3].
+A discriminator learns to separate two kinds of pairs: an image with the latent variables that the
+encoder draws for it, and random latent variables with the image that the generator makes of them.
+Encoder and generator learn to make both kinds alike. --wasserstein replaces the Jensen-Shannon
+divergence by the Wasserstein distance, with a penalty on the gradient [3].
 
     python examples/pretraining/bigan.py --data cifar10.zip --output runs/bigan \
         --export bigan.safetensors
@@ -27,21 +28,24 @@ from torch.nn.functional import softplus
 from sklearn_gradfeat.backbones._builtin import SLOPE
 
 N_LATENT = 64
-N_COMMON = 512  # of what the discriminator makes of an image, and of latent variables
+N_COMMON = 512  # features of the discriminator for an image, and for latent variables
 PENALTY = 10.0
-CRITIC_STEPS = 5  # for each of encoder and generator, [3]
+CRITIC_STEPS = 5  # steps of the discriminator for each step of encoder and generator [3]
 
 
 class Discriminator(nn.Module):
-    """One logit for a pair; no batch norm, so that the gradient penalty is each sample's own.
+    """Maps a pair to one logit.
 
-    It is half as wide as the encoder, or most of a step would be its own.
+    It has no batch norm, so that the gradient penalty is defined for each sample. It is half as
+    wide as the encoder; at full width it would take most of the time of a step.
     """
 
     def __init__(self, dropout):
         super().__init__()
-        self.of_image = nn.Sequential(*self._convolutions(), *self._layer(2048, N_COMMON, dropout))
-        self.of_latent = nn.Sequential(
+        self.image_branch = nn.Sequential(
+            *self._convolutions(), *self._layer(2048, N_COMMON, dropout)
+        )
+        self.latent_branch = nn.Sequential(
             *self._layer(N_LATENT, N_COMMON, dropout), *self._layer(N_COMMON, N_COMMON, dropout)
         )
         self.joint = nn.Sequential(
@@ -63,7 +67,7 @@ class Discriminator(nn.Module):
         return nn.Linear(n_in, n_out), nn.LeakyReLU(0.2), nn.Dropout(dropout)
 
     def forward(self, images, latent):
-        pair = torch.cat([self.of_image(images), self.of_latent(latent)], dim=1)
+        pair = torch.cat([self.image_branch(images), self.latent_branch(latent)], dim=1)
         return self.joint(pair).squeeze(1)
 
 
@@ -71,7 +75,7 @@ class BiGAN(nn.Module):
     def __init__(self, wasserstein=False):
         super().__init__()
         self.wasserstein = wasserstein
-        self.encoder = Encoder(slope=0.2 if wasserstein else SLOPE)
+        self.encoder = Encoder(0.2 if wasserstein else SLOPE)
         self.posterior = nn.Linear(N_FEATURES, 2 * N_LATENT)
         self.generator = nn.Sequential(decoder(N_LATENT), nn.Tanh())
         self.discriminator = Discriminator(dropout=0.0 if wasserstein else 0.2)
@@ -81,7 +85,7 @@ class BiGAN(nn.Module):
         self.optimizers = [adam(self.discriminator.parameters()), adam(players.parameters())]
 
     def step(self, pixels):
-        images = to_network(augment(pixels, margin=0))  # or it would generate the borders
+        images = to_network(augment(pixels, margin=0))  # reflected borders would be generated too
         latent = torch.randn(len(images), N_LATENT, device=images.device)
         with mixed_precision(images.device):
             encoded, generated = self.encode(images), self.generator(latent)
@@ -122,7 +126,7 @@ class BiGAN(nn.Module):
         return self.discriminator(*real).float(), self.discriminator(*fake).float()
 
     def _penalty(self, real, fake):
-        """Return how far the gradient between real and fake pairs is from norm 1."""
+        """Return the squared distance from 1 of the gradient norm between real and fake pairs."""
         share = torch.rand(len(real[1]), 1, device=real[1].device)
         shares = (share[:, :, None, None], share)
         between = [

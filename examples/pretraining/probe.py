@@ -1,4 +1,4 @@
-"""Judge an exported encoder: logistic regression on its activations, with the labels.
+"""Score an exported encoder by a linear probe: logistic regression on its activations.
 
 python examples/pretraining/probe.py vae.safetensors --data cifar10.zip
 """
@@ -25,8 +25,10 @@ def activations(network, pixels):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="train/ and test/<class>/*.jpg")
+    parser.add_argument("weights", type=Path, help="file that a pretext task exported")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="zip file or folder, train/ and test/<class>/*.jpg"
+    )
     arguments = parser.parse_args(argv)
     network, _ = load_convnet(arguments.weights)
     pixels, classes = load_images(arguments.data)

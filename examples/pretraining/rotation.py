@@ -1,4 +1,4 @@
-r"""Pretrain the ConvNet to tell by how many quarter turns an image was rotated [1].
+r"""Pretrain the ConvNet to predict by how many quarter turns an image was rotated [1].
 
     python examples/pretraining/rotation.py --data cifar10.zip --output runs/rotation \
         --export rotation.safetensors
@@ -21,7 +21,7 @@ class Rotation(nn.Module):
     def __init__(self):
         super().__init__()
         self.encoder = Encoder()
-        # A hidden layer: what only rotations need is computed here and not in the encoder.
+        # The hidden layer takes features that serve rotations alone out of the encoder.
         self.classifier = nn.Sequential(
             nn.Linear(N_FEATURES, 512, bias=False),
             nn.BatchNorm1d(512),
@@ -47,9 +47,9 @@ class Rotation(nn.Module):
 
 
 def rotate(images):
-    """Turn each quarter of a batch by another angle; return the images and their turns.
+    """Rotate each quarter of a batch by another angle; return images and numbers of turns.
 
-    One rotation an image and epoch: more images a step than with all four of each.
+    Every image has one rotation per epoch, so a batch holds more images than with all four.
     """
     turns = torch.arange(len(images), device=images.device) % 4
     rotated = [torch.rot90(images[turns == k], k, dims=(2, 3)) for k in range(4)]

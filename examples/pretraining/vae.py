@@ -1,7 +1,7 @@
 """Pretrain the ConvNet as the encoder of a variational autoencoder [1].
 
-The decoder's noise has one variance for all pixels, at its maximum-likelihood value [2]: it
-balances reconstruction and prior without a weight to tune.
+The decoder has Gaussian noise with one variance for all pixels, at its maximum-likelihood value
+[2]. This balances reconstruction and prior without a weight to tune.
 
     python examples/pretraining/vae.py --data cifar10.zip --output runs/vae --export vae.safetensors
 
@@ -19,7 +19,7 @@ from _networks import N_FEATURES, Encoder, decoder
 from torch import nn
 
 N_LATENT = 128
-# Half the encoder's: most of a step would otherwise go into the part that is thrown away.
+# Half of the encoder's. A wider decoder would take most of a step, and it is thrown away.
 DECODER_WIDTH = 16
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any, TypeVar
@@ -35,13 +36,10 @@ def has_lazy_parameters(module: nn.Module) -> bool:
 def frozen_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return a copy in evaluation mode; the original stays as it is in every respect.
 
-    Reparametrized weights become plain ones, so that a layer's weight is a parameter.
+    Reparametrized weights become plain ones, so that a layer's weight is a parameter. Complex
+    tensors become complex numbers of the precision of ``dtype``.
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            "backbone is a TorchScript module, which cannot be linearised. Pass the "
-            "torch.nn.Module that it was made from."
-        )
+    check_module(module)
     copied = _copy(module).eval()
     for name, layer in copied.named_modules():
         _remove_reparametrizations(layer)
@@ -53,7 +51,64 @@ def frozen_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
                 "so the activation of a sample would depend on the rest of its batch. Build the "
                 "layer with track_running_stats=True, or use another normalisation."
             )
-    return copied.to(device, dtype)
+    return converted(copied, device, dtype)
+
+
+def converted(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """Move a module to a device and a floating dtype, in place; complex tensors stay complex."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(device, dtype.to_complex())
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    module._apply(convert)
+    return module
+
+
+_PLAIN = (
+    Tensor, nn.Parameter, nn.UninitializedParameter, nn.parameter.UninitializedBuffer,
+)  # fmt: skip
+
+
+def check_module(module: nn.Module) -> None:
+    """Raise an error for a layer or a tensor that a copy, a cast or a file would change."""
+    for path, layer in module.named_modules():
+        where = f"Layer {path!r} of backbone" if path else "backbone"
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{where} is a TorchScript module, which cannot be linearised. Pass the "
+                "torch.nn.Module that it was made from."
+            )
+        packed = [n for n, v in vars(layer).items() if isinstance(v, torch._C.ScriptObject)]
+        if packed:
+            raise TypeError(
+                f"{where}, of class {type(layer).__name__}, holds packed weights in {packed[0]!r}, "
+                "as quantised layers do. They cannot be linearised or saved. Pass the network as "
+                "it was before quantisation."
+            )
+        for name, tensor in chain(layer._parameters.items(), layer._buffers.items()):
+            reason = None if tensor is None else _refusal(tensor)
+            if reason is not None:
+                raise ValueError(
+                    f"{'.'.join(filter(None, [path, name]))!r} of backbone {reason}. Pass a "
+                    "network whose parameters and buffers are dense tensors with values."
+                )
+
+
+def _refusal(tensor: Tensor) -> str | None:
+    """Return why a parameter or buffer cannot be copied faithfully, None if it can be."""
+    if type(tensor) not in _PLAIN:
+        return f"is a tensor of the class {type(tensor).__name__}, whose state would be lost"
+    if tensor.is_nested:
+        return "is a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"has the layout {tensor.layout}"
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype})"
+    if tensor.is_meta and not nn.parameter.is_lazy(tensor):
+        return "is on the meta device, so it has no values"
+    return None
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -65,7 +120,10 @@ def _copy(module: nn.Module) -> nn.Module:
         if has_lazy_parameters(module):
             lazy: nn.Module = pickle.loads(pickle.dumps(module))
             return lazy
-        return copy.deepcopy(module, computed)
+        copied = copy.deepcopy(module, computed)
+        for layer in copied.modules():
+            _rebind(vars(layer), computed)
+        return copied
     except (RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError) as error:
         raise ValueError(
             f"backbone cannot be copied ({error}). Store tensors in it as parameters or buffers, "
@@ -73,10 +131,62 @@ def _copy(module: nn.Module) -> nn.Module:
         ) from error
 
 
+def _rebind(held: dict[Any, Any], memo: dict[int, Any]) -> None:
+    """Replace functions over parts of the original by functions over the copies in ``memo``.
+
+    A deep copy shares functions, such as hooks and a replaced ``forward``. If one refers to a
+    layer of the original, the copy would run that layer, in its own mode and with its own weights.
+    """
+    for name, value in held.items():
+        if isinstance(value, types.FunctionType):
+            held[name] = _rebound(value, memo)
+        elif isinstance(value, dict) and str(name).endswith("_hooks"):
+            _rebind(value, memo)
+
+
+def _rebound(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
+    """Return a function whose closure and defaults refer to copies, or the function itself."""
+    cells = function.__closure__ or ()
+    values = [_in_copy(cell.cell_contents, memo) if _is_set(cell) else None for cell in cells]
+    defaults = tuple(_in_copy(value, memo) for value in function.__defaults__ or ())
+    before = [*(c.cell_contents for c in cells if _is_set(c)), *(function.__defaults__ or ())]
+    after = [*(v for c, v in zip(cells, values, strict=True) if _is_set(c)), *defaults]
+    same = all(a is b for a, b in zip(before, after, strict=True))
+    if same:
+        return function
+    closure = tuple(
+        types.CellType(value) if _is_set(cell) else cell
+        for cell, value in zip(cells, values, strict=True)
+    )
+    code, name = function.__code__, function.__name__
+    made = types.FunctionType(code, function.__globals__, name, defaults or None, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+def _is_set(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _in_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Return the counterpart in the copy of a layer, tensor, method or function."""
+    if isinstance(value, (nn.Module, Tensor)):
+        return memo.get(id(value), value)
+    if isinstance(value, types.MethodType):
+        owner = memo.get(id(value.__self__), value.__self__)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+    return _rebound(value, memo) if isinstance(value, types.FunctionType) else value
+
+
 def _remove_reparametrizations(layer: nn.Module) -> None:
     """Make the result of weight or spectral normalisation a plain parameter."""
-    for name in list(getattr(layer, "parametrizations", {})):
-        parametrize.remove_parametrizations(layer, name)
+    if parametrize.is_parametrized(layer):
+        _remove_parametrizations(layer)
     hooks: list[Any] = list(layer._forward_pre_hooks.values())
     for hook in hooks:
         kind = type(hook).__name__
@@ -84,6 +194,24 @@ def _remove_reparametrizations(layer: nn.Module) -> None:
             remove_weight_norm(layer, hook.name)
         elif kind == "SpectralNorm":
             remove_spectral_norm(layer, hook.name)
+
+
+def _remove_parametrizations(layer: nn.Module) -> None:
+    """Make parametrized tensors plain ones.
+
+    The class of a parametrized layer is its own, and shared by its deep copies. So torch's
+    ``remove_parametrizations``, which takes the tensors off that class, would take them off the
+    layer of the user too.
+    """
+    lists: Any = layer.parametrizations
+    found = {name: (getattr(layer, name).detach(), held) for name, held in lists.items()}
+    layer.__class__ = parametrize.type_before_parametrizations(layer)
+    del layer.parametrizations
+    for name, (value, held) in found.items():
+        if next(held.parameters(recurse=False), None) is None:
+            layer.register_buffer(name, value)
+        else:
+            layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def on_host(module: Module) -> Module:

@@ -22,6 +22,8 @@ from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._blocks import blocks, choose_parameters, differentiable
 from sklearn_gradfeat.backbones._copies import (
+    check_module,
+    converted,
     equal_tensors,
     frozen_copy,
     has_lazy_parameters,
@@ -63,6 +65,10 @@ class Network:
     parameters: dict[str, Tensor]
     _head: Callable[..., tuple[Tensor, ...]]
     cut: tuple[int, ...] = ()
+
+    def boundary(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the input of the head for a batch."""
+        return (x,) if self.trunk is None else self.trunk(x)
 
     def head(self, parameters: tuple[Tensor, ...], boundary: tuple[Tensor, ...]) -> Tensor:
         """Return the activation, of shape (n_samples, n_activations)."""
@@ -128,7 +134,7 @@ class FrozenBackbone:
             return self
         with _LOCK:
             if (device, dtype) not in self._others:
-                module = copy.deepcopy(self.module).to(device, dtype)
+                module = converted(copy.deepcopy(self.module), device, dtype)
                 example = self.example.to(device)
                 if example.is_floating_point():
                     example = example.to(dtype)
@@ -200,8 +206,13 @@ class FrozenBackbone:
             return choose_parameters(
                 gradient_layers, names, lambda: module_blocks(module, example), {}
             )
-        every = [name for name, _ in self.module.module.named_parameters()]
-        gone = dict.fromkeys(every, "lies above the activation, or does not change it")
+        every = dict(self.module.module.named_parameters())
+        gone = {
+            name: "is not a floating point tensor"
+            if not value.is_floating_point()
+            else "lies above the activation, or does not change it"
+            for name, value in every.items()
+        }
         gone |= dict.fromkeys(
             captured.frozen, "belongs to a batch norm that cannot be folded into a layer before it"
         )
@@ -280,6 +291,7 @@ def freeze(
     that made them, and of one worker process. A module that has changed since gets a new copy,
     and a module with lazy parameters always does.
     """
+    check_module(unwrapped(module))
     if has_lazy_parameters(module):
         return FrozenBackbone(module, example, dtype, activation_layer)
     kind = (tuple(example.shape[1:]), example.dtype, dtype, example.device, activation_layer)

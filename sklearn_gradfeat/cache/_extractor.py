@@ -1,4 +1,4 @@
-"""The way from samples to features, as a fitted estimator keeps it."""
+"""The frozen network with its transform and precision, as a fitted estimator keeps it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sklearn_gradfeat.cache._runner import CachedSamples, Trunk, cache_samples
 from sklearn_gradfeat.cache._store import Store, TrunkKey
 from sklearn_gradfeat.data import BatchSize, Preprocess, Samples, compute_dtypes, resolve_device
 
-# Switches of torch that trade digits of float32 for speed.
+# Settings of torch that trade the accuracy of float32 for speed.
 _ROUNDING = operator.attrgetter(
     "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision",
     "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision",
@@ -33,7 +33,7 @@ _ROUNDING = operator.attrgetter(
 
 @dataclass(frozen=True)
 class Extractor:
-    """The fitted way from samples to features: what a fitted estimator keeps of a backbone.
+    """A frozen network with its transform and precision, as a fitted estimator keeps it.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class Extractor:
     takes_indices : bool
         Whether integers reach the network as they are.
     negative_slope : float or None
-        The slope of the rectifiers above the gradient layers.
+        The slope below zero of the ReLUs above the gradient layers; None leaves them as they are.
     """
 
     backbone: FrozenBackbone
@@ -59,7 +59,7 @@ class Extractor:
     negative_slope: float | None = None
 
     def on(self, device: torch.device) -> Extractor:
-        """Return the extractor on a device; one without float64 computes in float32."""
+        """Return the extractor on a device; in float32 on mps, which has no float64."""
         if device.type != "mps":
             return replace(self, backbone=self.backbone.to(device, self.backbone.dtype))
         backbone = self.backbone.to(device, torch.float32)
@@ -116,7 +116,7 @@ class Extractor:
         return Trunk(samples, network.trunk, self.dtype, self.half, batch_size, store, key)
 
     def _key(self, network: Network) -> TrunkKey | None:
-        """Return what the boundary depends on besides the sample, None if that is unknown."""
+        """Return the key for the store, or None if network or transform cannot be hashed."""
         backbone = self.backbone
         precision = (backbone.dtype, self.dtype, self.half, self.takes_indices)
         kernels = (backbone.example.device.type, _ROUNDING(torch.backends))
@@ -141,7 +141,7 @@ def build_extractor(
     precision: str,
     seed: int,
 ) -> tuple[Extractor, list[str]]:
-    """Resolve and freeze a backbone for the samples at hand.
+    """Resolve and freeze a backbone for the given samples.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ def build_extractor(
     backbone, activation_layer, preprocess, negative_slope, device, precision
         As in :class:`~sklearn_gradfeat.GradientFeatureClassifier`.
     gradient_layers : str, int, sequence of str or None
-        Likewise; None for a model without a gradient term.
+        As above, or None for a model without a gradient term.
     seed : int
         Seeds random weights.
 

@@ -35,7 +35,7 @@ from sklearn_gradfeat.data import (
     to_device,
 )
 
-# Operators whose outcome depends on how their input lies in memory.
+# Operators whose result depends on the strides of their input.
 _BY_STRIDES = ("aten.as_strided", "aten.view_as_complex", "aten.view.dtype")
 
 NOT_FINITE = (
@@ -53,8 +53,8 @@ class CachedSamples:
     activation : tensor of shape (n_samples, n_features)
         The activations, on the computing device.
     boundary : Boundary or Samples
-        The inputs of the head. They are the samples themselves where the head is the whole
-        network, so that there is nothing worth keeping.
+        The inputs of the head. If the head is the whole network, they are the samples
+        themselves, and nothing is kept.
     batch_size : BatchSize
         Number of samples in a batch.
     part_of : (CachedSamples, tensor) or None
@@ -85,7 +85,7 @@ class CachedSamples:
                 yield rows, (self.boundary.prepare(raw),)
             return
         whole, chosen = self.part_of or (self, None)
-        if self.batch_size.reduced:  # the copy on the device takes the memory that is missing
+        if self.batch_size.reduced:  # free the memory of the copy on the device
             vars(whole).pop("kept", None)
         for rows in spans:
             if self.batch_size.reduced or whole.kept is None:
@@ -140,9 +140,9 @@ class Trunk:
     batch_size : BatchSize
         Number of samples in a batch.
     store : Store or None
-        Where to look first, and where to keep what had to be computed.
+        Holds samples that were computed before, and keeps those that are computed now.
     key : TrunkKey or None
-        What to look samples up by; None computes all of them.
+        The key of the samples in the store; None computes all samples.
     """
 
     samples: Samples
@@ -159,9 +159,9 @@ class Trunk:
         Parameters
         ----------
         verbose : bool
-            Show a progress bar; it counts the samples that have to be computed.
+            Whether to show a progress bar; it counts the samples that have to be computed.
         keep : bool
-            Say where the boundary tensors are kept, all of which then stay there.
+            Whether to keep all boundary tensors, and to return their places.
         """
         used: set[Chunk] = set()
         bar = tqdm(total=len(self.samples), desc="trunk", unit="sample", disable=not verbose)
@@ -189,7 +189,7 @@ class Trunk:
         new: dict[bytes, int] = {}
         if None in found:
             with self.store.computing(key):
-                found = self.store.find(key, names)  # another may have been faster
+                found = self.store.find(key, names)  # another thread may have added some
                 new = {name: i for i, name in enumerate(names) if found[i] is None}
                 if new:
                     boundary = self._compute_some(raw, list(new.values()))
@@ -211,7 +211,7 @@ class Trunk:
 
     @functools.cached_property
     def _ignores_strides(self) -> bool:
-        """Whether the trunk is a graph without operators whose outcome depends on strides."""
+        """Whether the trunk is a graph without operators whose result depends on strides."""
         return isinstance(self.function, fx.GraphModule) and not any(
             str(node.target).startswith(_BY_STRIDES) for node in self.function.graph.nodes
         )
@@ -229,9 +229,15 @@ class Trunk:
         with _autocast(x.device, self.half):
             outputs = (x,) if self.function is None else self.function(x)
             boundary = tuple(z.contiguous() for z in outputs)
-        if self.samples.preprocess is not None:  # which may return the same memory every time
+        if self.samples.preprocess is not None:  # it may return the same memory every time
             boundary = tuple(z.clone() if _overlap(z, x) else z for z in boundary)
-        return tuple(z.to(self.dtype) if z.is_floating_point() else z for z in boundary)
+        return tuple(map(self._converted, boundary))
+
+    def _converted(self, tensor: Tensor) -> Tensor:
+        """Return a boundary tensor in the precision of the head."""
+        if tensor.is_complex():
+            return tensor.to(self.dtype.to_complex())
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
 def cache_samples(
@@ -280,7 +286,7 @@ def cache_samples(
 
 
 def _read_ahead(samples: Samples, spans: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:
-    """Iterate over (rows, batch); of a lazy X the next batch is read while this one is used."""
+    """Iterate over (rows, batch); for a lazy X, a thread reads the next batch ahead."""
     if not is_lazy(samples.X):
         yield from ((rows, samples.read(rows)) for rows in spans)
         return

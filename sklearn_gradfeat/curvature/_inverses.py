@@ -119,7 +119,9 @@ def largest_curvature(objective: TangentObjective) -> float:
             return 0.0
         seen = objective.forward(x / norm)
         if objective.fit_intercept:
-            seen -= (weights * seen).sum(0) / weights.sum(0)
+            mean = (weights * seen).sum(0) / weights.sum(0)
+            seen -= mean
+            seen[seen.abs() <= 4 * torch.finfo(x.dtype).eps * mean.abs()] = 0  # rounding errors
         x = objective.adjoint(weights * seen)
         size = float(x.norm())
     return size

@@ -10,7 +10,8 @@ if positions are uncorrelated and inputs are independent of gradients. The ``g``
 ``vᵀ activation``, summed over rows ``v`` with ``Σ v vᵀ ≈ Ωᵀ H Ω``, where ``H`` is the mean
 Hessian of the loss in the logits. So the factors depend on the weighted samples alone; no
 targets are drawn at random. Parameters of other layers get their diagonal
-``Σ_n w_n (∂ vᵀ activation / ∂θ)²``.
+``Σ_n w_n (∂ vᵀ activation / ∂θ)²``. `_layer_rows` turns a layer, such as a convolution, into the
+rows ``a`` and ``g``.
 
 A Gram matrix needs about two rows per column; more rows hardly improve a preconditioner:
 

@@ -1,5 +1,6 @@
 """User input: arrays, tensors, image files and texts, validated and read in batches."""
 
+from sklearn_gradfeat.data._batch_size import BatchSize, Result, free_bytes
 from sklearn_gradfeat.data._batches import (
     MIN_ROWS,
     Preprocess,
@@ -15,12 +16,12 @@ from sklearn_gradfeat.data._batches import (
 from sklearn_gradfeat.data._image_files import (
     ImageFiles,
 )
-from sklearn_gradfeat.data._memory import BatchSize, Result, free_bytes
 from sklearn_gradfeat.data._targets import (
     encode_classes,
     normalized_weights,
     numeric_targets,
     weighted_mean,
+    weighted_median,
 )
 from sklearn_gradfeat.data._texts import (
     MaskedMean,
@@ -56,4 +57,5 @@ __all__ = [
     "validate_new_samples",
     "validate_samples",
     "weighted_mean",
+    "weighted_median",
 ]

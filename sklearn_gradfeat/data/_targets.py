@@ -75,6 +75,18 @@ def weighted_mean(
     return mean
 
 
+def weighted_median(
+    targets: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Return the lower weighted median of every column; ``weights`` add up to one."""
+    order = targets.argsort(axis=0)
+    below = weights[order].cumsum(axis=0)
+    middle = (below > 0.5 - 1e-9).argmax(axis=0)  # the same for weights and for repetitions
+    columns = np.arange(targets.shape[1])
+    median: npt.NDArray[np.float64] = targets[order[middle, columns], columns]
+    return median
+
+
 def normalized_weights(
     y: npt.NDArray[Any], sample_weight: Any, class_weight: Any = None
 ) -> npt.NDArray[np.float64]:

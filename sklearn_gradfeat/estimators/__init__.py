@@ -7,7 +7,7 @@ from sklearn_gradfeat.estimators._classifier import (
     GradientFeatureClassifier,
     GradientFeatureClassifierCV,
 )
-from sklearn_gradfeat.estimators._loading import (
+from sklearn_gradfeat.estimators._load import (
     load,
 )
 from sklearn_gradfeat.estimators._printing import (

@@ -73,12 +73,12 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
             X, y = validate_samples(self, X, y)
             problem = self._problem(y, sample_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
-            progress = Progress(self, X=X, y=y, metadata=metadata)
-            prepared = self._prepare(X)
             alpha = float(self.alpha)
             gradient_alpha = alpha if self.gradient_alpha is None else float(self.gradient_alpha)
-            stages = TwoStageFit(prepared, problem)
-            result = stages.fit(alpha, gradient_alpha, self._warm_model(stages), progress)
+            with Progress(self, X=X, y=y, metadata=metadata) as progress:
+                prepared = self._prepare(X)
+                stages = TwoStageFit(prepared, problem)
+                result = stages.fit(alpha, gradient_alpha, self._warm_model(stages), progress)
             warn_unless_converged(result, prepared.settings)
         self.__dict__.update(prepared.attributes | problem.attributes | result.attributes())
         progress.end()
@@ -112,7 +112,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         return Prepared(network, samples, settings, attributes)
 
     def _store(self, X: Any) -> Store | None:
-        """Return the store of the outputs of the frozen layers, None if it would not pay."""
+        """Return the store for the output of the frozen layers, or None to keep nothing."""
         if self.feature_store is None:
             return None
         if self.feature_store != "auto":
@@ -153,9 +153,10 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         """Write the fitted model to one file, without pickle.
 
         :func:`sklearn_gradfeat.load` reads it. The file holds the linear model, the parameters,
-        and the weights of the backbone unless that is named or shipped. For a ``backbone`` or
-        ``preprocess`` that is code, the file holds the name alone: pass the code to ``load``
-        again. Callbacks, metadata requests and output settings of scikit-learn are left out.
+        and the weights of the backbone unless it is a named network or part of the package.
+        For a ``backbone`` or ``preprocess`` that is code, the file holds only the name: pass the
+        code to ``load`` again. Callbacks, metadata requests and output settings of scikit-learn
+        are left out.
 
         Parameters
         ----------
@@ -220,7 +221,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         return cloned
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state with all tensors in host memory, and those of the backbone once."""
+        """Return the state in host memory; backbone and frozen copy share equal tensors."""
         state = dict(super().__getstate__())
         if isinstance(self.backbone, nn.Module):
             state["backbone"] = on_host(self.backbone)

@@ -29,7 +29,7 @@ from sklearn_gradfeat.training import Problem, classification_problem, with_call
 
 
 def _has_probabilities(estimator: Any) -> bool:
-    """Whether the logits have probabilities; an error says how to get some."""
+    """Return True if there are probabilities, or raise an error that says how to get them."""
     if estimator.loss == "log_loss":
         return True
     raise AttributeError(
@@ -240,7 +240,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
 
     @available_if(_has_probabilities)
     def predict_log_proba(self, X: Any) -> npt.NDArray[Any]:
-        """Return the logarithm of :meth:`predict_proba`, which is exact for tiny probabilities.
+        """Return the logarithms of the probabilities, exact even for tiny ones.
 
         Parameters
         ----------

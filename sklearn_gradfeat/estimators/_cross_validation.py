@@ -105,9 +105,9 @@ def searched(constraints: dict[str, Any]) -> dict[str, Any]:
 
 
 class CrossValidated(BaseGradientFeature):
-    """A mixin with the search.
+    """A mixin that adds the search for the best penalties.
 
-    A class names the estimator of a fold, and the scorer that ``scoring=None`` means.
+    A subclass sets the class of fold models, and the scorer for ``scoring=None``.
     """
 
     _fold_class: Callable[[], Any]
@@ -116,7 +116,9 @@ class CrossValidated(BaseGradientFeature):
     @torch.inference_mode(False)
     def _fit_search(self, X: Any, y: Any, sample_weight: Any, params: dict[str, Any]) -> Self:
         """Search, fit the best model, and set the fitted attributes."""
-        _raise_for_params(params, self, "fit", allow=["groups"])
+        # Groups need no routing. scikit-learn 1.6 has no argument `allow` for them.
+        routed = {name: value for name, value in params.items() if name != "groups"}
+        _raise_for_params(routed, self, "fit")
         self._check_search()
         with restored_on_error(self, "n_features_in_", "feature_names_in_"):
             X, y = validate_samples(self, X, y)
@@ -124,20 +126,23 @@ class CrossValidated(BaseGradientFeature):
             to_split, to_score = self._routed(sample_weight, params)
             folds = self._folds(X, y, to_split)
             weights = {} if sample_weight is None else {"sample_weight": sample_weight}
-            progress = Progress(self, X=X, y=y, metadata={**params, **weights})
             if sample_weight is not None:
                 sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
-            prepared = self._prepare(X)
-            stages = TwoStageFit(prepared, problem)
-            grid = place_grid(self.alphas, self.gradient_alphas, stages)
-            data = _Data(X, y, sample_weight, prepared)
-            models = self._fold_models(grid, data, stages, folds)
-            fitted = self._search(grid, data, models, 1 if folds is None else len(folds), to_score)
-            if self.refit:
-                alpha, gradient_alpha = fitted["alpha_"], fitted["gradient_alpha_"] or 0.0
-                result = TwoStageFit(prepared, problem).fit(alpha, gradient_alpha, None, progress)
-                warn_unless_converged(result, prepared.settings)
-                fitted |= prepared.attributes | problem.attributes | result.attributes()
+            with Progress(self, X=X, y=y, metadata={**params, **weights}) as progress:
+                prepared = self._prepare(X)
+                stages = TwoStageFit(prepared, problem)
+                grid = place_grid(self.alphas, self.gradient_alphas, stages)
+                data = _Data(X, y, sample_weight, prepared)
+                models = self._fold_models(grid, data, stages, folds)
+                n_folds = 1 if folds is None else len(folds)
+                fitted = self._search(grid, data, models, n_folds, to_score)
+                if self.refit:
+                    # Without what the search learned: the plain estimator has the same bits.
+                    stages = TwoStageFit(prepared, problem)
+                    alpha, gradient_alpha = fitted["alpha_"], fitted["gradient_alpha_"] or 0.0
+                    result = stages.fit(alpha, gradient_alpha, progress=progress)
+                    warn_unless_converged(result, prepared.settings)
+                    fitted |= prepared.attributes | problem.attributes | result.attributes()
         self.__dict__.pop("coef_", None)  # without a refit there is no model any more
         self.__dict__.update(fitted)
         progress.end()
@@ -229,16 +234,22 @@ class CrossValidated(BaseGradientFeature):
         if logits is None:
             samples = data.prepared.subset(fold.rows)
             logits = _cached_logits(candidate.model, samples)
-        model.known, model.leave_one_out = (
-            (fold.samples, to_numpy(logits)),
-            candidate.logits is not None,
-        )
+        model.known = fold.samples, to_numpy(logits)
+        model.leave_one_out = candidate.logits is not None
         vars(model).update(candidate.model.attributes())
         given = _check_method_params(data.X, to_score, indices=fold.rows)
-        return float(self._get_scorer()(model, fold.samples, data.y[fold.rows], **given))
+        try:
+            return float(self._get_scorer()(model, fold.samples, data.y[fold.rows], **given))
+        except AttributeError as error:
+            if "proba" not in str(error):
+                raise
+            raise ValueError(
+                f"scoring={self.scoring!r} needs probabilities, which are not available with "
+                f"loss={self.loss!r}. Set loss='log_loss', or a scoring without probabilities."
+            ) from error
 
     def _fold_model(self, prepared: Prepared, problem: Problem) -> Any:
-        """Return an estimator that scorers take for a fitted one."""
+        """Return an estimator that scorers accept as fitted."""
         model = self._fold_class()
         known = model.get_params(deep=False)
         parameters = self.get_params(deep=False)
@@ -305,7 +316,7 @@ class CrossValidated(BaseGradientFeature):
         return router.add(scorer=self._get_scorer(), method_mapping=to_score)
 
     def __sklearn_is_fitted__(self) -> bool:
-        """Whether there is a model, and not a choice of penalties alone."""
+        """Return whether there is a model, not only a choice of penalties."""
         if hasattr(self, "alpha_") and not hasattr(self, "coef_"):
             raise NotFittedError(
                 f"This {type(self).__name__} was fitted with refit=False, so it has penalties but "
@@ -318,7 +329,7 @@ class CrossValidated(BaseGradientFeature):
 def _cached_logits(model: LinearModel, prepared: Prepared) -> torch.Tensor:
     """Return the logits of samples that have passed the frozen layers."""
     samples, network = prepared.samples, prepared.network
-    head = LinearizedHead(network.head, network.parameters, "standard")
+    head = LinearizedHead.from_network(network)
 
     def compute() -> torch.Tensor:
         logits = samples.activation.new_empty(len(samples.activation), len(model.intercept))

@@ -9,8 +9,8 @@ Documented = TypeVar("Documented", bound=Any)
 
 NETWORK = """
 backbone : None, str, torch.nn.Module or callable, default=None
-    The pretrained network. It is copied and frozen; yours never changes. Clones in grid
-    searches share one copy.
+    The pretrained network. It is copied and frozen; the original never changes. Clones
+    in grid searches share one copy.
 
     - None: ``"convnet-rotation"`` for images; a wide multi-layer perceptron with random
       weights for tabular data.
@@ -23,16 +23,17 @@ backbone : None, str, torch.nn.Module or callable, default=None
 
 gradient_layers : {"last", "all"}, int, str or list of str, default="last"
     The layers whose parameters are θ₂. ``"last"`` is the topmost residual or transformer
-    block, or the topmost convolution of a plain network. An integer k is the k topmost of
-    these. Any other value holds names or glob patterns of submodules or parameters.
+    block; in a network without such blocks, the topmost convolution or linear layer. An
+    integer k is the k topmost of these. Any other value holds names or glob patterns of
+    submodules or parameters.
 activation_layer : str, default=None
     The submodule whose output is the activation. None takes the output of the backbone.
 preprocess : "auto", callable or None, default="auto"
     A transform of each batch before the network. It takes and returns a tensor with one
     row per sample. ``"auto"`` is the transform of a named network, which takes uint8 images
     or floats in [0, 1] of any size, grey or RGB, channels first or last. For any other
-    backbone, ``"auto"`` is no transform. Features are kept between fits only if the
-    transform consists of code from installed packages; see ``feature_store``.
+    backbone, ``"auto"`` is no transform. ``feature_store`` has an effect only if the
+    transform consists of code from installed packages.
 negative_slope : float, default=None
     The slope below zero of the ReLUs above the gradient layers, at least 0 and below 1, in
     activation and derivative alike. A plain ReLU has no derivative where its input is
@@ -63,18 +64,18 @@ batch_size : int, default=256
     rounding errors only. Where memory runs out, batches are halved, with a warning.
 feature_store : "auto", path or None, default="auto"
     Where the output of the frozen layers is kept. The frozen layers then see every sample
-    once for all clones, folds, candidates, fits and predictions. ``"auto"`` keeps it in the
-    memory of the process, as long as the network lives, except for the random network,
-    which is faster than a look-up. A path is a directory that processes share, now and
-    later; it needs the ``disk`` extra. None keeps nothing between fits. :func:`set_config`
-    bounds the size.
+    once for all clones, folds, candidates, fits and predictions. ``"auto"`` keeps it in
+    memory for as long as the network exists. It keeps nothing for the random network, which
+    is faster than a look-up. A path is a directory that processes share, at the same time
+    or one after the other; it needs the ``disk`` extra. None keeps nothing between fits.
+    :func:`set_config` bounds the size.
 device : str or torch.device, default="auto"
-    ``"auto"`` is cuda, then mps, then cpu.
+    ``"auto"`` is the first of cuda, mps and cpu that is available.
 precision : {"auto", "float64", "float32", "bfloat16"}, default="auto"
     The precision of the network and of the results. ``"auto"`` is float64 for tabular data
     of float64 or integers, and float32 for any other input. ``"bfloat16"`` runs the frozen
     layers under autocast, and the rest in float32. For tabular data the gradient layers and
-    the results are float64 in any case.
+    the results are always float64, except on mps, which has no float64.
 random_state : int, RandomState instance or None, default=None
     Seeds the weights of the random network and of callables. Nothing else is random.
 verbose : int, default=0
@@ -83,8 +84,8 @@ verbose : int, default=0
 
 SEARCH = """
 alphas : int or array-like of shape (n_alphas,), default=5
-    The values of ``alpha``, the L2 penalty on ``W``; or the number of values. These cover
-    four powers of ten below the largest curvature of the loss.
+    The values of ``alpha``, the L2 penalty on ``W``; or their number, to cover four
+    powers of ten below the largest curvature of the loss.
 gradient_alphas : int or array-like of shape (n_gradient_alphas,), default=5
     The same for ``gradient_alpha``, the L2 penalty on ``w₂``. All combinations are tried.
     With ``features="activation"`` it is ignored.

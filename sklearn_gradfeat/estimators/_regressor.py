@@ -48,8 +48,8 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         ``epsilon`` and linear beyond. It is summed over the outputs and averaged over the
         samples.
     epsilon : float, default=1.35
-        The absolute error at which Huber's loss turns linear, in the units of ``y``. (In
-        ``HuberRegressor`` it is a multiple of its ``scale_``.)
+        The absolute error at which Huber's loss turns linear, in the units of ``y``.
+        ``HuberRegressor`` takes it in multiples of its ``scale_`` instead.
     alpha : float, default=1e-4
         L2 penalty: ``alpha / 2`` times the squared norm of ``W``, on a loss that is a
         weighted mean. The ``alpha`` of ``Ridge`` is ``alpha * sample_weight.sum()``.
@@ -228,8 +228,8 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         The folds; None is 5. A splitter by groups takes the ``groups`` of ``fit``. ``"loo"``
         scores leave-one-out predictions, which come from one factorisation for each pair of
         penalties without a fit of the second stage. It needs squared errors, at most 4096
-        samples times outputs, and gradient layers that are linear, or convolutions as large as
-        their input. ``Ω`` is then that of all samples.
+        samples times outputs, and gradient layers that are linear and see one vector per
+        sample, or convolutions as large as their input. ``Ω`` is then that of all samples.
     scoring : str, callable or None, default=None
         A scorer, as in :class:`~sklearn.model_selection.GridSearchCV`; None is R².
     %REFIT%

@@ -1,12 +1,12 @@
 """Attributions and displays of fitted estimators."""
 
-from sklearn_gradfeat.inspection._contributions import (
+from sklearn_gradfeat.inspection._contributions_display import (
     LayerContributionDisplay,
 )
-from sklearn_gradfeat.inspection._objective import (
+from sklearn_gradfeat.inspection._objective_display import (
     ObjectiveDisplay,
 )
-from sklearn_gradfeat.inspection._saliency import (
+from sklearn_gradfeat.inspection._saliency_display import (
     SaliencyDisplay,
 )
 

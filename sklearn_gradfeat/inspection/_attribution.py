@@ -47,7 +47,7 @@ def logit_parts(
         parts add up to the logits.
     """
     network = extractor.network(list(model.displacements))
-    head = LinearizedHead(network.head, network.parameters, "standard")
+    head = LinearizedHead.from_network(network)
     model = replace(model, intercept=torch.zeros_like(model.intercept))
     gradient = model.term("gradient")
     terms = {name: gradient.displaced_in(names) for name, names in groups.items()}
@@ -55,10 +55,18 @@ def logit_parts(
     activation = np.empty(shape, dtype)
     parts = {name: np.empty(shape, dtype) for name in groups}
     size = BatchSize(batch_size)
+
+    def in_parts(term: LinearModel, rows: slice, boundary: Tensors) -> npt.NDArray[Any]:
+        logits = size.run(
+            lambda part: term.logits(head, tuple(z[part] for z in boundary)),
+            rows.stop - rows.start,
+        )
+        return np.concatenate([to_numpy(part) for part in logits])
+
     for rows, boundary in extractor.batches(X, network, size, verbose=False, store=None):
-        activation[rows] = to_numpy(model.term("activation").logits(head, boundary))
+        activation[rows] = in_parts(model.term("activation"), rows, boundary)
         for name, term in terms.items():
-            parts[name][rows] = to_numpy(term.logits(head, boundary))
+            parts[name][rows] = in_parts(term, rows, boundary)
     return activation, parts
 
 
@@ -68,8 +76,8 @@ def relative_displacements(
 ) -> dict[str, float]:
     """Return ``‖w₂‖ / ‖θ₂‖`` of every group of parameters.
 
-    The parameters are those of the network with its batch norms folded, in which the
-    displacements are.
+    The parameters are those of the network with its batch norms folded, like the
+    displacements.
     """
     values = extractor.network(list(model.displacements)).parameters
 
@@ -91,7 +99,7 @@ class InputTerm:
     Parameters
     ----------
     extractor : Extractor
-        The way to the features.
+        The frozen network, with its transform and precision.
     model : LinearModel
         The linear model, on the device of the extractor.
     term : {"gradient", "activation", "full"}
@@ -107,7 +115,7 @@ class InputTerm:
         self.network: Network = backbone.network(
             list(model.displacements), extractor.negative_slope
         )
-        self.linearized = LinearizedHead(self.network.head, self.network.parameters, "standard")
+        self.linearized = LinearizedHead.from_network(self.network)
 
     @torch.inference_mode(False)
     def inputs(self, X: Any) -> Tensor:
@@ -122,7 +130,7 @@ class InputTerm:
     def values(self, x: Tensor) -> Tensor:
         """Return the term, of shape (n_samples, n_outputs)."""
         with torch.no_grad():
-            boundary = self._boundary(x)
+            boundary = self.network.boundary(x)
         return self.model.logits(self.linearized, boundary)
 
     @torch.inference_mode(False)
@@ -137,7 +145,7 @@ class InputTerm:
         with torch.enable_grad(), differentiable_attention():
             x = x.detach().clone().requires_grad_()
             leaves = [value.detach().requires_grad_() for value in values]
-            activation = self.network.head(tuple(leaves), self._boundary(x))
+            activation = self.network.head(tuple(leaves), self.network.boundary(x))
             total = (activation * self.model.weights[list(outputs)]).sum()
             moves = tuple(self.model.displacements.values())
             if moves:
@@ -149,7 +157,3 @@ class InputTerm:
                 total = total + torch.stack([(g * move).sum() for g, move in pairs]).sum()
             (gradient,) = torch.autograd.grad(total, x, materialize_grads=True)
         return gradient
-
-    def _boundary(self, x: Tensor) -> Tensors:
-        """Return the input of the head."""
-        return (x,) if self.network.trunk is None else self.network.trunk(x)

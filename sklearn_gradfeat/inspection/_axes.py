@@ -1,4 +1,4 @@
-"""Axes to draw on: new ones, given ones, or a given one divided."""
+"""Axes to draw on: new, given or divided ones; the estimator in a pipeline or a search."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def grid_of_axes(
     Parameters
     ----------
     display : display
-        What is drawn; its name is for error messages.
+        The display; error messages give the name of its class.
     ax : None, axes or array-like of axes
         None makes a figure, axes are divided, and an array is taken as it is.
     shape : (int, int)

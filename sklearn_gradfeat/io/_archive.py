@@ -50,7 +50,7 @@ def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays
     path : str or path-like
         The file.
     document : dict
-        What JSON can hold.
+        A dictionary that JSON can hold.
     arrays : dict of str to ndarray
         Arrays of numbers or booleans.
 
@@ -127,9 +127,9 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
     Raises
     ------
     ValueError
-        If it is no such file, is damaged, or is of a newer format.
+        If the file is damaged, has a newer format, or was not written by this function.
     OSError
-        If it cannot be read, or is a device, a pipe or a directory.
+        If the file cannot be read, or is a device, a pipe or a directory.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -248,12 +248,12 @@ def digest(arrays: Mapping[str, npt.NDArray[Any]], text: str = "") -> str:
 
 
 def pack(value: Any, name: str, arrays: Arrays) -> Any:  # noqa: PLR0911
-    """Return what JSON can hold of a value; its arrays go to ``arrays``, named after ``name``.
+    """Return a value in a form for JSON; its arrays go to ``arrays``, under ``name``.
 
     Raises
     ------
     NotStorableError
-        If neither can hold it.
+        If neither JSON nor an array can hold the value.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -362,5 +362,5 @@ def _splitters() -> dict[str, Any]:
     return {
         name: kind
         for name, kind in vars(model_selection).items()
-        if hasattr(kind, "get_n_splits") and not name.startswith(("FirstStage", "Repeated"))
+        if hasattr(kind, "get_n_splits") and not name.startswith(("Base", "Repeated"))
     }

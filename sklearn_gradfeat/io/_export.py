@@ -30,7 +30,7 @@ class LinearizedNetwork(nn.Module):
     Parameters
     ----------
     extractor : Extractor
-        The way to the features.
+        The frozen network, with its transform and precision.
     model : LinearModel
         The linear model, on the device of the extractor.
     output : nn.Module
@@ -79,7 +79,7 @@ class LinearizedNetwork(nn.Module):
                 ) from error
 
     def boundary(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return what the trunk hands to the head."""
+        """Return the output of the trunk, which is the input of the head."""
         trunk_dtype, head_dtype = self.dtypes
         x = x.to(torch.int64 if self.takes_indices and not x.is_floating_point() else trunk_dtype)
         boundary = (x,) if self.trunk is None else self.trunk(x)

@@ -6,11 +6,11 @@ The JSON document of the archive holds
   and numpy that wrote the file;
 - ``parameters``, ``attributes``: the constructor's parameters, except ``device`` and
   ``feature_store``, and the fitted attributes; their arrays are tensors of the archive;
-- ``code``: the names of a ``backbone`` and of a ``preprocess`` that are code;
-- ``extractor``, ``backbone``: the precision, and the network: its name or its weights, and a
-  digest of the weights;
-- ``probe``, ``transformed``: logits and transformed values of made-up samples. ``load`` compares
-  them with those of the network and the transform that it finds.
+- ``code``: the names of ``backbone`` and ``preprocess``, if they are code;
+- ``extractor``: the precision, ``negative_slope`` and the name of the transform;
+- ``backbone``: the name or the weights of the network, and a digest of the weights;
+- ``probe``, ``transformed``: logits and transformed values of synthetic samples. ``load`` compares
+  them with the results of the loaded network and transform.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
 
     Raises
     ------
+    TypeError
+        If the class of the estimator is not from this package.
     ValueError
-        If a parameter or an attribute can be stored by pickle only.
+        If only pickle can store a parameter or an attribute.
     """
     check_is_fitted(estimator)
     kind = type(estimator)
@@ -87,10 +89,10 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
 
 
 def probe(estimator: Any) -> npt.NDArray[Any]:
-    """Return the logits of two made-up samples, by which networks are compared.
+    """Return the logits of two synthetic samples, to compare networks.
 
-    They are computed on the CPU without ``preprocess``, in the precision of the trunk. NaN means
-    that the network takes no such samples.
+    They are computed on the CPU without ``preprocess``, in the precision of the trunk. They are
+    NaN if the network does not accept such samples.
     """
     device = torch.device("cpu")
     extractor: Extractor = estimator._extractor.on(device)
@@ -106,10 +108,10 @@ def probe(estimator: Any) -> npt.NDArray[Any]:
 
 
 def transformed(estimator: Any) -> npt.NDArray[np.float64]:
-    """Return two means of transformed made-up samples, by which transforms are compared.
+    """Return two means of transformed synthetic samples, to compare transforms.
 
-    The first row is for uint8 samples, the second for floats in [0, 1]. NaN means that
-    ``preprocess`` takes no such samples.
+    The first row is for uint8 samples, the second for floats in [0, 1]. It is NaN if
+    ``preprocess`` does not accept such samples.
     """
     means = np.full((2, 2), np.nan)
     preprocess, shape = estimator._extractor.preprocess, (2, *estimator.sample_shape_)

@@ -8,6 +8,12 @@ from sklearn_gradfeat.linearized._jacobian import (
     LinearizedHead,
     Tensors,
 )
+from sklearn_gradfeat.linearized._logits import (
+    LinearModel,
+    linear_logits,
+    predict_logits,
+    to_numpy,
+)
 from sklearn_gradfeat.linearized._losses import (
     Bernoulli,
     Huber,
@@ -15,17 +21,11 @@ from sklearn_gradfeat.linearized._losses import (
     Multinomial,
     Squared,
 )
-from sklearn_gradfeat.linearized._model import (
-    LinearModel,
-    linear_logits,
-    to_numpy,
-)
 from sklearn_gradfeat.linearized._objective import (
     TangentObjective,
     TangentTerm,
     agrees,
 )
-from sklearn_gradfeat.linearized._prediction import predict_logits
 
 __all__ = [
     "Bernoulli",

@@ -85,7 +85,7 @@ def _simpler_operators() -> dict[Any, Callable[..., Any]]:
     table: dict[Any, Callable[..., Any]] = dict(torch.export.default_decompositions().items())
     recurrent = [getattr(_ATEN, kind).input for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu")]
     others = ("_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-              "native_group_norm", "glu", "hardsigmoid")  # fmt: skip
+              "native_group_norm", "native_layer_norm", "glu", "hardsigmoid")  # fmt: skip
     table |= get_decompositions([*recurrent, *(getattr(_ATEN, kind) for kind in others)])
     return {**table, _ATEN.adaptive_avg_pool2d.default: _adaptive_average}
 

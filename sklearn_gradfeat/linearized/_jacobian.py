@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sklearn_gradfeat.backbones import differentiable_attention
+from sklearn_gradfeat.backbones import Network, differentiable_attention
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Head: TypeAlias = Callable[[Tensors, Tensors], Tensor]
@@ -144,6 +144,11 @@ class LinearizedHead:
         ]
         self.size = sum(value.numel() for value in self.values)
         self._forward_mode = True
+
+    @classmethod
+    def from_network(cls, network: Network) -> LinearizedHead:
+        """Return the head of a network, with displacements in the units of the parameters."""
+        return cls(network.head, network.parameters, "standard")
 
     def activation(self, boundary: Tensors) -> Tensor:
         """Return the activation, of shape (n_samples, n_features)."""

@@ -11,7 +11,7 @@ They are linear in the unknowns ``x = [W, b, u]``, held as one flat vector; ``Ω
 
 with sample weights ``ωᵢ`` that add up to one. A solver needs the linear map from ``x`` to the
 logits (a Jacobian-vector product), its adjoint (a vector-Jacobian product), and both in one pass.
-Logits are float64 whatever the precision of the network.
+Logits are always float64.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import Tensor
 
 from sklearn_gradfeat.data import BatchSize, Result
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead, Tensors
+from sklearn_gradfeat.linearized._logits import linear_logits
 from sklearn_gradfeat.linearized._losses import Loss
-from sklearn_gradfeat.linearized._model import linear_logits
 
-# Two maps agree if they differ by no more than this power of the machine epsilon.
+# Largest relative difference of results that agree, as a power of the machine epsilon.
 _ROUNDING = 0.4
 
 
 def agrees(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two results of a map are equal up to rounding in the precision of the map."""
+    """Return whether two results are equal up to rounding errors of ``dtype``."""
     bound = torch.finfo(dtype).eps ** _ROUNDING * float(expected.norm())
     return bool((found - expected).norm() <= bound)
 
@@ -48,6 +48,8 @@ class Batches(Protocol):
 @dataclass(frozen=True)
 class TangentTerm:
     """The gradient term ``Ω J u`` of all samples, and its adjoint.
+
+    ``J`` here is the Jacobian in ``u``, with the scales of the parametrization.
 
     Parameters
     ----------

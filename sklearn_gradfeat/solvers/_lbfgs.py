@@ -1,5 +1,8 @@
 """Preconditioned limited-memory BFGS for a loss of a linear map [1]_.
 
+The solver stops at an absolute tolerance. The caller derives it from ``tol``, in
+`training/_two_stage_fit.py`.
+
 References
 ----------
 .. [1] J. Nocedal and S. Wright, Numerical Optimization, 2nd edition, chapter 7,
@@ -82,7 +85,7 @@ class _Memory:
     """A preconditioner and the curvature pairs collected since it was built."""
 
     def __init__(self, precondition: Callable[[Tensor], Inverse], loss: Loss, logits: Tensor):
-        self.precondition = precondition(logits)
+        self.inverse = precondition(logits)
         self.curvature = float(loss.curvatures(logits).sum())
         self.scale = 1.0
         self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
@@ -105,7 +108,7 @@ class _Memory:
             return
         for step, former in curvature_pairs.pairs:
             change = former + (penalty - curvature_pairs.penalty) * step
-            self.add(step, change, self.precondition(change))
+            self.add(step, change, self.inverse(change))
 
     def direction(self, gradient: Tensor, preconditioned: Tensor) -> Tensor:
         """Return the L-BFGS direction, by the two-loop recursion; ``Pg`` is given."""
@@ -113,13 +116,13 @@ class _Memory:
             return -self.scale * preconditioned
         q = -gradient
         weights = []
-        for step, change, inverse in reversed(self.pairs):
-            weight = inverse * float(step @ q)
+        for step, change, reciprocal in reversed(self.pairs):
+            weight = reciprocal * float(step @ q)
             weights.append(weight)
             q = q - weight * change
-        q = self.scale * self.precondition(q)
-        for (step, change, inverse), weight in zip(self.pairs, reversed(weights), strict=True):
-            q = q + (weight - inverse * float(change @ q)) * step
+        q = self.scale * self.inverse(q)
+        for (step, change, reciprocal), weight in zip(self.pairs, reversed(weights), strict=True):
+            q = q + (weight - reciprocal * float(change @ q)) * step
         return q
 
 
@@ -199,9 +202,9 @@ def minimize(
     point = start(objective, x)
     memory = _Memory(precondition, loss, point.logits)
     memory.recall(curvature_pairs, penalty)
-    preconditioned = memory.precondition(point.gradient)
+    preconditioned = memory.inverse(point.gradient)
     norm = _norm(point.gradient, preconditioned)
-    solve = coarse(memory.precondition) if coarse and norm > _FAR * tolerance else None
+    solve = coarse(memory.inverse) if coarse and norm > _FAR * tolerance else None
     path, passes, n_iter = [point.value], 1, 0
     status: Status = "converged"
     while norm > tolerance:
@@ -223,7 +226,7 @@ def minimize(
                 break
             memory.pairs.clear()
             continue
-        former, preconditioned = preconditioned, memory.precondition(moved.gradient)
+        former, preconditioned = preconditioned, memory.inverse(moved.gradient)
         memory.add(moved.x - point.x, moved.gradient - point.gradient, preconditioned - former)
         point, n_iter = moved, n_iter + 1
         path.append(point.value)
@@ -233,9 +236,9 @@ def minimize(
             break
         if not same_curvature(memory.curvature, loss, point.logits):
             memory = _Memory(precondition, loss, point.logits)
-            preconditioned = memory.precondition(point.gradient)
+            preconditioned = memory.inverse(point.gradient)
             norm = _norm(point.gradient, preconditioned)
-            solve = coarse(memory.precondition) if coarse and solve else None
+            solve = coarse(memory.inverse) if coarse and solve else None
     learned = CurvaturePairs([(step, change) for step, change, _ in memory.pairs], penalty)
     return Solution(point.x, path, n_iter, passes, status, norm, learned)
 

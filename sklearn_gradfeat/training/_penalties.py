@@ -1,14 +1,15 @@
 """The linear models of all penalties of a grid, from strong to weak.
 
-A model with strong penalties is the easiest to fit from nothing, and the next weaker one is close
-to it. The first stage is fitted once for each ``alpha``. Default grids start at the largest
-curvature of the loss and go down by powers of ten, so that they suit features and targets of any
-scale.
+The model with the strongest penalties is close to zero, where the solver starts, and the model
+with the next weaker penalties is close to it. The first stage is fitted once for each ``alpha``.
+Default grids start at the largest curvature of the loss and go down by powers of ten, so that they
+suit features and targets of any scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -67,11 +68,11 @@ class Candidate(NamedTuple):
 
 
 def place_grid(alphas: Any, gradient_alphas: Any, stages: TwoStageFit) -> Grid:
-    """Return the given penalties, or as many as asked for below the largest curvature.
+    """Return the given penalties, or default ones from the largest curvature down.
 
     At a penalty of the size of the largest curvature, the strongest direction of the data shrinks
     by half, and every other one by more. The gradient term depends on the first stage; the grid
-    of ``gradient_alpha`` takes the one with the middle ``alpha``.
+    of ``gradient_alpha`` uses the first stage with the middle ``alpha``.
 
     Parameters
     ----------
@@ -106,7 +107,10 @@ def _values(given: Any, objective: Callable[[], TangentObjective]) -> Penalties:
 
 
 def penalty_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
-    """Fit the models of all penalties in a grid, each from its stronger neighbour.
+    """Fit the models of all penalties in a grid.
+
+    A first stage starts from the one with the next stronger ``alpha``. A second stage starts from
+    the one with the next stronger ``gradient_alpha``, or from its first stage.
 
     Parameters
     ----------
@@ -149,7 +153,8 @@ def leave_one_out_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
     Raises
     ------
     ValueError
-        If there is one sample only, or if the Gram matrix of the samples is not cheap.
+        If fewer than two samples have a positive weight, or if the gradient layers allow no cheap
+        Gram matrix of the samples.
     """
     if int((stages.loss.weights > 0).sum()) < 2:
         raise ValueError("cv='loo' needs at least 2 samples with a positive weight.")
@@ -162,12 +167,13 @@ def leave_one_out_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
             objective = stages.objective(alpha, stages.samples.activation, None)
             yield _left_out(stages, (i, 0), first.model, first.solution, objective, None)
             continue
-        gram = tangent_gram(stages.tangent(first.model, 0.0), len(stages.samples.activation))
+        tangent, n_samples = stages.tangent(first.model, 0.0), len(stages.samples.activation)
+        gram = stages.samples.batch_size.retry(partial(tangent_gram, tangent, n_samples))
         if gram is None:
             raise ValueError(
-                "cv='loo' needs gradient layers that are linear, or convolutions as large as "
-                "their input. Choose such layers by gradient_layers, or set cv to a number of "
-                "folds."
+                "cv='loo' needs gradient layers that are linear and see one vector per sample, or "
+                "convolutions as large as their input. Choose such layers by gradient_layers, or "
+                "set cv to a number of folds."
             )
         for j in _descending(grid.gradient_alphas):
             objective = stages.second_objective(first, float(grid.gradient_alphas[j]))

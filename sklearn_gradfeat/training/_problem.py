@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sklearn_gradfeat.data import weighted_mean
+from sklearn_gradfeat.data import weighted_mean, weighted_median
 from sklearn_gradfeat.linearized import (
     Bernoulli,
     Huber,
@@ -82,11 +82,13 @@ def regression_problem(
 ) -> Problem:
     """Return the problem of real targets: Huber's loss, or the squared one without ``epsilon``.
 
-    With an intercept, the targets are centred. That changes the start of the solver, on which
-    the tolerance depends, and not the optimum.
+    With an intercept, the targets are centred: by the minimiser of the squared loss, the mean;
+    or by the median for Huber's loss, since outliers move the mean. That changes the start of
+    the solver, on which the tolerance depends, and not the optimum.
     """
     targets = y.reshape(len(y), -1)
-    offset = weighted_mean(targets, weights) if fit_intercept else np.zeros(targets.shape[1])
+    centre = weighted_mean if epsilon is None else weighted_median
+    offset = centre(targets, weights) if fit_intercept else np.zeros(targets.shape[1])
 
     def on(device: torch.device) -> Loss:
         centred = torch.from_numpy(targets - offset).to(device)

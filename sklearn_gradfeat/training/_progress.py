@@ -98,14 +98,16 @@ class Progress:
         )
 
     def end(self) -> None:
-        """Close the bar and report the end of the fit; the estimator must be fitted."""
-        self.close()
+        """Report the end of the fit; the estimator must be fitted."""
         if self._context is not None:
             self._context.call_on_fit_task_end(
                 estimator=self._estimator, **self._data, reconstruction_attributes={}
             )
 
-    def close(self) -> None:
-        """Close the bar."""
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        """Close the bar, also after a fit that failed."""
         if self._bar is not None:
             self._bar.close()

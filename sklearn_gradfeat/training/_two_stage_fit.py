@@ -25,7 +25,7 @@ from torch import Tensor
 from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.cache import CachedSamples
 from sklearn_gradfeat.curvature import Inverses
-from sklearn_gradfeat.data import accumulation_device
+from sklearn_gradfeat.data import Result, accumulation_device
 from sklearn_gradfeat.linearized import (
     LinearizedHead,
     LinearModel,
@@ -36,10 +36,10 @@ from sklearn_gradfeat.solvers import Solution, minimize, preconditioned_norm
 from sklearn_gradfeat.training._problem import Problem
 from sklearn_gradfeat.training._progress import Progress, Watch
 
-# The first stage is solved to this share of tol where a second one follows: an iteration of the
-# first is cheap, and the second pays a pass over the head for every one that is left undone.
+# If a second stage follows, the first is solved to this share of tol. Its iterations are cheap;
+# the second stage would need passes over the head to remove the error that it leaves.
 _FIRST_STAGE = 0.01
-# Where Newton steps are exact, one or two more reach this tolerance from any other.
+# Tolerance where Newton steps are exact: one or two more steps reach it.
 _EXACT = 1e-16
 
 
@@ -128,8 +128,8 @@ class FitResult(NamedTuple):
 class TwoStageFit:
     """Both stages on the same samples, for any penalties.
 
-    Results that do not depend on the penalties are computed once. Models are those of the
-    problem with its offset subtracted, except in :meth:`fit`.
+    Results that do not depend on the penalties are computed once. All methods except
+    :meth:`fit` take and return models of the targets minus the offset of the problem.
 
     Parameters
     ----------
@@ -163,7 +163,8 @@ class TwoStageFit:
         alpha, gradient_alpha : float
             The penalties.
         warm : LinearModel or None
-            Where to start; None starts at zero.
+            The model to start from. None starts the first stage at zero, and the second from
+            the result of the first.
         progress : Progress or None
             Follows the iterations.
 
@@ -187,7 +188,7 @@ class TwoStageFit:
         """Fit ``b + W f``, starting from the ``Ω`` of ``warm``."""
         objective = self.objective(alpha, self.samples.activation, None)
         zero = self.like.new_zeros(sum(objective.sizes))
-        reference = _norm_at_zero(objective, zero, self.inverses.at(objective))
+        reference = _norm_at_zero(objective, zero, self._inverse(objective, self.inverses))
         start = zero
         if warm is not None and math.isfinite(reference):
             start = self._unknowns(warm.omega, warm.intercept, zero[:0])
@@ -280,7 +281,7 @@ class TwoStageFit:
         last: bool,
         progress: Progress | None,
     ) -> Watch | None:
-        """Return the function that follows a stage; callbacks see the last stage alone."""
+        """Return the callback for the solver; only the last stage is reported to callbacks."""
         if progress is None:
             return None
         return progress.watch(stage, to_model, self._fitted_attributes if last else None)
@@ -301,7 +302,7 @@ class TwoStageFit:
 
         Where Newton steps are exact, continue to rounding; this takes one or two more steps.
         """
-        inverse = inverses.at(objective)
+        inverse, coarse = self._inverse(objective, inverses), inverses.coarse(objective)
         wanted = min(tol, _EXACT) if inverses.exact_for(objective) else tol
         solution = minimize(
             objective,
@@ -311,12 +312,24 @@ class TwoStageFit:
             max_iter=self.settings.max_iter,
             callback=watch,
             curvature_pairs=inverses.curvature_pairs,
-            coarse=inverses.coarse(objective),
+            coarse=lambda inverse: self._retry(partial(coarse, inverse)),
         )
         inverses.learn(solution)
+        # `tol` itself is enough, even if the solver missed a stricter tolerance.
         if solution.norm <= math.sqrt(self.settings.tol) * reference:
             return replace(solution, status="converged")
         return solution
+
+    def _inverse(
+        self, objective: TangentObjective, inverses: Inverses
+    ) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
+        """Return the function from logits to the approximate inverse Hessian."""
+        inverse = self._retry(partial(inverses.at, objective))
+        return lambda logits: self._retry(partial(inverse, logits))
+
+    def _retry(self, compute: Callable[[], Result]) -> Result:
+        """Return ``compute()``, repeated in smaller batches where memory runs out."""
+        return self.samples.batch_size.retry(compute)
 
 
 def _norm_at_zero(

@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -65,6 +66,93 @@ def test_module_that_cannot_be_copied():
     network.lock = threading.Lock()
     with pytest.raises(ValueError, match=r"backbone cannot be copied .* Store tensors in it"):
         estimator(network).fit(X, Y)
+
+
+# --- tensors that a cast would change ----------------------------------------------------------
+
+
+class Fourier(nn.Module):
+    """A filter with complex weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(1, 4, 1)
+        self.filter = nn.Parameter(torch.randn(4, 8, 5, dtype=torch.cfloat))
+        self.outer = nn.Conv2d(4, 6, 1)
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft2(self.inner(x), norm="ortho") * self.filter
+        return self.outer(torch.fft.irfft2(spectrum, s=(8, 8), norm="ortho").relu())
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("layers", ["inner", "outer"])
+def test_complex_weights_keep_their_imaginary_part(precision, layers):
+    torch.manual_seed(0)
+    network = Fourier()
+    model = estimator(network, gradient_layers=layers, precision=precision).fit(X, Y)
+    kept = model._extractor.backbone.module.module.filter
+    assert kept.dtype == getattr(torch, precision).to_complex()
+    assert torch.equal(kept.to(torch.cfloat), network.filter)
+    plain = estimator(network, features="activation", precision=precision, tol=1e-8).fit(X, Y)
+    with torch.no_grad():
+        activation = network(torch.from_numpy(X)).mean((2, 3)).numpy()
+    expected = activation @ plain.coef_.T + plain.intercept_
+    np.testing.assert_allclose(plain.decision_function(X), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"'filter' is not a floating point tensor"):
+        estimator(network, gradient_layers="filter").fit(X, Y)
+
+
+class Named(nn.Parameter):
+    """A subclass of tensors that carries state."""
+
+
+def with_tensor(tensor):
+    network = tiny_net()
+    network[2].register_buffer("odd", tensor)
+    return network
+
+
+def subclassed():
+    network = tiny_net()
+    network[2].weight = Named(network[2].weight.detach())
+    return network
+
+
+def packed():
+    return nn.Sequential(nn.Flatten(), torch.ao.nn.quantized.dynamic.Linear(64, 6))
+
+
+def scripted():
+    network = tiny_net()
+    network[2] = torch.jit.script(network[2])
+    return network
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: with_tensor(torch.eye(3).to_sparse()), r"'2\.odd' of backbone has the layout"),
+        (lambda: with_tensor(torch.eye(3).to_sparse_csr()), r"'2\.odd' of backbone has the layout"),
+        (
+            lambda: with_tensor(torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)),
+            r"'2\.odd' of backbone is quantised \(torch.qint8\)",
+        ),
+        (
+            lambda: with_tensor(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+            r"'2\.odd' of backbone is a nested tensor",
+        ),
+        (lambda: tiny_net().to("meta"), r"'0\.weight' of backbone is on the meta device"),
+        (subclassed, r"'2\.weight' of backbone is a tensor of the class Named"),
+        (packed, r"Layer '1\._packed_params' of backbone.* packed weights.*before quantisation"),
+        (scripted, r"Layer '2' of backbone is a TorchScript module.* Pass the torch.nn.Module"),
+    ],
+)
+def test_tensors_that_a_copy_would_change_are_refused(build, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        estimator(build()).fit(X, Y)
 
 
 # --- tensors apart from their module -----------------------------------------------------------

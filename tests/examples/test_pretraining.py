@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sklearn_gradfeat.backbones._builtin import ConvNet, load_convnet
 
-SCRIPTS = Path(__file__).parents[1] / "examples" / "pretraining"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "pretraining"
 TASKS = {
     "vae": ["vae"],
     "rotation": ["rotation"],
@@ -80,8 +80,8 @@ def test_export_loads_into_the_convnet(task, train, scripts, capsys, tmp_path):
     file = tmp_path / "weights" / "encoder.safetensors"
     state = train(task, tmp_path / "run", "--export", file)["task"]
     assert "SHA-256" in capsys.readouterr().out
-    slope = 0.2 if task == "wasserstein" else 0.01
-    encoder = scripts("_networks").Encoder(slope).eval()
+    negative_slope = 0.2 if task == "wasserstein" else 0.01
+    encoder = scripts("_networks").Encoder(negative_slope).eval()
     prefix = "encoder."
     found = {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
     encoder.load_state_dict(found)

@@ -34,10 +34,7 @@ def in_onnx_runtime(module, samples, path):
     onnxruntime = pytest.importorskip("onnxruntime")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
-        program = torch.onnx.export(
-            module, (torch.from_numpy(samples[:3]),), dynamo=True, dynamic_shapes=({0: BATCH},),
-            verbose=False,
-        )  # fmt: skip
+        program = torch.onnx.export(exported(module, samples), dynamo=True, verbose=False)
     program.save(path)
     session = onnxruntime.InferenceSession(path)
     (entry,) = session.get_inputs()
@@ -68,7 +65,7 @@ def test_module_is_independent_of_the_estimator():
     assert np.array_equal(model.predict_proba(X), expected)
 
 
-def test_rows_are_float64():
+def test_tabular_data_are_float64():
     rows = np.random.default_rng(0).normal(size=(30, 4))
     y = (rows[:, 0] > 0).astype(int)
     model = GradientFeatureClassifier(alpha=0.1, tol=1e-2, random_state=0)
@@ -109,7 +106,7 @@ def test_bfloat16_is_exported_in_float32():
 
 
 def test_unfitted():
-    with pytest.raises(NotFittedError):
+    with pytest.raises(NotFittedError, match="not fitted yet"):
         estimator().to_torch()
 
 
@@ -158,7 +155,7 @@ def test_exported_program_runs_without_this_package(tmp_path):
 
 
 def fit(kind):
-    if kind == "rows":
+    if kind == "tabular":
         rows = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
         return GradientFeatureClassifier(alpha=0.1, tol=1e-2).fit(rows, Y[:12]), rows
     module, names = build(kind)
@@ -166,7 +163,7 @@ def fit(kind):
     return model.fit(IMAGES, Y[:12]), IMAGES
 
 
-@pytest.mark.parametrize("kind", ["rows", "plain", "residual", "transformer"])
+@pytest.mark.parametrize("kind", ["tabular", "plain", "residual", "transformer"])
 def test_onnx(kind, tmp_path):
     model, samples = fit(kind)
     run = in_onnx_runtime(model.to_torch(), samples, tmp_path / "model.onnx")

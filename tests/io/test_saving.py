@@ -1,35 +1,31 @@
-"""Files and pickles of fitted models."""
+"""Fitted estimators come back from their files as they were."""
 
-import io
-import json
 import os
-import pickle
 import stat
-import struct
-from pathlib import Path
 
-import joblib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
-from safetensors.torch import save_file as torch_save_file
+from safetensors.numpy import load_file
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import accuracy_score, make_scorer
+from sklearn.model_selection import KFold, StratifiedKFold
 from torch import nn
 
-import sklearn_gradfeat
-from sklearn_gradfeat import GradientFeatureClassifier, MaskedMean, load
-from sklearn_gradfeat.io._archive import NotStorableError, pack, unpack
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    GradientFeatureClassifierCV,
+    GradientFeatureRegressorCV,
+    MaskedMean,
+    load,
+)
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
-DATA = Path(__file__).parent / "data"
 LABELS = np.stack([Y == 0, Y > 0, Y != 1], 1).astype(int)
 ROWS = X.reshape(len(X), -1)[:, :5].astype(np.float64)
+SEARCH = {"alphas": [0.5, 0.02], "gradient_alphas": [0.1], "cv": 2}
 
 
 def double(batch):
@@ -64,15 +60,6 @@ def saved(fitted, path):
     return path
 
 
-def rewrite(path, change):
-    """Change the document in a file, or its arrays, without keeping its digest right."""
-    with safe_open(path, framework="numpy") as archive:
-        metadata = archive.metadata()
-    document, arrays = json.loads(metadata["sklearn_gradfeat"]), load_file(path)
-    change(document, arrays)
-    save_file(arrays, path, {**metadata, "sklearn_gradfeat": json.dumps(document)})
-
-
 def same(model, loaded, X=X):
     return np.array_equal(model.predict_proba(X), loaded.predict_proba(X))
 
@@ -90,13 +77,13 @@ class Encoder(nn.Module):
 
 
 class Logarithm(nn.Module):
-    """Not defined for what a file is checked with."""
+    """A network that is not defined for the samples that a file is checked with."""
 
     def forward(self, x):
         return (x - 5).log()
 
 
-# --- round trips -----------------------------------------------------------------------------
+# --- round trips ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("features", ["full", "activation", "gradient"])
@@ -152,7 +139,7 @@ def test_random_network_needs_nothing(path):
 def test_weights_of_a_named_network_are_not_stored(path, monkeypatch):
     network = tiny_net()
     monkeypatch.setattr(
-        "sklearn_gradfeat.backbones._resolve.load_named", lambda name: (network, double)
+        "sklearn_gradfeat.backbones._sources.load_named", lambda name: (network, double)
     )
     model = estimator("torchvision/tiny").fit(X, Y)
     model.save(path)
@@ -165,7 +152,9 @@ def test_weights_of_a_named_network_are_not_stored(path, monkeypatch):
         load(path, NET)
     with torch.no_grad():
         network[0].weight[0, 0, 0, 0] += 1
-    with pytest.raises(ValueError, match="weights are not those that the model was fitted on"):
+    with pytest.raises(
+        ValueError, match="its weights differ from those that the model was fitted on"
+    ):
         load(path)
 
 
@@ -176,19 +165,6 @@ def test_factory(backbone, path):
     loaded = load(path, backbone)
     assert loaded.backbone is backbone
     assert same(model, loaded)
-
-
-def test_module_receives_the_weights_and_stays_as_it_is(saved, fitted):
-    torch.manual_seed(1)
-    other = nn.Sequential(
-        *[type(layer)(1, 4, 3) if i == 0 else layer for i, layer in enumerate(tiny_net())]
-    )
-    before = other[0].weight.clone()
-    loaded = load(saved, other)
-    assert same(fitted, loaded)
-    assert torch.equal(other[0].weight, before)
-    assert torch.equal(loaded.backbone[0].weight, NET[0].weight)
-    assert np.array_equal(clone(loaded).fit(X, Y).coef_, fitted.coef_)
 
 
 def test_module_that_is_not_captured(path):
@@ -209,12 +185,14 @@ def test_module_that_is_not_captured(path):
 def test_own_transform(path):
     model = estimator(preprocess=double).fit(X, Y)
     model.save(path)
-    with pytest.raises(ValueError, match=r"tests.test_persistence.double.*pass it as `preprocess`"):
+    with pytest.raises(ValueError, match=r"tests.io.test_saving.double.*pass it as `preprocess`"):
         load(path, NET)
     loaded = load(path, NET, preprocess=double)
     assert loaded.preprocess is double
     assert same(model, loaded)
-    with pytest.raises(ValueError, match=r"`preprocess` does not fit .* than tests.*double did"):
+    with pytest.raises(
+        ValueError, match=r"`preprocess` does not fit .*differ from those of tests.*double in"
+    ):
         load(path, NET, preprocess=triple)
 
 
@@ -274,10 +252,6 @@ def test_layout_of_the_input_is_kept(path):
     assert same(model, load(path, network, preprocess=last), images)
 
 
-def test_device_can_be_changed(saved):
-    assert load(saved, NET, device=torch.device("cpu")).device == torch.device("cpu")
-
-
 def test_parameters_come_back_in_their_types(path):
     model = estimator(
         gradient_layers=("2", "0*"), alpha=np.float64(0.25), max_iter=np.int64(7), random_state=3,
@@ -290,11 +264,49 @@ def test_parameters_come_back_in_their_types(path):
             assert loaded[name] == value
 
 
-# --- what cannot be saved --------------------------------------------------------------------
+# --- searches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [GradientFeatureClassifierCV, GradientFeatureRegressorCV])
+def test_file_of_a_search(kind, path):
+    model = kind(NET, **SEARCH).fit(X, Y)
+    model.save(path)
+    loaded = load(path, tiny_net)
+    assert type(loaded) is kind
+    assert np.array_equal(loaded.predict(X), model.predict(X))
+    for name in ("scores_", "alphas_", "gradient_alphas_", "alpha_", "gradient_alpha_"):
+        assert np.array_equal(getattr(loaded, name), getattr(model, name)), name
+    assert loaded.best_score_ == model.best_score_
+    assert np.array_equal(loaded.fit(X, Y).scores_, model.scores_)
+
+
+@pytest.mark.parametrize(
+    "cv",
+    [
+        KFold(3, shuffle=True, random_state=4),
+        StratifiedKFold(2),
+        [(np.arange(12), np.arange(12, 24))],
+    ],
+    ids=["shuffled", "stratified", "list"],
+)
+def test_file_holds_the_folds(cv, path):
+    model = GradientFeatureClassifierCV(NET, **{**SEARCH, "cv": cv}).fit(X, Y)
+    model.save(path)
+    loaded = load(path, tiny_net)
+    assert np.array_equal(loaded.fit(X, Y).scores_, model.scores_)
+
+
+def test_file_of_a_search_for_activations(path):
+    model = GradientFeatureClassifierCV(NET, features="activation", **SEARCH).fit(X, Y)
+    model.save(path)
+    assert load(path, tiny_net).gradient_alpha_ is None
+
+
+# --- estimators that cannot be saved ----------------------------------------------------------
 
 
 def test_unfitted(path):
-    with pytest.raises(NotFittedError):
+    with pytest.raises(NotFittedError, match="not fitted yet"):
         estimator().save(path)
     assert not path.exists()
 
@@ -309,137 +321,30 @@ def test_parameter_that_only_pickle_can_hold(path, fitted):
     assert same(model, load(path, NET))
 
 
+def test_scorer_that_only_pickle_can_hold(path):
+    scoring = make_scorer(accuracy_score)
+    model = GradientFeatureClassifierCV(NET, scoring=scoring, **SEARCH).fit(X, Y)
+    with pytest.raises(ValueError, match=r"pickle only: parameters.scoring is make_scorer"):
+        model.save(path)
+
+
 def test_subclass(path):
     class Mine(GradientFeatureClassifier):
         pass
 
-    with pytest.raises(TypeError, match="Mine is none of them"):
+    with pytest.raises(TypeError, match=r"Mine is not one of them\. Use joblib or pickle"):
         Mine(NET, alpha=0.1, tol=0.1).fit(X, Y).save(path)
 
 
-# --- mismatches ------------------------------------------------------------------------------
+def test_files_hold_nothing_of_the_samples(path):
+    sizes = []
+    for n in (24, 96):
+        estimator().fit(*data(n)).save(path)
+        sizes.append(path.stat().st_size)
+    assert abs(sizes[1] - sizes[0]) < 500
 
 
-def test_missing_code(saved):
-    with pytest.raises(ValueError, match=r"a model over torch\.nn.*Sequential.*as `backbone`"):
-        load(saved)
-
-
-@pytest.mark.parametrize(
-    ("backbone", "message"),
-    [
-        (nn.Sequential(*NET[:2], *NET[4:]), r"lacks '2.bias', '2.weight'"),
-        (
-            nn.Sequential(*NET, nn.BatchNorm1d(6)),
-            r"beyond those weights, '6.weight', .* and 2 more",
-        ),
-        (
-            nn.Sequential(nn.Conv2d(1, 4, 5), *NET[1:]),
-            r"'0.weight' has shape \(4, 1, 5, 5\) instead of \(4, 1, 3, 3\)",
-        ),
-        (nn.Sequential(*NET[:4], nn.MaxPool2d(9), nn.Flatten()), "failed on a batch of shape"),
-        (nn.Sequential(*NET[:4], nn.Flatten()), "computes something else"),
-        (nn.Sequential(NET[0], nn.Tanh(), *NET[2:]), "computes something else"),
-    ],
-    ids=["fewer", "more", "shape", "fails", "width", "function"],
-)
-def test_other_architecture(saved, backbone, message):
-    with pytest.raises(ValueError, match=f"does not fit .*{message}"):
-        load(saved, backbone.eval())
-
-
-def test_other_sample_shape(saved):
-    with pytest.raises(ValueError, match=r"shape \(1, 6, 6\).*fitted with samples of shape"):
-        load(saved, NET).predict(X[:, :, :6, :6])
-
-
-def test_transform_that_was_not_there(saved):
-    with pytest.raises(ValueError, match="fitted without `preprocess`"):
-        load(saved, NET, preprocess=double)
-
-
-def test_newer_format(saved):
-    rewrite(saved, lambda document, _: document.update(format=2))
-    with pytest.raises(ValueError, match=r"has format 2.*reads formats up to 1: upgrade"):
-        load(saved, NET)
-
-
-def test_unknown_estimator(path, saved, monkeypatch):
-    monkeypatch.setattr("sklearn_gradfeat.estimators._loading._ESTIMATORS", {"Other": None})
-    with pytest.raises(ValueError, match=r"holds a GradientFeatureClassifier.*It has Other"):
-        load(saved, NET)
-
-
-def test_every_estimator_can_be_loaded():
-    public = [getattr(sklearn_gradfeat, name) for name in sklearn_gradfeat.__all__]
-    estimators = {kind.__name__ for kind in public if hasattr(kind, "save")}
-    assert estimators == set(sklearn_gradfeat.estimators._loading._ESTIMATORS)
-
-
-# --- damage ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [0, 7, 100, -1])
-def test_truncated(saved, size):
-    saved.write_bytes(saved.read_bytes()[:size])
-    with pytest.raises(ValueError, match="damaged"):
-        load(saved, NET)
-
-
-def test_every_flipped_byte_is_noticed(saved):
-    contents = saved.read_bytes()
-    for place in np.random.default_rng(0).integers(0, len(contents), 60):
-        changed = bytearray(contents)
-        changed[place] ^= 1
-        saved.write_bytes(changed)
-        with pytest.raises(ValueError, match=r"damaged|not of a model|has format"):
-            load(saved, NET)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda document, _: document["parameters"].update(alpha=2),
-        lambda _, arrays: arrays["attributes.coef_"].__setitem__(0, 0),
-        lambda _, arrays: arrays.pop("attributes.omega_"),
-    ],
-)
-def test_changed_contents(saved, change):
-    rewrite(saved, change)
-    with pytest.raises(ValueError, match="damaged: its contents do not match"):
-        load(saved, NET)
-
-
-def test_foreign_files(path, fitted):
-    path.write_bytes(pickle.dumps(fitted))
-    with pytest.raises(ValueError, match="no file of a saved model"):
-        load(path)
-    save_file({"weight": np.ones(3)}, path)
-    with pytest.raises(ValueError, match="safetensors file, but not of a model"):
-        load(path)
-    for header in ("[]", "{", '"format"', '{"format": null}'):
-        save_file({"weight": np.ones(3)}, path, {"sklearn_gradfeat": header})
-        with pytest.raises(ValueError, match="header cannot be read"):
-            load(path)
-
-
-def test_weights_in_half_precision_are_foreign(path):
-    torch_save_file({"a": torch.zeros(3, dtype=torch.bfloat16)}, path)
-    with pytest.raises(ValueError, match="not of a model that was saved"):
-        load(path)
-
-
-def test_device_that_is_not_here(saved):
-    with pytest.raises((ValueError, RuntimeError), match=r"nonsense|device"):
-        load(saved, NET, device="nonsense")
-
-
-def test_missing_file(path):
-    with pytest.raises(FileNotFoundError):
-        load(path)
-
-
-# --- how it is written -----------------------------------------------------------------------
+# --- how a file is written --------------------------------------------------------------------
 
 
 def test_failure_leaves_the_former_file(saved, fitted, monkeypatch):
@@ -466,130 +371,3 @@ def test_permissions_are_those_of_any_new_file(saved):
     plain = saved.with_name("plain")
     plain.touch()
     assert stat.S_IMODE(saved.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
-
-
-def test_nothing_is_unpickled(saved, monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise AssertionError("something was unpickled")
-
-    for module, name in (
-        (pickle, "load"),
-        (pickle, "loads"),
-        (pickle, "Unpickler"),
-        (torch, "load"),
-    ):
-        monkeypatch.setattr(module, name, refuse)
-    assert load(saved, NET).predict(X).shape == (24,)
-    (length,) = struct.unpack("<Q", saved.read_bytes()[:8])
-    header = json.loads(saved.read_bytes()[8 : 8 + length])
-    assert set(header.pop("__metadata__")) == {"sklearn_gradfeat", "digest"}
-    assert {entry["dtype"] for entry in header.values()} <= {"F32", "F64", "I64"}
-
-
-# --- values ----------------------------------------------------------------------------------
-
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.lists(inner, max_size=3).map(tuple)
-        | st.dictionaries(st.integers() | st.text() | st.booleans(), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
-
-
-@given(PLAIN)
-@settings(deadline=None, max_examples=50)
-def test_plain_values(value):
-    arrays = {}
-    back = unpack(json.loads(json.dumps(pack(value, "value", arrays))), arrays)
-    assert repr(back) == repr(value)
-    assert not arrays
-
-
-@pytest.mark.parametrize("value", [object(), {1: len}, [{1}], b"bytes", np.array([object()])])
-def test_values_that_are_refused(value):
-    with pytest.raises(NotStorableError, match="value"):
-        pack(value, "value", {})
-
-
-# --- formats ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("format_", [1])
-def test_files_of_every_format_can_be_read(format_):
-    path = DATA / f"format{format_}.safetensors"
-    expected = json.loads((DATA / f"format{format_}.json").read_text())
-    loaded = load(path, tiny_net)
-    assert list(loaded.classes_) == ["cat", "dog", "eel"]
-    assert loaded.gradient_layers_ == ["2.weight", "2.bias"]
-    assert loaded.get_params()["gradient_layers"] == ("2",)
-    assert np.allclose(loaded.predict_proba(data(4)[0]), expected["predict_proba"], atol=1e-5)
-
-
-# --- pickles ---------------------------------------------------------------------------------
-
-
-def size(model):
-    stream = io.BytesIO()
-    joblib.dump(model, stream)
-    assert len(pickle.dumps(model)) < 1.1 * len(stream.getvalue())
-    return len(stream.getvalue())
-
-
-def test_pickles_and_files_hold_nothing_of_the_samples(path):
-    sizes, files = [], []
-    for n in (24, 96):
-        model = estimator().fit(*data(n))
-        model.save(path)
-        sizes.append(size(model))
-        files.append(path.stat().st_size)
-    assert abs(sizes[1] - sizes[0]) < 500
-    assert abs(files[1] - files[0]) < 500
-
-
-def test_pickle_holds_the_network_once():
-    network = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4),
-        nn.Linear(4, 20000), nn.Linear(20000, 4),
-    )  # fmt: skip
-    model = estimator(network, gradient_layers="0").fit(X, Y)
-    weights = 4 * sum(p.numel() for p in network.parameters())
-    assert weights < size(model) < 1.2 * weights
-
-
-@pytest.mark.parametrize("trip", [lambda model: pickle.loads(pickle.dumps(model))])
-def test_unpickled_backbone_is_independent_of_the_frozen_one(trip, fitted):
-    back = trip(trip(fitted))
-    with torch.no_grad():
-        back.backbone[0].weight.zero_()
-    assert same(fitted, back)
-    assert back.backbone[0].weight.requires_grad
-
-
-def test_pickle_after_a_change_of_the_module():
-    network = tiny_net()
-    model = estimator(network).fit(X, Y)
-    with torch.no_grad():
-        network[0].weight.add_(1)
-    back = pickle.loads(pickle.dumps(model))
-    assert same(model, back)
-    assert torch.equal(back.backbone[0].weight, network[0].weight)
-
-
-# --- devices ---------------------------------------------------------------------------------
-
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@cuda
-@pytest.mark.parametrize(("source", "target"), [("cuda", "cpu"), ("cpu", "cuda")])
-def test_from_device_to_device(source, target, path):
-    model = estimator(device=source).fit(X, Y)
-    expected = model.predict_proba(X)
-    model.save(path)
-    loaded = load(path, NET, device=target)
-    assert np.allclose(loaded.predict_proba(X), expected, atol=1e-4)
-    back = pickle.loads(pickle.dumps(model)).set_params(device=target)
-    assert np.allclose(back.predict_proba(X), expected, atol=1e-4)

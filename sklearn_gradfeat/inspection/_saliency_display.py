@@ -1,4 +1,4 @@
-"""Which pixels of an image move a logit."""
+"""The influence of the pixels of an image on a logit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _MOST_CHANNELS = 4
 
 
 class SaliencyDisplay:
-    """Images, and which of their pixels move the gradient term of a logit.
+    """Images, with the influence of every pixel on the gradient term of a logit.
 
     Use :meth:`from_estimator`. All parameters are kept as attributes.
 
-    Pixels are those of the image as the network receives it, after ``preprocess``: that is
-    what is drawn, resized and cropped, whatever ``X`` was. The maps see the whole network,
-    the frozen layers below the gradient layers included, in the precision of the latter.
+    The images are those that the network receives, after ``preprocess``, which may resize and
+    crop them. The maps take the whole network into account, including the frozen layers, and
+    are computed in the precision of the gradient layers.
 
     Parameters
     ----------
@@ -37,9 +37,9 @@ class SaliencyDisplay:
     targets : array-like of shape (n_samples,)
         The class, label or output of every image, shown above it.
     method : {"gradient", "occlusion"}, default="gradient"
-        What the numbers are.
+        The method that computed the saliency.
     term : {"gradient", "activation", "full"}, default="gradient"
-        The term of the logit that they are about.
+        The term of the logit that the saliency is for.
 
     Attributes
     ----------
@@ -96,10 +96,10 @@ class SaliencyDisplay:
         term : {"gradient", "activation", "full"}, default="gradient"
             The term of the logit: ``Ω J(x) w₂``, ``W f(x)``, or their sum.
         method : {"gradient", "occlusion"}, default="gradient"
-            ``"gradient"`` is the norm over the channels of the derivative in a pixel. With
-            rectifiers the gradient term jumps where one of them switches, and a derivative
-            does not see jumps. ``"occlusion"`` does: it is how much larger the term is than
-            with a patch around the pixel replaced by the mean colour of the image.
+            ``"gradient"`` is the norm over the channels of the derivative in a pixel. The
+            gradient term of a network with ReLUs has jumps, which a derivative does not show.
+            ``"occlusion"`` shows them: it is the decrease of the term when a patch around
+            the pixel is replaced by the mean colour of the image.
         patch : int, default=None
             Side of a patch; None is an eighth of the shorter side of the image. Patches
             tile the image, and each takes one pass through the network.
@@ -142,8 +142,8 @@ class SaliencyDisplay:
         Parameters
         ----------
         ax : matplotlib Axes or array-like of axes, default=None
-            Where to draw: axes that are divided, or two for each image, those of the images
-            first. None makes a figure.
+            Axes to divide, or two axes for each image: first those of the images, then those
+            of the maps. None makes a figure.
 
         Returns
         -------
@@ -179,7 +179,7 @@ class SaliencyDisplay:
 
 
 def _check_term(fitted: BaseGradientFeature, term: str) -> None:
-    """Refuse a term that does not exist, or not in this model."""
+    """Raise an error for a term that is unknown or not in the model."""
     if term not in ("gradient", "activation", "full"):
         raise ValueError(f"term must be 'gradient', 'activation' or 'full', got {term!r}.")
     if fitted.features not in ("full", term):
@@ -202,7 +202,7 @@ def _channel_axis(x: Tensor) -> int:
 
 
 def _occlusion(term: InputTerm, images: Tensor, patch: int | None, axis: int) -> npt.NDArray[Any]:
-    """Return what every patch adds to the logits, (n_samples, height, width, n_outputs)."""
+    """Return the effect of patches on the logits, (n_samples, height, width, n_outputs)."""
     n_samples, height, width, _ = images.shape
     side = max(1, min(height, width) // 8) if patch is None else patch
     whole = term.values(images.movedim(-1, axis))
@@ -238,7 +238,7 @@ def _outputs(
 
 
 def _visible(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return an image in [0, 1], stretched to all of it; in grey unless it has three channels."""
+    """Return an image scaled to [0, 1]; in grey unless it has three channels."""
     shown = image if image.shape[2] == 3 else image.mean(axis=2)
     low, high = shown.min(), shown.max()
     stretched: npt.NDArray[Any] = (shown - low) / (high - low or 1.0)

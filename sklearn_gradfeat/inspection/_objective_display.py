@@ -23,7 +23,7 @@ class ObjectiveDisplay:
         The objective at the start and after every iteration, by the name of the fit.
     n_passes : dict of str to int
         Passes over the data that every fit took, shown in the legend. An iteration takes
-        one or two, and which is not known.
+        one or two; ``objective_paths`` does not tell which.
 
     Attributes
     ----------
@@ -73,7 +73,7 @@ class ObjectiveDisplay:
         quantity : {"gap", "objective"}, default="gap"
             See :meth:`plot`.
         ax : matplotlib Axes, default=None
-            Where to draw, over what is there already; None makes a figure.
+            Axes to draw on; their content remains. None makes a figure.
         **line_kw : dict
             Keywords of ``Axes.plot``.
 
@@ -97,11 +97,11 @@ class ObjectiveDisplay:
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            Where to draw, over what is there already; None makes a figure.
+            Axes to draw on; their content remains. None makes a figure.
         quantity : {"gap", "objective"}, default="gap"
-            ``"gap"`` is the objective less its last value in the same fit, on a logarithmic
-            scale. It is what was still gained, which is less than the distance to the
-            optimum: every such curve drops steeply at its end, wherever it stopped.
+            ``"gap"`` is the objective minus its last value in the same fit, on a logarithmic
+            scale. It is less than the distance to the optimum, so every curve drops steeply
+            at its end, even if the fit did not converge.
         **line_kw : dict
             Keywords of ``Axes.plot``.
 

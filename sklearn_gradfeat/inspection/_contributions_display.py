@@ -1,4 +1,4 @@
-"""What each layer contributes to the decision, and how far it was moved."""
+"""The contribution of each layer to the logits, and the size of its displacement."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from sklearn_gradfeat.inspection._axes import grid_of_axes, unwrap
 
 
 class LayerContributionDisplay:
-    """How much every gradient layer contributes to the logits, and how far it was moved.
+    """The contribution of each gradient layer to the logits, and the size of its displacement.
 
     Use :meth:`from_estimator`. All parameters are kept as attributes.
 
     The logits are a sum: the intercept, the activation term ``W f(x)``, and for every layer
-    of θ₂ its part of the gradient term ``Ω J(x) w₂``, which is that of its own displacement
+    of θ₂ its part of the gradient term ``Ω J(x) w₂``, with the displacement of that layer
     alone. The left bars are the standard deviations of these parts over the samples, as
     root mean squares over the outputs. The parts are correlated, so the bars do not add up.
 
     The right bars are ``‖w₂‖ / ‖θ₂‖``. The model is a first-order approximation of
-    fine-tuning by ``w₂``, which is to be trusted for small displacements; no single share
-    separates small from large.
+    fine-tuning by ``w₂``, which is accurate for small displacements. There is no general
+    threshold for a small one.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ class LayerContributionDisplay:
         Parameters
         ----------
         ax : matplotlib Axes or array-like of two, default=None
-            Where to draw: axes that are divided, or two side by side. None makes a figure.
+            Axes to divide, or two axes to draw on. None makes a figure.
 
         Returns
         -------

@@ -1,0 +1,38 @@
+"""Training samples after the frozen layers, kept on the host or on the device."""
+
+import numpy as np
+import pytest
+from torch import nn
+
+from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
+from sklearn_gradfeat.cache._store import Boundary
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (GradientFeatureClassifier, {"alpha": 0.1}),
+        (GradientFeatureClassifierCV, {"alphas": [0.1], "gradient_alphas": [0.1], "cv": 2}),
+    ],
+)
+def test_a_device_keeps_the_boundary_where_it_has_room(kind, options, monkeypatch):
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((60, 3, 4)).astype(np.float32), rng.integers(3, size=60)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 6))
+    model = kind(network, feature_store=None, batch_size=16, gradient_layers=["1"], **options)
+    expected = model.fit(X, y).decision_function(X)
+    take, taken = Boundary.take, []
+
+    def counted(self, rows):
+        taken.append(rows)
+        return take(self, rows)
+
+    monkeypatch.setattr(Boundary, "take", counted)
+    counts = []
+    for room in (0, 100, 2**30):  # none, too little, enough
+        monkeypatch.setattr("sklearn_gradfeat.cache._runner.free_bytes", lambda _, room=room: room)
+        taken.clear()
+        model.fit(X, y)
+        counts.append(len(taken))
+        assert np.array_equal(model.decision_function(X), expected)
+    assert counts[2] < counts[0] <= counts[1]
