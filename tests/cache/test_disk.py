@@ -41,7 +41,7 @@ def refit(counted, path):
 def test_later_process_finds_all_samples(counted, path):
     features = model(counted, feature_store=path).fit(X, Y)
     code = (
-        "import pickle, sys; from tests.tiny import X, Y\n"
+        "import pickle, sys; import tests.counting; from tests.tiny import X, Y\n"
         "features = pickle.load(sys.stdin.buffer)\n"
         "features.predict(X); features.fit(X, Y)"
     )

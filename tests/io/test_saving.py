@@ -230,7 +230,8 @@ def test_network_of_a_restricted_domain(path):
 def test_path_of_a_store(path, tmp_path):
     model = estimator(feature_store=tmp_path / "store").fit(X, Y)
     model.save(path)
-    assert load(path, NET).feature_store == str(tmp_path / "store")
+    assert load(path, NET).feature_store == "auto"
+    assert load(path, NET, feature_store=tmp_path / "store").feature_store == tmp_path / "store"
 
 
 def test_refit_of_a_factory_has_the_weights_that_were_passed(path):
@@ -255,7 +256,7 @@ def test_layout_of_the_input_is_kept(path):
 def test_parameters_come_back_in_their_types(path):
     model = estimator(
         gradient_layers=("2", "0*"), alpha=np.float64(0.25), max_iter=np.int64(7), random_state=3,
-        device=torch.device("cpu"), batch_size=5, class_weight={0: 1.5}, tol=0.5,
+        batch_size=5, class_weight={0: 1.5}, tol=0.5,
     )  # fmt: skip
     model.fit(X, Y).save(path)
     loaded = load(path, NET).get_params()
