@@ -43,6 +43,9 @@ def frozen_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     copied = _copy(module).eval()
     for name, layer in copied.named_modules():
         _remove_reparametrizations(layer)
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            # These change the gradient, which is then no derivative, or its layout.
+            layer.scale_grad_by_freq = layer.sparse = False
         if isinstance(layer, _NormBase) and layer.running_mean is None:
             if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
                 continue

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from sklearn_gradfeat.backbones._attention import plain_attention
 from sklearn_gradfeat.backbones._graph import ActivationModule
@@ -41,6 +42,18 @@ def parameter_names(module: nn.Module) -> list[str]:
         for name, value in module.named_parameters()
         if value.is_floating_point() and name.rpartition(".")[0] not in norms
     ]
+
+
+def module_out_channels(module: nn.Module) -> dict[str, int]:
+    """Return the number of output channels of the weights whose first axis is another one."""
+    found = {}
+    for path, layer in module.named_modules():
+        name = f"{path}.weight" if path else "weight"
+        if isinstance(layer, _ConvTransposeNd):
+            found[name] = layer.out_channels
+        elif isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            found[name] = layer.embedding_dim
+    return found
 
 
 def module_blocks(module: nn.Module, example: Tensor) -> list[list[str]]:

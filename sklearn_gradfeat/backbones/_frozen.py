@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import math
 import multiprocessing
 import pickle
 import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ import torch
 import xxhash
 from torch import Tensor, fx, nn
 
+from sklearn_gradfeat.backbones._attention import differentiable_attention
 from sklearn_gradfeat.backbones._blocks import blocks, choose_parameters, differentiable
 from sklearn_gradfeat.backbones._copies import (
     check_module,
@@ -30,7 +32,12 @@ from sklearn_gradfeat.backbones._copies import (
     on_host,
     unwrapped,
 )
-from sklearn_gradfeat.backbones._eager import EagerHead, module_blocks, parameter_names
+from sklearn_gradfeat.backbones._eager import (
+    EagerHead,
+    module_blocks,
+    module_out_channels,
+    parameter_names,
+)
 from sklearn_gradfeat.backbones._fingerprint import Fingerprint, cut_places, fingerprint
 from sklearn_gradfeat.backbones._folding import fold_batch_norms
 from sklearn_gradfeat.backbones._graph import (
@@ -38,11 +45,14 @@ from sklearn_gradfeat.backbones._graph import (
     Captured,
     CaptureError,
     capture,
+    out_channels,
 )
 from sklearn_gradfeat.backbones._independence import check_independence
 from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_relu
 
 _LOCK = threading.RLock()
+# Gradients of graph and module agree if they differ by no more than this share.
+_DIFFERENCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -58,12 +68,15 @@ class Network:
         The differentiated parameters at their pretrained values.
     cut : tuple of int
         Positions in the graph of the last nodes of the trunk.
+    out_channels : dict of str to int
+        The number of output channels of the parameters whose first axis is another one.
     """
 
     trunk: Callable[[Tensor], tuple[Tensor, ...]] | None
     parameters: dict[str, Tensor]
     _head: Callable[..., tuple[Tensor, ...]]
     cut: tuple[int, ...] = ()
+    out_channels: Mapping[str, int] = field(default_factory=dict)
 
     def boundary(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the input of the head for a batch."""
@@ -107,6 +120,7 @@ class FrozenBackbone:
         check_independence(self.module, example)
         self.module.requires_grad_(False)  # not before lazy modules have their parameters
         self.example = torch.zeros_like(example)
+        self._probe: Tensor | None = example.clone()
         self.dtype = dtype
         self._networks: dict[tuple[tuple[str, ...], float | None], Network] = {}
         self._others: dict[tuple[torch.device, torch.dtype], FrozenBackbone] = {}
@@ -125,7 +139,7 @@ class FrozenBackbone:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the module without a graph."""
-        self.__dict__.update(state, _networks={}, _others={})
+        self.__dict__.update(state, _networks={}, _others={}, _probe=None)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FrozenBackbone:
         """Return the backbone on a device in a dtype: itself or a copy, which is kept."""
@@ -217,7 +231,79 @@ class FrozenBackbone:
         )
         gone |= {n: f"was folded into {into!r}" for n, into in captured.absorbed.items()}
         names = differentiable(captured)
-        return choose_parameters(gradient_layers, names, lambda: blocks(captured), gone)
+        chosen = choose_parameters(gradient_layers, names, lambda: blocks(captured), gone)
+        differing = self._differing(tuple(chosen))
+        if differing:
+            warnings.warn(
+                f"The derivative of the backbone in {differing[0]!r} is that of its forward "
+                "operators, and not the one that autograd returns. The backbone calls a "
+                "torch.autograd.Function with a backward of its own, such as a straight-through "
+                "estimator, scales gradients, or works under torch.no_grad. A straight-through estimator that is "
+                "written as x + (f(x) - x).detach() keeps its derivative.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return chosen
+
+    @functools.cached_property
+    def _compared(self) -> dict[tuple[str, ...], list[str]]:
+        """The results of :meth:`_differing`."""
+        return {}
+
+    def _differing(self, names: tuple[str, ...]) -> list[str]:
+        """Return the parameters in which the derivatives of graph and module differ.
+
+        A folded weight ``s W`` has another gradient than ``W``, but the same product with it.
+        """
+        probe = self._probe
+        if probe is None or names in self._compared:
+            return self._compared.get(names, [])
+        network, held = self.network(names), dict(self.module.module.named_parameters())
+        common = [name for name in names if name in held]
+        values = tuple(held[name] for name in common)
+        with torch.no_grad():
+            boundary = (probe,) if network.trunk is None else network.trunk(probe)
+        whole = EagerHead(self.module, common)
+        expected = _gradients(lambda leaves: whole(*leaves, probe)[0], values)
+        graph = tuple(network.parameters.values())
+        found = _gradients(lambda leaves: network.head(leaves, boundary), graph)
+        self._compared[names] = [
+            name
+            for name, value, gradient in zip(common, values, expected, strict=True)
+            if not _same_derivative(
+                (network.parameters[name], found[names.index(name)]), (value, gradient)
+            )
+        ]
+        return self._compared[names]
+
+
+def _gradients(
+    function: Callable[[tuple[Tensor, ...]], Tensor], values: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Return the gradients of a random combination of outputs; the same one in every call."""
+    with torch.enable_grad(), differentiable_attention():
+        leaves = tuple(value.detach().requires_grad_() for value in values)
+        output = function(leaves)
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(output.shape, generator=generator).to(output)
+        if not output.requires_grad:
+            return tuple(map(torch.zeros_like, values))
+        return torch.autograd.grad(output, leaves, v, materialize_grads=True)
+
+
+def _same_derivative(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    """Whether (value, gradient) of a parameter agree in graph and module, as far as comparable."""
+    (value, gradient), (given, expected) = one, other
+    if not torch.equal(value, given):  # folded
+        if value.ndim < 2:
+            return True
+        gradient, expected = value * gradient, given * expected
+        size = max(float(gradient.abs().sum()), float(expected.abs().sum()))
+        difference = abs(float(gradient.sum() - expected.sum()))
+    else:
+        size = max(float(gradient.norm()), float(expected.norm()))
+        difference = float((gradient - expected).norm())
+    return difference <= _DIFFERENCE * size or not math.isfinite(difference)
 
 
 def _check_layer(module: nn.Module, layer: str) -> None:
@@ -250,7 +336,7 @@ def _split_network(
     trunk = None if cut == [captured.input] else extract(captured, [captured.input], cut)
     head = extract(captured, cut, [captured.output], chosen, negative_slopes)
     values = {name: captured.tensors[captured.parameters[name]] for name in names}
-    return Network(trunk, values, head, cut_places(captured, cut))
+    return Network(trunk, values, head, cut_places(captured, cut), out_channels(captured, names))
 
 
 def _eager_network(
@@ -266,7 +352,8 @@ def _eager_network(
         return Network(EagerHead(module, []), {}, lambda activation: (activation,))
     available = dict(module.module.named_parameters())
     values = {name: available[name].detach() for name in names}
-    return Network(None, values, EagerHead(module, list(names)))
+    channels = module_out_channels(module.module)
+    return Network(None, values, EagerHead(module, list(names)), out_channels=channels)
 
 
 _CACHE: weakref.WeakKeyDictionary[Any, dict[Any, FrozenBackbone]]
@@ -274,6 +361,8 @@ _CACHE = weakref.WeakKeyDictionary()
 # In a worker process every task has its own copy of the module, which ends with the task.
 _WORKER = type("Worker", (), {})()
 _CACHE_LOCK = threading.RLock()
+# Gradients of graph and module agree if they differ by no more than this share.
+_DIFFERENCE = 0.05
 _HASHED_APART = {"training", "_parameters", "_buffers", "_modules"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,6 +213,8 @@ def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Ca
                 parameters[names[node.name].removeprefix("module.")] = node
         elif node.op == "placeholder":
             entry.append(node)
+        elif node.target is torch.ops.aten.embedding.default:
+            node.args = node.args[:3]  # without sparse gradients, or gradients by frequency
         elif node.op == "get_attr":
             raise CaptureError(f"the graph holds a subgraph, {node.target}")
     (outputs,) = next(iter(reversed(graph.nodes))).args
@@ -226,6 +228,27 @@ def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Ca
             "is computed from the samples, or another activation_layer."
         )
     return captured
+
+
+def out_channels(captured: Captured, names: Iterable[str]) -> dict[str, int]:
+    """Return the number of output channels of the weights whose first axis is another one.
+
+    These are the weights of transposed convolutions, the tables of embeddings, and matrices that
+    samples are multiplied with from the left.
+    """
+    found = {}
+    for name in names:
+        weight = captured.parameters[name]
+        shape = captured.tensors[weight].shape
+        for user in weight.users:
+            operator, arguments = operator_name(user), user.args
+            if operator.startswith("conv_transpose") and arguments[1] is weight:
+                found[name] = int(user.meta["val"].shape[1 - len(shape)])
+            elif operator.startswith(("embedding", "_embedding_bag")) and arguments[0] is weight:
+                found[name] = shape[1]
+            elif operator in ("matmul", "mm", "bmm", "addmm") and arguments[-1] is weight:
+                found[name] = shape[-1]
+    return found
 
 
 def module_path(node: fx.Node) -> str:

@@ -77,6 +77,13 @@ class CachedSamples:
             (whole, chosen if of is None else of[chosen]),
         )
 
+    def first(self, n: int) -> Tensors:
+        """Return the boundary tensors of the first ``n`` samples, on the device."""
+        rows = slice(0, min(n, len(self.activation)))
+        if isinstance(self.boundary, Samples):
+            return (self.boundary.batch(rows),)
+        return self._moved(rows)
+
     def batches(self, stride: int = 1) -> Iterator[tuple[slice, Tensors]]:
         """Iterate over (rows, boundary tensors on the device) of every ``stride``-th sample."""
         spans = slices(len(self.activation), self.batch_size.size, stride)

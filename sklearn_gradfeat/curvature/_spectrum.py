@@ -94,6 +94,13 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     torch uses divide and conquer, which is fast but may fail to converge; QR iterations follow.
     """
+    if not torch.isfinite(matrix).all():
+        raise ValueError(
+            "The squares of the activations, or of their derivatives in the gradient layers, are "
+            "NaN or infinite. If the activations are huge, scale X. If a derivative is infinite, "
+            "as that of a square root at zero, choose other gradient_layers, or set "
+            "features='activation'."
+        )
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]

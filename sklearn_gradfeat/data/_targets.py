@@ -107,8 +107,9 @@ def normalized_weights(
         If a weight is negative, or if all weights are zero.
     """
     weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
+    weights = _scaled(weights)
     if class_weight is not None:
-        weights = weights * _class_factors(class_weight, y, weights)
+        weights = _scaled(weights * _class_factors(class_weight, y, weights))
     total = weights.sum()
     if not total > 0:
         raise ValueError(
@@ -116,6 +117,18 @@ def normalized_weights(
         )
     normalized: npt.NDArray[np.float64] = weights / total
     return normalized
+
+
+def _scaled(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Divide weights by a power of two, which is exact, so that sums do not overflow."""
+    largest = weights.max(initial=0)
+    if not np.isfinite(largest):
+        raise ValueError(
+            "class_weight: its product with the weights of the samples is infinite or NaN. Pass "
+            "smaller factors."
+        )
+    scaled: npt.NDArray[np.float64] = np.ldexp(weights, -np.frexp(largest)[1])
+    return scaled
 
 
 def _class_factors(

@@ -35,6 +35,7 @@ from sklearn_gradfeat.training import (
     Problem,
     Progress,
     TwoStageFit,
+    check_adjointness,
     warn_unless_converged,
 )
 
@@ -105,6 +106,8 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         network = extractor.network(names)
         batch_size = BatchSize(min(self.batch_size, X.shape[0]))
         samples = extractor.cache(X, network, batch_size, bool(self.verbose), self._store(X))
+        if network.parameters:
+            check_adjointness(network, samples)
         settings = FitSettings(
             self.features, self.parametrization, self.fit_intercept, float(self.tol), self.max_iter
         )

@@ -11,7 +11,8 @@ import functools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -102,18 +103,21 @@ def _grad(
 _NTK_BIAS = math.sqrt(0.1)
 
 
-def ntk_scale(parameter: Tensor) -> float:
+def ntk_scale(parameter: Tensor, out_channels: int | None = None) -> float:
     """Return the constant that multiplies a parameter in the NTK parametrization [1]_.
 
     It is ``sqrt(1 / out_channels)`` for weights, and ``sqrt(0.1)`` for vectors such as biases
-    and the scales of normalisation layers.
+    and the scales of normalisation layers. The output channels are the first axis of the weight
+    unless their number is given.
 
     References
     ----------
     .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning,
        ICLR 2020, arXiv:2004.05529.
     """
-    return math.sqrt(1 / parameter.shape[0]) if parameter.ndim > 1 else _NTK_BIAS
+    if parameter.ndim < 2:
+        return _NTK_BIAS
+    return math.sqrt(1 / (out_channels or parameter.shape[0]))
 
 
 class LinearizedHead:
@@ -133,14 +137,23 @@ class LinearizedHead:
         The pretrained values, in the order in which the head takes them.
     parametrization : {"ntk", "standard"}
         The scales: those of :func:`ntk_scale`, or one.
+    out_channels : dict of str to int, default={}
+        The number of output channels of a parameter, where that is not its first axis.
     """
 
-    def __init__(self, head: Head, parameters: dict[str, Tensor], parametrization: str) -> None:
+    def __init__(
+        self,
+        head: Head,
+        parameters: dict[str, Tensor],
+        parametrization: str,
+        out_channels: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self.head = head
         self.names = list(parameters)
         self.values: Tensors = tuple(parameters.values())
         self.scales = [
-            ntk_scale(value) if parametrization == "ntk" else 1.0 for value in self.values
+            ntk_scale(value, out_channels.get(name)) if parametrization == "ntk" else 1.0
+            for name, value in parameters.items()
         ]
         self.size = sum(value.numel() for value in self.values)
         self._forward_mode = True

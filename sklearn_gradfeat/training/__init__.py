@@ -1,5 +1,6 @@
 """From frozen layers to a fitted linear model, for one pair of penalties or many."""
 
+from sklearn_gradfeat.training._adjointness import check_adjointness
 from sklearn_gradfeat.training._penalties import (
     Candidate,
     Grid,
@@ -37,6 +38,7 @@ __all__ = [
     "Problem",
     "Progress",
     "TwoStageFit",
+    "check_adjointness",
     "classification_problem",
     "leave_one_out_path",
     "penalty_path",

@@ -145,7 +145,12 @@ class TwoStageFit:
         self.loss = problem.loss(accumulation_device(self.samples.activation.device))
         network = prepared.network
         self.parameters = network.parameters
-        self.head = LinearizedHead(network.head, network.parameters, self.settings.parametrization)
+        self.head = LinearizedHead(
+            network.head,
+            network.parameters,
+            self.settings.parametrization,
+            network.out_channels,
+        )
         self.like = self.samples.activation.new_empty(0)
         self.inverses = Inverses()
 

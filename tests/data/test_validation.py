@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from sklearn.exceptions import ConvergenceWarning, DataConversionWarning, NotFittedError
 from torch import nn
 
+from sklearn_gradfeat.data._targets import normalized_weights
 from tests.data.arrays import Lazy, with_value
 from tests.tiny import NET, X, Y, estimator, tiny_net
 
@@ -204,3 +205,16 @@ def test_feature_names_survive_a_failing_fit():
     assert list(model.feature_names_in_) == ["a", "b", "c"]
     assert model.n_features_in_ == 3
     model.predict(rows)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300, 1.7e308])
+@pytest.mark.parametrize("class_weight", [None, "balanced", {0: 1.0, 1: 3.0}])
+def test_weights_near_overflow(scale, class_weight):
+    y, weights = np.arange(12) % 2, np.linspace(0.5, 1, 12)
+    expected = normalized_weights(y, weights, class_weight)
+    np.testing.assert_allclose(normalized_weights(y, weights * scale, class_weight), expected)
+
+
+def test_infinite_class_weights_are_refused():
+    with pytest.raises(ValueError, match=r"class_weight: its product.* smaller factors"):
+        normalized_weights(np.arange(4) % 2, None, {0: 1.0, 1: np.inf})

@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from sklearn_gradfeat.backbones._eager import module_out_channels
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead
 from tests.networks import NETWORKS, build
@@ -133,3 +135,34 @@ def test_missing_forward_mode_falls_back_exactly():
     activation, tangent = head.activation_and_jvp((z,), u)
     torch.testing.assert_close(activation, (z @ W.T) ** 2)
     torch.testing.assert_close(tangent, expected)
+
+
+class Product(nn.Module):
+    """A matrix that samples are multiplied with from the left."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 7))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "channels"),
+    [
+        (nn.Conv2d(4, 6, 2), torch.randn(2, 4, 5, 5), None),
+        (nn.ConvTranspose2d(4, 6, 2), torch.randn(2, 4, 5, 5), 6),
+        (nn.ConvTranspose1d(4, 6, 2, groups=2), torch.randn(2, 4, 5), 6),
+        (nn.Embedding(9, 3), torch.ones(2, 4, dtype=torch.int64), 3),
+        (nn.Linear(5, 7), torch.randn(2, 5), None),
+        (Product(), torch.randn(2, 5), 7),
+    ],
+)
+def test_output_channels_of_the_ntk_scale(module, example, channels):
+    frozen = FrozenBackbone(nn.Sequential(module, nn.Tanh()), example, torch.float32, None)
+    network = frozen.network(["0.weight"])
+    head = LinearizedHead(network.head, network.parameters, "ntk", network.out_channels)
+    assert head.scales == pytest.approx([(channels or len(module.weight)) ** -0.5])
+    if not isinstance(module, Product):
+        assert module_out_channels(module).get("weight") == channels
