@@ -238,8 +238,8 @@ class FrozenBackbone:
                 f"The derivative of the backbone in {differing[0]!r} is that of its forward "
                 "operators, and not the one that autograd returns. The backbone calls a "
                 "torch.autograd.Function with a backward of its own, such as a straight-through "
-                "estimator, scales gradients, or works under torch.no_grad. A straight-through estimator that is "
-                "written as x + (f(x) - x).detach() keeps its derivative.",
+                "estimator, scales gradients, or works under torch.no_grad. A straight-through "
+                "estimator of the form x + (f(x) - x).detach() keeps its derivative.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -49,7 +49,7 @@ def check_adjointness(network: Network, samples: CachedSamples) -> None:
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(shape, generator=generator, dtype=torch.float64).to(samples.activation)
     try:
-        head = LinearizedHead(network.head, network.parameters, "standard")
+        head = LinearizedHead.from_network(network)
         if not _derivatives_agree(head, boundary, v):
             names = _disagreeing(network, boundary, v) or head.names
             raise ValueError(
