@@ -259,6 +259,7 @@ def _norm(gradient: Tensor, preconditioned: Tensor) -> float:
     if not math.isfinite(square):
         raise FloatingPointError(
             "The gradient of the objective is not finite. Scale X so that the activations of "
-            "the backbone are of moderate size, or increase alpha."
+            "the backbone are of moderate size, scale the targets of a regression, or increase "
+            "alpha."
         )
     return math.sqrt(abs(square))

@@ -74,6 +74,9 @@ def classification_problem(
     return Problem(on, np.zeros(n_outputs), {"classes_": classes, "_multilabel": multilabel})
 
 
+_MAX_SPREAD = 1e140  # of targets, so that sums of squares are finite
+
+
 def regression_problem(
     y: npt.NDArray[np.float64],
     weights: npt.NDArray[np.float64],
@@ -85,10 +88,25 @@ def regression_problem(
     With an intercept, the targets are centred: by the minimiser of the squared loss, the mean;
     or by the median for Huber's loss, since outliers move the mean. That changes the start of
     the solver, on which the tolerance depends, and not the optimum.
+
+    Raises
+    ------
+    ValueError
+        If squares of the centred targets leave the range of float64.
     """
     targets = y.reshape(len(y), -1)
     centre = weighted_mean if epsilon is None else weighted_median
-    offset = centre(targets, weights) if fit_intercept else np.zeros(targets.shape[1])
+    with np.errstate(over="ignore", invalid="ignore"):
+        offset = centre(targets, weights) if fit_intercept else np.zeros(targets.shape[1])
+        spread = np.abs(targets - offset).max(axis=0)
+    # Below the range the squares are zero, and the solver would stop at the zero model.
+    outside = ~(spread <= _MAX_SPREAD) | ((spread > 0) & (spread < 1 / _MAX_SPREAD))
+    if epsilon is None and outside.any():
+        raise ValueError(
+            f"y deviates from its mean by up to {spread[outside][0]:.3g}. Its squares leave the "
+            "range of float64. Scale y, as sklearn.compose.TransformedTargetRegressor does with "
+            "transformer=StandardScaler()."
+        )
 
     def on(device: torch.device) -> Loss:
         centred = torch.from_numpy(targets - offset).to(device)
