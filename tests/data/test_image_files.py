@@ -16,7 +16,7 @@ from sklearn.pipeline import Pipeline
 
 from sklearn_gradfeat import ImageFiles
 from sklearn_gradfeat.cache._runner import Trunk
-from sklearn_gradfeat.data import _image_files
+from sklearn_gradfeat.data import BatchSize, _image_files
 from sklearn_gradfeat.data._batches import Samples, is_lazy
 from tests.data.images import BROKEN, COLORS, written
 from tests.tiny import estimator
@@ -311,8 +311,8 @@ def test_no_thread_outlives_a_failing_network(folder):
 
 def batches_of(X, batch_size):
     samples = Samples(X, None, torch.float32, torch.device("cpu"))
-    trunk = Trunk(samples, lambda x: (x,), torch.float32, half=False)
-    return trunk.batches(batch_size, verbose=False, keep=False)
+    trunk = Trunk(samples, lambda x: (x,), torch.float32, False, BatchSize(batch_size))
+    return trunk.batches(verbose=False, keep=False)
 
 
 def test_one_batch_is_decoded_ahead(folder, decoded):
