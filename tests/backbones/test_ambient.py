@@ -52,6 +52,8 @@ SETTINGS = {
 }
 
 
+# The network is another function when gradients are on, which is worth a warning.
+@pytest.mark.filterwarnings("ignore:The derivative of the backbone")
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("store", [None, "auto"])
 def test_settings_do_not_change_results(setting, store, tmp_path):
