@@ -20,9 +20,10 @@ the block left in its layers.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import fx
@@ -147,6 +148,7 @@ def choose_parameters(
     names: Sequence[str],
     blocks: Callable[[], list[list[str]]],
     gone: dict[str, str],
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """Return the names of the parameters that are differentiated.
 
@@ -161,6 +163,8 @@ def choose_parameters(
         Returns the parameter names of every block, from bottom to top.
     gone : dict of str to str
         Parameters that cannot be chosen, and why.
+    aliases : mapping of str to str, default={}
+        Further names of tied parameters, and the one among ``names``.
 
     Returns
     -------
@@ -188,7 +192,7 @@ def choose_parameters(
                 f"gradient_layers={gradient_layers!r} must list one or more strings: names or glob "
                 "patterns of submodules or parameters."
             )
-        chosen = {name for pattern in patterns for name in _match(pattern, names, gone)}
+        chosen = {name for pattern in patterns for name in _match(pattern, names, gone, aliases)}
     else:
         found = [block for block in blocks() if block]
         if gradient_layers > len(found):
@@ -200,9 +204,12 @@ def choose_parameters(
     return [name for name in names if name in chosen]
 
 
-def _match(pattern: str, names: Sequence[str], gone: dict[str, str]) -> list[str]:
+def _match(
+    pattern: str, names: Sequence[str], gone: dict[str, str], aliases: Mapping[str, str]
+) -> list[str]:
     """Return the parameters that a pattern matches, themselves or through a submodule."""
-    matched = [name for name in names if _covers(pattern, name)]
+    others = {name for alias, name in aliases.items() if _covers(pattern, alias)}
+    matched = [name for name in names if name in others or _covers(pattern, name)]
     if matched:
         return matched
     lost = [name for name in gone if _covers(pattern, name)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import types
 from collections.abc import Iterable
@@ -40,9 +41,12 @@ def frozen_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     tensors become complex numbers of the precision of ``dtype``.
     """
     check_module(module)
+    _check_signature(module)
     copied = _copy(module).eval()
     for name, layer in copied.named_modules():
         _remove_reparametrizations(layer)
+        layer._backward_hooks.clear()  # these change gradients, not the function
+        layer._backward_pre_hooks.clear()
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
             # These change the gradient, which is then no derivative, or its layout.
             layer.scale_grad_by_freq = layer.sparse = False
@@ -72,6 +76,19 @@ def converted(module: Module, device: torch.device, dtype: torch.dtype) -> Modul
 _PLAIN = (
     Tensor, nn.Parameter, nn.UninitializedParameter, nn.parameter.UninitializedBuffer,
 )  # fmt: skip
+
+
+def _check_signature(module: nn.Module) -> None:
+    """Raise an error unless ``forward`` takes the batch as its one positional argument."""
+    try:
+        inspect.signature(module.forward).bind(None)
+    except TypeError as error:
+        raise TypeError(
+            "backbone.forward must take the batch as its only required argument, by position: "
+            f"{error}. Wrap the module in one whose forward(self, x) calls it."
+        ) from error
+    except ValueError:  # a builtin without a signature
+        return
 
 
 def check_module(module: nn.Module) -> None:

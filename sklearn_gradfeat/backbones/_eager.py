@@ -34,14 +34,29 @@ class EagerHead:
             return (functional_call(self.module, replaced, (x,)),)
 
 
-def parameter_names(module: nn.Module) -> list[str]:
-    """Return the parameters that may be chosen: all but those of batch norms."""
-    norms = {name for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
-    return [
-        name
-        for name, value in module.named_parameters()
+def parameter_names(module: ActivationModule, example: Tensor) -> list[str]:
+    """Return the parameters that may be chosen.
+
+    These are the parameters that the activation has a derivative in, except those of batch norms.
+    """
+    inner = module.module
+    norms = {name for name, layer in inner.named_modules() if isinstance(layer, _BatchNorm)}
+    candidates = {
+        name: value.detach().requires_grad_()
+        for name, value in inner.named_parameters()
         if value.is_floating_point() and name.rpartition(".")[0] not in norms
-    ]
+    }
+    with torch.enable_grad():
+        (output,) = EagerHead(module, list(candidates))(*candidates.values(), example)
+        if not output.requires_grad:
+            raise ValueError(
+                "The activation has no derivative in any parameter of backbone, as under "
+                "torch.no_grad or after detach. Take these out of its forward pass, or set "
+                "features='activation'."
+            )
+        found = torch.autograd.grad(output.sum(), list(candidates.values()), allow_unused=True)
+    pairs = zip(candidates, found, strict=True)
+    return [name for name, gradient in pairs if gradient is not None]
 
 
 def module_out_channels(module: nn.Module) -> dict[str, int]:
@@ -56,18 +71,20 @@ def module_out_channels(module: nn.Module) -> dict[str, int]:
     return found
 
 
-def module_blocks(module: nn.Module, example: Tensor) -> list[list[str]]:
+def module_blocks(module: ActivationModule, example: Tensor, names: list[str]) -> list[list[str]]:
     """Return the parameter names of every block, found in the tree of submodules.
 
     The block of a layer is the smallest element of a ``Sequential`` or ``ModuleList`` that
-    contains the layer, or the layer itself if there is none. Linear layers on one row per sample
+    contains the layer, or the layer itself if there is none. Layers without one of the parameters
+    ``names`` do not count, such as those above the activation. Linear layers on one row per sample
     do not count if there are other layers.
     """
     called: list[tuple[str, bool]] = []
+    inner = module.module
     hooks = [
         layer.register_forward_hook(_recorder(name, called))
-        for name, layer in module.named_modules()
-        if isinstance(layer, _LAYERS)
+        for name, layer in inner.named_modules()
+        if isinstance(layer, _LAYERS) and any(n.startswith(f"{name}.") or not name for n in names)
     ]
     try:
         with torch.no_grad(), plain_attention():
@@ -78,10 +95,9 @@ def module_blocks(module: nn.Module, example: Tensor) -> list[list[str]]:
     spatial = [name for name, dense in called if not dense] or [name for name, _ in called]
     found: dict[str, None] = {}
     for name in spatial or [""]:
-        path = _element(module, name)
+        path = _element(inner, name)
         found.pop(path, None)
         found[path] = None
-    names = parameter_names(module)
     return [[n for n in names if not path or n.startswith(f"{path}.")] for path in found]
 
 

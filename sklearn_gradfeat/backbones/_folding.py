@@ -45,7 +45,9 @@ def fold_batch_norms(captured: Captured) -> None:
         _, scale, shift, *_ = arguments
         layer = _foldable(captured, node)
         if layer is None:
-            captured.frozen.update(names[p] for p in (scale, shift) if p in names)
+            captured.frozen.update(
+                names[p] for p in _constants(captured, scale, shift) if p in names
+            )
         else:
             _fold(captured, names, node, layer)
 
@@ -53,7 +55,8 @@ def fold_batch_norms(captured: Captured) -> None:
 def _foldable(captured: Captured, norm: fx.Node) -> fx.Node | None:
     """Return the layer that a batch norm can be folded into, None if there is none.
 
-    Nothing else may read the output of the layer or its parameters.
+    Nothing else may read the output of the layer or its parameters, and the scale, the shift and
+    the statistics must be tensors of the network, not computed ones.
     """
     layer = norm.args[0]
     users = list(norm.users)
@@ -66,7 +69,21 @@ def _foldable(captured: Captured, norm: fx.Node) -> fx.Node | None:
         return None
     own: tuple[Any, ...] = layer.args[1:3]
     alone = all(p is None or (p in captured.tensors and len(p.users) == 1) for p in own)
-    return layer if alone else None
+    tensors = all(node is None or node in captured.tensors for node in norm.args[1:5])
+    return layer if alone and tensors else None
+
+
+def _constants(captured: Captured, *nodes: fx.Node | None) -> set[fx.Node]:
+    """Return the nodes that compute some others, as far as these do not depend on samples."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        above, todo = set[fx.Node](), [] if node is None else [node]
+        while todo:
+            above.add(todo[-1])
+            todo += [source for source in todo.pop().all_input_nodes if source not in above]
+        if captured.input not in above:
+            found |= above
+    return found
 
 
 def _fold(captured: Captured, names: dict[fx.Node, str], norm: fx.Node, layer: fx.Node) -> None:

@@ -46,6 +46,7 @@ from sklearn_gradfeat.backbones._graph import (
     CaptureError,
     capture,
     out_channels,
+    tied_names,
 )
 from sklearn_gradfeat.backbones._independence import check_independence
 from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_relu
@@ -214,10 +215,19 @@ class FrozenBackbone:
                 UserWarning,
                 stacklevel=2,
             )
-            module, example = self.module.module, self.example
-            names = parameter_names(module)
+            module = self.module
+            example = self.example if self._probe is None else self._probe
+            names = parameter_names(module, example)
+            gone = {
+                name: "belongs to a batch norm, or the activation has no derivative in it"
+                for name, _ in module.module.named_parameters()
+            }
             return choose_parameters(
-                gradient_layers, names, lambda: module_blocks(module, example), {}
+                gradient_layers,
+                names,
+                lambda: module_blocks(module, example, names),
+                gone,
+                tied_names(module.module),
             )
         every = dict(self.module.module.named_parameters())
         gone = {
@@ -231,7 +241,9 @@ class FrozenBackbone:
         )
         gone |= {n: f"was folded into {into!r}" for n, into in captured.absorbed.items()}
         names = differentiable(captured)
-        chosen = choose_parameters(gradient_layers, names, lambda: blocks(captured), gone)
+        chosen = choose_parameters(
+            gradient_layers, names, lambda: blocks(captured), gone, captured.aliases
+        )
         differing = self._differing(tuple(chosen))
         if differing:
             warnings.warn(
@@ -321,7 +333,8 @@ def _split_network(
     captured: Captured, names: tuple[str, ...], negative_slope: float | None
 ) -> Network:
     """Cut a graph below the chosen parameters."""
-    chosen = [captured.parameters[name] for name in names]
+    nodes = {n: captured.parameters[captured.aliases.get(n, n)] for n in names}
+    chosen = list(nodes.values())
     negative_slopes = {}
     if negative_slope is not None:
         above = downstream(captured.used(), chosen)
@@ -335,7 +348,7 @@ def _split_network(
     cut = boundary(captured, chosen) if chosen else [captured.output]
     trunk = None if cut == [captured.input] else extract(captured, [captured.input], cut)
     head = extract(captured, cut, [captured.output], chosen, negative_slopes)
-    values = {name: captured.tensors[captured.parameters[name]] for name in names}
+    values = {name: captured.tensors[node] for name, node in nodes.items()}
     return Network(trunk, values, head, cut_places(captured, cut), out_channels(captured, names))
 
 

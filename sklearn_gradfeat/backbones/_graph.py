@@ -46,6 +46,8 @@ class Captured:
         Names of parameters that must not be differentiated.
     absorbed : dict of str to str
         Parameters that were folded into another one, and the name of that one.
+    aliases : dict of str to str
+        Further names of tied parameters, and the name in ``named_parameters()``.
     """
 
     graph: fx.Graph
@@ -56,6 +58,7 @@ class Captured:
     classes: dict[str, type]
     frozen: set[str] = field(default_factory=set)
     absorbed: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def is_batch_size(self, size: object) -> bool:
         """Whether a size, or a node's value, is the symbolic number of samples."""
@@ -148,7 +151,8 @@ def run_once(module: Callable[[Tensor], Tensor], example: Tensor) -> Tensor:
         raise ValueError(
             f"backbone failed on a batch of shape {tuple(example.shape)} and dtype "
             f"{example.dtype}: {error}\nPass X, or set preprocess, so that the batch has the "
-            "shape, dtype and range of values that the network expects."
+            "shape, dtype and range of values that the network expects. If the network itself "
+            "casts to float32, set precision='float32'."
         ) from error
 
 
@@ -206,11 +210,13 @@ def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Ca
     tensors: dict[fx.Node, Tensor] = {}
     parameters: dict[str, fx.Node] = {}
     entry: list[fx.Node] = []
+    aliases = tied_names(module.module)
     for node in graph.nodes:
         if node.op == "placeholder" and node.name in names:
             tensors[node] = values[names[node.name]].detach()
             if node.name in signature.inputs_to_parameters and tensors[node].is_floating_point():
-                parameters[names[node.name].removeprefix("module.")] = node
+                name = names[node.name].removeprefix("module.")
+                parameters[aliases.get(name, name)] = node
         elif node.op == "placeholder":
             entry.append(node)
         elif node.target is torch.ops.aten.embedding.default:
@@ -219,7 +225,7 @@ def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Ca
             raise CaptureError(f"the graph holds a subgraph, {node.target}")
     (outputs,) = next(iter(reversed(graph.nodes))).args
     classes = {name: type(layer) for name, layer in module.module.named_modules()}
-    captured = Captured(graph, tensors, parameters, entry[0], outputs[-1], classes)
+    captured = Captured(graph, tensors, parameters, entry[0], outputs[-1], classes, aliases=aliases)
     used = set(captured.used())
     captured.parameters = {n: node for n, node in parameters.items() if node in used}
     if captured.input not in used:
@@ -230,6 +236,13 @@ def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Ca
     return captured
 
 
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Return the further names of tied parameters, with the name in ``named_parameters()``."""
+    first = {id(value): name for name, value in module.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(value)] for name, value in every if first[id(value)] != name}
+
+
 def out_channels(captured: Captured, names: Iterable[str]) -> dict[str, int]:
     """Return the number of output channels of the weights whose first axis is another one.
 
@@ -238,7 +251,7 @@ def out_channels(captured: Captured, names: Iterable[str]) -> dict[str, int]:
     """
     found = {}
     for name in names:
-        weight = captured.parameters[name]
+        weight = captured.parameters[captured.aliases.get(name, name)]
         shape = captured.tensors[weight].shape
         for user in weight.users:
             operator, arguments = operator_name(user), user.args

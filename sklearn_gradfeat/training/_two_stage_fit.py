@@ -27,8 +27,10 @@ from sklearn_gradfeat.cache import CachedSamples
 from sklearn_gradfeat.curvature import Inverses
 from sklearn_gradfeat.data import Result, accumulation_device
 from sklearn_gradfeat.linearized import (
+    Bernoulli,
     LinearizedHead,
     LinearModel,
+    Multinomial,
     TangentObjective,
     TangentTerm,
 )
@@ -108,11 +110,13 @@ class FitResult(NamedTuple):
     """A fitted model, and the result of the solver in each stage.
 
     ``solutions`` has the key ``"activation"`` and, unless that is the whole model, the value of
-    the parameter ``features``.
+    the parameter ``features``. ``separated`` says that a model without penalties separates the
+    classes, so that its loss has no minimum.
     """
 
     model: LinearModel
     solutions: dict[str, Solution]
+    separated: bool = False
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes of a fitted estimator."""
@@ -185,7 +189,20 @@ class TwoStageFit:
             # Where the zero model is the optimum, a warm start must not take its place.
             start = warm if warm is not None and math.isfinite(first.reference) else model
             model, solutions[features] = self.fit_gradient(first, gradient_alpha, start, progress)
-        return FitResult(self.problem.restored(model), solutions)
+        separated = alpha == 0 and self._separates(first.solution)
+        if features != "activation" and alpha == gradient_alpha == 0:
+            separated |= self._separates(solutions[features])
+        return FitResult(self.problem.restored(model), solutions, separated)
+
+    def _separates(self, solution: Solution) -> bool:
+        """Whether a solution without penalties gives every sample its class.
+
+        Then the loss of no sample exceeds ``log 2``, and it falls for ever along the solution.
+        """
+        if not isinstance(self.loss, (Bernoulli, Multinomial)):
+            return False
+        weights = self.loss.weights[self.loss.weights > 0]
+        return solution.objective_path[-1] < math.log(2) * float(weights.min())
 
     def fit_activation(
         self, alpha: float, warm: LinearModel | None = None, progress: Progress | None = None
@@ -357,6 +374,13 @@ def _norm_at_zero(
 
 def warn_unless_converged(result: FitResult, settings: FitSettings) -> None:
     """Warn of every stage that did not converge, and say what to try."""
+    if result.separated:
+        warnings.warn(
+            "The classes are separable, so without a penalty the loss has no minimum: the weights "
+            "grow until the fit stops. Increase alpha=0.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
     for stage, solution in result.solutions.items():
         penalties = "alpha" if stage == "activation" else "alpha, gradient_alpha"
         reached = (

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from tests.tiny import X, Y, estimator, tiny_net
@@ -66,3 +67,43 @@ def test_refused_capture_prints_nothing(capfd):
     with pytest.warns(UserWarning, match="cannot be captured"):
         estimator(Branching()).fit(X, Y)
     assert capfd.readouterr() == ("", "")
+
+
+# --- the activation below the output -----------------------------------------------------------
+
+
+class Upper(nn.Module):
+    """A network without a graph, with layers above the activation and a tied parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Branching()
+        self.head, self.tied = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x):
+        return self.tied(self.head(self.net(x)))
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured:UserWarning")
+@pytest.mark.parametrize("gradient_layers", ["last", "all", 2])
+def test_activation_layer_without_a_graph(gradient_layers):
+    options = {"gradient_layers": gradient_layers, "precision": "float64", "tol": 1e-10}
+    model = estimator(Upper(), activation_layer="net", max_iter=200, **options).fit(X, Y)
+    plain = estimator(Branching(), max_iter=200, **options).fit(X, Y)
+    assert model.gradient_layers_ == [f"net.{name}" for name in plain.gradient_layers_]
+    np.testing.assert_allclose(model.predict_proba(X), plain.predict_proba(X), atol=1e-8)
+    with pytest.raises(ValueError, match=r"'head\.weight' .* no derivative in it"):
+        estimator(Upper(), activation_layer="net", gradient_layers="head").fit(X, Y)
+
+
+class Gradientless(Branching):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured:UserWarning")
+def test_activation_without_a_derivative():
+    with pytest.raises(ValueError, match=r"no derivative in any parameter.* under torch.no_grad"):
+        estimator(Gradientless()).fit(X, Y)

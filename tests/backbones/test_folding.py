@@ -145,3 +145,34 @@ def test_choice_says_where_a_parameter_went():
         backbone.choose("1.weight")
     with pytest.raises(ValueError, match=r"'3\.weight' belongs to a batch norm that cannot be"):
         backbone.choose("3")
+
+
+class Absolute(nn.BatchNorm2d):
+    """A batch norm whose scale is computed."""
+
+    def forward(self, x):
+        scale = self.weight.abs() + self.eps
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, scale, self.bias, False, 0.1, self.eps
+        )
+
+
+class Scaled(nn.BatchNorm2d):
+    """A batch norm whose statistics are computed."""
+
+    def forward(self, x):
+        mean, variance = self.running_mean * 0.5, self.running_var + 1
+        return nn.functional.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
+
+
+@pytest.mark.parametrize("norm", [Absolute, Scaled])
+def test_computed_scales_and_statistics_stay(norm):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), norm(4), nn.ReLU()).eval()
+    x = torch.randn(3, 1, 8, 8)
+    frozen = FrozenBackbone(network, x, torch.float32, None)
+    assert set(frozen.choose("all")) == {"0.weight", "0.bias"}
+    activation = frozen.network([]).trunk(x)[0]
+    torch.testing.assert_close(activation, network(x).mean((2, 3)).detach())
+    with pytest.raises(ValueError, match=r"'1\.weight' belongs to a batch norm"):
+        frozen.choose("1")

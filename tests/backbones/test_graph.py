@@ -114,3 +114,52 @@ def test_operators_that_see_the_layout_of_memory(view):
         activation = network(torch.from_numpy(images)).numpy()
     expected = activation @ model.coef_[0] + model.intercept_
     np.testing.assert_allclose(model.decision_function(images), expected, rtol=1e-4, atol=1e-5)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (nn.Conv2d(1, 1, 3) for _ in range(3))
+        self.third.weight = self.first.weight
+
+    def forward(self, x):
+        return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("pattern", ["first.weight", "third.weight"])
+def test_tied_parameters_have_the_name_of_named_parameters(pattern):
+    model = estimator(Tied(), gradient_layers=pattern).fit(X, Y)
+    assert model.gradient_layers_ == ["first.weight"]
+    every = estimator(Tied(), gradient_layers="all").fit(X, Y).gradient_layers_
+    assert sorted(every) == sorted(name for name, _ in Tied().named_parameters())
+    assert set(estimator(Tied(), gradient_layers="third").fit(X, Y).gradient_layers_) == {
+        "first.weight",
+        "third.bias",
+    }
+
+
+class Keyword(nn.Module):
+    def forward(self, *, pixels):
+        return pixels
+
+
+def test_forward_that_takes_no_batch():
+    with pytest.raises(TypeError, match=r"backbone.forward must take the batch.* Wrap the module"):
+        estimator(Keyword()).fit(X, Y)
+
+
+class Casting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 8)
+
+    def forward(self, x):
+        return self.layer(x.float())
+
+
+def test_network_that_casts_to_single_precision():
+    rows = np.random.default_rng(0).normal(size=(24, 5))
+    with pytest.raises(ValueError, match=r"itself casts to float32, set precision='float32'"):
+        estimator(Casting()).fit(rows, Y)
+    estimator(Casting(), features="activation", precision="float32").fit(rows, Y)
