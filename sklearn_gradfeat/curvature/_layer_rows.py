@@ -9,7 +9,7 @@ and the gradients ``g`` of the output rows. Rows have shape
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -136,7 +136,14 @@ def record(
         differentiable_attention(),
         LayerRecorder(values) as recorder,
     ):
-        return head.head(values, boundary), recorder.calls
+        activation = head.head(values, boundary)
+    return activation, _with_one_width(recorder.calls)
+
+
+def _with_one_width(calls: list[LayerCall]) -> list[LayerCall]:
+    """Leave the bias out of the calls of a tied weight if some of these calls have none."""
+    without = {call.weight for call in calls if call.bias is None}
+    return [replace(call, bias=None) if call.weight in without else call for call in calls]
 
 
 def output_gradients(
