@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-import math
 import multiprocessing
 import pickle
 import threading
@@ -54,6 +53,8 @@ from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_
 _LOCK = threading.RLock()
 # Gradients of graph and module agree if they differ by no more than this share.
 _DIFFERENCE = 0.05
+# Gradients below this share of the largest one count as if they had that size.
+_ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,8 @@ class FrozenBackbone:
     def _differing(self, names: tuple[str, ...]) -> list[str]:
         """Return the parameters in which the derivatives of graph and module differ.
 
-        A folded weight ``s W`` has another gradient than ``W``, but the same product with it.
+        Parameters that a batch norm was folded into are not compared. Gradients far below the
+        largest one are rounding errors, such as that of a bias of keys in attention.
         """
         probe = self._probe
         if probe is None or names in self._compared:
@@ -279,12 +281,13 @@ class FrozenBackbone:
         expected = _gradients(lambda leaves: whole(*leaves, probe)[0], values)
         graph = tuple(network.parameters.values())
         found = _gradients(lambda leaves: network.head(leaves, boundary), graph)
+        largest = max((float(gradient.norm()) for gradient in expected), default=0.0)
         self._compared[names] = [
             name
             for name, value, gradient in zip(common, values, expected, strict=True)
-            if not _same_derivative(
-                (network.parameters[name], found[names.index(name)]), (value, gradient)
-            )
+            if torch.equal(network.parameters[name], value)
+            and float((found[names.index(name)] - gradient).norm())
+            > _DIFFERENCE * max(float(gradient.norm()), _ROUNDING * largest)
         ]
         return self._compared[names]
 
@@ -301,21 +304,6 @@ def _gradients(
         if not output.requires_grad:
             return tuple(map(torch.zeros_like, values))
         return torch.autograd.grad(output, leaves, v, materialize_grads=True)
-
-
-def _same_derivative(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-    """Whether (value, gradient) of a parameter agree in graph and module, as far as comparable."""
-    (value, gradient), (given, expected) = one, other
-    if not torch.equal(value, given):  # folded
-        if value.ndim < 2:
-            return True
-        gradient, expected = value * gradient, given * expected
-        size = max(float(gradient.abs().sum()), float(expected.abs().sum()))
-        difference = abs(float(gradient.sum() - expected.sum()))
-    else:
-        size = max(float(gradient.norm()), float(expected.norm()))
-        difference = float((gradient - expected).norm())
-    return difference <= _DIFFERENCE * size or not math.isfinite(difference)
 
 
 def _check_layer(module: nn.Module, layer: str) -> None:
@@ -376,6 +364,8 @@ _WORKER = type("Worker", (), {})()
 _CACHE_LOCK = threading.RLock()
 # Gradients of graph and module agree if they differ by no more than this share.
 _DIFFERENCE = 0.05
+# Gradients below this share of the largest one count as if they had that size.
+_ROUNDING = 1e-2
 _HASHED_APART = {"training", "_parameters", "_buffers", "_modules"}
 
 

@@ -78,8 +78,8 @@ class CachedSamples:
         )
 
     def first(self, n: int) -> Tensors:
-        """Return the boundary tensors of the first ``n`` samples, on the device."""
-        rows = slice(0, min(n, len(self.activation)))
+        """Return the boundary tensors of the first ``n`` samples, or of a batch if that is less."""
+        rows = slice(0, min(n, len(self.activation), self.batch_size.size))
         if isinstance(self.boundary, Samples):
             return (self.boundary.batch(rows),)
         return self._moved(rows)
