@@ -111,7 +111,7 @@ def test_too_many_blocks():
         (lambda z: z / 0, ValueError, "returned NaN or infinity"),
         (lambda z: z[:1], ValueError, "one row per sample: it was given 2 samples"),
         (lambda z: torch.cat([z, z]), ValueError, r"one row per sample.*shape \(4, 6\)"),
-        (lambda z: z.mean(1), ValueError, r"\(n_samples, n_activations\).*it returned shape \(2,\)"),
+        (lambda z: z.mean(1), ValueError, r"n_samples, n_activations\).*it returned shape \(2,\)"),
         (lambda z: z.sum(), ValueError, r"\(n_samples, n_activations\).*it returned shape \(\)"),
         (lambda z: z.long(), TypeError, "floating point numbers, it returned torch.int64"),
         (lambda z: z @ torch.ones(5, 2), ValueError, r"failed on a batch of shape \(2, 1, 8, 8\)"),
