@@ -73,7 +73,15 @@ class Several(nn.Module):
     def forward(self, x):
         a, b = (x @ self.weight).chunk(2, 1)
         variance, mean = torch.var_mean(x * self.scale, 1, keepdim=True)
-        y = torch.cat([a * b, x, (variance + 1).rsqrt() * mean, nn.functional.glu(x * a.sum())], 1)
+        y = torch.cat(
+            [
+                a * b,
+                x,
+                (variance + 1).rsqrt() * mean,
+                nn.functional.glu(x * a.sum(1, keepdim=True)),
+            ],
+            1,
+        )
         top, _ = (nn.functional.pad(y, (1, 2)) + 1).sort(1)
         return torch.where(top > 0, top, y.logsumexp(1, keepdim=True)) * self.scale[0]
 
