@@ -16,23 +16,7 @@ from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
 
 from sklearn_gradfeat import load
 from sklearn_gradfeat.io._archive import NotStorableError, pack, unpack
-from tests.tiny import NET, X, Y, estimator
-
-
-@pytest.fixture(scope="module")
-def fitted():
-    return estimator().fit(X, Y)
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.safetensors"
-
-
-@pytest.fixture
-def saved(fitted, path):
-    fitted.save(path)
-    return path
+from tests.tiny import NET, X
 
 
 def rewrite(path, change):

@@ -22,23 +22,6 @@ from sklearn_gradfeat.io._archive import (
 )
 from tests.tiny import NET, X, Y, estimator, tiny_net
 
-
-@pytest.fixture(scope="module")
-def fitted():
-    return estimator().fit(X, Y)
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.safetensors"
-
-
-@pytest.fixture
-def saved(fitted, path):
-    fitted.save(path)
-    return path
-
-
 # --- layouts ----------------------------------------------------------------------------------
 
 

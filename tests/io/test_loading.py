@@ -19,22 +19,6 @@ def double(batch):
     return 2 * batch
 
 
-@pytest.fixture(scope="module")
-def fitted():
-    return estimator().fit(X, Y)
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.safetensors"
-
-
-@pytest.fixture
-def saved(fitted, path):
-    fitted.save(path)
-    return path
-
-
 def same(model, loaded, X=X):
     return np.array_equal(model.predict_proba(X), loaded.predict_proba(X))
 

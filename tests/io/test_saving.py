@@ -44,22 +44,6 @@ def lazy_net():
     return nn.Sequential(nn.LazyConv2d(3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-@pytest.fixture(scope="module")
-def fitted():
-    return estimator().fit(X, Y)
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.safetensors"
-
-
-@pytest.fixture
-def saved(fitted, path):
-    fitted.save(path)
-    return path
-
-
 def same(model, loaded, X=X):
     return np.array_equal(model.predict_proba(X), loaded.predict_proba(X))
 
