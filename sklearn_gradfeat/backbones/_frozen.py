@@ -303,7 +303,8 @@ def _gradients(
         v = torch.randn(output.shape, generator=generator).to(output)
         if not output.requires_grad:
             return tuple(map(torch.zeros_like, values))
-        return torch.autograd.grad(output, leaves, v, materialize_grads=True)
+        gradients = torch.autograd.grad(output, leaves, v, materialize_grads=True)
+        return tuple(gradient.detach() for gradient in gradients)
 
 
 def _check_layer(module: nn.Module, layer: str) -> None:
