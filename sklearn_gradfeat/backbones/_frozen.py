@@ -123,6 +123,7 @@ class FrozenBackbone:
         self.module.requires_grad_(False)  # not before lazy modules have their parameters
         self.example = torch.zeros_like(example)
         self._probe: Tensor | None = example.clone()
+        self._compared: dict[tuple[str, ...], list[str]] = {}
         self.dtype = dtype
         self._networks: dict[tuple[tuple[str, ...], float | None], Network] = {}
         self._others: dict[tuple[torch.device, torch.dtype], FrozenBackbone] = {}
@@ -141,7 +142,7 @@ class FrozenBackbone:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the module without a graph."""
-        self.__dict__.update(state, _networks={}, _others={}, _probe=None)
+        self.__dict__.update(state, _networks={}, _others={}, _probe=None, _compared={})
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FrozenBackbone:
         """Return the backbone on a device in a dtype: itself or a copy, which is kept."""
@@ -257,11 +258,6 @@ class FrozenBackbone:
                 stacklevel=2,
             )
         return chosen
-
-    @functools.cached_property
-    def _compared(self) -> dict[tuple[str, ...], list[str]]:
-        """The results of :meth:`_differing`."""
-        return {}
 
     def _differing(self, names: tuple[str, ...]) -> list[str]:
         """Return the parameters in which the derivatives of graph and module differ.

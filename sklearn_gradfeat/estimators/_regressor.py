@@ -229,7 +229,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         scores leave-one-out predictions, which come from one factorisation for each pair of
         penalties without a fit of the second stage. It needs squared errors, at most 4096
         samples times outputs, and gradient layers that are linear and see one vector per
-        sample, or convolutions as large as their input. ``Ω`` is then that of all samples.
+        sample, or convolutions as large as their input. ``Ω`` then comes from all samples.
     scoring : str, callable or None, default=None
         A scorer, as in :class:`~sklearn.model_selection.GridSearchCV`; None is R².
     %REFIT%

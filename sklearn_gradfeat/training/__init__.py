@@ -20,7 +20,6 @@ from sklearn_gradfeat.training._progress import (
 )
 from sklearn_gradfeat.training._two_stage_fit import (
     FirstStage,
-    FitResult,
     FitSettings,
     Prepared,
     TwoStageFit,
@@ -31,7 +30,6 @@ __all__ = [
     "CallbackSupportMixin",
     "Candidate",
     "FirstStage",
-    "FitResult",
     "FitSettings",
     "Grid",
     "Prepared",
