@@ -20,6 +20,7 @@ from sklearn_gradfeat.training._progress import (
 )
 from sklearn_gradfeat.training._two_stage_fit import (
     FirstStage,
+    FitResult,
     FitSettings,
     Prepared,
     TwoStageFit,
@@ -30,6 +31,7 @@ __all__ = [
     "CallbackSupportMixin",
     "Candidate",
     "FirstStage",
+    "FitResult",
     "FitSettings",
     "Grid",
     "Prepared",
