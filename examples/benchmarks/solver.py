@@ -98,7 +98,7 @@ def lbfgs(objective, x, inverses, max_iter, *, precondition=True, coarse=True):
     inverse = inverses.at(objective.objective)
     minimize(
         objective, x, inverse if precondition else lambda logits: torch.clone,
-        tolerance=0.0, max_iter=max_iter, callback=objective.reached,
+        tolerance=lambda _: 0.0, max_iter=max_iter, callback=objective.reached,
         coarse=inverses.coarse(objective.objective) if coarse else None,
     )  # fmt: skip
 
@@ -193,7 +193,7 @@ def from_a_quarter(objective, x, inverses, max_iter):
     """Minimise over every fourth sample first; a pass over these counts as a quarter."""
     few, own = Watched(thinned(objective.objective)), Inverses()
     inverse, coarse = own.at(few.objective), own.coarse(few.objective)
-    x = minimize(few, x, inverse, tolerance=0.0, max_iter=5, coarse=coarse).x
+    x = minimize(few, x, inverse, tolerance=lambda _: 0.0, max_iter=5, coarse=coarse).x
     objective.passes += few.passes / 4
     lbfgs(objective, x, inverses, max_iter)
 

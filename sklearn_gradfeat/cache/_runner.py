@@ -57,6 +57,8 @@ class CachedSamples:
         themselves, and nothing is kept.
     batch_size : BatchSize
         Number of samples in a batch.
+    names : ndarray of shape (n_samples,), uint64
+        A hash of the content of every sample.
     part_of : (CachedSamples, tensor) or None
         The samples of which these are some rows, and the numbers of these rows.
     """
@@ -64,6 +66,7 @@ class CachedSamples:
     activation: Tensor
     boundary: Boundary | Samples
     batch_size: BatchSize
+    names: npt.NDArray[np.uint64]
     part_of: tuple[CachedSamples, Tensor] | None = None
 
     def subset(self, rows: npt.NDArray[np.intp]) -> CachedSamples:
@@ -74,6 +77,7 @@ class CachedSamples:
             self.activation[chosen],
             self.boundary.subset(rows),
             self.batch_size,
+            self.names[rows],
             (whole, chosen if of is None else of[chosen]),
         )
 
@@ -123,10 +127,11 @@ class CachedSamples:
 
 
 class Batch(NamedTuple):
-    """Some samples: which, their boundary tensors on the device, and where those are kept."""
+    """Some samples: rows, boundary tensors on the device, hashes, and where those are kept."""
 
     rows: slice
     boundary: Tensors
+    names: Sequence[bytes]
     places: Sequence[Place]
 
 
@@ -175,23 +180,24 @@ class Trunk:
         with bar, torch.no_grad():
             spans = slices(len(self.samples), self.batch_size.size)
             for rows, raw in _read_ahead(self.samples, spans):
-                boundary, places, n_computed = self._look_up(raw, used, keep)
+                names = sample_names(raw)
+                boundary, places, n_computed = self._look_up(raw, names, used, keep)
                 if keep:
                     used.update(place.chunk for place in places)
                 bar.total -= len(raw) - n_computed
                 bar.update(n_computed)
-                yield Batch(rows, boundary, places)
+                yield Batch(rows, boundary, names, places)
             bar.refresh()
 
     def _look_up(
-        self, raw: Tensor, used: set[Chunk], keep: bool
+        self, raw: Tensor, names: Sequence[bytes], used: set[Chunk], keep: bool
     ) -> tuple[Tensors, Sequence[Place], int]:
         """Return a batch, where it is kept, and how many of its samples were computed."""
         if self.store is None or self.key is None:
             boundary = self._compute(raw)
             chunk = held(boundary) if keep else None
             return boundary, [Place(chunk, i) for i in range(len(raw))] if chunk else [], len(raw)
-        key, names = self.key.for_samples(raw), sample_names(raw)
+        key = self.key.for_samples(raw)
         found = self.store.find(key, names)
         new: dict[bytes, int] = {}
         if None in found:
@@ -274,6 +280,7 @@ def cache_samples(
     """
     n_samples, whole_is_head = len(trunk.samples), trunk.function is None
     places: list[Place] = []
+    names: list[bytes] = []
     activations: Tensor | None = None
     for batch in trunk.batches(verbose=verbose, keep=keep_boundary and not whole_is_head):
 
@@ -284,12 +291,14 @@ def cache_samples(
         if activations is None:
             activations = found.new_empty((n_samples, *found.shape[1:]))
         activations[batch.rows] = found
+        names += batch.names
         places += batch.places if keep_boundary else ()
     assert activations is not None
     if not torch.isfinite(activations).all():
         raise ValueError(NOT_FINITE)
     boundary = trunk.samples if whole_is_head else Boundary(places)
-    return CachedSamples(activations, boundary, trunk.batch_size)
+    hashes = np.frombuffer(b"".join(names), dtype="<u8")[::2].astype(np.uint64)
+    return CachedSamples(activations, boundary, trunk.batch_size, hashes)
 
 
 def _read_ahead(samples: Samples, spans: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:

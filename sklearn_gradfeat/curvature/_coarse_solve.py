@@ -70,7 +70,7 @@ class CoarseSolve:
             _CoarseObjective(self.loss, self.penalty, self.subspace, rest),
             start,
             lambda _: self.inverse,
-            tolerance=share * norm,
+            tolerance=lambda _: (share * norm) ** 2 / 2,
             max_iter=max_iter,
             curvature_pairs=self.curvature_pairs,
         )

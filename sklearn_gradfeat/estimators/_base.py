@@ -36,6 +36,7 @@ from sklearn_gradfeat.training import (
     Progress,
     TwoStageFit,
     check_adjointness,
+    choose_penalties,
     warn_unless_converged,
 )
 
@@ -53,8 +54,8 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         "negative_slope": [None, Interval(Real, 0, 1, closed="left")],
         "features": [StrOptions({"full", "activation", "gradient"})],
         "parametrization": [StrOptions({"ntk", "standard"})],
-        "alpha": [Interval(Real, 0, None, closed="left")],
-        "gradient_alpha": [None, Interval(Real, 0, None, closed="left")],
+        "alpha": [StrOptions({"auto"}), Interval(Real, 0, None, closed="left")],
+        "gradient_alpha": [StrOptions({"auto"}), Interval(Real, 0, None, closed="both")],
         "fit_intercept": ["boolean"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
@@ -74,16 +75,28 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
             X, y = validate_samples(self, X, y)
             problem = self._problem(y, sample_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
-            alpha = float(self.alpha)
-            gradient_alpha = alpha if self.gradient_alpha is None else float(self.gradient_alpha)
             with Progress(self, X=X, y=y, metadata=metadata) as progress:
                 prepared = self._prepare(X)
                 stages = TwoStageFit(prepared, problem)
-                result = stages.fit(alpha, gradient_alpha, self._warm_model(stages), progress)
+                alpha, gradient_alpha = self._penalties()
+                choice = choose_penalties(prepared, stages, alpha, gradient_alpha, progress)
+                warm = self._warm_model(stages)
+                result = stages.fit(choice.alpha, choice.gradient_alpha, warm, progress)
             warn_unless_converged(result, prepared.settings)
         self.__dict__.update(prepared.attributes | problem.attributes | result.attributes())
+        self.validation_scores_ = choice.scores
         progress.end()
         return self
+
+    def _penalties(self) -> tuple[float | None, float | None]:
+        """Return both penalties, None for those that the fit chooses."""
+        if self.features == "gradient" and self.gradient_alpha == np.inf:
+            raise ValueError(
+                "gradient_alpha=inf leaves out the gradient term, but features='gradient' has no "
+                "other. Pass a finite gradient_alpha, or features='activation'."
+            )
+        given = (None if p == "auto" else float(p) for p in (self.alpha, self.gradient_alpha))
+        return next(given), next(given)
 
     def _problem(self, y: npt.NDArray[Any], sample_weight: Any) -> Problem:
         """Return the loss that targets and weights define."""

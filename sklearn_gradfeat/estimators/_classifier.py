@@ -116,8 +116,8 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         features: str = "full",
         parametrization: str = "ntk",
         loss: str = "log_loss",
-        alpha: float = 1e-4,
-        gradient_alpha: float | None = None,
+        alpha: float | str = "auto",
+        gradient_alpha: float | str = "auto",
         fit_intercept: bool = True,
         class_weight: Any = None,
         max_iter: int = 100,
@@ -360,6 +360,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         cv: Any = None,
         scoring: Any = None,
         refit: bool = True,
+        n_jobs: int | None = None,
         fit_intercept: bool = True,
         class_weight: Any = None,
         max_iter: int = 100,
@@ -384,6 +385,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         self.cv = cv
         self.scoring = scoring
         self.refit = refit
+        self.n_jobs = n_jobs
         self.fit_intercept = fit_intercept
         self.class_weight = class_weight
         self.max_iter = max_iter

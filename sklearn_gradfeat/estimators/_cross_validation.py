@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from sklearn.base import is_classifier
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.metrics import check_scoring, get_scorer, get_scorer_names
@@ -22,6 +22,7 @@ from sklearn.utils.metadata_routing import (
     _routing_enabled,
     process_routing,
 )
+from sklearn.utils.parallel import Parallel, delayed
 from sklearn.utils.validation import _check_method_params, _check_sample_weight
 from tqdm.auto import tqdm
 
@@ -29,18 +30,19 @@ from sklearn_gradfeat.backbones import neutral_state
 from sklearn_gradfeat.curvature import MAX_ROWS
 from sklearn_gradfeat.data import Rows, restored_on_error, validate_samples
 from sklearn_gradfeat.estimators._base import BaseGradientFeature
-from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, to_numpy
+from sklearn_gradfeat.linearized import to_numpy
 from sklearn_gradfeat.training import (
     Candidate,
     FitSettings,
-    Grid,
+    Pair,
     Prepared,
     Problem,
     Progress,
     TwoStageFit,
+    cached_logits,
     leave_one_out_path,
     penalty_path,
-    place_grid,
+    search_grid,
     warn_unless_converged,
 )
 
@@ -75,21 +77,14 @@ class FoldModel(BaseGradientFeature):
 
 
 class _Data(NamedTuple):
-    """The samples of a search, as passed and after the frozen layers."""
+    """The samples of a search, as passed and after the frozen layers; metadata for the scorer."""
 
     X: Any
     y: npt.NDArray[Any]
     weights: npt.NDArray[np.float64] | None
     prepared: Prepared
-
-
-class _Fold(NamedTuple):
-    """The samples to score in a fold, with their row numbers, and the models to score."""
-
-    rows: npt.NDArray[np.intp]
-    samples: Any
-    stages: TwoStageFit
-    candidates: Iterator[Candidate]
+    problem: Problem
+    to_score: dict[str, Any]
 
 
 def searched(constraints: dict[str, Any]) -> dict[str, Any]:
@@ -102,13 +97,15 @@ def searched(constraints: dict[str, Any]) -> dict[str, Any]:
         "cv": ["cv_object"],
         "scoring": [StrOptions(set(get_scorer_names())), callable, None],
         "refit": ["boolean"],
+        "n_jobs": [None, Integral],
     }
 
 
 class CrossValidated(BaseGradientFeature):
     """A mixin that adds the search for the best penalties.
 
-    A subclass sets the class of fold models, and the scorer for ``scoring=None``.
+    A subclass sets the class of fold models, and the scorer of ``score`` for ``scoring=None``; the
+    search takes the negative loss then.
     """
 
     _fold_class: Callable[[], Any]
@@ -131,17 +128,13 @@ class CrossValidated(BaseGradientFeature):
                 sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
             with Progress(self, X=X, y=y, metadata={**params, **weights}) as progress:
                 prepared = self._prepare(X)
-                stages = TwoStageFit(prepared, problem)
-                grid = place_grid(self.alphas, self.gradient_alphas, stages)
-                data = _Data(X, y, sample_weight, prepared)
-                models = self._fold_models(grid, data, stages, folds)
-                n_folds = 1 if folds is None else len(folds)
-                fitted = self._search(grid, data, models, n_folds, to_score)
+                data = _Data(X, y, sample_weight, prepared, problem, to_score)
+                fitted = self._search(data, folds)
                 if self.refit:
                     # Without what the search learned: the plain estimator has the same bits.
                     stages = TwoStageFit(prepared, problem)
-                    alpha, gradient_alpha = fitted["alpha_"], fitted["gradient_alpha_"] or 0.0
-                    result = stages.fit(alpha, gradient_alpha, progress=progress)
+                    chosen = fitted["alpha_"], fitted["gradient_alpha_"]
+                    result = stages.fit(*chosen, progress=progress)
                     warn_unless_converged(result, prepared.settings)
                     fitted |= prepared.attributes | problem.attributes | result.attributes()
         self.__dict__.pop("coef_", None)  # without a refit there is no model any more
@@ -150,14 +143,18 @@ class CrossValidated(BaseGradientFeature):
         return self
 
     def _check_search(self) -> None:
-        """Raise an error unless the penalties are numbers that are finite and not negative."""
+        """Raise an error unless the penalties are numbers that are allowed."""
         for name in ("alphas", "gradient_alphas"):
             values = np.asarray(getattr(self, name))
-            numbers = values.dtype.kind in "iuf" and np.isfinite(values).all()
+            numbers = values.dtype.kind in "iuf" and not np.isnan(values).any()
+            infinite_is_allowed = name == "gradient_alphas" and self.features != "gradient"
+            if numbers and not infinite_is_allowed:
+                numbers = bool(np.isfinite(values).all())
             if values.ndim > 1 or not values.size or not numbers or values.min() < 0:
                 raise ValueError(
-                    f"{name} must be a number of penalties, or a list of penalties that are "
-                    f"finite and not negative; got {getattr(self, name)!r}."
+                    f"{name} must be a number of penalties, or a list of penalties that are not "
+                    "negative; all are finite, except that infinity in gradient_alphas stands for "
+                    f"no gradient term unless features='gradient'. Got {getattr(self, name)!r}."
                 )
 
     def _folds(self, X: Any, y: npt.NDArray[Any], to_split: dict[str, Any]) -> Folds | None:
@@ -177,77 +174,109 @@ class CrossValidated(BaseGradientFeature):
         cv, rows = check_cv(self.cv, y, classifier=is_classifier(self)), np.arange(len(y))
         return [(rows[train], rows[test]) for train, test in cv.split(X, y, **to_split)]
 
-    def _fold_models(
-        self, grid: Grid, data: _Data, stages: TwoStageFit, folds: Folds | None
-    ) -> Iterator[_Fold]:
-        """Iterate over the folds, each with the models to score."""
-        if folds is None:
-            path = leave_one_out_path(stages, grid)
-            yield _Fold(np.arange(len(data.y)), data.X, stages, path)
-            return
-        for number, (train, test) in enumerate(folds):
-            weights = None if data.weights is None else data.weights[train]
-            try:
-                problem = self._problem(data.y[train], weights)
-            except ValueError as error:
-                raise ValueError(f"Training samples of fold {number}: {error}") from error
-            of_fold = TwoStageFit(data.prepared.subset(train), problem)
-            samples = data.X[test] if isinstance(data.X, np.ndarray) else Rows(data.X, test)
-            yield _Fold(test, samples, of_fold, penalty_path(of_fold, grid))
+    def _search(self, data: _Data, folds: Folds | None) -> dict[str, Any]:
+        """Score pairs of penalties on all folds; return the attributes with scores and choice."""
+        numbered: list[Any] = [None] if folds is None else list(enumerate(folds))
+        scores: dict[Pair, list[float]] = {}
+        unfinished = 0
+        stages = TwoStageFit(data.prepared, data.problem)
 
-    def _search(
-        self,
-        grid: Grid,
-        data: _Data,
-        folds: Iterator[_Fold],
-        n_folds: int,
-        to_score: dict[str, Any],
-    ) -> dict[str, Any]:
-        """Score all penalties on all folds; return the attributes with scores and choice."""
-        scores, unfinished = np.empty((n_folds, *grid.shape)), 0
-        with tqdm(total=scores.size, unit="model", disable=not self.verbose) as bar:
-            for number, fold in enumerate(folds):
-                model = self._fold_model(data.prepared, fold.stages.problem)
-                for candidate in fold.candidates:
-                    model.set_params(**grid.parameters(candidate.pair))
-                    score = self._score(model, candidate, fold, data, to_score)
-                    scores[number][candidate.pair] = score
-                    unfinished += not candidate.converged
-                    bar.update()
-        _warn_of_search(unfinished, scores, data.prepared.settings)
-        # Averaged as in GridSearchCV, so that ties are the same.
-        means = np.average(scores.reshape(n_folds, -1).T.copy(), axis=1)
-        best = int(np.argmax(np.where(np.isnan(means), -np.inf, means)))
-        chosen = grid.parameters(divmod(best, grid.shape[1]))
+        def evaluate(pairs: Sequence[Pair]) -> dict[Pair, float]:
+            nonlocal unfinished
+            new = [pair for pair in dict.fromkeys(pairs) if pair not in scores]
+            if new:
+                bar.total = (bar.total or 0) + len(new) * len(numbered)
+                work = (delayed(self._score_fold)(fold, new, data, bar) for fold in numbered)
+                found = Parallel(n_jobs=self.n_jobs, prefer="threads")(work)
+                scores.update((pair, [of_fold[pair] for of_fold, _ in found]) for pair in new)
+                unfinished += sum(number for _, number in found)
+            # Averaged as in GridSearchCV, so that ties are the same.
+            means = np.average(np.array(list(scores.values())), axis=1)
+            return dict(zip(scores, means.tolist(), strict=True))
+
+        with tqdm(desc="search", unit="model", disable=not self.verbose) as bar:
+            tried = search_grid(self.alphas, self.gradient_alphas, stages, evaluate)
+        table = np.full((len(numbered), len(tried.alphas), len(tried.gradient_alphas)), np.nan)
+        for i, alpha in enumerate(tried.alphas):
+            for j, gradient_alpha in enumerate(tried.gradient_alphas):
+                table[:, i, j] = scores.get((alpha, gradient_alpha), np.nan)
+        _warn_of_search(unfinished, list(scores.values()), data.prepared.settings)
+        for name, best in zip(("alphas", "gradient_alphas"), tried.best, strict=True):
+            _warn_at_edge(name, getattr(self, name), best)
         return {
-            "alphas_": grid.alphas,
-            "gradient_alphas_": grid.gradient_alphas,
-            "scores_": scores,
-            "best_score_": float(means[best]),
-            **{f"{name}_": value for name, value in chosen.items()},
+            "alphas_": np.array(tried.alphas),
+            "gradient_alphas_": np.array(tried.gradient_alphas),
+            "scores_": table,
+            "best_score_": float(np.average(np.array(scores[tried.best]))),
+            "alpha_": tried.best[0],
+            "gradient_alpha_": tried.best[1],
         }
 
-    def _score(
-        self, model: Any, candidate: Candidate, fold: _Fold, data: _Data, to_score: dict[str, Any]
-    ) -> float:
-        """Return the score of one model on the samples of its fold."""
-        logits = candidate.logits
-        if logits is None:
-            samples = data.prepared.subset(fold.rows)
-            logits = _cached_logits(candidate.model, samples)
-        model.known = fold.samples, to_numpy(logits)
-        model.leave_one_out = candidate.logits is not None
-        vars(model).update(candidate.model.attributes())
-        given = _check_method_params(data.X, to_score, indices=fold.rows)
+    @neutral_state()
+    def _score_fold(
+        self, fold: Any, pairs: Sequence[Pair], data: _Data, bar: Any
+    ) -> tuple[dict[Pair, float], int]:
+        """Return the scores of one fold, and how many fits did not converge."""
+        if fold is None:
+            stages, rows, samples = (
+                TwoStageFit(data.prepared, data.problem), np.arange(len(data.y)), data.X
+            )  # fmt: skip
+            candidates = leave_one_out_path(stages, pairs)
+        else:
+            number, (train, rows) = fold
+            problem = self._fold_problem(data, train, number)
+            stages = TwoStageFit(data.prepared.subset(train), problem)
+            samples = data.X[rows] if isinstance(data.X, np.ndarray) else Rows(data.X, rows)
+            candidates = penalty_path(stages, pairs)
+        score = self._scorer_of_fold(stages.problem, rows, samples, data)
+        scores, unfinished = {}, 0
+        for candidate in candidates:
+            scores[candidate.pair] = score(candidate)
+            unfinished += not candidate.converged
+            bar.update()
+        return scores, unfinished
+
+    def _fold_problem(self, data: _Data, train: npt.NDArray[np.intp], number: int) -> Problem:
+        """Return the problem of the training samples of a fold."""
+        weights = None if data.weights is None else data.weights[train]
         try:
-            return float(self._get_scorer()(model, fold.samples, data.y[fold.rows], **given))
-        except AttributeError as error:
-            if "proba" not in str(error):
-                raise
-            raise ValueError(
-                f"scoring={self.scoring!r} needs probabilities, which are not available with "
-                f"loss={self.loss!r}. Set loss='log_loss', or a scoring without probabilities."
-            ) from error
+            found = self._problem(data.y[train], weights)
+        except ValueError as error:
+            raise ValueError(f"Training samples of fold {number}: {error}") from error
+        # The default score takes all classes, those too that the fold lacks.
+        return data.problem.subset(train) if self.scoring is None else found
+
+    def _scorer_of_fold(
+        self, problem: Problem, rows: npt.NDArray[np.intp], samples: Any, data: _Data
+    ) -> Callable[[Candidate], float]:
+        """Return the function from a model to its score on the held-out samples of a fold."""
+        held = data.prepared.subset(rows)
+        if self.scoring is None:
+            of_rows = TwoStageFit(held, data.problem.subset(rows))
+            return partial(_negative_loss, of_rows, held)
+        model = self._fold_model(data.prepared, problem)
+        given = _check_method_params(data.X, data.to_score, indices=rows)
+        scorer = self._get_scorer()
+
+        def score(candidate: Candidate) -> float:
+            model.set_params(**dict(zip(("alpha", "gradient_alpha"), candidate.pair, strict=True)))
+            logits = candidate.logits
+            if logits is None:
+                logits = cached_logits(candidate.model, held)
+            model.known = samples, to_numpy(logits)
+            model.leave_one_out = candidate.logits is not None
+            vars(model).update(candidate.model.attributes())
+            try:
+                return float(scorer(model, samples, data.y[rows], **given))
+            except AttributeError as error:
+                if "proba" not in str(error):
+                    raise
+                raise ValueError(
+                    f"scoring={self.scoring!r} needs probabilities, which are not available with "
+                    f"loss={self.loss!r}. Set loss='log_loss', or a scoring without probabilities."
+                ) from error
+
+        return score
 
     def _fold_model(self, prepared: Prepared, problem: Problem) -> Any:
         """Return an estimator that scorers accept as fitted."""
@@ -262,7 +291,7 @@ class CrossValidated(BaseGradientFeature):
         return model
 
     def _get_scorer(self) -> Any:
-        """Return the scorer; the default scorer takes the weights of the samples."""
+        """Return the scorer; the one of ``scoring=None`` takes the weights of the samples."""
         if self.scoring is not None:
             return check_scoring(self, scoring=self.scoring)
         scorer = get_scorer(self._default_scoring)
@@ -327,27 +356,35 @@ class CrossValidated(BaseGradientFeature):
         return hasattr(self, "coef_")
 
 
-def _cached_logits(model: LinearModel, prepared: Prepared) -> torch.Tensor:
-    """Return the logits of samples that have passed the frozen layers."""
-    samples, network = prepared.samples, prepared.network
-    head = LinearizedHead.from_network(network)
-
-    def compute() -> torch.Tensor:
-        logits = samples.activation.new_empty(len(samples.activation), len(model.intercept))
-        for rows, boundary in samples.batches() if model.displacements else [(slice(None), ())]:
-            logits[rows] = model.logits(head, boundary, samples.activation[rows])
-        return logits
-
-    return samples.batch_size.retry(compute)
+def _negative_loss(stages: TwoStageFit, held: Prepared, candidate: Candidate) -> float:
+    """Return the negative mean loss of held-out samples."""
+    logits = candidate.logits
+    if logits is None:
+        model = stages.problem.reduced(candidate.model)
+        logits = cached_logits(model, held)
+    else:
+        logits = logits - logits.new_tensor(stages.problem.offset)
+    return -stages.loss.value(logits.to(stages.loss.weights))
 
 
-def _warn_of_search(
-    unfinished: int, scores: npt.NDArray[np.float64], settings: FitSettings
-) -> None:
+def _warn_at_edge(name: str, given: Any, best: float) -> None:
+    """Warn if the best of three or more given penalties is the smallest or the largest one."""
+    if isinstance(given, Integral) or len(given) < 3 or best not in (min(given), max(given)):
+        return
+    if np.isfinite(best):
+        warnings.warn(
+            f"The best of {name} is {best:.3g}, at an end of the list. A better one may lie "
+            f"beyond: pass more {name} there, or a number of penalties, which extends itself.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_of_search(unfinished: int, scores: list[list[float]], settings: FitSettings) -> None:
     """Warn once of all fits that did not converge, and of scores that are not finite."""
     if unfinished:
         warnings.warn(
-            f"{unfinished} of {scores.size} fits of the search stopped before they met "
+            f"{unfinished} of {np.size(scores)} fits of the search stopped before they met "
             f"tol={settings.tol:g}, so their scores are not those of the optimum. Increase "
             f"max_iter={settings.max_iter} or tol, or drop the smallest penalties.",
             ConvergenceWarning,

@@ -109,8 +109,8 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         parametrization: str = "ntk",
         loss: str = "squared_error",
         epsilon: float = 1.35,
-        alpha: float = 1e-4,
-        gradient_alpha: float | None = None,
+        alpha: float | str = "auto",
+        gradient_alpha: float | str = "auto",
         fit_intercept: bool = True,
         max_iter: int = 100,
         tol: float = 1e-4,
@@ -284,6 +284,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         cv: Any = None,
         scoring: Any = None,
         refit: bool = True,
+        n_jobs: int | None = None,
         fit_intercept: bool = True,
         max_iter: int = 100,
         tol: float = 1e-4,
@@ -308,6 +309,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         self.cv = cv
         self.scoring = scoring
         self.refit = refit
+        self.n_jobs = n_jobs
         self.fit_intercept = fit_intercept
         self.max_iter = max_iter
         self.tol = tol

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,6 +86,11 @@ class LinearModel:
             {name: tensor(value) for name, value in fitted.gradient_coef_.items()},
         )
 
+    @functools.cached_property
+    def moves(self) -> bool:
+        """Whether some displacement is not zero, so that the model has a gradient term."""
+        return any(bool(move.any()) for move in self.displacements.values())
+
     def shifted(self, offset: npt.NDArray[np.float64]) -> LinearModel:
         """Return the model with ``offset`` added to its intercept."""
         return replace(self, intercept=self.intercept + torch.from_numpy(offset).to(self.intercept))
@@ -124,7 +130,7 @@ class LinearModel:
         tensor of shape (n_samples, n_outputs)
         """
         tangent = None
-        if self.displacements:
+        if self.moves:
             u = head.flatten(tuple(self.displacements.values()))
             if activation is None and bool(self.weights.any()):
                 activation, tangent = head.activation_and_jvp(boundary, u)

@@ -28,8 +28,11 @@ class Loss(Protocol):
     def weights(self) -> Tensor:
         """Weights of the samples, adding up to one."""
 
+    def losses(self, logits: Tensor) -> Tensor:
+        """Return the loss of every sample, unweighted, for logits (n_samples, n_outputs)."""
+
     def value(self, logits: Tensor) -> float:
-        """Return the weighted mean loss of logits of shape (n_samples, n_outputs)."""
+        """Return the weighted mean loss."""
 
     def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
         """Return the derivative in the logits, optionally of some rows alone."""
@@ -60,10 +63,13 @@ class Multinomial:
     weights: Tensor
     n_outputs: int
 
+    def losses(self, logits: Tensor) -> Tensor:
+        """Return the cross-entropies."""
+        return torch.logsumexp(logits, 1) - logits.gather(1, self.targets[:, None])[:, 0]
+
     def value(self, logits: Tensor) -> float:
         """Return the weighted mean cross-entropy."""
-        chosen = logits.gather(1, self.targets[:, None])[:, 0]
-        return float(self.weights @ (torch.logsumexp(logits, 1) - chosen))
+        return float(self.weights @ self.losses(logits))
 
     def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
         """Return ``w (p - onehot(y))``, optionally of some rows alone."""
@@ -101,9 +107,13 @@ class _SumOverOutputs:
         """Number of logits per sample."""
         return int(self.targets.shape[1])
 
+    def losses(self, logits: Tensor) -> Tensor:
+        """Return the sums over the outputs."""
+        return self._losses(logits).sum(1)
+
     def value(self, logits: Tensor) -> float:
-        """Return the weighted mean of the summed losses."""
-        return float(self.weights @ self._losses(logits).sum(1))
+        """Return the weighted mean of the sums."""
+        return float(self.weights @ self.losses(logits))
 
     def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
         """Return the derivative in the logits, optionally of some rows alone."""
@@ -165,6 +175,25 @@ class Squared(_SumOverOutputs):
     def quadratic_minimizer(self) -> Tensor:
         """The targets."""
         return self.targets
+
+    def merged(self, groups: Tensor) -> Squared:
+        """Return the loss with one sample for each group of equal samples, up to a constant.
+
+        Parameters
+        ----------
+        groups : tensor of shape (n_samples,), int64
+            The number of the group of each sample.
+
+        Returns
+        -------
+        Squared
+            Its weights are the sums over the groups, its targets the weighted means.
+        """
+        n_groups = int(groups.max()) + 1
+        weights = self.weights.new_zeros(n_groups).index_add_(0, groups, self.weights)
+        sums = self.targets.new_zeros(n_groups, self.n_outputs)
+        sums.index_add_(0, groups, self.weights[:, None] * self.targets)
+        return Squared(sums / weights.clamp(min=torch.finfo(sums.dtype).tiny)[:, None], weights)
 
     def mean_curvature(self, logits: Tensor) -> Tensor:
         """Return the identity."""

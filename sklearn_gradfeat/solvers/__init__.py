@@ -7,11 +7,13 @@ from sklearn_gradfeat.solvers._lbfgs import (
     preconditioned_norm,
     same_curvature,
 )
+from sklearn_gradfeat.solvers._steps import penalised
 
 __all__ = [
     "CurvaturePairs",
     "Solution",
     "minimize",
+    "penalised",
     "preconditioned_norm",
     "same_curvature",
 ]

@@ -1,7 +1,6 @@
 """Preconditioned limited-memory BFGS for a loss of a linear map [1]_.
 
-The solver stops at an absolute tolerance. The caller derives it from ``tol``, in
-`training/_two_stage_fit.py`.
+The caller sets the stopping rule: `training/_two_stage_fit.py` derives it from ``tol``.
 
 References
 ----------
@@ -131,7 +130,7 @@ def minimize(
     x: Tensor,
     precondition: Callable[[Tensor], Inverse],
     *,
-    tolerance: float,
+    tolerance: Callable[[float], float],
     max_iter: int,
     callback: Callable[[int, float, Tensor], bool] | None = None,
     curvature_pairs: CurvaturePairs | None = None,
@@ -143,9 +142,9 @@ def minimize(
     approximates the inverse Hessian. A pass over the data, through ``A`` or ``Aᵀ``, is the
     unit of cost. One iteration is:
 
-    1. *Stopping rule.* Stop when the Newton decrement ``½ gᵀPg`` is at most
-       ``½ tolerance²``. It predicts the decrease of ``F`` over a Newton step, and does not
-       depend on the units of the unknowns.
+    1. *Stopping rule.* Stop when the Newton decrement ``½ gᵀPg`` is at most ``tolerance(F)``.
+       It predicts the decrease of ``F`` over a Newton step, and does not depend on the units
+       of the unknowns.
     2. *Direction.* The two-loop recursion returns ``d = -H g``. ``H`` starts from ``γ P`` and
        satisfies the secant equations of the last 30 curvature pairs: steps ``s`` and changes
        ``y`` of the gradient. The last pair gives ``γ = sᵀy / yᵀPy``.
@@ -174,9 +173,8 @@ def minimize(
     precondition : callable
         Maps logits to a function that applies ``P``, a symmetric positive definite
         approximation of the inverse Hessian at these logits.
-    tolerance : float
-        Stop when ``sqrt(gᵀPg)``, the norm of the gradient in the metric of the
-        preconditioner, is at most this.
+    tolerance : callable
+        Maps the objective to the Newton decrement at which to stop.
     max_iter : int
         Largest number of iterations.
     callback : callable, default=None
@@ -204,10 +202,11 @@ def minimize(
     memory.recall(curvature_pairs, penalty)
     preconditioned = memory.inverse(point.gradient)
     norm = _norm(point.gradient, preconditioned)
-    solve = coarse(memory.inverse) if coarse and norm > _FAR * tolerance else None
+    far = norm**2 / 2 > _FAR**2 * tolerance(point.value)
+    solve = coarse(memory.inverse) if coarse and far else None
     path, passes, n_iter = [point.value], 1, 0
     status: Status = "converged"
-    while norm > tolerance:
+    while norm**2 / 2 > tolerance(point.value):
         if n_iter == max_iter:
             status = "max_iter"
             break
@@ -232,7 +231,8 @@ def minimize(
         path.append(point.value)
         norm = _norm(point.gradient, preconditioned)
         if callback is not None and callback(n_iter, point.value, point.x):
-            status = "interrupted" if norm > tolerance else "converged"
+            met = norm**2 / 2 <= tolerance(point.value)
+            status = "converged" if met else "interrupted"
             break
         if not same_curvature(memory.curvature, loss, point.logits):
             memory = _Memory(precondition, loss, point.logits)

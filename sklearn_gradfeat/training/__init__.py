@@ -1,12 +1,13 @@
 """From frozen layers to a fitted linear model, for one pair of penalties or many."""
 
 from sklearn_gradfeat.training._adjointness import check_adjointness
+from sklearn_gradfeat.training._held_out import cached_logits
 from sklearn_gradfeat.training._penalties import (
     Candidate,
-    Grid,
+    Pair,
     leave_one_out_path,
     penalty_path,
-    place_grid,
+    search_grid,
 )
 from sklearn_gradfeat.training._problem import (
     Problem,
@@ -18,6 +19,7 @@ from sklearn_gradfeat.training._progress import (
     Progress,
     with_callbacks,
 )
+from sklearn_gradfeat.training._search import choose_penalties
 from sklearn_gradfeat.training._two_stage_fit import (
     FirstStage,
     FitResult,
@@ -33,17 +35,19 @@ __all__ = [
     "FirstStage",
     "FitResult",
     "FitSettings",
-    "Grid",
+    "Pair",
     "Prepared",
     "Problem",
     "Progress",
     "TwoStageFit",
+    "cached_logits",
     "check_adjointness",
+    "choose_penalties",
     "classification_problem",
     "leave_one_out_path",
     "penalty_path",
-    "place_grid",
     "regression_problem",
+    "search_grid",
     "warn_unless_converged",
     "with_callbacks",
 ]

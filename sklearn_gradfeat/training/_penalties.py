@@ -1,20 +1,30 @@
-"""The linear models of all penalties of a grid, from strong to weak.
+"""The linear models of many pairs of penalties, from strong to weak, and which pairs to try.
 
 The model with the strongest penalties is close to zero, where the solver starts, and the model
 with the next weaker penalties is close to it. The first stage is fitted once for each ``alpha``.
-Default grids start at the largest curvature of the loss and go down by powers of ten, so that they
-suit features and targets of any scale.
+
+Lists of penalties are tried in all combinations. Where only the number of penalties is given, the
+search is coarse to fine:
+
+1. every ``alpha``, from the largest curvature of the loss down by powers of ten, without a
+   gradient term;
+2. every ``gradient_alpha`` with the best ``alpha``, by powers of ten around the curvature along
+   the first step of the second stage;
+3. the half powers of ten around the best pair.
+
+If the best penalty is the first or the last, the steps 1 and 2 go on in that direction.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from sklearn_gradfeat.curvature import largest_curvature, leave_one_out, tangent_gram
@@ -22,28 +32,12 @@ from sklearn_gradfeat.linearized import LinearModel, TangentObjective
 from sklearn_gradfeat.solvers import Solution
 from sklearn_gradfeat.training._two_stage_fit import TwoStageFit
 
-# The powers of ten that a default grid covers, from the largest curvature down.
-_DECADES = 4
+STEP = 10.0
+# Powers of ten by which a path goes on beyond its ends, while the score rises by this share.
+_FURTHER = 4
+_FLAT = 1e-3
 
-Penalties = npt.NDArray[np.float64]
-
-
-class Grid(NamedTuple):
-    """The penalties to combine; ``gradient_alphas`` is None for models without displacements."""
-
-    alphas: Penalties
-    gradient_alphas: Penalties | None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of values of each."""
-        return len(self.alphas), 1 if self.gradient_alphas is None else len(self.gradient_alphas)
-
-    def parameters(self, pair: Sequence[int]) -> dict[str, float | None]:
-        """Return the penalties at a place in the grid, by name."""
-        i, j = pair
-        gradient_alpha = None if self.gradient_alphas is None else float(self.gradient_alphas[j])
-        return {"alpha": float(self.alphas[i]), "gradient_alpha": gradient_alpha}
+Pair = tuple[float, float]
 
 
 class Candidate(NamedTuple):
@@ -51,8 +45,8 @@ class Candidate(NamedTuple):
 
     Attributes
     ----------
-    pair : (int, int)
-        The place in the grid.
+    pair : (float, float)
+        ``alpha`` and ``gradient_alpha``.
     model : LinearModel
         The model; for leave-one-out predictions the model of the first stage.
     converged : bool
@@ -61,18 +55,27 @@ class Candidate(NamedTuple):
         Leave-one-out predictions of the training samples.
     """
 
-    pair: tuple[int, int]
+    pair: Pair
     model: LinearModel
     converged: bool
     logits: Tensor | None = None
 
 
-def place_grid(alphas: Any, gradient_alphas: Any, stages: TwoStageFit) -> Grid:
-    """Return the given penalties, or default ones from the largest curvature down.
+class Tried(NamedTuple):
+    """All values of both penalties that were tried, and the best pair."""
 
-    At a penalty of the size of the largest curvature, the strongest direction of the data shrinks
-    by half, and every other one by more. The gradient term depends on the first stage; the grid
-    of ``gradient_alpha`` uses the first stage with the middle ``alpha``.
+    alphas: list[float]
+    gradient_alphas: list[float]
+    best: Pair
+
+
+def search_grid(
+    alphas: Any,
+    gradient_alphas: Any,
+    stages: TwoStageFit,
+    evaluate: Callable[[Sequence[Pair]], dict[Pair, float]],
+) -> Tried:
+    """Try pairs of penalties, see the top of this module.
 
     Parameters
     ----------
@@ -80,34 +83,92 @@ def place_grid(alphas: Any, gradient_alphas: Any, stages: TwoStageFit) -> Grid:
         Penalties, or their number.
     stages : TwoStageFit
         Both stages on all samples.
+    evaluate : callable
+        Tries pairs, and returns the scores of all pairs that were tried so far.
 
     Returns
     -------
-    Grid
+    Tried
     """
-    activation = stages.samples.activation
-    chosen = _values(alphas, lambda: stages.objective(0.0, activation, None))
-    if stages.settings.features == "activation":
-        return Grid(chosen, None)
+    features = stages.settings.features
+    coarse = isinstance(alphas, Integral), isinstance(gradient_alphas, Integral)
+    if features == "activation":
+        gradient_alphas, coarse = [math.inf], (coarse[0], False)
+    if not any(coarse):
+        pairs = list(itertools.product(_floats(alphas), _floats(gradient_alphas)))
+        return Tried(_floats(alphas), _floats(gradient_alphas), _best(evaluate(pairs)))
 
-    def gradient_term() -> TangentObjective:
-        middle = float(np.sort(chosen)[len(chosen) // 2])
-        first = stages.fit_activation(middle)
-        return stages.objective(0.0, None, stages.tangent(first.model, 0.0))
+    if coarse[0]:
+        start = largest_curvature(stages.objective(0.0, stages.samples.activation, None)) or 1.0
+        alphas = start / STEP ** np.arange(alphas)
+    without = math.inf if features != "gradient" else None
+    if not coarse[1]:
+        without = max(_floats(gradient_alphas))
+    elif without is None:
+        middle = stages.fit_activation(float(np.median(_floats(alphas))))
+        without = stages.curvature_of_step(middle) or 1.0
+    alpha, _ = _line(_floats(alphas), lambda a: (a, without), evaluate, coarse[0])
+    if coarse[1]:
+        scale = stages.curvature_of_step(stages.fit_activation(alpha)) or 1.0
+        gradient_alphas = scale * STEP ** (1.0 - np.arange(gradient_alphas))
+    line = _floats(gradient_alphas)
+    if coarse[1] and features != "gradient":
+        line = [math.inf, *line]
+    _, gradient_alpha = _line(line, lambda g: (alpha, g), evaluate, coarse[1])
+    around = _around(gradient_alpha, coarse[1])
+    scores = evaluate([(a, g) for a in _around(alpha, coarse[0]) for g in around])
+    tried = [sorted({pair[i] for pair in scores}, reverse=True) for i in (0, 1)]
+    return Tried(tried[0], tried[1], _best(scores))
 
-    return Grid(chosen, _values(gradient_alphas, gradient_term))
+
+def _floats(values: Any) -> list[float]:
+    return [float(value) for value in values]
 
 
-def _values(given: Any, objective: Callable[[], TangentObjective]) -> Penalties:
-    if not isinstance(given, Integral):
-        return np.array(given, dtype=np.float64)
-    largest = largest_curvature(objective()) or 1.0
-    spread: Penalties = largest * np.logspace(0, -_DECADES, int(given))
-    return spread
+def _best(scores: dict[Pair, float]) -> Pair:
+    """Return the first of the pairs with the highest score; NaN is the lowest."""
+    return max(scores, key=lambda pair: -math.inf if math.isnan(scores[pair]) else scores[pair])
 
 
-def penalty_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
-    """Fit the models of all penalties in a grid.
+def _line(
+    values: list[float],
+    pair_of: Callable[[float], Pair],
+    evaluate: Callable[[Sequence[Pair]], dict[Pair, float]],
+    further: bool,
+) -> Pair:
+    """Try values of one penalty, and go on while the best is the first or the last one."""
+    values = sorted(values, reverse=True)
+
+    def score() -> tuple[Pair, float]:
+        pairs = [pair_of(value) for value in values]
+        scores = evaluate(pairs)
+        found = _best({pair: scores[pair] for pair in pairs})
+        return found, scores[found]
+
+    former = -math.inf
+    for _ in range(_FURTHER):
+        found, best = score()
+        if not further or best <= former + _FLAT * abs(former):
+            return found
+        if found == pair_of(values[-1]):
+            values.append(values[-1] / STEP)
+        elif found == pair_of(values[0]) and math.isfinite(values[0]):
+            values.insert(0, values[0] * STEP)
+        else:
+            return found
+        former = best
+    return score()[0]
+
+
+def _around(value: float, fine: bool) -> list[float]:
+    """Return a penalty and, if it is to be refined, the half powers of ten around it."""
+    if not fine or math.isinf(value):
+        return [value]
+    return [value * math.sqrt(STEP), value, value / math.sqrt(STEP)]
+
+
+def penalty_path(stages: TwoStageFit, pairs: Sequence[Pair]) -> Iterator[Candidate]:
+    """Fit the models of pairs of penalties.
 
     A first stage starts from the one with the next stronger ``alpha``. A second stage starts from
     the one with the next stronger ``gradient_alpha``, or from its first stage.
@@ -116,35 +177,36 @@ def penalty_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
     ----------
     stages : TwoStageFit
         Both stages on the training samples.
-    grid : Grid
-        The penalties, in any order.
+    pairs : sequence of (float, float)
+        ``alpha`` and ``gradient_alpha``, in any order.
 
     Yields
     ------
     Candidate
     """
-    restored, former = stages.problem.restored, None
-    for i in _descending(grid.alphas):
-        first = stages.fit_activation(float(grid.alphas[i]), former)
-        former = model = first.model
-        if grid.gradient_alphas is None:
-            yield Candidate((i, 0), restored(model), _converged(first.solution))
-            continue
-        for j in _descending(grid.gradient_alphas):
-            penalty = float(grid.gradient_alphas[j])
-            model, solution = stages.fit_gradient(first, penalty, model)
-            yield Candidate((i, j), restored(model), _converged(first.solution, solution))
+    restored, first, model = stages.problem.restored, None, None
+    for pair in sorted(pairs, reverse=True):
+        alpha, gradient_alpha = pair
+        if first is None or alpha != first.alpha:
+            first = stages.fit_activation(alpha, None if first is None else first.model)
+            model = first.model
+        assert model is not None
+        solutions = [first.solution]
+        if math.isfinite(gradient_alpha):
+            model, solution = stages.fit_gradient(first, gradient_alpha, model)
+            solutions.append(solution)
+        yield Candidate(pair, restored(model), _converged(*solutions))
 
 
-def leave_one_out_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
-    """Compute the leave-one-out predictions of squared errors for all penalties in a grid.
+def leave_one_out_path(stages: TwoStageFit, pairs: Sequence[Pair]) -> Iterator[Candidate]:
+    """Compute the leave-one-out predictions of squared errors for pairs of penalties.
 
     Parameters
     ----------
     stages : TwoStageFit
         Both stages on all samples.
-    grid : Grid
-        The penalties, in any order, all above zero.
+    pairs : sequence of (float, float)
+        ``alpha`` and ``gradient_alpha`` in any order, all above zero.
 
     Yields
     ------
@@ -158,31 +220,31 @@ def leave_one_out_path(stages: TwoStageFit, grid: Grid) -> Iterator[Candidate]:
     """
     if int((stages.loss.weights > 0).sum()) < 2:
         raise ValueError("cv='loo' needs at least 2 samples with a positive weight.")
-    former = None
-    for i in _descending(grid.alphas):
-        alpha = float(grid.alphas[i])
-        first = stages.fit_activation(alpha, former)
-        former = first.model
-        if grid.gradient_alphas is None:
+    first, gram = None, None
+    for pair in sorted(pairs, reverse=True):
+        alpha, gradient_alpha = pair
+        if first is None or alpha != first.alpha:
+            first, gram = stages.fit_activation(alpha, None if first is None else first.model), None
+        if math.isinf(gradient_alpha):
             objective = stages.objective(alpha, stages.samples.activation, None)
-            yield _left_out(stages, (i, 0), first.model, first.solution, objective, None)
+            yield _left_out(stages, pair, first.model, first.solution, objective, None)
             continue
-        tangent, n_samples = stages.tangent(first.model, 0.0), len(stages.samples.activation)
-        gram = stages.samples.batch_size.retry(partial(tangent_gram, tangent, n_samples))
+        if gram is None:
+            tangent, n_samples = stages.tangent(first.model, 0.0), len(stages.samples.activation)
+            gram = stages.samples.batch_size.retry(partial(tangent_gram, tangent, n_samples))
         if gram is None:
             raise ValueError(
                 "cv='loo' needs gradient layers that are linear and see one vector per sample, or "
                 "convolutions as large as their input. Choose such layers by gradient_layers, or "
                 "set cv to a number of folds."
             )
-        for j in _descending(grid.gradient_alphas):
-            objective = stages.second_objective(first, float(grid.gradient_alphas[j]))
-            yield _left_out(stages, (i, j), first.model, first.solution, objective, gram)
+        objective = stages.second_objective(first, gradient_alpha)
+        yield _left_out(stages, pair, first.model, first.solution, objective, gram)
 
 
 def _left_out(
     stages: TwoStageFit,
-    pair: tuple[int, int],
+    pair: Pair,
     model: LinearModel,
     solution: Solution,
     objective: TangentObjective,
@@ -191,12 +253,6 @@ def _left_out(
     predictions = leave_one_out(objective, gram)
     predictions = predictions + predictions.new_tensor(stages.problem.offset)
     return Candidate(pair, stages.problem.restored(model), _converged(solution), predictions)
-
-
-def _descending(penalties: Penalties) -> list[int]:
-    """Return positions from the largest to the smallest."""
-    order: list[int] = np.argsort(-penalties, kind="stable").tolist()
-    return order
 
 
 def _converged(*solutions: Solution) -> bool:

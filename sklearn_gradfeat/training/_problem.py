@@ -29,6 +29,12 @@ class Problem:
     ----------
     loss : callable
         Maps a device to the loss on that device.
+    subset : callable
+        Maps rows to the problem of these samples alone.
+    weights : ndarray of shape (n_samples,)
+        Weights of the samples, which add up to one.
+    strata : ndarray of shape (n_samples,), int
+        Groups of samples that every fold holds in the same shares: the classes.
     offset : ndarray of shape (n_outputs,)
         A constant that was subtracted from the targets, and belongs to the intercept.
     attributes : dict
@@ -36,6 +42,9 @@ class Problem:
     """
 
     loss: Callable[[torch.device], Loss]
+    subset: Callable[[npt.NDArray[np.intp]], Problem]
+    weights: npt.NDArray[np.float64]
+    strata: npt.NDArray[np.intp]
     offset: npt.NDArray[np.float64]
     attributes: dict[str, Any]
 
@@ -71,7 +80,12 @@ def classification_problem(
         indicators = torch.from_numpy(columns.astype(np.float64)).to(device)
         return Squared(2 * indicators - 1, w) if loss == "squared" else Bernoulli(indicators, w)
 
-    return Problem(on, np.zeros(n_outputs), {"classes_": classes, "_multilabel": multilabel})
+    def subset(rows: npt.NDArray[np.intp]) -> Problem:
+        return classification_problem(classes, targets[rows], _normalized(weights[rows]), loss)
+
+    strata = np.zeros(len(targets), dtype=np.intp) if multilabel else targets
+    attributes = {"classes_": classes, "_multilabel": multilabel}
+    return Problem(on, subset, weights, strata, np.zeros(n_outputs), attributes)
 
 
 _MAX_SPREAD = 1e140  # of targets, so that sums of squares are finite
@@ -113,4 +127,14 @@ def regression_problem(
         w = torch.from_numpy(weights).to(device)
         return Squared(centred, w) if epsilon is None else Huber(centred, w, epsilon)
 
-    return Problem(on, offset, {"_single_output": y.ndim == 1})
+    def subset(rows: npt.NDArray[np.intp]) -> Problem:
+        return regression_problem(y[rows], _normalized(weights[rows]), epsilon, fit_intercept)
+
+    strata = np.zeros(len(targets), dtype=np.intp)
+    return Problem(on, subset, weights, strata, offset, {"_single_output": y.ndim == 1})
+
+
+def _normalized(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return weights that add up to one."""
+    normalized: npt.NDArray[np.float64] = weights / weights.sum()
+    return normalized

@@ -81,10 +81,7 @@ class Progress:
         objective: float,
         x: Tensor,
     ) -> bool:
-        if self._bar is None:
-            self._bar = tqdm(unit="iteration", disable=not self._estimator.verbose)
-        self._bar.set_description(f"{stage}, objective {objective:.6g}")
-        self._bar.update()
+        self._show(f"{stage}, objective {objective:.6g}")
         if self._context is None or to_attributes is None:
             return False
         task = self._context.subcontext(task_name=f"iteration {iteration}")
@@ -96,6 +93,18 @@ class Progress:
                 reconstruction_attributes=lambda: to_attributes(to_model(x)),
             )
         )
+
+    def tried(self, alpha: float, gradient_alpha: float, loss: float) -> None:
+        """Show the held-out loss of a pair of penalties."""
+        self._show(
+            f"search, alpha {alpha:.3g}, gradient_alpha {gradient_alpha:.3g}, loss {loss:.6g}"
+        )
+
+    def _show(self, text: str) -> None:
+        if self._bar is None:
+            self._bar = tqdm(unit="iteration", disable=not self._estimator.verbose)
+        self._bar.set_description(text)
+        self._bar.update()
 
     def end(self) -> None:
         """Report the end of the fit; the estimator must be fitted."""

@@ -3,8 +3,9 @@
 1. Fit ``b + W f(x)``, a regression on the activations. Its weights are ``Ω``.
 2. Fit ``b + W f(x) + Ω J(x) w₂`` with ``Ω`` fixed, from ``W = Ω`` and ``w₂ = 0``.
 
-Both problems are convex. Both stop when the Newton decrement ``½ gᵀ P g`` (gradient ``g``,
-preconditioner ``P``) falls below ``tol`` times its value at the zero model.
+Both problems are convex. A stage stops when the Newton decrement ``½ gᵀ P g`` (gradient ``g``,
+preconditioner ``P``), which predicts how far the objective can still fall, is below ``tol`` times
+its fall so far: from the zero model in stage 1, from the result of stage 1 in stage 2.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,12 +35,12 @@ from sklearn_gradfeat.linearized import (
     TangentObjective,
     TangentTerm,
 )
-from sklearn_gradfeat.solvers import Solution, minimize, preconditioned_norm
+from sklearn_gradfeat.solvers import Solution, minimize, penalised, preconditioned_norm
 from sklearn_gradfeat.training._problem import Problem
 from sklearn_gradfeat.training._progress import Progress, Watch
 
-# If a second stage follows, the first is solved to this share of tol. Its iterations are cheap;
-# the second stage would need passes over the head to remove the error that it leaves.
+# The first stage is solved to this share of tol. Its iterations are cheap; the second stage would
+# need passes over the head to remove the error that it leaves.
 _FIRST_STAGE = 0.01
 # Tolerance where Newton steps are exact: one or two more steps reach it.
 _EXACT = 1e-16
@@ -81,7 +82,7 @@ class Prepared(NamedTuple):
         return self._replace(samples=self.samples.subset(rows))
 
 
-@dataclass(frozen=True)
+@dataclass
 class FirstStage:
     """The result of the first stage, from which second stages start.
 
@@ -93,8 +94,8 @@ class FirstStage:
         The model without displacements.
     solution : Solution
         The result of the solver.
-    reference : float
-        The preconditioned gradient norm at the zero model, to which tolerances refer.
+    is_zero : bool
+        Whether the zero model is the optimum.
     inverses : Inverses
         The approximate inverse Hessians of second stages.
     """
@@ -102,8 +103,8 @@ class FirstStage:
     alpha: float
     model: LinearModel
     solution: Solution
-    reference: float
-    inverses: Inverses
+    is_zero: bool
+    inverses: Inverses = field(default_factory=Inverses)
 
 
 class FitResult(NamedTuple):
@@ -111,11 +112,14 @@ class FitResult(NamedTuple):
 
     ``solutions`` has the key ``"activation"`` and, unless that is the whole model, the value of
     the parameter ``features``. ``separated`` says that a model without penalties separates the
-    classes, so that its loss has no minimum.
+    classes, so that its loss has no minimum. The gradient term is missing, because penalties or
+    features exclude it, unless ``gradient_alpha`` is finite.
     """
 
     model: LinearModel
     solutions: dict[str, Solution]
+    alpha: float
+    gradient_alpha: float
     separated: bool = False
 
     def attributes(self) -> dict[str, Any]:
@@ -123,6 +127,8 @@ class FitResult(NamedTuple):
         last = list(self.solutions.values())[-1]
         return {
             **self.model.attributes(),
+            "alpha_": self.alpha,
+            "gradient_alpha_": self.gradient_alpha,
             "n_iter_": last.n_iter,
             "n_passes_": last.n_passes,
             "objective_path_": np.array(last.objective_path),
@@ -157,6 +163,7 @@ class TwoStageFit:
         )
         self.like = self.samples.activation.new_empty(0)
         self.inverses = Inverses()
+        self._first: FirstStage | None = None
 
     def fit(
         self,
@@ -170,7 +177,7 @@ class TwoStageFit:
         Parameters
         ----------
         alpha, gradient_alpha : float
-            The penalties.
+            The penalties. An infinite ``gradient_alpha`` leaves the gradient term out.
         warm : LinearModel or None
             The model to start from. None starts the first stage at zero, and the second from
             the result of the first.
@@ -182,17 +189,19 @@ class TwoStageFit:
         FitResult
         """
         features = self.settings.features
+        if features == "activation":
+            gradient_alpha = math.inf
         warm = None if warm is None else self.problem.reduced(warm)
-        first = self.fit_activation(alpha, warm, progress)
+        last = math.isinf(gradient_alpha)
+        first = self.fit_activation(alpha, warm, progress, last)
         model, solutions = first.model, {"activation": first.solution}
-        if features != "activation":
-            # Where the zero model is the optimum, a warm start must not take its place.
-            start = warm if warm is not None and math.isfinite(first.reference) else model
-            model, solutions[features] = self.fit_gradient(first, gradient_alpha, start, progress)
         separated = alpha == 0 and self._separates(first.solution)
-        if features != "activation" and alpha == gradient_alpha == 0:
-            separated |= self._separates(solutions[features])
-        return FitResult(self.problem.restored(model), solutions, separated)
+        if not last:
+            # Where the zero model is the optimum, a warm start must not take its place.
+            start = model if warm is None or first.is_zero else warm
+            model, solutions[features] = self.fit_gradient(first, gradient_alpha, start, progress)
+            separated |= alpha == gradient_alpha == 0 and self._separates(solutions[features])
+        return FitResult(self.problem.restored(model), solutions, alpha, gradient_alpha, separated)
 
     def _separates(self, solution: Solution) -> bool:
         """Whether a solution without penalties gives every sample its class.
@@ -205,26 +214,37 @@ class TwoStageFit:
         return solution.objective_path[-1] < math.log(2) * float(weights.min())
 
     def fit_activation(
-        self, alpha: float, warm: LinearModel | None = None, progress: Progress | None = None
+        self,
+        alpha: float,
+        warm: LinearModel | None = None,
+        progress: Progress | None = None,
+        last: bool = False,
     ) -> FirstStage:
-        """Fit ``b + W f``, starting from the ``Ω`` of ``warm``."""
+        """Fit ``b + W f``, starting from the ``Ω`` of ``warm``; ``last`` stages call callbacks.
+
+        The search for penalties has fitted the first stage of the best ``alpha`` already: that
+        fit is returned, unless callbacks wait for its iterations.
+        """
+        if self._first is not None and self._first.alpha == alpha and warm is None and not last:
+            return self._first
         objective = self.objective(alpha, self.samples.activation, None)
         zero = self.like.new_zeros(sum(objective.sizes))
-        reference = _norm_at_zero(objective, zero, self._inverse(objective, self.inverses))
+        value = self.loss.value(objective.forward(zero))
+        is_zero = _is_optimum(objective, zero, self._inverse(objective, self.inverses))
         start = zero
-        if warm is not None and math.isfinite(reference):
+        if warm is not None and not is_zero:
             start = self._unknowns(warm.omega, warm.intercept, zero[:0])
-        last = self.settings.features == "activation"
         to_model = partial(self._first_model, objective)
         solution = self._minimize(
             objective,
             start,
             self.inverses,
-            reference,
-            self.settings.tol * (1.0 if last else _FIRST_STAGE),
+            math.inf if is_zero else value,
+            self.settings.tol * _FIRST_STAGE,
             self._watch("activation", to_model, last, progress),
         )
-        return FirstStage(alpha, to_model(solution.x), solution, reference, Inverses())
+        self._first = FirstStage(alpha, to_model(solution.x), solution, is_zero)
+        return self._first
 
     def fit_gradient(
         self,
@@ -235,18 +255,39 @@ class TwoStageFit:
     ) -> tuple[LinearModel, Solution]:
         """Fit the linear model whose ``Ω`` comes from the first stage, from ``start``."""
         objective = self.second_objective(first, gradient_alpha)
-        weights = start.weights if self.settings.features == "full" else start.weights[:, :0]
-        u = self.head.flatten(tuple(start.displacements[name] for name in self.parameters))
         to_model = partial(self._second_model, objective, first.model)
+        unmoved = self._second_unknowns(first.model)
+        baseline = (
+            self.loss.value(objective.forward(unmoved)) + penalised(objective, unmoved, unmoved) / 2
+        )
         solution = self._minimize(
             objective,
-            self._unknowns(weights, start.intercept, u),
+            self._second_unknowns(start),
             first.inverses,
-            first.reference,
+            baseline,
             self.settings.tol,
             self._watch(self.settings.features, to_model, True, progress),
         )
         return to_model(solution.x), solution
+
+    def curvature_of_step(self, first: FirstStage) -> float:
+        """Return the curvature of the loss along the first step of the second stage.
+
+        The step is that of steepest descent in ``w₂``, ``d = -Jᵀ Ωᵀ loss'``, and the curvature is
+        ``dᵀ H d / dᵀ d`` with the Hessian ``H`` of the loss. With this ``gradient_alpha`` the
+        optimal length of the step is half of that without a penalty. It takes two passes. It is
+        zero if the gradient in ``w₂`` vanishes.
+        """
+        objective = self.objective(0.0, None, self.tangent(first.model, 0.0))
+        start = self._second_unknowns(first.model)
+        logits = self.second_objective(first, 0.0).forward(start)
+        gradient = objective.adjoint(self.loss.gradient(logits))
+        gradient[: objective.sizes[1]] = 0  # the intercept
+        size = float(gradient.norm())
+        if size == 0:
+            return 0.0
+        seen = objective.forward(gradient / size)
+        return float((self.loss.curvatures(logits) * seen.square()).sum())
 
     def objective(
         self, alpha: float, activation: Tensor | None, tangent: TangentTerm | None
@@ -272,6 +313,12 @@ class TwoStageFit:
         """Return the objective of the second stage."""
         activation = self.samples.activation if self.settings.features == "full" else None
         return self.objective(first.alpha, activation, self.tangent(first.model, gradient_alpha))
+
+    def _second_unknowns(self, model: LinearModel) -> Tensor:
+        """Return the flat vector of the unknowns of the second stage."""
+        weights = model.weights if self.settings.features == "full" else model.weights[:, :0]
+        moves = tuple(model.displacements[name] for name in self.parameters)
+        return self._unknowns(weights, model.intercept, self.head.flatten(moves))
 
     def _first_model(self, objective: TangentObjective, x: Tensor) -> LinearModel:
         parts = objective.split(x)
@@ -316,21 +363,27 @@ class TwoStageFit:
         objective: TangentObjective,
         start: Tensor,
         inverses: Inverses,
-        reference: float,
+        baseline: float,
         tol: float,
         watch: Watch | None,
     ) -> Solution:
-        """Minimise until the Newton decrement is ``tol`` times that at the zero model.
+        """Minimise until the Newton decrement is ``tol`` times the fall below ``baseline``.
 
-        Where Newton steps are exact, continue to rounding; this takes one or two more steps.
+        A decrease below rounding errors of the objective also ends it. Where Newton steps are
+        exact, continue to rounding; this takes one or two more steps.
         """
         inverse, coarse = self._inverse(objective, inverses), inverses.coarse(objective)
+        rounding = torch.finfo(start.dtype).eps
+
+        def tolerance(share: float, value: float) -> float:
+            return max(share * (baseline - value), rounding * abs(value))
+
         wanted = min(tol, _EXACT) if inverses.exact_for(objective) else tol
         solution = minimize(
             objective,
             start,
             inverse,
-            tolerance=math.sqrt(wanted) * reference,
+            tolerance=partial(tolerance, wanted),
             max_iter=self.settings.max_iter,
             callback=watch,
             curvature_pairs=inverses.curvature_pairs,
@@ -338,7 +391,7 @@ class TwoStageFit:
         )
         inverses.learn(solution)
         # `tol` itself is enough, even if the solver missed a stricter tolerance.
-        if solution.norm <= math.sqrt(self.settings.tol) * reference:
+        if solution.norm**2 / 2 <= tolerance(self.settings.tol, solution.objective_path[-1]):
             return replace(solution, status="converged")
         return solution
 
@@ -354,22 +407,18 @@ class TwoStageFit:
         return self.samples.batch_size.retry(compute)
 
 
-def _norm_at_zero(
+def _is_optimum(
     objective: TangentObjective,
     zero: Tensor,
     inverse: Callable[[Tensor], Callable[[Tensor], Tensor]],
-) -> float:
-    """Return the preconditioned gradient norm at the zero model.
-
-    It is infinite where the zero model is the optimum: the gradient is rounding noise then, and
-    no reference for a tolerance.
-    """
+) -> bool:
+    """Return whether the gradient at the zero model is rounding noise."""
     logits = objective.forward(zero)
     gradient = objective.adjoint(objective.loss.gradient(logits))
     norm = preconditioned_norm(gradient, inverse(logits))
     eps = torch.finfo(zero.dtype).eps
     noise = 100 * eps * math.sqrt(objective.loss.value(logits) / max(objective.alpha, eps))
-    return norm if norm > noise else math.inf
+    return norm <= noise
 
 
 def warn_unless_converged(result: FitResult, settings: FitSettings) -> None:
@@ -378,6 +427,16 @@ def warn_unless_converged(result: FitResult, settings: FitSettings) -> None:
         warnings.warn(
             "The classes are separable, so without a penalty the loss has no minimum: the weights "
             "grow until the fit stops. Increase alpha=0.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    displacements = result.model.displacements.values()
+    if math.isfinite(result.gradient_alpha) and not any(move.any() for move in displacements):
+        warnings.warn(
+            f"The gradient term is zero, although gradient_alpha={result.gradient_alpha:g} is "
+            "finite: the loss does not change with the parameters of the gradient layers, or by "
+            "less than rounding errors. Choose other gradient_layers, decrease gradient_alpha, or "
+            "set gradient_alpha=float('inf') for a model without the term.",
             ConvergenceWarning,
             stacklevel=2,
         )
