@@ -21,6 +21,8 @@ from torch import Tensor
 MAX_EXACT = 2048
 _RANK = 1024
 _ITERATIONS = 3
+# Largest ratio of two eigenvalues whose inverses may cancel each other in float32.
+_RANGE = 1e5
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,26 @@ class KroneckerInverse:
         self.output, self.inputs = output, inputs
         curvature = output.values[..., :, None] * inputs.values[..., None, :]
         self.damping = damping(alpha, curvature)
+        self.wide_range = False
+        if inputs.rest is not None:
+            smallest = float((output.values[..., 0] * inputs.rest).min()) + self.damping
+            self.wide_range = float(curvature.max()) > _RANGE * smallest
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Apply the inverse."""
-        projected, rest = self.inputs.project(matrix)
-        solved = self.inputs.restore(self._solve(projected, self.inputs.values))
-        if rest is None or self.inputs.rest is None:
-            return solved
-        return solved + self._solve(rest, self.inputs.rest[..., None])
+        if self.inputs.vectors is None or self.inputs.rest is None:
+            projected, _ = self.inputs.project(matrix)
+            return self.inputs.restore(self._solve(projected, self.inputs.values))
+        rest = self.inputs.rest[..., None]
+        if self.wide_range:
+            projected, outside = self.inputs.project(matrix)
+            assert outside is not None
+            solved = self._solve(projected, self.inputs.values)
+            return self.inputs.restore(solved) + self._solve(outside, rest)
+        # The inverse on the rest of the space, corrected within the eigenbasis: half the products.
+        projected = matrix @ self.inputs.vectors
+        solved = self._solve(projected, self.inputs.values) - self._solve(projected, rest)
+        return self.inputs.restore(solved) + self._solve(matrix, rest)
 
     def _solve(self, matrix: Tensor, eigenvalues: Tensor) -> Tensor:
         """Apply the inverse to columns in the eigenbasis of the inputs."""

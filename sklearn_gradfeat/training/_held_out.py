@@ -3,8 +3,8 @@
 *Folds.* Copies of a sample are in one fold. Classes are spread evenly over the folds. The content
 of the samples decides, by its hash: so the folds do not depend on the order of the samples, and an
 integer weight has the same effect as repetitions. A class with one distinct sample is never held
-out. Five folds of a few samples say little, and one fold of many says enough: folds are used until
-they hold ``_ENOUGH`` samples together.
+out. One fold of many samples says enough, and five folds of a few say little: folds are used until
+they hold enough samples together, more of them for the cheap models on the activations.
 
 *Leave-one-out*, for squared errors and few samples, needs no fits, see
 :mod:`sklearn_gradfeat.curvature._sample_space`. Copies of a sample count as one sample.
@@ -26,38 +26,33 @@ from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Squared, to
 from sklearn_gradfeat.training._two_stage_fit import FirstStage, Prepared, TwoStageFit
 
 N_FOLDS = 5
-# Distinct held-out samples that are enough to compare penalties.
-_ENOUGH = int(__import__("os").environ.get("ENOUGH", 200))
+# Distinct held-out samples that are enough to compare penalties, of the models on the activations
+# and of those with a gradient term.
+ENOUGH = 500
+ENOUGH_WITH_GRADIENTS = 100
 # Held-out losses need no more digits than this tolerance gives.
-_TOL = float(__import__("os").environ.get("STOL", 1e-2))
-# A pass over the pairs of this many samples and outputs takes less time than a fit.
+_TOL = 1e-3
+# Largest n_samples * n_outputs of leave-one-out: a factorisation then takes less than a fit.
 _MAX_LEFT_OUT = 1024
 # Models of a path that are kept, for later fits to start from.
 _KEPT = 4
 
-Losses = npt.NDArray[np.float64]
+Array = npt.NDArray[np.float64]
 
 
 class HeldOut(Protocol):
-    """The loss of every held-out sample for given penalties.
+    """The losses of held-out samples for given penalties."""
 
-    Attributes
-    ----------
-    weights : ndarray of shape (n_held_out,)
-        The weights of the held-out samples.
-    names : ndarray of shape (n_held_out,)
-        Equal for copies of a sample.
-    """
+    def losses(self, alpha: float, gradient_alpha: float) -> Array:
+        """Return the mean losses of the distinct held-out samples."""
 
-    weights: Losses
-    names: npt.NDArray[np.uint64]
-
-    def losses(self, alpha: float, gradient_alpha: float) -> Losses:
-        """Return the unweighted losses, of shape (n_held_out,)."""
+    @property
+    def weights(self) -> Array:
+        """The weights of the distinct held-out samples."""
 
 
 def assign_folds(
-    names: npt.NDArray[np.uint64], strata: npt.NDArray[np.intp], weights: npt.NDArray[np.float64]
+    names: npt.NDArray[np.uint64], strata: npt.NDArray[np.intp], weights: Array
 ) -> npt.NDArray[np.intp]:
     """Return the fold of every sample, or -1 for samples that are never held out.
 
@@ -78,7 +73,7 @@ def assign_folds(
     folds = np.full(len(names), -1)
     used = np.flatnonzero(weights > 0)
     distinct, copy_of = np.unique(names[used], return_inverse=True)
-    stratum = np.full(len(distinct), strata.max(initial=0) + 1)
+    stratum = np.full(len(distinct), strata.max())
     np.minimum.at(stratum, copy_of, strata[used])
     order = np.lexsort((distinct, stratum))
     order = order[np.bincount(stratum)[stratum[order]] > 1]
@@ -98,7 +93,13 @@ class _Fold:
     first_stages: dict[float, FirstStage] = field(default_factory=dict)
     models: dict[tuple[float, float], LinearModel] = field(default_factory=dict)
 
-    def losses(self, alpha: float, gradient_alpha: float) -> Losses:
+    def __post_init__(self) -> None:
+        """Sum the weights of the copies of a sample."""
+        weights = self.held.problem.weights
+        _, self._copy_of = np.unique(self.samples.samples.names, return_inverse=True)
+        self._weights, self.weights = weights, np.bincount(self._copy_of, weights)
+
+    def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the losses of the model that was fitted on all other samples."""
         if alpha not in self.first_stages:
             stronger = min((a for a in self.first_stages if a > alpha), default=None)
@@ -107,15 +108,16 @@ class _Fold:
         first = self.first_stages[alpha]
         model = first.model
         if math.isfinite(gradient_alpha):
-            model, _ = self.stages.fit_gradient(
-                first, gradient_alpha, self._start(alpha, gradient_alpha)
-            )
+            start = self._start(alpha, gradient_alpha)
+            model, _ = self.stages.fit_gradient(first, gradient_alpha, start)
             self.models[alpha, gradient_alpha] = model
             for oldest in list(self.models)[:-_KEPT]:
                 del self.models[oldest]
         model = self.held.problem.reduced(self.stages.problem.restored(model))
         logits = cached_logits(model, self.samples).to(self.held.loss.weights)
-        return np.asarray(to_numpy(self.held.loss.losses(logits)))
+        losses: Array = to_numpy(self.held.loss.losses(logits))
+        means: Array = np.bincount(self._copy_of, self._weights * losses) / self.weights
+        return means
 
     def _start(self, alpha: float, gradient_alpha: float) -> LinearModel:
         """Return the model with the next stronger penalty, or the first stage."""
@@ -124,60 +126,94 @@ class _Fold:
 
 
 class Folds:
-    """The losses of samples that are left out of the fit in turn, a fold at a time."""
+    """The losses of samples that are left out of the fit in turn, a fold at a time.
 
-    def __init__(
-        self, prepared: Prepared, stages: TwoStageFit, folds: list[npt.NDArray[np.bool_]]
-    ) -> None:
-        tol = max(_TOL, prepared.settings.tol)
+    Parameters
+    ----------
+    folds : list of _Fold
+        The folds.
+    """
+
+    def __init__(self, folds: list[_Fold]) -> None:
+        self._folds = folds
+
+    @classmethod
+    def of(cls, prepared: Prepared, stages: TwoStageFit) -> Folds:
+        """Return the folds of a problem; there are none if no sample can be held out."""
+        problem, tol = stages.problem, max(_TOL, prepared.settings.tol)
         loose = prepared._replace(settings=replace(prepared.settings, tol=tol))
-        self._folds, rows = [], [np.flatnonzero(fold) for fold in folds]
-        for fold, out in zip(folds, rows, strict=True):
-            kept = np.flatnonzero(~fold)
-            training, held = loose.subset(kept), loose.subset(out)
-            fits = TwoStageFit(training, stages.problem.subset(kept))
-            self._folds.append(_Fold(fits, held, TwoStageFit(held, stages.problem.subset(out))))
-        everything = np.concatenate(rows)
-        self.weights = stages.problem.weights[everything]
-        self.names = prepared.samples.names[everything]
+        numbers = assign_folds(prepared.samples.names, problem.strata, problem.weights)
+        folds = []
+        for number in range(numbers.max() + 1):
+            train, test = (np.flatnonzero(m) for m in (numbers != number, numbers == number))
+            fits = TwoStageFit(loose.subset(train), problem.subset(train))
+            held = loose.subset(test)
+            folds.append(_Fold(fits, held, TwoStageFit(held, problem.subset(test))))
+        return cls(folds)
 
-    def losses(self, alpha: float, gradient_alpha: float) -> Losses:
-        """Return the unweighted losses, of shape (n_held_out,)."""
+    def enough(self, n_samples: int) -> Folds | None:
+        """Return the first folds that hold so many distinct samples, all, or None."""
+        if not self._folds:
+            return None
+        held = np.cumsum([len(fold.weights) for fold in self._folds])
+        return Folds(self._folds[: int(np.searchsorted(held, n_samples)) + 1])
+
+    @property
+    def weights(self) -> Array:
+        """The weights of the distinct held-out samples."""
+        return np.concatenate([fold.weights for fold in self._folds])
+
+    def losses(self, alpha: float, gradient_alpha: float) -> Array:
+        """Return the mean losses of the distinct held-out samples."""
         return np.concatenate([fold.losses(alpha, gradient_alpha) for fold in self._folds])
 
 
 class LeftOut:
-    """The leave-one-out losses of squared errors."""
+    """The leave-one-out losses of squared errors.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        The samples.
+    stages : TwoStageFit
+        Both stages on them.
+    """
 
     def __init__(self, prepared: Prepared, stages: TwoStageFit) -> None:
         loss = stages.loss
         assert isinstance(loss, Squared)
-        names, rows, groups = np.unique(
-            prepared.samples.names, return_index=True, return_inverse=True
-        )
-        merged = loss.merged(torch.from_numpy(groups).to(loss.weights.device))
-        problem = replace(stages.problem, loss=lambda _: merged)
-        self._stages, self._loss = TwoStageFit(prepared.subset(rows), problem), merged
+        _, rows, groups = np.unique(prepared.samples.names, return_index=True, return_inverse=True)
+        self._loss = loss.merged(torch.from_numpy(groups).to(loss.weights.device))
+        problem = replace(stages.problem, loss=lambda _: self._loss)
+        self._stages = TwoStageFit(prepared.subset(rows), problem)
         self._grams: dict[float, Tensor | None] = {}
-        self.names, self.weights = names, np.asarray(to_numpy(merged.weights))
+
+    @classmethod
+    def where_cheap(cls, prepared: Prepared, stages: TwoStageFit) -> LeftOut | None:
+        """Return the losses where they have a closed form that takes less time than fits."""
+        if not isinstance(stages.loss, Squared):
+            return None
+        found = cls(prepared, stages)
+        few = found._loss.targets.numel() <= _MAX_LEFT_OUT
+        return found if few and int((found.weights > 0).sum()) > 1 else None
 
     @property
-    def is_cheap(self) -> bool:
-        """Whether there are few samples, and at least two of them have a weight."""
-        n_rows = self._loss.targets.numel()
-        return n_rows <= _MAX_LEFT_OUT and int((self._loss.weights > 0).sum()) > 1
+    def weights(self) -> Array:
+        """The weights of the distinct samples."""
+        weights: Array = to_numpy(self._loss.weights)
+        return weights
 
     def gram(self, alpha: float) -> Tensor | None:
-        """Return the Gram matrix of the gradient term, or None if it is not cheap."""
-        stages = self._stages
+        """Return the Gram matrix of the gradient term, or None if it is not cheap or exact."""
         if alpha not in self._grams:
-            tangent = stages.tangent(stages.fit_activation(alpha).model, 0.0)
-            wide = stages.like.dtype == torch.float64
-            self._grams[alpha] = tangent_gram(tangent, len(self.names)) if wide else None
+            tangent = self._stages.tangent(self._stages.fit_activation(alpha).model, 0.0)
+            exact = self._stages.like.dtype == torch.float64
+            n_samples = len(self._loss.weights)
+            self._grams[alpha] = tangent_gram(tangent, n_samples) if exact else None
         return self._grams[alpha]
 
-    def losses(self, alpha: float, gradient_alpha: float) -> Losses:
-        """Return the unweighted losses, infinite where rounding errors dominate."""
+    def losses(self, alpha: float, gradient_alpha: float) -> Array:
+        """Return the losses of the distinct samples, infinite where rounding errors dominate."""
         stages = self._stages
         if math.isfinite(gradient_alpha):
             objective = stages.second_objective(stages.fit_activation(alpha), gradient_alpha)
@@ -185,20 +221,10 @@ class LeftOut:
         else:
             objective, gram = stages.objective(alpha, stages.samples.activation, None), None
         try:
-            return np.asarray(to_numpy(self._loss.losses(leave_one_out(objective, gram))))
+            losses: Array = to_numpy(self._loss.losses(leave_one_out(objective, gram)))
         except ValueError:
-            return np.full(len(self.names), np.inf)
-
-
-def by_folds(prepared: Prepared, stages: TwoStageFit) -> Folds | None:
-    """Return the losses by folds, or None if no sample can be held out."""
-    problem, names = stages.problem, prepared.samples.names
-    folds = assign_folds(names, problem.strata, problem.weights)
-    n_distinct = len(np.unique(names[folds >= 0]))
-    if not n_distinct:
-        return None
-    n_folds = min(N_FOLDS, math.ceil(_ENOUGH * N_FOLDS / n_distinct))
-    return Folds(prepared, stages, [folds == k for k in range(n_folds) if (folds == k).any()])
+            losses = np.full(len(self._loss.weights), np.inf)
+        return losses
 
 
 def cached_logits(model: LinearModel, prepared: Prepared) -> Tensor:

@@ -3,11 +3,16 @@
 1. ``alpha``, for the model on the activations alone, whose fits are cheap.
 2. ``gradient_alpha`` with that ``alpha``. The model without a gradient term competes.
 
-A path goes from strong to weak by powers of ten, until the loss has not fallen twice in a row, and
-then to the half powers beside the best value. Every fit starts from the one with the next stronger
-penalty. The path of ``alpha`` starts at the largest curvature of the loss, that of
-``gradient_alpha`` at the curvature along the first step of the second stage. So penalties follow
-the scale of the data. A path whose best value is its first goes on to stronger ones.
+A path goes from strong to weak by powers of ten, until the loss rises clearly, or has not fallen
+twice in a row. Every fit starts from the one with the next stronger penalty. The path of ``alpha``
+starts at the largest curvature of the loss, that of ``gradient_alpha`` at the curvature along the
+first step of the second stage. So penalties follow the scale of the data. A path whose best value
+is its first goes on to stronger ones.
+
+The choice is the strongest penalty whose loss is within half a standard error of the smallest one;
+the standard error is that of the difference, sample by sample. If that is the penalty with the
+smallest loss itself, the choice is the minimum of a parabola through it and its neighbours, in the
+logarithm of the penalty.
 
 Without samples to hold out, as with one sample of each class, a rule by scale takes their place:
 ``alpha`` is the mean variance of the activations, divided by the number of samples, as in a
@@ -21,19 +26,26 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from sklearn_gradfeat.curvature import largest_curvature
-from sklearn_gradfeat.linearized import Squared
-from sklearn_gradfeat.training._held_out import HeldOut, LeftOut, Losses, by_folds
+from sklearn_gradfeat.training._held_out import (
+    ENOUGH,
+    ENOUGH_WITH_GRADIENTS,
+    Array,
+    Folds,
+    HeldOut,
+    LeftOut,
+)
 from sklearn_gradfeat.training._progress import Progress
 from sklearn_gradfeat.training._two_stage_fit import Prepared, TwoStageFit
 
 _STEP = 10.0
-# A fall by a smaller share counts as none.
+# A fall by a smaller share counts as none; a rise by a larger share, and by more than the standard
+# error, ends a path at once.
 _FLAT = 1e-3
-# A loss above the smallest one by this factor ends a path at once.
-_CLEAR = 1.02
+_CLEAR = 0.02
+# Standard errors that a stronger penalty may be worse.
+_TOLERATED = 0.5
 _MAX_STEPS = 16  # down, and as many up
 
 
@@ -45,41 +57,7 @@ class Choice(NamedTuple):
 
     alpha: float
     gradient_alpha: float
-    scores: dict[str, npt.NDArray[np.float64]]
-
-
-class _Tried:
-    """The losses of the penalties that were tried."""
-
-    def __init__(self, held_out: HeldOut, progress: Progress | None) -> None:
-        self._held_out, self._progress = held_out, progress
-        self.losses: dict[tuple[float, float], Losses] = {}
-
-    def loss(self, alpha: float, gradient_alpha: float) -> float:
-        """Return the mean loss for a pair of penalties."""
-        found = self._held_out.losses(alpha, gradient_alpha)
-        self.losses[alpha, gradient_alpha] = found
-        mean = self._mean(found)
-        if self._progress is not None:
-            self._progress.tried(alpha, gradient_alpha, mean)
-        return mean if math.isfinite(mean) else math.inf
-
-    def _mean(self, losses: Losses) -> float:
-        return float(np.average(losses, weights=self._held_out.weights))
-
-    def rows(self) -> list[tuple[float, float, float, float]]:
-        """Return penalties, mean loss, and the standard error of its difference to the best."""
-        weights = self._held_out.weights
-        best = self.losses[min(self.losses, key=lambda pair: self._mean(self.losses[pair]))]
-        copy_of = np.unique(self._held_out.names, return_inverse=True)[1]
-        rows = []
-        for pair, losses in self.losses.items():
-            with np.errstate(invalid="ignore"):
-                difference = losses - best
-                apart = weights * (difference - np.average(difference, weights=weights))
-            error = math.sqrt(np.square(np.bincount(copy_of, apart)).sum()) / weights.sum()
-            rows.append((*pair, self._mean(losses), error))
-        return rows
+    scores: dict[str, Array]
 
 
 def choose_penalties(
@@ -106,93 +84,125 @@ def choose_penalties(
     -------
     Choice
     """
-    features, activation = stages.settings.features, stages.samples.activation
-    rows: list[tuple[float, float, float, float]] = []
-    folds = by_folds(prepared, stages)
-    left_out = LeftOut(prepared, stages) if isinstance(stages.loss, Squared) else None
-    if left_out is not None and not left_out.is_cheap:
-        left_out = None
-    held_out: HeldOut | None = left_out or folds
-    if alpha is None and held_out is None:
-        alpha = _alpha_by_scale(stages)
-    elif alpha is None:
-        assert held_out is not None
-        tried = _Tried(held_out, progress)
-        largest = largest_curvature(stages.objective(0.0, activation, None)) or 1.0
-        alpha = _best_of_path(lambda a: tried.loss(a, math.inf), largest)
-        rows += tried.rows()
+    features, rows = stages.settings.features, []
     if features == "activation":
         gradient_alpha = math.inf
+    if alpha is None or gradient_alpha is None:
+        folds, left_out = Folds.of(prepared, stages), LeftOut.where_cheap(prepared, stages)
+    if alpha is None:
+        held_out = left_out or folds.enough(ENOUGH)
+        alpha = _alpha_by_scale(stages)
+        if held_out is not None:
+            objective = stages.objective(0.0, stages.samples.activation, None)
+            path = _Path(held_out, lambda a: (a, math.inf), progress)
+            alpha = path.best_from(largest_curvature(objective) or 1.0)
+            rows += path.rows()
     if gradient_alpha is None:
         scale = stages.curvature_of_step(stages.fit_activation(alpha))
-        if left_out is not None and left_out.gram(alpha) is None:
-            held_out = folds
-        if not scale > 0 or held_out is None:
-            gradient_alpha = scale or 1.0 if features == "gradient" else math.inf
-        else:
-            tried = _Tried(held_out, progress)
-            baseline = None if features == "gradient" else tried.loss(alpha, math.inf)
-            gradient_alpha = _best_of_path(lambda a: tried.loss(alpha, a), scale, baseline)
-            rows += tried.rows()
-    columns = np.array(rows, dtype=np.float64).reshape(-1, 4).T
-    names = ("alpha", "gradient_alpha", "loss", "standard_error")
+        exact = left_out is not None and left_out.gram(alpha) is not None
+        held_out = left_out if exact else folds.enough(ENOUGH_WITH_GRADIENTS)
+        gradient_alpha = math.inf if features == "full" else scale or 1.0
+        if held_out is not None and scale > 0:
+            path = _Path(held_out, lambda g: (alpha, g), progress)
+            gradient_alpha = path.best_from(scale, infinite=features == "full")
+            rows += path.rows()
+    names = "alpha", "gradient_alpha", "loss", "standard_error"
+    columns = np.array(rows, dtype=np.float64).reshape(-1, len(names)).T
     return Choice(alpha, gradient_alpha, dict(zip(names, columns, strict=True)))
 
 
-def _best_of_path(
-    loss_of: Callable[[float], float], start: float, baseline: float | None = None
-) -> float:
-    """Return the penalty with the smallest loss.
+class _Path:
+    """The losses of one penalty, from strong to weak.
 
     Parameters
     ----------
-    loss_of : callable
-        The loss of a penalty.
-    start : float
-        The penalty where the path starts.
-    baseline : float or None
-        The loss of an infinite penalty, if that is a choice.
+    held_out : HeldOut
+        The losses of held-out samples.
+    pair_of : callable
+        Maps a value of the penalty to ``(alpha, gradient_alpha)``.
+    progress : Progress or None
+        Shows every value that is tried.
     """
-    losses = {} if baseline is None else {math.inf: baseline}
 
-    def falls(penalty: float) -> bool:
-        """Try a penalty; return whether it is clearly better than all before."""
-        former = min(losses.values(), default=math.inf)
-        losses[penalty] = loss_of(penalty)
-        return losses[penalty] < (1 - _FLAT) * former
+    def __init__(
+        self,
+        held_out: HeldOut,
+        pair_of: Callable[[float], tuple[float, float]],
+        progress: Progress | None,
+    ) -> None:
+        self._held_out, self._pair_of, self._progress = held_out, pair_of, progress
+        self._losses: dict[float, Array] = {}
+        self._means: dict[float, float] = {}
 
-    def best() -> float:
-        """Return the strongest of the best penalties."""
-        return min(losses, key=lambda penalty: (losses[penalty], -penalty))
+    def best_from(self, start: float, infinite: bool = False) -> float:
+        """Return the best penalty of a path that begins at ``start``.
 
-    failures, penalty = 0, start
-    for _ in range(_MAX_STEPS):
-        failures = 0 if falls(penalty) else failures + 1
-        if failures == 2 or losses[penalty] > _CLEAR * losses[best()]:
-            break
-        penalty /= _STEP
-    if best() in (start, math.inf):
-        penalty = start
+        ``infinite`` says whether an infinite penalty is a choice, too.
+        """
+        if infinite:
+            self._try(math.inf)
+        failures, penalty = 0, start
         for _ in range(_MAX_STEPS):
-            penalty *= _STEP
-            if not falls(penalty):
+            failures = 0 if self._try(penalty) else failures + 1
+            if failures == 2 or self._rises(penalty):
                 break
-    return _vertex(losses, best())
+            penalty /= _STEP
+        penalty = start
+        while self._lowest() == max(p for p in self._means if math.isfinite(p)) or (
+            math.isinf(self._lowest()) and penalty == start
+        ):
+            penalty *= _STEP
+            if not self._try(penalty) or penalty > start * _STEP**_MAX_STEPS:
+                break
+        return self._chosen()
 
+    def rows(self) -> list[tuple[float, float, float, float]]:
+        """Return penalties, mean loss, and the standard error of its difference to the best."""
+        return [
+            (*self._pair_of(penalty), mean, self._error(penalty))
+            for penalty, mean in self._means.items()
+        ]
 
-def _vertex(losses: dict[float, float], best: float) -> float:
-    """Return the minimum of the parabola through the best value and its two neighbours.
+    def _try(self, penalty: float) -> bool:
+        """Try a penalty, and return whether its loss is below all others."""
+        former = min(self._means.values(), default=math.inf)
+        self._losses[penalty] = self._held_out.losses(*self._pair_of(penalty))
+        mean = float(np.average(self._losses[penalty], weights=self._held_out.weights))
+        self._means[penalty] = mean if math.isfinite(mean) else math.inf
+        if self._progress is not None:
+            self._progress.tried(*self._pair_of(penalty), mean)
+        return self._means[penalty] < (1 - _FLAT) * former
 
-    The losses are a function of the logarithm of the penalty.
-    """
-    stronger, weaker = best * _STEP, best / _STEP
-    if math.isinf(best) or stronger not in losses or weaker not in losses:
-        return best
-    rise, fall = losses[weaker] - losses[best], losses[stronger] - losses[best]
-    if not 0 < rise + fall < math.inf:
-        return best
-    shift = (rise - fall) / (rise + fall) / 2
-    return float(best * _STEP**shift)
+    def _lowest(self) -> float:
+        """Return the strongest of the penalties with the smallest loss."""
+        return min(self._means, key=lambda penalty: (self._means[penalty], -penalty))
+
+    def _error(self, penalty: float) -> float:
+        """Return the standard error of the difference to the smallest loss."""
+        weights = self._held_out.weights
+        with np.errstate(invalid="ignore"):
+            difference = self._losses[penalty] - self._losses[self._lowest()]
+            apart = weights * (difference - np.average(difference, weights=weights))
+        return float(np.sqrt(np.square(apart).sum()) / weights.sum())
+
+    def _rises(self, penalty: float) -> bool:
+        """Whether the loss is clearly above the smallest one."""
+        smallest = self._means[self._lowest()]
+        rise = self._means[penalty] - smallest
+        return not rise <= max(_CLEAR * smallest, self._error(penalty))
+
+    def _chosen(self) -> float:
+        """Return the choice, see the top of this module."""
+        best = self._lowest()
+        limit = {p: self._means[best] + _TOLERATED * self._error(p) for p in self._means}
+        strongest = max(p for p in self._means if self._means[p] <= limit[p] or p == best)
+        if strongest != best:
+            return strongest
+        stronger, weaker = (self._means.get(p, math.inf) for p in (best * _STEP, best / _STEP))
+        rise, fall = weaker - self._means[best], stronger - self._means[best]
+        if not 0 < rise + fall < math.inf:
+            return best
+        return float(best * _STEP ** ((rise - fall) / (rise + fall) / 2))
 
 
 def _alpha_by_scale(stages: TwoStageFit) -> float:
