@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -188,6 +191,28 @@ class Samples:
             )
         keep = self.indices and not prepared.is_floating_point()
         return prepared.to(self.device, torch.int64 if keep else self.dtype)
+
+
+class _StructurePickler(pickle.Pickler):
+    """Pickles everything except the values of tensors and arrays, which can be large."""
+
+    def persistent_id(self, value: Any) -> str | None:
+        """Return a name in place of a tensor or an array."""
+        return "values" if isinstance(value, (Tensor, np.ndarray)) else None
+
+
+def warn_unless_picklable(preprocess: Preprocess | str | None) -> None:
+    """Warn of a transform that pickle refuses, such as a lambda."""
+    try:
+        _StructurePickler(io.BytesIO()).dump(preprocess)
+    except Exception as error:  # whatever an object's own pickling may raise
+        warnings.warn(
+            f"preprocess cannot be pickled, so pickle and joblib.dump will fail for the fitted "
+            f"estimator. Define it as a function or a class in a module, or use a transform of "
+            f"torchvision. ({error})",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _copy_to_tensor(array: npt.NDArray[Any]) -> Tensor:

@@ -196,42 +196,6 @@ def test_memory_map_in_a_grid_search(tmp_path):
     assert mapped.best_score_ == clone(grid).fit(X, Y).best_score_
 
 
-def test_dataset_is_read_in_batches(fitted):
-    read = []
-    dataset = Items(lambda row: read.append(row) or X[row])
-    model = estimator(batch_size=7)
-    model.fit(dataset, Y)
-    assert read == [0, 0, 1, *range(24)]  # the shape, an example, and all
-    assert np.array_equal(model.predict(X), fitted.predict(X))
-
-
-def test_dataset_of_tabular_data():
-    rows = X.reshape(24, -1)[:, :3]
-    model = estimator(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), features="activation")
-    expected = clone(model).fit(rows, Y).coef_
-    assert np.array_equal(model.fit(Items(lambda row: rows[row]), Y).coef_, expected)
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        return iter(X)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "error", "match"),
-    [
-        (Items(lambda row: (X[row], Y[row])), TypeError, "Item 0 of X is a tuple.*only the inputs"),
-        (Items(lambda row: {"image": X[row]}), TypeError, "Item 0 of X is a dict"),
-        (Items(lambda row: X[row, :, : 8 - row // 5]), ValueError, r"Item 5 of X .*\(1, 7, 8\)"),
-        (Items(lambda row: X[row], 0), ValueError, "0 sample"),
-        (Stream(), TypeError, "without a length"),
-    ],
-)
-def test_bad_dataset(dataset, error, match):
-    with pytest.raises(error, match=match):
-        estimator().fit(dataset, Y[: len(dataset)] if hasattr(dataset, "__len__") else Y)
-
-
 def test_lazy_nan_at_predict(fitted):
     with pytest.raises(ValueError, match="X contains NaN or infinity"):
         fitted.predict(Lazy(with_value(np.nan)))
