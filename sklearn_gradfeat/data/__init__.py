@@ -22,6 +22,7 @@ from sklearn_gradfeat.data._targets import (
     encode_classes,
     normalized_weights,
     numeric_targets,
+    plain_targets,
     weighted_mean,
     weighted_median,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "is_lazy",
     "normalized_weights",
     "numeric_targets",
+    "plain_targets",
     "resolve_device",
     "restored_on_error",
     "slices",

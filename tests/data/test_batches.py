@@ -1,5 +1,8 @@
 """Arrays, tensors, data frames, datasets and lazy arrays give the same fit, in every dtype."""
 
+import pickle
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.data import warn_unless_picklable
 from tests.data.arrays import Items, Lazy, memory_map, with_value
 from tests.tiny import X, Y, estimator
 
@@ -117,14 +121,19 @@ def test_predictions_do_not_depend_on_other_rows(precision):
     np.testing.assert_allclose(alone, together, rtol=1e-7, atol=1e-7)
 
 
+def doubled(batch):
+    return batch.mul_(2)
+
+
 def test_input_is_not_changed():
     images, y, weights = X.copy(), Y.copy(), np.arange(1.0, 25)
-    estimator(preprocess=lambda batch: batch.mul_(2)).fit(images, y, weights).predict(images)
+    estimator(preprocess=doubled).fit(images, y, weights).predict(images)
     assert np.array_equal(images, X)
     assert np.array_equal(y, Y)
     assert np.array_equal(weights, np.arange(1.0, 25))
 
 
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled:UserWarning")
 @pytest.mark.parametrize(
     ("preprocess", "match"),
     [
@@ -135,6 +144,40 @@ def test_input_is_not_changed():
 def test_bad_preprocess(preprocess, match):
     with pytest.raises(ValueError, match=match):
         estimator(preprocess=preprocess).fit(X, Y)
+
+
+class Unpicklable(nn.Module):
+    """A transform with a large tensor, and with code that pickle refuses or accepts."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.register_buffer("table", torch.zeros(10**6))
+
+    def forward(self, batch):
+        return self.function(batch)
+
+
+def test_preprocess_that_pickle_refuses(recwarn):
+    scale = 2.0
+
+    def closure(batch):
+        return batch * scale
+
+    for transform in (closure, lambda batch: batch * 2, Unpicklable(closure)):
+        with pytest.warns(UserWarning, match=r"preprocess cannot be pickled.*in a module.*torchv"):
+            model = estimator(preprocess=transform).fit(X, Y)
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            pickle.dumps(model)
+    assert not recwarn
+    for transform in (torch.tanh, Unpicklable(torch.tanh), partial(torch.mul, other=2), doubled):
+        model = estimator(preprocess=transform).fit(X, Y)  # no warning
+        assert np.array_equal(pickle.loads(pickle.dumps(model)).predict(X), model.predict(X))
+
+
+def test_the_check_of_preprocess_pickles_no_values(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__reduce_ex__", None)
+    warn_unless_picklable(Unpicklable(torch.tanh))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is present")
