@@ -117,9 +117,7 @@ def _columns_named(X: Any) -> Iterator[None]:
 def _check_numeric(X: npt.NDArray[Any]) -> None:
     """Raise an error for objects and dates, which scikit-learn lets pass in some data frames."""
     if X.dtype.kind not in "biuf":
-        raise ValueError(
-            f"X must hold numbers, got dtype {X.dtype}. Convert X to a numeric dtype."
-        )
+        raise ValueError(f"X must hold numbers, got dtype {X.dtype}. Convert X to a numeric dtype.")
 
 
 def _not_numeric(X: Any) -> list[Any]:

@@ -90,6 +90,6 @@ def test_activations_that_are_no_class_scores():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(scores, samples(5), activation_layer="fc")
-        fit(features, samples(5))
+        warn_of_class_scores(features)
         warn_of_class_scores(nn.Sequential(nn.Linear(5, 1000)))
         warn_of_class_scores(nn.Flatten())

@@ -48,7 +48,9 @@ def paths(tmp_path_factory):
 # --- images ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("convert", [list, tuple, objects, pd.Series, lambda x: Items(x.__getitem__)])
+@pytest.mark.parametrize(
+    "convert", [list, tuple, objects, pd.Series, lambda x: Items(x.__getitem__)]
+)
 def test_images_equal_their_pixels(convert):
     model = images().fit(convert(IMAGES), Y)
     expected = images().fit(PIXELS, Y)
@@ -220,7 +222,11 @@ class Stream(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize(
     ("dataset", "error", "match"),
     [
-        (Items(lambda row: (X[row], Y[row])), TypeError, "Item 0 of the Dataset X is a tuple.*only the inputs"),
+        (
+            Items(lambda row: (X[row], Y[row])),
+            TypeError,
+            "Item 0 of the Dataset X is a tuple.*only the inputs",
+        ),
         (Items(lambda row: {"image": X[row]}), TypeError, "Item 0 of the Dataset X is a dict"),
         (Items(lambda row: X[row, :, : 8 - row // 5]), ValueError, r"Item 5 of X .*\(1, 7, 8\)"),
         (Items(lambda row: X[row], 0), ValueError, "0 sample"),
@@ -230,5 +236,3 @@ class Stream(torch.utils.data.IterableDataset):
 def test_bad_dataset(dataset, error, match):
     with pytest.raises(error, match=match):
         estimator().fit(dataset, Y[: len(dataset)] if hasattr(dataset, "__len__") else Y)
-
-

@@ -253,19 +253,23 @@ def test_multilabel_targets_are_zeros_and_ones(shift):
     ids=["Int64", "boolean", "category", "category of strings", "string", "object"],
 )
 def test_classes_of_pandas(y, kind):
-    model = estimator(alpha=1e-4).fit(X, y)
+    model = estimator(features="activation").fit(X, y)
     assert model.classes_.dtype.kind == kind
     assert model.classes_.tolist() == sorted(set(y))
-    assert model.score(X, y) == np.mean(model.predict(X) == np.asarray(y)) == 1
-    search = GradientFeatureClassifierCV(NET, alphas=[1e-4], gradient_alphas=[1e-4], cv=2)
+    accuracy = np.mean(model.predict(X) == np.asarray(y))
+    assert accuracy > 0.6
+    if y.dtype != object:  # scikit-learn's scores refuse numbers in an array of objects
+        assert model.score(X, y) == accuracy
+    search = GradientFeatureClassifierCV(NET, alphas=[0.1], features="activation", cv=2)
     assert search.fit(X, y).classes_.dtype.kind == kind
 
 
 @pytest.mark.parametrize("dtype", ["Int64", "Float64", "boolean"])
 def test_numbers_of_pandas(dtype):
     y = pd.Series(Y > 0, dtype=dtype)
-    model = GradientFeatureRegressor(NET).fit(X, y)
-    assert np.array_equal(model.coef_, GradientFeatureRegressor(NET).fit(X, 1.0 * (Y > 0)).coef_)
+    model = GradientFeatureRegressor(NET, features="activation", alpha=0.1)
+    expected = model.fit(X, 1.0 * (Y > 0)).coef_
+    assert np.array_equal(model.fit(X, y).coef_, expected)
 
 
 @pytest.mark.parametrize("dtype", ["Int64", "boolean", "category", "string", object])
