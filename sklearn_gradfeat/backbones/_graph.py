@@ -151,9 +151,9 @@ def run_once(module: Callable[[Tensor], Tensor], example: Tensor) -> Tensor:
     except (RuntimeError, IndexError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"backbone failed on a batch of shape {tuple(example.shape)} and dtype "
-            f"{example.dtype}: {error}\n{layout_advice(module, example)}Pass X, or set preprocess, so that the batch has the "
-            "shape, dtype and range of values that the network expects. If the network itself "
-            "casts to float32, set precision='float32'."
+            f"{example.dtype}: {error}\n{layout_advice(module, example)}Pass X, or set "
+            "preprocess, so that the batch has the shape, dtype and range of values that the "
+            "network expects. If the network itself casts to float32, set precision='float32'."
         ) from error
 
 

@@ -22,7 +22,6 @@ from sklearn_gradfeat.data._targets import (
     encode_classes,
     normalized_weights,
     numeric_targets,
-    plain_targets,
     weighted_mean,
     weighted_median,
 )
@@ -53,7 +52,6 @@ __all__ = [
     "is_lazy",
     "normalized_weights",
     "numeric_targets",
-    "plain_targets",
     "resolve_device",
     "restored_on_error",
     "slices",

@@ -241,13 +241,13 @@ def _load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError(
-            f"tokenizer={os.fspath(name)!r} needs the package transformers. Install it with pip install "
-            "'sklearn-gradfeat[text]', or pass a callable."
+            f"tokenizer={os.fspath(name)!r} needs the package transformers. Install it with pip "
+            "install 'sklearn-gradfeat[text]', or pass a callable."
         ) from error
     if isinstance(name, os.PathLike) and not os.path.isdir(name):
         raise FileNotFoundError(
-            f"tokenizer={os.fspath(name)!r} is a path, but there is no such folder. Pass the folder "
-            "of a tokenizer, or its name as a string."
+            f"tokenizer={os.fspath(name)!r} is a path, but there is no such folder. Pass the "
+            "folder of a tokenizer, or its name as a string."
         )
     tokenizer: Tokenizer = AutoTokenizer.from_pretrained(os.fspath(name))
     return tokenizer

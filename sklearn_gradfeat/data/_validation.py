@@ -109,8 +109,8 @@ def _columns_named(X: Any) -> Iterator[None]:
         raise ValueError(
             f"Columns of X are not numeric: {listed}{', ...' * (len(names) > _MAX_LISTED)}. Encode "
             "them, for example with OneHotEncoder in a ColumnTransformer, or leave them out. For a "
-            "column of texts, put a TextTokenizer before the estimator in a pipeline. Pass a column "
-            f"of images or of image paths alone: X=X[{names[0]!r}]."
+            "column of texts, put a TextTokenizer before the estimator in a pipeline. Pass a "
+            f"column of images or of image paths alone: X=X[{names[0]!r}]."
         ) from error
 
 

@@ -1,9 +1,9 @@
 """Image files as a lazy array: parameters, indexing, order, threads, memory, estimators."""
 
 import os
-import shutil
 import pickle
 import random
+import shutil
 import threading
 import time
 import tracemalloc

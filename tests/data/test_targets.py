@@ -11,10 +11,10 @@ from sklearn_gradfeat.data import (
     encode_classes,
     normalized_weights,
     numeric_targets,
-    plain_targets,
     weighted_mean,
     weighted_median,
 )
+from sklearn_gradfeat.data._targets import plain_targets
 
 # --- classes ---------------------------------------------------------------------------------
 
