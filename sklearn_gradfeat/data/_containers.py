@@ -51,7 +51,7 @@ def to_numpy_input(X: Any) -> Any:
     _check_container(X)
     if _is_dataset(X):
         dataset = _DatasetItems(X)
-        return dataset if is_lazy(dataset) else dataset[:]
+        return dataset if is_lazy(dataset) else to_numpy_input(dataset[:])
     items = _items(X)
     if not items:
         return X
@@ -133,8 +133,10 @@ def _is_pair(item: Any) -> bool:
     """Return whether an item is an input with its target, such as an image and a number."""
     if not isinstance(item, (tuple, list)) or len(item) < 2:
         return False
-    is_image = isinstance(item[0], (Image.Image, np.ndarray, Tensor))
-    return is_image and np.shape(item[0]) != np.shape(item[1])
+    first, second = item[:2]
+    if isinstance(first, (np.ndarray, Tensor)):
+        return first.shape != getattr(second, "shape", ())
+    return isinstance(first, Image.Image)
 
 
 def _raise_for_structure(item: Any, found: str, dataset: str) -> NoReturn:

@@ -14,7 +14,9 @@ _MAX_RATIO = 100
 # Flat images have at least this many pixels at a side, and their values as many levels.
 _MIN_SIDE = 16
 _MIN_LEVELS = 32
-_N_ROWS = 100
+_N_IMAGES = 100
+# More rows than this would take time and memory, and show little more.
+_MAX_ROWS = 10_000
 
 
 def warn_of_tabular(X: npt.NDArray[Any], names: Any = None) -> None:
@@ -38,8 +40,9 @@ def warn_of_tabular(X: npt.NDArray[Any], names: Any = None) -> None:
             stacklevel=2,
         )
         return
+    some = X[:: math.ceil(len(X) / _MAX_ROWS)]
     with np.errstate(over="ignore", invalid="ignore"):
-        scales = X.std(axis=0, dtype=np.float64)
+        scales = some.std(axis=0, dtype=np.float64)
     largest = int(scales.argmax())
     varying = np.sort(scales[scales > 0])
     if len(varying) > 1 and scales[largest] > _MAX_RATIO * varying[(len(varying) - 1) // 2]:
@@ -64,7 +67,7 @@ def _image_shape(X: npt.NDArray[Any]) -> tuple[int, ...] | None:
             break
     else:
         return None
-    levels = np.unique(X[:_N_ROWS])
+    levels = np.unique(X[:_N_IMAGES])
     integers = levels.min() >= 0 and levels.max() == 255 and (levels % 1 == 0).all()
     if not integers or len(levels) < _MIN_LEVELS:
         return None

@@ -148,6 +148,7 @@ PAIRS = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
          r"y=\[item\[1\] for item in loader\.dataset\]"),
         (PAIRS, r"Item 0 of the Dataset X is a tuple\. .*X=\[item\[0\] for item in dataset\]"),
         (list(PAIRS), r"Item 0 of X is a tuple\. .*X=\[item\[0\] for item in X\]"),
+        (Items(TEXTS.__getitem__), "X holds texts"),
         (list(zip(IMAGES, Y, strict=True)), r"Item 0 of X is a tuple\. "),
         ([{"image": image, "label": 0} for image in IMAGES],
          r"Item 0 of X is a dict\. .*X=\[item\[KEY\] .*KEY from 'image', 'label'"),
@@ -164,7 +165,7 @@ PAIRS = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
         ([pixels[row:] for row, pixels in enumerate(X)], r"Item 1 of X has shape \(0, 8, 8\)"),
         ([[0] * (1 + row) for row in range(24)], r"Item 1 of X has shape \(2,\).*pad sequences"),
     ],
-    ids=["loader", "dataset", "pairs", "image pairs", "dicts", "dataset of dicts", "dict",
+    ids=["loader", "dataset", "pairs", "dataset of texts", "image pairs", "dicts", "dataset of dicts", "dict",
          "generator", "image", "string", "texts", "text array", "text column", "missing text",
          "path and text", "arrays of different shapes", "lists of different lengths"],
 )  # fmt: skip
