@@ -165,9 +165,10 @@ PAIRS = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
         ([pixels[row:] for row, pixels in enumerate(X)], r"Item 1 of X has shape \(0, 8, 8\)"),
         ([[0] * (1 + row) for row in range(24)], r"Item 1 of X has shape \(2,\).*pad sequences"),
     ],
-    ids=["loader", "dataset", "pairs", "dataset of texts", "image pairs", "dicts", "dataset of dicts", "dict",
-         "generator", "image", "string", "texts", "text array", "text column", "missing text",
-         "path and text", "arrays of different shapes", "lists of different lengths"],
+    ids=["loader", "dataset", "pairs", "dataset of texts", "image pairs", "dicts",
+         "dataset of dicts", "dict", "generator", "image", "string", "texts", "text array",
+         "text column", "missing text", "path and text", "arrays of different shapes",
+         "lists of different lengths"],
 )  # fmt: skip
 def test_the_error_names_what_to_pass(bad, match):
     with pytest.raises((TypeError, ValueError), match=match):
