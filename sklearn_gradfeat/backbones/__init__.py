@@ -1,5 +1,6 @@
 """``backbone=`` turned into one frozen network in two parts, trunk and head."""
 
+from sklearn_gradfeat.backbones._advice import warn_of_class_scores
 from sklearn_gradfeat.backbones._ambient import neutral_state
 from sklearn_gradfeat.backbones._attention import differentiable_attention
 from sklearn_gradfeat.backbones._copies import on_host, stored_weights, with_weights
@@ -28,5 +29,6 @@ __all__ = [
     "resolve_backbone",
     "seeded",
     "stored_weights",
+    "warn_of_class_scores",
     "with_weights",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx, nn
 
+from sklearn_gradfeat.backbones._advice import layout_advice
 from sklearn_gradfeat.backbones._attention import plain_attention
 
 MATRIX = {"linear", "addmm", "matmul", "mm", "bmm"}
@@ -150,9 +151,9 @@ def run_once(module: Callable[[Tensor], Tensor], example: Tensor) -> Tensor:
     except (RuntimeError, IndexError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"backbone failed on a batch of shape {tuple(example.shape)} and dtype "
-            f"{example.dtype}: {error}\nPass X, or set preprocess, so that the batch has the "
-            "shape, dtype and range of values that the network expects. If the network itself "
-            "casts to float32, set precision='float32'."
+            f"{example.dtype}: {error}\n{layout_advice(module, example)}Pass X, or set "
+            "preprocess, so that the batch has the shape, dtype and range of values that the "
+            "network expects. If the network itself casts to float32, set precision='float32'."
         ) from error
 
 

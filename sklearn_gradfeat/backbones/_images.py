@@ -51,7 +51,8 @@ def _check_range(images: Tensor) -> None:
     if low < 0 or high > 1:
         raise ValueError(
             f"Floating point images must lie in [0, 1], X has values from {low:g} to "
-            f"{high:g}. Scale X, pass uint8 images, or set preprocess."
+            f"{high:g}. Scale X, such as X / 255 for values up to 255, pass uint8 images, or set "
+            "preprocess."
         )
 
 

@@ -19,6 +19,7 @@ from sklearn_gradfeat.backbones import (
     freeze,
     resolve_backbone,
     seeded,
+    warn_of_class_scores,
 )
 from sklearn_gradfeat.cache._runner import CachedSamples, Trunk, cache_samples
 from sklearn_gradfeat.cache._store import Store, TrunkKey
@@ -166,6 +167,8 @@ def build_extractor(
     """
     resolved_device = resolve_device(device)
     resolved = resolve_backbone(backbone, tuple(X.shape[1:]), seed)
+    if activation_layer is None:
+        warn_of_class_scores(resolved.module)
     indices = resolved.takes_indices and X.dtype.kind in "iu"
     trunk_dtype, dtype = compute_dtypes(precision, X, resolved_device, indices)
     transform = resolved.preprocess if isinstance(preprocess, str) else preprocess

@@ -12,10 +12,12 @@ from sklearn_gradfeat.data._batches import (
     resolve_device,
     slices,
     to_device,
+    warn_unless_picklable,
 )
 from sklearn_gradfeat.data._image_files import (
     ImageFiles,
 )
+from sklearn_gradfeat.data._tabular import warn_of_tabular
 from sklearn_gradfeat.data._targets import (
     encode_classes,
     normalized_weights,
@@ -56,6 +58,8 @@ __all__ = [
     "to_device",
     "validate_new_samples",
     "validate_samples",
+    "warn_of_tabular",
+    "warn_unless_picklable",
     "weighted_mean",
     "weighted_median",
 ]

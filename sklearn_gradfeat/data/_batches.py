@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -11,7 +14,6 @@ import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 Preprocess: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -90,58 +92,6 @@ def is_lazy(X: Any) -> bool:
     if isinstance(X, (np.ndarray, Tensor)) or sp.issparse(X) or not hasattr(X, "__getitem__"):
         return False
     return isinstance(getattr(X, "dtype", None), np.dtype) and len(getattr(X, "shape", ())) > 2
-
-
-def from_torch(X: Any) -> Any:
-    """Convert tensors, sequences of tensors and map-style datasets into numpy input.
-
-    Tensors become arrays, without a copy if possible. A dataset of images becomes a lazy array, a
-    dataset of tabular data becomes an array. Any other input is returned unchanged.
-    """
-    if isinstance(X, Dataset):
-        items = _DatasetItems(X)
-        return items if is_lazy(items) else items[:]
-    if isinstance(X, (list, tuple)) and any(isinstance(item, Tensor) for item in X):
-        return [from_torch(item) for item in X]
-    if not isinstance(X, Tensor):
-        return X
-    host = X.detach().cpu()
-    return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
-
-
-class _DatasetItems:
-    """The items of a map-style dataset as a lazy array."""
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        if not hasattr(dataset, "__len__"):
-            raise TypeError(
-                "X is a torch Dataset without a length. Pass a map-style Dataset, with `__len__` "
-                "and `__getitem__`."
-            )
-        self._dataset = dataset
-        first = self._item(0) if len(dataset) else np.empty(0)
-        self.shape = (len(dataset), *first.shape)
-        self.dtype = first.dtype
-
-    def _item(self, row: int) -> npt.NDArray[Any]:
-        item = self._dataset[row]
-        if isinstance(item, (tuple, list, dict)):
-            raise TypeError(
-                f"Item {row} of X is a {type(item).__name__}. Pass a Dataset that returns only the "
-                "inputs, as tensors or arrays, and pass the targets as y."
-            )
-        return np.asarray(from_torch(item))
-
-    def __getitem__(self, rows: slice) -> npt.NDArray[Any]:
-        items = []
-        for row in range(*rows.indices(self.shape[0])):
-            items.append(self._item(row))
-            if items[-1].shape != self.shape[1:]:
-                raise ValueError(
-                    f"Item {row} of X has shape {items[-1].shape}, but item 0 has shape "
-                    f"{self.shape[1:]}. Pass a Dataset with items of one shape."
-                )
-        return np.array(items).reshape(len(items), *self.shape[1:])
 
 
 class Rows:
@@ -241,6 +191,28 @@ class Samples:
             )
         keep = self.indices and not prepared.is_floating_point()
         return prepared.to(self.device, torch.int64 if keep else self.dtype)
+
+
+class _StructurePickler(pickle.Pickler):
+    """Pickles everything except the values of tensors and arrays, which can be large."""
+
+    def persistent_id(self, value: Any) -> str | None:
+        """Return a name in place of a tensor or an array."""
+        return "values" if isinstance(value, (Tensor, np.ndarray)) else None
+
+
+def warn_unless_picklable(preprocess: Preprocess | str | None) -> None:
+    """Warn of a transform that pickle refuses, such as a lambda."""
+    try:
+        _StructurePickler(io.BytesIO()).dump(preprocess)
+    except Exception as error:  # whatever an object's own pickling may raise
+        warnings.warn(
+            f"preprocess cannot be pickled, so pickle and joblib.dump will fail for the fitted "
+            f"estimator. Define it as a function or a class in a module, or use a transform of "
+            f"torchvision. ({error})",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _copy_to_tensor(array: npt.NDArray[Any]) -> Tensor:

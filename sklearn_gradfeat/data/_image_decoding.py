@@ -70,15 +70,20 @@ def decode(path: str, color: str, size: tuple[int, int] | None) -> npt.NDArray[n
             _check_number_of_pixels(image.width, image.height)
             if size is not None:
                 _check_resized(image, size)
-            image.load()
-            transpose = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            pixels = _convert(image, MODES[color])
-        pixels = pixels if transpose is None else pixels.transpose(transpose)
+            pixels = upright(image, color)
         return np.asarray(pixels if size is None else _resize_and_crop(pixels, size))
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {path}. Check the path.") from None
     except Exception as error:  # Pillow does not document the errors of its decoders
         raise OSError(f"{path} cannot be read as an image: {error}") from error
+
+
+def upright(image: Image.Image, color: str) -> Image.Image:
+    """Return an open image in a colour space, rotated as its orientation tag says, and opaque."""
+    image.load()
+    transpose = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    pixels = _convert(image, MODES[color])
+    return pixels if transpose is None else pixels.transpose(transpose)
 
 
 def _resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -25,6 +25,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif",
 # Part of the decoding is Python code, which runs in one thread at a time.
 _MAX_THREADS = 16
 _MAX_LISTED = 5
+_PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 Result = TypeVar("Result")
 
@@ -172,7 +173,8 @@ class ImageFiles:
         -----
         UserWarning
             If links place a file in two classes. It keeps the class of the file itself, or else
-            the first class.
+            the first class. If the subfolders are named as parts of a data set, such as "train"
+            and "test", and have the folders of the classes in them.
         """
         classes = sorted(
             entry.name
@@ -198,6 +200,7 @@ class ImageFiles:
                 "those that also are in another class. Add images to this class, or remove its "
                 "folder."
             )
+        _warn_of_parts(root, found)
         images = cls([path for _, path in found], **options)
         return images, np.array([label for label, _ in found])[images.kept]
 
@@ -286,8 +289,8 @@ class ImageFiles:
                 )
             raise ValueError(
                 f"Images of different sizes: {self._reference} is {self._height} × {self._width} "
-                f"(height × width), {path} is {image.shape[0]} × {image.shape[1]}. Pass size= to "
-                "resize all images to one size."
+                f"(height × width), {path} is {image.shape[0]} × {image.shape[1]}. Pass "
+                "ImageFiles(paths, size=224), for example, to resize all images to one size."
             )
         if self._channels == "first":
             return np.moveaxis(np.atleast_3d(image), 2, 0)
@@ -369,6 +372,24 @@ def _images_below(folder: str, root: str | os.PathLike[str], visited: set[str]) 
             "remove its folder."
         )
     return sorted(found)
+
+
+def _warn_of_parts(root: str | os.PathLike[str], found: list[tuple[str, str]]) -> None:
+    """Warn if the classes are the parts of a data set, with folders of classes below them."""
+    classes = sorted({label for label, _ in found})
+    if not all(label.lower() in _PARTS for label in classes):
+        return
+    for label, path in found:
+        folder = os.path.join(os.fsdecode(root), label)
+        inside = os.path.relpath(path, folder).split(os.sep)
+        if len(inside) > 1:
+            warnings.warn(
+                f"The classes are {', '.join(map(repr, classes))}, the subfolders of "
+                f"{os.fsdecode(root)}. If the classes are one level deeper, such as {inside[0]!r}, "
+                f"pass ImageFiles.from_folder({folder!r}), and likewise for each part.",
+                stacklevel=3,
+            )
+            return
 
 
 def _nested(folder: str, other: str) -> bool:

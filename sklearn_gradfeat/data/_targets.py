@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,40 @@ import numpy.typing as npt
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, check_array, column_or_1d
+
+
+def plain_targets(y: Any) -> npt.NDArray[Any]:
+    """Return targets as an array, with a numeric dtype of numpy if they are numbers.
+
+    scikit-learn converts nullable integers and booleans to floats, and refuses objects.
+
+    Parameters
+    ----------
+    y : array-like
+        Targets, also with an extension dtype: nullable, categorical, or strings.
+
+    Raises
+    ------
+    ValueError
+        If an object is missing: None, NaN or NA.
+    """
+    values: npt.NDArray[Any] = np.asarray(y)
+    if values.dtype != object:
+        return values
+    for position, value in np.ndenumerate(values):
+        if _is_missing(value):
+            raise ValueError(
+                f"y has missing values, the first in row {position[0]}: {value}. Leave these "
+                "samples out, or replace the values."
+            )
+    if all(isinstance(value, (Number, np.bool_)) for value in values.flat):
+        return np.array(values.tolist())
+    return values
+
+
+def _is_missing(value: Any) -> bool:
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
 
 
 def encode_classes(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from typing import Any, TypeAlias
@@ -26,9 +27,9 @@ class TextTokenizer(TransformerMixin, BaseEstimator):
 
     Parameters
     ----------
-    tokenizer : str or callable
-        A string is the name or the folder of a tokenizer of the package ``transformers``. A
-        callable is a tokenizer of that package, or any function that is called as
+    tokenizer : str, path-like or callable
+        A string is the name or the folder of a tokenizer of the package ``transformers``, a path
+        is its folder. A callable is a tokenizer of that package, or any function that is called as
         ``tokenizer(texts, padding="max_length", truncation=True, max_length=max_length)`` and
         returns a mapping with the keys ``"input_ids"`` and ``"attention_mask"``, each with
         integers of shape (n_samples, max_length).
@@ -39,7 +40,7 @@ class TextTokenizer(TransformerMixin, BaseEstimator):
     Attributes
     ----------
     tokenizer_ : callable
-        The tokenizer, loaded if ``tokenizer`` is a string.
+        The tokenizer, loaded if ``tokenizer`` is a string or a path.
 
     See Also
     --------
@@ -63,11 +64,13 @@ class TextTokenizer(TransformerMixin, BaseEstimator):
     """
 
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
-        "tokenizer": [str, callable],
+        "tokenizer": [str, os.PathLike, callable],
         "max_length": [Interval(Integral, 1, None, closed="left")],
     }
 
-    def __init__(self, tokenizer: str | Tokenizer, max_length: int = 128) -> None:
+    def __init__(
+        self, tokenizer: str | os.PathLike[str] | Tokenizer, max_length: int = 128
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
 
@@ -92,12 +95,14 @@ class TextTokenizer(TransformerMixin, BaseEstimator):
         ValueError
             If ``X`` is not a sequence of strings, or is empty.
         ImportError
-            If ``tokenizer`` is a string and ``transformers`` is not installed.
+            If ``tokenizer`` is a string or a path, and ``transformers`` is not installed.
+        FileNotFoundError
+            If ``tokenizer`` is a path, and there is no such folder.
         """
         _validate_texts(X)
         tokenizer = self.tokenizer
         self.tokenizer_: Tokenizer = (
-            _load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+            _load_tokenizer(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else tokenizer
         )
         return self
 
@@ -230,14 +235,19 @@ def _validate_texts(X: Any) -> list[str]:
     return list(map(str, texts))  # numpy.str_ to str
 
 
-def _load_tokenizer(name: str) -> Tokenizer:
+def _load_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
     """Load a tokenizer of the package transformers."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError(
-            f"tokenizer={name!r} needs the package transformers. Install it with pip install "
-            "'sklearn-gradfeat[text]', or pass a callable."
+            f"tokenizer={os.fspath(name)!r} needs the package transformers. Install it with pip "
+            "install 'sklearn-gradfeat[text]', or pass a callable."
         ) from error
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(name)
+    if isinstance(name, os.PathLike) and not os.path.isdir(name):
+        raise FileNotFoundError(
+            f"tokenizer={os.fspath(name)!r} is a path, but there is no such folder. Pass the "
+            "folder of a tokenizer, or its name as a string."
+        )
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(os.fspath(name))
     return tokenizer

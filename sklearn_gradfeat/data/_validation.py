@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import scipy.sparse as sp
+from PIL import Image
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
-from sklearn_gradfeat.data._batches import from_torch, is_lazy
+from sklearn_gradfeat.data._batches import is_lazy
+from sklearn_gradfeat.data._containers import to_numpy, to_numpy_input
+from sklearn_gradfeat.data._targets import plain_targets
+
+_MAX_LISTED = 5
 
 
 @contextmanager
@@ -32,7 +40,7 @@ def validate_samples(estimator: Any, X: Any, y: Any = "no_validation") -> tuple[
     ----------
     estimator : estimator
         The estimator to fit.
-    X : array-like, tensor or torch Dataset of shape (n_samples, ...)
+    X : array-like, tensor, torch Dataset, or list of images or paths, of shape (n_samples, ...)
         The samples.
     y : array-like or tensor, default="no_validation"
         The targets; a sparse indicator matrix becomes dense.
@@ -44,11 +52,15 @@ def validate_samples(estimator: Any, X: Any, y: Any = "no_validation") -> tuple[
     y : ndarray
         The targets.
     """
-    X, y = from_torch(X), from_torch(y)
+    X, y = to_numpy_input(X), to_numpy(y)
     y = y.toarray() if sp.issparse(y) else y
+    if y is not None and not isinstance(y, str):
+        y = plain_targets(y)
     if not is_lazy(X):
         check = {"allow_nd": True, "ensure_min_samples": 2, "multi_output": True}
-        X, y = validate_data(estimator, X, y, **check)
+        with _columns_named(X):
+            X, y = validate_data(estimator, X, y, **check)
+            _check_numeric(X)
     else:
         if y is None:
             raise ValueError(
@@ -69,7 +81,7 @@ def validate_samples(estimator: Any, X: Any, y: Any = "no_validation") -> tuple[
 def validate_new_samples(estimator: Any, X: Any) -> Any:
     """Validate samples for prediction: their shape must be the one seen in ``fit``."""
     check_is_fitted(estimator)
-    X = from_torch(X)
+    X = to_numpy_input(X)
     expected = estimator.sample_shape_
     # scikit-learn checks the number of columns and the names of tabular data.
     if len(getattr(X, "shape", ())) > 1 and len(expected) + len(X.shape) > 3:
@@ -77,18 +89,70 @@ def validate_new_samples(estimator: Any, X: Any) -> Any:
     if is_lazy(X):
         _check_not_empty(X)
         return X
-    X = validate_data(estimator, X, allow_nd=True, reset=False)
+    with _columns_named(X):
+        X = validate_data(estimator, X, allow_nd=True, reset=False)
+        _check_numeric(X)
     _check_sample_shape(estimator, X)
     return X
+
+
+@contextmanager
+def _columns_named(X: Any) -> Iterator[None]:
+    """Name the columns that are not numeric in the error of the block."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        names = _not_numeric(X)
+        if not names:
+            raise
+        listed = ", ".join(map(repr, names[:_MAX_LISTED]))
+        raise ValueError(
+            f"Columns of X are not numeric: {listed}{', ...' * (len(names) > _MAX_LISTED)}. Encode "
+            "them, for example with OneHotEncoder in a ColumnTransformer, or leave them out. For a "
+            "column of texts, put a TextTokenizer before the estimator in a pipeline. Pass a "
+            f"column of images or of image paths alone: X=X[{names[0]!r}]."
+        ) from error
+
+
+def _check_numeric(X: npt.NDArray[Any]) -> None:
+    """Raise an error for objects and dates, which scikit-learn lets pass in some data frames."""
+    if X.dtype.kind not in "biuf":
+        raise ValueError(f"X must hold numbers, got dtype {X.dtype}. Convert X to a numeric dtype.")
+
+
+def _not_numeric(X: Any) -> list[Any]:
+    """Return the columns of a data frame or a matrix of objects that have texts or dates."""
+    if hasattr(X, "columns"):
+        columns = [(name, np.asarray(X[name])) for name in X.columns]
+    elif isinstance(X, np.ndarray) and X.ndim == 2:
+        columns = list(enumerate(X.T))
+    else:
+        return []
+    return [name for name, values in columns if values.dtype.kind in "mM" or _has_others(values)]
+
+
+def _has_others(values: npt.NDArray[Any]) -> bool:
+    """Return whether values contain an image, a path, or a string that is not a number."""
+    for value in values if values.dtype.kind in "OSTU" else ():
+        if isinstance(value, (Image.Image, os.PathLike)):
+            return True
+        try:
+            float(value)
+        except ValueError:
+            return True
+        except TypeError:  # a missing value, or an object that scikit-learn refuses
+            continue
+    return False
 
 
 def _check_sample_shape(estimator: Any, X: Any) -> None:
     """Raise an error unless the samples have the shape of those in ``fit``."""
     shape = tuple(X.shape[1:])
     if shape != estimator.sample_shape_:
+        single = "; for one sample, X[None]" * (X.shape == estimator.sample_shape_)
         raise ValueError(
             f"X has samples of shape {shape}, but {type(estimator).__name__} was fitted with "
-            f"samples of shape {estimator.sample_shape_}. Pass samples of that shape."
+            f"samples of shape {estimator.sample_shape_}. Pass samples of that shape{single}."
         )
 
 

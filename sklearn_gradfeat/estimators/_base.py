@@ -24,6 +24,8 @@ from sklearn_gradfeat.data import (
     restored_on_error,
     validate_new_samples,
     validate_samples,
+    warn_of_tabular,
+    warn_unless_picklable,
 )
 from sklearn_gradfeat.estimators._printing import caption, named, text_of
 from sklearn_gradfeat.io import LinearizedNetwork, save_estimator
@@ -104,6 +106,9 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
 
     def _prepare(self, X: Any) -> Prepared:
         """Pass the samples through the frozen layers."""
+        warn_unless_picklable(self.preprocess)
+        if self.backbone is None and len(X.shape) == 2:
+            warn_of_tabular(X, getattr(self, "feature_names_in_", None))
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
         extractor, names = build_extractor(
             X,

@@ -265,6 +265,7 @@ def test_outputs_behind_transforms_of_packages_are_cached(computed, tmp_path, ki
     assert sum(computed) == 2 * len(X)
 
 
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled:UserWarning")
 @pytest.mark.parametrize("transform", [double, Own(), nn.Sequential(Own()), lambda x: 2 * x])
 @pytest.mark.parametrize("store", ["memory", "disk"])
 def test_outputs_behind_code_of_the_user_are_computed_anew(computed, tmp_path, transform, store):

@@ -202,6 +202,7 @@ def test_dtype_and_shape_are_part_of_a_sample(counted, path, other):
     assert passes(counted) == 48
 
 
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled:UserWarning")
 def test_transform_without_a_hash_is_not_shared(path):
     lock = threading.Lock()
     seen = []
@@ -410,6 +411,7 @@ def test_forked_child_finds_and_adds(path, kind):
     assert (None in store.find(key(owner, label), names(4))) == (kind == "auto")
 
 
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled:UserWarning")
 def test_transform_may_reuse_its_memory(counted):
     class Reusing:
         def __init__(self):

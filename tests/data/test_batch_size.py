@@ -239,6 +239,7 @@ def test_gram_matrix_of_the_samples(fit, options, monkeypatch):
     np.testing.assert_allclose(model.coef_, expected.coef_, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled:UserWarning")
 def test_the_example_fits_and_nothing_else(fit):
     class Growing(Cramped):
         def __call__(self, batch):

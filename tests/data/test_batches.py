@@ -1,5 +1,8 @@
 """Arrays, tensors, data frames, datasets and lazy arrays give the same fit, in every dtype."""
 
+import pickle
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.data import warn_unless_picklable
 from tests.data.arrays import Items, Lazy, memory_map, with_value
 from tests.tiny import X, Y, estimator
 
@@ -117,14 +121,19 @@ def test_predictions_do_not_depend_on_other_rows(precision):
     np.testing.assert_allclose(alone, together, rtol=1e-7, atol=1e-7)
 
 
+def doubled(batch):
+    return batch.mul_(2)
+
+
 def test_input_is_not_changed():
     images, y, weights = X.copy(), Y.copy(), np.arange(1.0, 25)
-    estimator(preprocess=lambda batch: batch.mul_(2)).fit(images, y, weights).predict(images)
+    estimator(preprocess=doubled).fit(images, y, weights).predict(images)
     assert np.array_equal(images, X)
     assert np.array_equal(y, Y)
     assert np.array_equal(weights, np.arange(1.0, 25))
 
 
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled:UserWarning")
 @pytest.mark.parametrize(
     ("preprocess", "match"),
     [
@@ -135,6 +144,48 @@ def test_input_is_not_changed():
 def test_bad_preprocess(preprocess, match):
     with pytest.raises(ValueError, match=match):
         estimator(preprocess=preprocess).fit(X, Y)
+
+
+class WithTable(nn.Module):
+    """A transform with a large tensor, and with a function that pickle may refuse."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.register_buffer("table", torch.zeros(10**6))
+
+    def forward(self, batch):
+        return self.function(batch)
+
+
+def test_preprocess_that_pickle_refuses():
+    scale = 2.0
+
+    def closure(batch):
+        return batch * scale
+
+    model = estimator(features="activation", preprocess=closure)
+    with pytest.warns(UserWarning, match=r"preprocess cannot be pickled.*in a module.*torchvision"):
+        model.fit(X, Y)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(model)
+    for transform in (lambda batch: batch * 2, WithTable(closure)):
+        with pytest.warns(UserWarning, match="preprocess cannot be pickled"):
+            warn_unless_picklable(transform)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    ["auto", None, torch.tanh, WithTable(torch.tanh), partial(torch.mul, other=2), doubled],
+)
+def test_preprocess_that_pickle_accepts(transform):
+    warn_unless_picklable(transform)  # no warning
+    pickle.dumps(transform)
+
+
+def test_the_check_of_preprocess_pickles_no_values(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__reduce_ex__", None)
+    warn_unless_picklable(WithTable(torch.tanh))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is present")
@@ -194,42 +245,6 @@ def test_memory_map_in_a_grid_search(tmp_path):
     grid = GridSearchCV(estimator(), {"alpha": [0.1]}, cv=2, error_score="raise")
     mapped = grid.fit(memory_map(tmp_path, X), Y)
     assert mapped.best_score_ == clone(grid).fit(X, Y).best_score_
-
-
-def test_dataset_is_read_in_batches(fitted):
-    read = []
-    dataset = Items(lambda row: read.append(row) or X[row])
-    model = estimator(batch_size=7)
-    model.fit(dataset, Y)
-    assert read == [0, 0, 1, *range(24)]  # the shape, an example, and all
-    assert np.array_equal(model.predict(X), fitted.predict(X))
-
-
-def test_dataset_of_tabular_data():
-    rows = X.reshape(24, -1)[:, :3]
-    model = estimator(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), features="activation")
-    expected = clone(model).fit(rows, Y).coef_
-    assert np.array_equal(model.fit(Items(lambda row: rows[row]), Y).coef_, expected)
-
-
-class Stream(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        return iter(X)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "error", "match"),
-    [
-        (Items(lambda row: (X[row], Y[row])), TypeError, "Item 0 of X is a tuple.*only the inputs"),
-        (Items(lambda row: {"image": X[row]}), TypeError, "Item 0 of X is a dict"),
-        (Items(lambda row: X[row, :, : 8 - row // 5]), ValueError, r"Item 5 of X .*\(1, 7, 8\)"),
-        (Items(lambda row: X[row], 0), ValueError, "0 sample"),
-        (Stream(), TypeError, "without a length"),
-    ],
-)
-def test_bad_dataset(dataset, error, match):
-    with pytest.raises(error, match=match):
-        estimator().fit(dataset, Y[: len(dataset)] if hasattr(dataset, "__len__") else Y)
 
 
 def test_lazy_nan_at_predict(fitted):

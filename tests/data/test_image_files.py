@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import shutil
 import threading
 import time
 import tracemalloc
@@ -56,7 +57,7 @@ def test_without_size_all_files_must_have_one_size(tmp_path):
     same = [written(tmp_path / f"{i}.png", COLORS) for i in range(2)]
     X = ImageFiles([*same, written(tmp_path / "odd.png", COLORS[:4])])
     assert X.shape == (3, 6, 9, 3)
-    with pytest.raises(ValueError, match=r"0\.png is 6 × 9 .*odd\.png is 4 × 9\. Pass size="):
+    with pytest.raises(ValueError, match=r"0\.png is 6 × 9 .*odd\.png is 4 × 9\. Pass .*size="):
         np.asarray(X)
     assert np.array_equal(X[:2], np.stack([COLORS, COLORS]))
 
@@ -143,6 +144,28 @@ def test_folder(folder):
     ]
     assert y.tolist() == ["cat"] * 7 + ["dog"] * 6
     assert y.dtype.kind == "U"
+
+
+@pytest.mark.parametrize("parts", [("train", "test"), ("Train", "val"), ("train",)])
+def test_folder_above_that_of_the_classes(folder, parts):
+    root = folder / "root"
+    for part in parts:
+        shutil.copytree(folder / "cat", root / part / "cat")
+        shutil.copytree(folder / "dog", root / part / "dog")
+    with pytest.warns(UserWarning, match=r"one level deeper, such as 'cat', pass .*from_folder"):
+        ImageFiles.from_folder(root, size=8)
+    ImageFiles.from_folder(root / parts[0], size=8)
+
+
+@pytest.mark.parametrize("names", [("train", "bus"), ("train", "test")])
+def test_classes_named_as_parts_of_a_data_set(folder, names):
+    for old, new in zip(("cat", "dog"), names, strict=True):
+        (folder / old).rename(folder / new)
+    if "bus" in names:
+        (folder / "train" / "red").mkdir()
+        written(folder / "train" / "red" / "1.png", COLORS)
+    _, y = ImageFiles.from_folder(folder, size=8)  # no warning
+    assert set(y) == set(names)
 
 
 def test_folder_with_broken_files(folder):
@@ -293,6 +316,7 @@ def test_a_broken_file_ends_fit_and_threads(folder):
     assert not reading_threads()
 
 
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled:UserWarning")
 def test_no_thread_outlives_a_failing_network(folder):
     X, y = tiny_images(folder)
     n_batches = 0

@@ -1,6 +1,7 @@
 """Targets and sample weights."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from sklearn_gradfeat.data import (
     weighted_mean,
     weighted_median,
 )
+from sklearn_gradfeat.data._targets import plain_targets
 
 # --- classes ---------------------------------------------------------------------------------
 
@@ -61,6 +63,51 @@ def test_one_column_of_classes_is_flattened():
 def test_classes_that_cannot_be_used(y, message):
     with pytest.raises(ValueError, match=message):
         encode_classes(np.array(y))
+
+
+# --- dtypes of pandas ---
+
+
+@pytest.mark.parametrize(
+    ("y", "expected"),
+    [
+        (pd.Series([3, 1], dtype="Int64"), np.array([3, 1])),
+        (pd.Series([1, 0], dtype="boolean"), np.array([True, False])),
+        (pd.Series([1.5, 0], dtype="Float64"), np.array([1.5, 0])),
+        (pd.Series([3, 1], dtype="category"), np.array([3, 1])),
+        (pd.Series(["b", "a"], dtype="category"), np.array(["b", "a"], object)),
+        (pd.Series(["b", "a"], dtype="string"), np.array(["b", "a"], object)),
+        (pd.Categorical(["b", "a"]), np.array(["b", "a"], object)),
+        (pd.array([3, 1], dtype="Int64"), np.array([3, 1])),
+        (pd.Series([3, 1], dtype=object), np.array([3, 1])),
+        (np.array([True, False], object), np.array([True, False])),
+        (pd.DataFrame({"a": pd.Series([1, 0], dtype="Int64"), "b": [True, False]}),
+         np.array([[1, 1], [0, 0]])),
+        ([1.5, 2], np.array([1.5, 2])),
+        (np.array([], object), np.array([])),
+    ],
+)  # fmt: skip
+def test_targets_of_pandas_have_a_dtype_of_numpy(y, expected):
+    found = plain_targets(y)
+    assert found.dtype == expected.dtype
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("y", "row"),
+    [
+        (pd.Series(["a", "b", None], dtype="category"), 2),
+        (pd.Series(["a", pd.NA, "b"], dtype="string"), 1),
+        (pd.Series([True, None], dtype="boolean"), 1),
+        (pd.Series(["a", np.nan]), 1),
+        (["a", None], 1),
+        (np.array([1, np.nan, 2], object), 1),
+        (np.array([[1, 0], [0, pd.NaT]], object), 1),
+    ],
+)
+def test_missing_targets_are_found(y, row):
+    with pytest.raises(ValueError, match=f"y has missing values, the first in row {row}: .*Leave"):
+        plain_targets(y)
 
 
 # --- numbers ---------------------------------------------------------------------------------

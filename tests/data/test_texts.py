@@ -110,6 +110,26 @@ def test_name_without_transformers(monkeypatch):
         TextTokenizer("some/name").fit(["a"])
 
 
+def test_tokenizer_in_a_folder(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = tokenizers.models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "b": 3}, "[UNK]")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = tmp_path / "tokenizer"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    model = TextTokenizer(folder, max_length=3).fit(["a"])
+    expected = TextTokenizer(str(folder), max_length=3).fit_transform(["a b", "c"])
+    assert expected[:, 0].tolist() == [[2, 3, 0], [1, 0, 0]]
+    for equal in (model, clone(model).fit(["a"]), pickle.loads(pickle.dumps(model))):
+        assert equal.get_params() == {"tokenizer": folder, "max_length": 3}
+        assert np.array_equal(equal.transform(["a b", "c"]), expected)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer='.*absent' is a path.*no such folder"):
+        model.set_params(tokenizer=tmp_path / "absent").fit(["a"])
+
+
 # --- the network -----------------------------------------------------------------------------
 
 

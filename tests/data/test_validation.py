@@ -1,13 +1,19 @@
 """Invalid X and y raise an error, and a failed fit changes nothing."""
 
 import copy
+import re
+import warnings
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
+from PIL import Image
 from sklearn.exceptions import ConvergenceWarning, DataConversionWarning, NotFittedError
 from torch import nn
 
+from sklearn_gradfeat import GradientFeatureClassifier
 from sklearn_gradfeat.data._targets import normalized_weights
 from tests.data.arrays import Lazy, with_value
 from tests.tiny import NET, X, Y, estimator, tiny_net
@@ -86,6 +92,55 @@ def test_wrong_ndim(fitted, bad):
         fitted.predict(bad)
 
 
+def test_one_sample_without_its_axis(fitted):
+    with pytest.raises(ValueError, match=r"samples of that shape; for one sample, X\[None\]\."):
+        fitted.predict(X[0])
+    assert fitted.predict(X[0][None]).shape == (1,)
+
+
+def table(**columns):
+    return pd.DataFrame({"a": np.arange(24.0), **columns})
+
+
+@pytest.mark.parametrize(
+    ("bad", "names"),
+    [
+        (table(t=["some text"] * 24, u=["x", None] * 12), "'t', 'u'"),
+        (table(t=pd.Series(["x"] * 24, dtype="string")), "'t'"),
+        (table(t=pd.Categorical(["x", "y"] * 12)), "'t'"),
+        (table(t=pd.date_range("2020", periods=24)), "'t'"),
+        (pd.DataFrame({"t": pd.date_range("2020", periods=24)}), "'t'"),
+        (table(t=[Path("1.png")] * 24), "'t'"),
+        (table(t=[Image.new("L", (2, 2))] * 24), "'t'"),
+        (table(t=["x"] * 24).to_numpy(), "1"),
+        (pd.DataFrame({f"{i}": ["x"] * 24 for i in range(9)}), "'0', '1', '2', '3', '4', ..."),
+    ],
+    ids=["texts", "string", "category", "dates", "dates alone", "paths", "images", "objects",
+         "many"],
+)  # fmt: skip
+def test_columns_that_are_not_numeric_are_named(bad, names):
+    match = rf"Columns of X are not numeric: {re.escape(names)}\. .*OneHotEncoder.*TextTokenizer"
+    with pytest.raises(ValueError, match=match):
+        GradientFeatureClassifier().fit(bad, Y)
+    numeric = GradientFeatureClassifier(features="activation", alpha=1.0)
+    numeric.fit(np.random.default_rng(0).normal(size=bad.shape), Y)
+    with pytest.raises(ValueError, match=match), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the names of the columns were not known in fit
+        numeric.predict(bad)
+
+
+def test_columns_of_numbers_in_any_dtype():
+    ones = table(
+        i=pd.Series([1, 2] * 12, dtype="Int64"),
+        b=pd.Series([True] * 24, dtype="boolean"),
+        c=pd.Categorical([1, 2] * 12),
+        o=pd.Series([1.5, 2] * 12, dtype=object),
+    )
+    model = GradientFeatureClassifier(features="activation", alpha=1.0, random_state=0)
+    expected = model.fit(ones.astype(float), Y).coef_
+    assert np.array_equal(model.fit(ones, Y).coef_, expected)
+
+
 def test_wrong_number_of_columns():
     rows = X.reshape(24, -1)[:, :5]
     net = nn.Sequential(nn.Linear(5, 4), nn.ReLU())
@@ -137,7 +192,6 @@ def test_lazy_of_strings():
 
 
 def test_lazy_input_removes_feature_names_of_an_earlier_fit():
-    pd = pytest.importorskip("pandas")
     rows = pd.DataFrame(X.reshape(24, -1)[:, :3], columns=["a", "b", "c"])
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     model = estimator(net, features="activation").fit(rows, Y)
@@ -196,7 +250,6 @@ def test_a_failing_first_fit_leaves_nothing():
 
 
 def test_feature_names_survive_a_failing_fit():
-    pd = pytest.importorskip("pandas")
     rows = pd.DataFrame(X.reshape(24, -1)[:, :3], columns=["a", "b", "c"])
     model = estimator(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), features="activation")
     model.fit(rows, Y)

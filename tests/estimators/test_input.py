@@ -3,13 +3,18 @@
 import copy
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    GradientFeatureClassifierCV,
+    GradientFeatureRegressor,
+)
 from sklearn_gradfeat.backbones._attention import differentiable_attention
-from tests.tiny import X, Y, estimator, tiny_net
+from tests.tiny import NET, X, Y, estimator, tiny_net
 
 
 class Then(nn.Module):
@@ -233,6 +238,46 @@ def test_multilabel_targets_are_zeros_and_ones(shift):
         GradientFeatureClassifier(random_state=0).fit(
             np.random.RandomState(1).randn(30, 4), shift(Y)
         )
+
+
+@pytest.mark.parametrize(
+    ("y", "kind"),
+    [
+        (pd.Series(Y, dtype="Int64"), "i"),
+        (pd.Series(Y > 0, dtype="boolean"), "b"),
+        (pd.Series(Y, dtype="category"), "i"),
+        (pd.Series(np.array(["c", "a", "b"])[Y], dtype="category"), "O"),
+        (pd.Series(np.array(["c", "a", "b"])[Y], dtype="string"), "O"),
+        (pd.Series(Y, dtype=object), "i"),
+    ],
+    ids=["Int64", "boolean", "category", "category of strings", "string", "object"],
+)
+def test_classes_of_pandas(y, kind):
+    model = estimator(features="activation").fit(X, y)
+    assert model.classes_.dtype.kind == kind
+    assert model.classes_.tolist() == sorted(set(y))
+    accuracy = np.mean(model.predict(X) == np.asarray(y))
+    assert accuracy > 0.6
+    if y.dtype != object:  # scikit-learn's scores refuse numbers in an array of objects
+        assert model.score(X, y) == accuracy
+    search = GradientFeatureClassifierCV(NET, alphas=[0.1], features="activation", cv=2)
+    assert search.fit(X, y).classes_.dtype.kind == kind
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "Float64", "boolean"])
+def test_numbers_of_pandas(dtype):
+    y = pd.Series(Y > 0, dtype=dtype)
+    model = GradientFeatureRegressor(NET, features="activation", alpha=0.1)
+    expected = model.fit(X, 1.0 * (Y > 0)).coef_
+    assert np.array_equal(model.fit(X, y).coef_, expected)
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "boolean", "category", "string", object])
+def test_missing_targets(dtype):
+    y = pd.Series([None, *[True, False] * 11, True], dtype=dtype)
+    for kind in (GradientFeatureClassifier, GradientFeatureRegressor):
+        with pytest.raises(ValueError, match=r"y has missing values|y contains NaN"):
+            kind(NET).fit(X, y)
 
 
 def test_constant_samples_without_information():

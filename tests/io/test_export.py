@@ -76,11 +76,14 @@ def test_tabular_data_are_float64():
         assert np.allclose(found, model.predict_proba(rows.astype(dtype)), rtol=0, atol=tolerance)
 
 
-def test_transform_that_is_a_module_is_part_of_it():
-    class Scale(nn.Module):
-        def forward(self, x):
-            return x / 255
+class Scale(nn.Module):
+    """A transform that pickle accepts."""
 
+    def forward(self, x):
+        return x / 255
+
+
+def test_transform_that_is_a_module_is_part_of_it():
     images = (X * 20 + 100).clip(0, 255).astype(np.uint8)
     model = estimator(preprocess=Scale()).fit(images, Y)
     assert np.allclose(proba(model.to_torch(), images), model.predict_proba(images), atol=1e-6)

@@ -226,6 +226,7 @@ def test_refit_of_a_factory_has_the_weights_that_were_passed(path):
     assert same(model, again)
 
 
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled:UserWarning")
 def test_layout_of_the_input_is_kept(path):
     def last(batch):
         return batch.permute(0, 3, 1, 2)

@@ -1,0 +1,95 @@
+"""Advice on the layout of samples, and on networks that end in class scores."""
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.backbones import warn_of_class_scores
+from tests.tiny import Y
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def network(channels, n_axes=2):
+    return nn.Sequential(CONVOLUTIONS[n_axes](channels, 4, 3), nn.ReLU(), nn.Flatten(2))
+
+
+def samples(*shape):
+    return np.random.default_rng(0).normal(size=(24, *shape)).astype(np.float32)
+
+
+def fit(net, X, **parameters):
+    return GradientFeatureClassifier(net, alpha=1.0, features="activation", **parameters).fit(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("net", "X", "advice", "mend"),
+    [
+        (network(3), samples(8, 7, 3), "(n_samples, 3, height, width). The channels of X are last: "
+         "pass X.transpose(0, 3, 1, 2), or permute", lambda X: X.transpose(0, 3, 1, 2)),
+        (network(2, 1), samples(7, 2), "(n_samples, 2, length). The channels of X are last: "
+         "pass X.transpose(0, 2, 1)", lambda X: X.transpose(0, 2, 1)),
+        (network(1, 3), samples(5, 6, 7, 1), "pass X.transpose(0, 4, 1, 2, 3)",
+         lambda X: X.transpose(0, 4, 1, 2, 3)),
+        (network(3), samples(192), "X are flat: pass X in the shape that it had before, such as "
+         "X.reshape(-1, 3, 8, 8).", lambda X: X.reshape(-1, 3, 8, 8)),
+        (network(3), samples(100), "X are flat: pass X in the shape that it had before.\n", None),
+        (network(1), samples(8, 8), "X has no axis of channels: pass X[:, None].",
+         lambda X: X[:, None]),
+        (network(3), samples(8, 8), "pass X[:, None], repeated to 3 channels.",
+         lambda X: X[:, None].repeat(3, 1)),
+        (network(3), samples(4, 8, 8), "takes batches of shape (n_samples, 3, height, width).\n",
+         None),
+    ],
+)  # fmt: skip
+def test_a_wrong_layout_is_named(net, X, advice, mend):
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        fit(net, X)
+    if mend:
+        fit(net, mend(X))
+
+
+@pytest.mark.parametrize("net", [network(3), nn.Linear(5, 2), nn.LazyConv2d(2, 3)])
+def test_other_failures_have_no_advice(net):
+    X = samples(3, 2, 2)  # smaller than the kernel
+    with pytest.raises(ValueError, match="failed on a batch") as error:
+        fit(net, X)
+    assert "convolution of the backbone" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("resnet18", "fc"), ("squeezenet1_1", None), ("mobilenet_v3_small", r"classifier\.3"),
+     ("vit_b_32", r"heads\.head")],
+)  # fmt: skip
+def test_classifiers_of_torchvision(name, layer):
+    with torch.device("meta"):
+        net = torchvision.models.get_model(name, weights=None)
+    if layer is None:  # its scores come from a convolution
+        warn_of_class_scores(net)
+        return
+    with pytest.warns(UserWarning, match=f"ends in the layer '{layer}' with 1000 .*Identity"):
+        warn_of_class_scores(net)
+    with pytest.warns(UserWarning, match=f"'1.{layer}'"):
+        warn_of_class_scores(nn.Sequential(nn.Identity(), net, nn.Softmax(1)))
+
+
+def test_activations_that_are_no_class_scores():
+    features = nn.Sequential()
+    features.add_module("fc", nn.Linear(5, 512))
+    scores = nn.Sequential()
+    scores.add_module("fc", nn.Linear(5, 1000))
+    with pytest.warns(UserWarning, match="class scores.*activation_layer='fc'"):
+        fit(scores, samples(5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(scores, samples(5), activation_layer="fc")
+        warn_of_class_scores(features)
+        warn_of_class_scores(nn.Sequential(nn.Linear(5, 1000)))
+        warn_of_class_scores(nn.Flatten())
