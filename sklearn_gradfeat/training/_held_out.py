@@ -158,6 +158,17 @@ class Folds:
         held = np.cumsum([len(fold.weights) for fold in self._folds])
         return Folds(self._folds[: int(np.searchsorted(held, n_samples)) + 1])
 
+    def typical_first(self, alpha: float) -> Folds:
+        """Return the folds in another order: first those with a loss near that of all folds.
+
+        The loss is that of the models on the activations. In a fold of few samples, it may be far
+        from typical, and then the best penalties are, too.
+        """
+        folds = [(fold, fold.losses(alpha, math.inf)) for fold in self._folds]
+        means = [np.average(losses, weights=fold.weights) for fold, losses in folds]
+        distances = np.abs(np.array(means) - np.mean(means))
+        return Folds([self._folds[i] for i in np.argsort(distances, kind="stable")])
+
     @property
     def weights(self) -> Array:
         """The weights of the distinct held-out samples."""

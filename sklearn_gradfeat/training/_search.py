@@ -46,7 +46,7 @@ _FLAT = 1e-3
 _CLEAR = 0.02
 # Standard errors that a stronger penalty may be worse.
 _TOLERATED = 0.5
-_MAX_STEPS = 16  # down, and as many up
+_MAX_STEPS = 8  # down, and as many up
 
 
 class Choice(NamedTuple):
@@ -100,7 +100,9 @@ def choose_penalties(
     if gradient_alpha is None:
         scale = stages.curvature_of_step(stages.fit_activation(alpha))
         exact = left_out is not None and left_out.gram(alpha) is not None
-        held_out = left_out if exact else folds.enough(ENOUGH_WITH_GRADIENTS)
+        held_out = left_out if exact else folds.enough(ENOUGH)
+        if isinstance(held_out, Folds):
+            held_out = held_out.typical_first(alpha).enough(ENOUGH_WITH_GRADIENTS)
         gradient_alpha = math.inf if features == "full" else scale or 1.0
         if held_out is not None and scale > 0:
             path = _Path(held_out, lambda g: (alpha, g), progress)
