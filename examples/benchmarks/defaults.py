@@ -10,9 +10,10 @@ Every problem has three splits with disjoint test samples. The models:
   loss on the test samples. No method that selects penalties on the training data can be better.
 
 The loss is the log loss, or the squared error in units of the variance of the test targets. Loss
-and accuracy of multilabel targets are averages over labels. Regression targets are not scaled. The seconds of a fit exclude the frozen layers:
-every image passes them once, before the first fit. The table has the differences "full" minus
-"LogisticRegressionCV" or "RidgeCV", with the standard errors of paired test samples.
+and accuracy of multilabel targets are averages over labels. Regression targets are not scaled. The
+seconds of a fit exclude the frozen layers: every image passes them once, before the first fit. The
+table has the differences "full" minus "LogisticRegressionCV" or "RidgeCV", with the standard errors
+of paired test samples.
 
 ``--cost`` measures another ratio instead: the time of a fit that chooses the penalties, in units of
 that of a fit with the chosen ones.
@@ -39,7 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from _datasets import read_images
 from _setup import docstrings, empty_store, pretrained, save
-from sklearn.base import clone, is_regressor
+from sklearn.base import clone
 from sklearn.datasets import (
     load_breast_cancer,
     load_diabetes,
@@ -180,9 +181,9 @@ def splits(problem, n_splits):
     """
     kind = KFold if problem.regression or problem.y.ndim > 1 else StratifiedKFold
     folds = kind(max(n_splits, 3), shuffle=True, random_state=0).split(problem.X, problem.y)
-    for seed, (train, test) in zip(range(n_splits), folds, strict=False):
-        rng = np.random.default_rng(seed)
-        train, test = rng.permutation(train)[: problem.n_train], rng.permutation(test)[:N_TEST]
+    for seed, fold in zip(range(n_splits), folds, strict=False):
+        order = np.random.default_rng(seed).permutation
+        train, test = order(fold[0])[: problem.n_train], order(fold[1])[:N_TEST]
         X, X_test = problem.X[train], problem.X[test]
         if "backbone" not in problem.network:
             scaler = StandardScaler().fit(X)
@@ -219,7 +220,7 @@ def linear_models(problem):
 
 def evaluate(model, X, y):
     """Return the loss and the accuracy of every sample, or the share of explained variance."""
-    if is_regressor(model):
+    if not hasattr(model, "predict_proba"):
         losses = (y - model.predict(X)) ** 2 / y.var()
         return losses, 1 - losses
     p = model.predict_proba(X).astype(np.float64)
