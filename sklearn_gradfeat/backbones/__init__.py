@@ -12,6 +12,7 @@ from sklearn_gradfeat.backbones._sources import (
     resolve_backbone,
     seeded,
 )
+from sklearn_gradfeat.backbones._threads import threads_for, threads_for_head
 
 __all__ = [
     "BackboneLike",
@@ -28,5 +29,7 @@ __all__ = [
     "resolve_backbone",
     "seeded",
     "stored_weights",
+    "threads_for",
+    "threads_for_head",
     "with_weights",
 ]
