@@ -1,6 +1,7 @@
 """The number of threads inside of fits and predictions, and after them."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Barrier
 
 import numpy as np
@@ -14,9 +15,17 @@ from sklearn_gradfeat.backbones._threads import LARGE, one_thread
 from tests.tiny import NET, X, Y, estimator
 
 
+@contextmanager
+def caller_with(number):
+    """Set the number of threads, after torch has set its own as it does in a new thread."""
+    torch.get_num_threads()
+    with threadpool_limits(number, user_api="openmp"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _three_threads():
-    with threadpool_limits(3, user_api="openmp"):
+    with caller_with(3):
         yield
 
 
@@ -38,7 +47,7 @@ def test_small_and_large():
 
 
 def test_never_more_threads_than_the_caller():
-    with threadpool_limits(1, user_api="openmp"):
+    with caller_with(1):
         assert numbers() == [1] * 6
         with threads_for(LARGE):
             assert torch.get_num_threads() == 1
@@ -63,7 +72,7 @@ def test_threads_do_not_change_each_other():
     barrier = Barrier(8)
 
     def run(number):
-        with threadpool_limits(number, user_api="openmp"):
+        with caller_with(number):
             with one_thread():
                 barrier.wait()
                 inside = torch.get_num_threads()
