@@ -17,10 +17,15 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.backbones import threads_for
+
 # Up to this width the full decomposition takes a few seconds; wider matrices get a partial one.
 MAX_EXACT = 2048
 _RANK = 1024
 _ITERATIONS = 3
+# A decomposition has many steps, after which threads wait for each other. To be large, it must
+# have this many times the multiplications of a product.
+STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             "features='activation'."
         )
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        with threads_for(matrix.shape[-1] ** 3 / STEPS):
+            values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         host = matrix.cpu().numpy()
         found = [scipy.linalg.eigh(one, driver="ev") for one in host.reshape(-1, *host.shape[-2:])]
