@@ -65,7 +65,9 @@ class Spectrum:
         """Decompose ``rowsᵀ rows``, for rows of shape (n_rows, n) or (1, n_rows, n), n_rows < n."""
         home, one = "cpu" if rows.device.type == "mps" else rows.device, rows.shape[:-2]
         wide = rows.reshape(rows.shape[-2:]).to(home, torch.float64)
-        values, vectors = _eigh(wide @ wide.T)
+        with threads_for(wide.numel() * len(wide)):
+            gram = wide @ wide.T
+        values, vectors = _eigh(gram)
         # The vectors of smaller values are dominated by rounding errors of the largest one.
         kept = values > len(wide) * torch.finfo(rows.dtype).eps * values[-1]
         values = values[kept]
@@ -139,6 +141,10 @@ class KroneckerInverse:
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Apply the inverse."""
+        with threads_for(matrix.numel() * self.inputs.values.shape[-1]):
+            return self._inverse(matrix)
+
+    def _inverse(self, matrix: Tensor) -> Tensor:
         projected, rest = self.inputs.project(matrix)
         solved = self.inputs.restore(self._solve(projected, self.inputs.values))
         if rest is None or self.inputs.rest is None:
