@@ -13,6 +13,7 @@ from sklearn_gradfeat.backbones._sources import (
     resolve_backbone,
     seeded,
 )
+from sklearn_gradfeat.backbones._threads import threads_for, threads_for_head
 
 __all__ = [
     "BackboneLike",
@@ -29,6 +30,8 @@ __all__ = [
     "resolve_backbone",
     "seeded",
     "stored_weights",
+    "threads_for",
+    "threads_for_head",
     "warn_of_class_scores",
     "with_weights",
 ]

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from sklearn_gradfeat.backbones._attention import shared_setting
+from sklearn_gradfeat.backbones._threads import one_thread
 
 _AUTOCAST = ("cpu", "cuda", "mps")
 
@@ -32,12 +33,14 @@ def neutral_state() -> Iterator[None]:
     """Run the body in torch's initial state, as a context manager or a decorator.
 
     Gradients are enabled, outside of inference mode and autocast. New tensors are float32 on the
-    CPU. A network may depend on all of these, and its outputs are stored for later fits.
+    CPU. A network may depend on all of these, and its outputs are stored for later fits. Small
+    matrix products run in one thread.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_default_dtype())
+        stack.enter_context(one_thread())
         for kind in _AUTOCAST:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))

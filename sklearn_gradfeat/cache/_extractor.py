@@ -19,6 +19,7 @@ from sklearn_gradfeat.backbones import (
     freeze,
     resolve_backbone,
     seeded,
+    threads_for_head,
     warn_of_class_scores,
 )
 from sklearn_gradfeat.cache._runner import CachedSamples, Trunk, cache_samples
@@ -99,8 +100,9 @@ class Extractor:
         """Pass the samples that the store lacks through the network, and keep the results."""
 
         def activation(boundary: tuple[Tensor, ...]) -> Tensor:
-            with torch.no_grad():
-                return network.head(tuple(network.parameters.values()), boundary)
+            parameters = tuple(network.parameters.values())
+            with torch.no_grad(), threads_for_head(parameters, boundary):
+                return network.head(parameters, boundary)
 
         return cache_samples(
             self._trunk(X, network, batch_size, store),

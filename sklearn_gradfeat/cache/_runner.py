@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
+from sklearn_gradfeat.backbones import threads_for
 from sklearn_gradfeat.cache._store import (
     Boundary,
     Chunk,
@@ -231,7 +233,8 @@ class Trunk:
 
     def _compute(self, raw: Tensor) -> Tensors:
         """Return the boundary of samples as they were read, in parts where memory runs out."""
-        parts = self.batch_size.run(lambda rows: self._pass(raw[rows]), len(raw))
+        with threads_for(math.inf):
+            parts = self.batch_size.run(lambda rows: self._pass(raw[rows]), len(raw))
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def _pass(self, raw: Tensor) -> Tensors:

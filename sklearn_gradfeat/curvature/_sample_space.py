@@ -27,7 +27,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.backbones import threads_for
 from sklearn_gradfeat.curvature._layer_rows import LayerCall, output_gradients, record
+from sklearn_gradfeat.curvature._spectrum import STEPS
 from sklearn_gradfeat.linearized import (
     LinearizedHead,
     TangentObjective,
@@ -74,7 +76,8 @@ class SampleInverse:
         system = gram / levels[2] + torch.kron(shared, torch.eye(n_outputs).to(shared))
         system *= scale[:, None] * scale
         system.diagonal().add_(1.0)
-        self.factor = torch.linalg.cholesky(system)
+        with threads_for(len(system) ** 3 / STEPS):
+            self.factor = torch.linalg.cholesky(system)
         pairs = zip(objective.sizes, levels, strict=True)
         self.penalty = torch.cat([objective.like.new_full((n,), level) for n, level in pairs])
 

@@ -17,12 +17,17 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.backbones import threads_for
+
 # Up to this width the full decomposition takes a few seconds; wider matrices get a partial one.
 MAX_EXACT = 2048
 _RANK = 1024
 _ITERATIONS = 3
 # Largest ratio of two eigenvalues whose inverses may cancel each other in float32.
 _RANGE = 1e5
+# A decomposition has many steps, after which threads wait for each other. To be large, it must
+# have this many times the multiplications of a product.
+STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ class Spectrum:
         """Decompose ``rowsᵀ rows``, for rows of shape (n_rows, n) or (1, n_rows, n), n_rows < n."""
         home, one = "cpu" if rows.device.type == "mps" else rows.device, rows.shape[:-2]
         wide = rows.reshape(rows.shape[-2:]).to(home, torch.float64)
-        values, vectors = _eigh(wide @ wide.T)
+        with threads_for(wide.numel() * len(wide)):
+            gram = wide @ wide.T
+        values, vectors = _eigh(gram)
         # The vectors of smaller values are dominated by rounding errors of the largest one.
         kept = values > len(wide) * torch.finfo(rows.dtype).eps * values[-1]
         values = values[kept]
@@ -104,7 +111,8 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             "features='activation'."
         )
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        with threads_for(matrix.shape[-1] ** 3 / STEPS):
+            values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         host = matrix.cpu().numpy()
         found = [scipy.linalg.eigh(one, driver="ev") for one in host.reshape(-1, *host.shape[-2:])]
@@ -139,6 +147,10 @@ class KroneckerInverse:
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Apply the inverse."""
+        with threads_for(matrix.numel() * self.inputs.values.shape[-1]):
+            return self._inverse(matrix)
+
+    def _inverse(self, matrix: Tensor) -> Tensor:
         if self.inputs.vectors is None or self.inputs.rest is None:
             projected, _ = self.inputs.project(matrix)
             return self.inputs.restore(self._solve(projected, self.inputs.values))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sklearn_gradfeat.backbones import Network, differentiable_attention
+from sklearn_gradfeat.backbones import Network, differentiable_attention, threads_for_head
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 Head: TypeAlias = Callable[[Tensors, Tensors], Tensor]
@@ -42,7 +42,8 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """Return the activation and ``J t`` from one evaluation of the head in forward mode."""
     _load_forward_mode()
-    with _FORWARD_MODE, differentiable_attention(), forward_ad.dual_level():
+    threads = threads_for_head(parameters, boundary)
+    with threads, _FORWARD_MODE, differentiable_attention(), forward_ad.dual_level():
         duals = tuple(map(forward_ad.make_dual, parameters, tangents))
         primal, tangent = forward_ad.unpack_dual(head(duals, boundary))
     if tangent is None:
@@ -58,7 +59,8 @@ def jvp_by_double_backward(
     ``Jᵀ v`` is linear in ``v``, so its vector-Jacobian product with ``t`` is ``J t``, for any
     ``v``. Here ``v`` is one: at zero, torch returns NaN for operators that use logarithms.
     """
-    with torch.enable_grad(), differentiable_attention():
+    threads = threads_for_head(parameters, boundary)
+    with threads, torch.enable_grad(), differentiable_attention():
         leaves = tuple(p.detach().requires_grad_() for p in parameters)
         primal = head(leaves, boundary)
         v = torch.ones_like(primal, requires_grad=True)
@@ -69,7 +71,8 @@ def jvp_by_double_backward(
 
 def vjp(head: Head, parameters: Tensors, boundary: Tensors, cotangent: Tensor) -> Tensors:
     """Return ``Jᵀ cotangent``, one tensor per parameter."""
-    with torch.enable_grad(), differentiable_attention():
+    threads = threads_for_head(parameters, boundary)
+    with threads, torch.enable_grad(), differentiable_attention():
         leaves = tuple(p.detach().requires_grad_() for p in parameters)
         return _grad(head(leaves, boundary), leaves, cotangent)
 
@@ -82,7 +85,7 @@ def jvp_then_vjp(
     cotangent_of: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensors]:
     """Return ``J t`` and ``Jᵀ cotangent_of(J t)`` from one evaluation of the head."""
-    with torch.enable_grad():
+    with torch.enable_grad(), threads_for_head(parameters, boundary):
         leaves = tuple(p.detach().requires_grad_() for p in parameters)
         primal, tangent = jvp(head, leaves, boundary, tangents)
         tangent = tangent.detach()
@@ -165,7 +168,7 @@ class LinearizedHead:
 
     def activation(self, boundary: Tensors) -> Tensor:
         """Return the activation, of shape (n_samples, n_features)."""
-        with torch.no_grad():
+        with torch.no_grad(), threads_for_head(self.values, boundary):
             return self.head(self.values, boundary)
 
     def jvp(self, boundary: Tensors, u: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.backbones import threads_for
 from sklearn_gradfeat.data import BatchSize, Result
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead, Tensors
 from sklearn_gradfeat.linearized._logits import linear_logits
@@ -214,7 +215,8 @@ class TangentObjective:
             self.n_samples, self.loss.n_outputs, dtype=torch.float64, device=self.accumulator
         )
         if self.activation is not None:
-            logits += linear_logits(self.activation, weights=parts.weights).to(logits)
+            with threads_for(self.activation.numel() * self.loss.n_outputs):
+                logits += linear_logits(self.activation, weights=parts.weights).to(logits)
         if self.fit_intercept:
             logits += parts.intercept.to(logits)
         return logits
@@ -222,7 +224,10 @@ class TangentObjective:
     def _join(self, cotangent: Tensor, u: Tensor) -> Tensor:
         """Return the adjoint of ``b + W f``, followed by ``u``."""
         narrow = cotangent.to(self.like)
-        empty = self.like.new_empty(0)
-        weights = empty if self.activation is None else (narrow.T @ self.activation).reshape(-1)
-        intercept = cotangent.sum(0).to(self.like) if self.fit_intercept else empty
+        weights = intercept = self.like.new_empty(0)
+        if self.activation is not None:
+            with threads_for(self.activation.numel() * self.loss.n_outputs):
+                weights = (narrow.T @ self.activation).reshape(-1)
+        if self.fit_intercept:
+            intercept = cotangent.sum(0).to(self.like)
         return torch.cat([weights, intercept, u])

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 from sklearn.base import clone
+from sklearn.dummy import DummyRegressor
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import r2_score
 from sklearn.model_selection import PredefinedSplit
 
 from sklearn_gradfeat import GradientFeatureClassifier
@@ -328,3 +330,52 @@ def test_fine_tuning_starts_anew(scripts):
     assert abs(first.logits(z) - before).max() > 1e-3
     assert np.array_equal(second.logits(z), before)
     assert np.array_equal(fitted.coef_, kept)
+
+
+# --- default parameters ----------------------------------------------------------------------
+
+
+def test_defaults(scripts, tmp_path, monkeypatch, capsys):
+    """The differences by hand, the tables from the file, images without --data."""
+    defaults = scripts("defaults")
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(60, 3))
+    y = (X[:, 0] + 0.5 * rng.normal(size=60) > 0).astype(int)
+    monkeypatch.setitem(defaults.PROBLEMS, "wine", defaults.tabular(lambda: (X, y)))
+    output = tmp_path / "o.json"
+    options = ["--grid", "2", "2", "--search-samples", "0", "--output", str(output)]
+    defaults.main(["--problems", "wine", "encoder 200", "--splits", "1", *options])
+    printed = capsys.readouterr().out
+    assert "encoder 200: skipped, --data" in printed
+    result = json.loads(output.read_text())
+    rows = {row["model"]: row for row in result["rows"]}
+    kinds = ["LogisticRegression", "LogisticRegressionCV", "activation", "full", "oracle"]
+    assert list(rows) == kinds
+    full, linear = rows["full"], rows["LogisticRegressionCV"]
+    assert result["environment"]["sklearn"]
+    assert (full["n_train"], full["n_test"]) == (40, 20)
+    for key in ("loss", "score"):
+        mean = full[f"{key}_difference"][0]
+        assert mean == pytest.approx(full[key] - linear[key])
+    assert rows["oracle"]["loss"] < full["loss"]
+    defaults.main(["--table", str(output)])
+    assert capsys.readouterr().out in printed
+    defaults.main(["--cost", "--repeats", "1", "--problems", "wine", *options])
+    assert [row["trunk"] for row in json.loads(output.read_text())["rows"]] == [False, True]
+
+
+def test_loss_and_accuracy_of_defaults(scripts):
+    """By hand: one class, labels, squared errors."""
+    evaluate = scripts("defaults").evaluate
+    p = np.array([[0.2, 0.8], [0.6, 0.4]])
+    model = SimpleNamespace(predict_proba=lambda X: p, classes_=np.array(["a", "b"]))
+    losses, correct = evaluate(model, None, np.array(["b", "b"]))
+    assert losses == pytest.approx(-np.log([0.8, 0.4]))
+    assert correct.tolist() == [1, 0]
+    losses, correct = evaluate(model, None, np.array([[0, 1], [1, 1]]))
+    assert losses == pytest.approx(-np.log([[0.8, 0.8], [0.6, 0.4]]).mean(1))
+    assert correct.tolist() == [1, 0.5]
+    regressor = DummyRegressor().fit([[0]], [1.0])
+    losses, scores = evaluate(regressor, [[0], [0]], np.array([0.0, 4.0]))
+    assert losses.tolist() == [0.25, 2.25]
+    assert scores.mean() == pytest.approx(r2_score([0.0, 4.0], [1.0, 1.0]))
