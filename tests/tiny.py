@@ -24,6 +24,7 @@ NET = tiny_net()
 
 def estimator(backbone=NET, **parameters):
     defaults = {"alpha": 0.1, "max_iter": 40, "tol": 1e-4}
+    defaults["gradient_alpha"] = parameters.get("alpha", 0.1)
     return GradientFeatureClassifier(backbone, **{**defaults, **parameters})
 
 

@@ -112,8 +112,8 @@ class FitResult(NamedTuple):
 
     ``solutions`` has the key ``"activation"`` and, unless that is the whole model, the value of
     the parameter ``features``. ``separated`` says that a model without penalties separates the
-    classes, so that its loss has no minimum. The gradient term is missing, because penalties or
-    features exclude it, unless ``gradient_alpha`` is finite.
+    classes, so that its loss has no minimum; ``unmoved``, that the gradient term is zero although
+    its penalty is finite and other terms are not zero.
     """
 
     model: LinearModel
@@ -121,6 +121,7 @@ class FitResult(NamedTuple):
     alpha: float
     gradient_alpha: float
     separated: bool = False
+    unmoved: bool = False
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes of a fitted estimator."""
@@ -195,13 +196,15 @@ class TwoStageFit:
         last = math.isinf(gradient_alpha)
         first = self.fit_activation(alpha, warm, progress, last)
         model, solutions = first.model, {"activation": first.solution}
-        separated = alpha == 0 and self._separates(first.solution)
+        separated, unmoved = alpha == 0 and self._separates(first.solution), False
         if not last:
             # Where the zero model is the optimum, a warm start must not take its place.
             start = model if warm is None or first.is_zero else warm
             model, solutions[features] = self.fit_gradient(first, gradient_alpha, start, progress)
             separated |= alpha == gradient_alpha == 0 and self._separates(solutions[features])
-        return FitResult(self.problem.restored(model), solutions, alpha, gradient_alpha, separated)
+            unmoved = not model.moves and not first.is_zero
+        restored = self.problem.restored(model)
+        return FitResult(restored, solutions, alpha, gradient_alpha, separated, unmoved)
 
     def _separates(self, solution: Solution) -> bool:
         """Whether a solution without penalties gives every sample its class.
@@ -369,11 +372,12 @@ class TwoStageFit:
     ) -> Solution:
         """Minimise until the Newton decrement is ``tol`` times the fall below ``baseline``.
 
-        A decrease below rounding errors of the objective also ends it. Where Newton steps are
+        Rounding errors of the gradient or the objective also end it. Where Newton steps are
         exact, continue to rounding; this takes one or two more steps.
         """
         inverse, coarse = self._inverse(objective, inverses), inverses.coarse(objective)
-        rounding = torch.finfo(start.dtype).eps
+        eps = torch.finfo(start.dtype).eps
+        rounding = max(100 * eps**2, torch.finfo(torch.float64).eps)
 
         def tolerance(share: float, value: float) -> float:
             return max(share * (baseline - value), rounding * abs(value))
@@ -390,8 +394,11 @@ class TwoStageFit:
             coarse=lambda inverse: self._retry(partial(coarse, inverse)),
         )
         inverses.learn(solution)
-        # `tol` itself is enough, even if the solver missed a stricter tolerance.
-        if solution.norm**2 / 2 <= tolerance(self.settings.tol, solution.objective_path[-1]):
+        # `tol` itself is enough, even if the solver missed a stricter tolerance; and no digit of
+        # the objective is left to gain where the solver stalled.
+        decrement, value = solution.norm**2 / 2, solution.objective_path[-1]
+        exhausted = solution.status == "stalled" and decrement <= eps * abs(value)
+        if exhausted or decrement <= tolerance(self.settings.tol, value):
             return replace(solution, status="converged")
         return solution
 
@@ -430,8 +437,7 @@ def warn_unless_converged(result: FitResult, settings: FitSettings) -> None:
             ConvergenceWarning,
             stacklevel=2,
         )
-    displacements = result.model.displacements.values()
-    if math.isfinite(result.gradient_alpha) and not any(move.any() for move in displacements):
+    if result.unmoved:
         warnings.warn(
             f"The gradient term is zero, although gradient_alpha={result.gradient_alpha:g} is "
             "finite: the loss does not change with the parameters of the gradient layers, or by "

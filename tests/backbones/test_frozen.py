@@ -66,9 +66,9 @@ def test_fits_leave_the_global_generator_alone(backbone):
         samples = X[:20]
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    GradientFeatureClassifier(backbone, features="activation", random_state=8).fit(
-        samples, Y[:20] % 2
-    )
+    GradientFeatureClassifier(
+        backbone, features="activation", random_state=8, alpha=1e-4, gradient_alpha=1e-4
+    ).fit(samples, Y[:20] % 2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -160,7 +160,7 @@ def test_changed_attributes_and_hooks_are_seen_by_a_refit():
     rng = np.random.RandomState(0)
     X, y = rng.randn(40, 3), rng.randint(0, 2, 40)
     module = Module()
-    options = {"alpha": 0.1, "tol": 1e-4}
+    options = {"alpha": 0.1, "gradient_alpha": 0.1, "tol": 1e-4}
     first = GradientFeatureClassifier(module, **options).fit(X, y).decision_function(X)
     module.act, module.factors = torch.sin, [3.0]
     second = GradientFeatureClassifier(module, **options).fit(X, y).decision_function(X)

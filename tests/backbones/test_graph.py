@@ -70,7 +70,7 @@ def test_full_classification_network_by_its_pooling():
     headless = copy.deepcopy(whole)
     headless.fc = nn.Identity()
     images = np.random.default_rng(0).random((12, 3, 32, 32)).astype(np.float32)
-    options = {"gradient_layers": "layer2.1.conv2", "alpha": 0.1}
+    options = {"gradient_layers": "layer2.1.conv2", "alpha": 0.1, "gradient_alpha": 0.1}
     by_name = estimator(whole, activation_layer="avgpool", **options).fit(images, Y[:12])
     cut = estimator(headless, **options).fit(images, Y[:12])
     assert by_name.gradient_layers_ == cut.gradient_layers_
@@ -107,9 +107,9 @@ def as_complex(h):
 def test_operators_that_see_the_layout_of_memory(view):
     images = np.random.default_rng(0).random((20, 3, 4, 8), np.float32)
     network = Strided(view)
-    model = GradientFeatureClassifier(network, features="activation", max_iter=500).fit(
-        images, Y[:20] % 2
-    )
+    model = GradientFeatureClassifier(
+        network, features="activation", max_iter=500, alpha=1e-4, gradient_alpha=1e-4
+    ).fit(images, Y[:20] % 2)
     with torch.no_grad():
         activation = network(torch.from_numpy(images)).numpy()
     expected = activation @ model.coef_[0] + model.intercept_

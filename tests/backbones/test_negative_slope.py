@@ -129,7 +129,9 @@ class Refused(Net):
 
 def test_no_relu_above_the_gradient_layers():
     smooth = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GELU())
-    model = GradientFeatureClassifier(smooth, gradient_layers="2", negative_slope=SLOPE)
+    model = GradientFeatureClassifier(
+        smooth, gradient_layers="2", negative_slope=SLOPE, alpha=1e-4, gradient_alpha=1e-4
+    )
     with pytest.raises(
         ValueError,
         match=r"negative_slope=0\.2 changes nothing: there is no ReLU.* Set negative_slope=None",

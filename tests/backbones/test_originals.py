@@ -140,7 +140,7 @@ def test_fit_and_predict_leave_the_module_alone(name):
     X = np.random.default_rng(0).normal(size=(12, 2, 5, 5)).astype(np.float32)
     reference = copy.deepcopy(module).eval() if name == "half trained" else None
     before, generator = described(module), torch.get_rng_state()
-    model = GradientFeatureClassifier(module, alpha=0.1, max_iter=2, tol=1)
+    model = GradientFeatureClassifier(module, alpha=0.1, max_iter=2, tol=1, gradient_alpha=0.1)
     model.fit(X, np.arange(12) % 3)
     model.predict_proba(X)
     assert described(module) == before
@@ -164,5 +164,7 @@ def test_layers_in_closures_are_copied_too():
 
 def test_parametrized_weights_of_a_frozen_network_can_be_chosen():
     X = np.random.default_rng(0).normal(size=(12, 2, 5, 5)).astype(np.float32)
-    model = GradientFeatureClassifier(frozen_and_parametrized(), gradient_layers="0", alpha=0.1)
+    model = GradientFeatureClassifier(
+        frozen_and_parametrized(), gradient_layers="0", alpha=0.1, gradient_alpha=0.1
+    )
     assert model.fit(X, np.arange(12) % 3).gradient_layers_ == ["0.bias", "0.weight"]

@@ -32,7 +32,9 @@ class Codebook(nn.Module):
 def test_trunk_and_head_of_different_precision_share_the_cut():
     rows = X.reshape(24, -1)[:, :3]
     narrow, wide = (
-        GradientFeatureClassifier(Codebook(), precision=precision, alpha=0.1).fit(rows, Y)
+        GradientFeatureClassifier(
+            Codebook(), precision=precision, alpha=0.1, gradient_alpha=0.1
+        ).fit(rows, Y)
         for precision in ("float32", "float64")
     )
     np.testing.assert_allclose(narrow.predict_proba(rows), wide.predict_proba(rows), atol=1e-4)

@@ -124,7 +124,9 @@ def test_equal_networks_of_one_factory_share(counted):
 def test_random_network_for_tabular_data_is_not_stored():
     before = memory_store().nbytes
     rows = X.reshape(24, -1)
-    GradientFeatureClassifier(max_iter=300, alpha=1.0, random_state=0).fit(rows, Y)
+    GradientFeatureClassifier(max_iter=300, alpha=1.0, random_state=0, gradient_alpha=1.0).fit(
+        rows, Y
+    )
     assert memory_store().nbytes == before
 
 

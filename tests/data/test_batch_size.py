@@ -171,7 +171,12 @@ def test_frozen_layers(fit, network, error):
     """Later batches stay smaller: there are two failures in a fit, and two in predictions."""
     transform = Cramped(ROOM, error)
     model = GradientFeatureClassifier(
-        network, preprocess=transform, feature_store=None, batch_size=60, alpha=0.1
+        network,
+        preprocess=transform,
+        feature_store=None,
+        batch_size=60,
+        alpha=0.1,
+        gradient_alpha=0.1,
     )
     with pytest.warns(RuntimeWarning, match=SMALLER) as caught:
         model.fit(X, y)

@@ -115,7 +115,9 @@ def test_tabular_data_computes_in_float64():
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_predictions_do_not_depend_on_other_rows(precision):
     rows = X.reshape(24, -1)[:, :3]
-    model = GradientFeatureClassifier(precision=precision, random_state=0, alpha=0.1).fit(rows, Y)
+    model = GradientFeatureClassifier(
+        precision=precision, random_state=0, alpha=0.1, gradient_alpha=0.1
+    ).fit(rows, Y)
     together = model.decision_function(rows)
     alone = np.vstack([model.decision_function(row[None]) for row in rows])
     np.testing.assert_allclose(alone, together, rtol=1e-7, atol=1e-7)

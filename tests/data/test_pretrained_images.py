@@ -49,7 +49,7 @@ def digits(n):
 def test_digits_as_tabular_data():
     X, y = load_digits(return_X_y=True)
     Xt, Xv, yt, yv = train_test_split(X / 16, y, test_size=0.5, random_state=0)
-    full = GradientFeatureClassifier(random_state=0, alpha=1e-3).fit(Xt, yt)
+    full = GradientFeatureClassifier(random_state=0, alpha=1e-3, gradient_alpha=0.001).fit(Xt, yt)
     rows = LogisticRegression(C=1 / (1e-3 * len(yt)), max_iter=1000).fit(Xt, yt)
     assert full.score(Xv, yv) > rows.score(Xv, yv)
 

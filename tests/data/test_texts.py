@@ -20,7 +20,7 @@ from tests.encoder import LABELS, NET, TEXTS, check_split, letters, masked_mean
 
 
 def pipeline(net=NET, max_length=8, **parameters):
-    classifier = GradientFeatureClassifier(net, **{"alpha": 1e-2, **parameters})
+    classifier = GradientFeatureClassifier(net, **{"alpha": 1e-2, "gradient_alpha": 1e-2, **parameters})
     return Pipeline([("tokens", TextTokenizer(letters, max_length)), ("model", classifier)])
 
 

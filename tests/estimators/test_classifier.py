@@ -228,7 +228,9 @@ def test_optimum_is_that_of_a_dense_regression(target):
 @pytest.mark.parametrize("features", ["activation", "gradient", "full"])
 def test_logits_are_those_of_a_regression(features):
     model = squared(features=features).fit(DIGITS[TRAIN], CLASSES[TRAIN])
-    regressor = GradientFeatureRegressor(features=features, random_state=0, alpha=1e-3)
+    regressor = GradientFeatureRegressor(
+        features=features, random_state=0, alpha=1e-3, gradient_alpha=0.001
+    )
     regressor.fit(DIGITS[TRAIN], 2.0 * np.eye(10)[CLASSES[TRAIN]] - 1)
     expected = regressor.predict(DIGITS[TEST])
     np.testing.assert_allclose(model.decision_function(DIGITS[TEST]), expected, atol=1e-6)
@@ -337,13 +339,15 @@ def test_squared_errors_have_the_same_bits_again():
 
 def test_accuracy_of_cross_entropy():
     found = cross_val_score(squared(), DIGITS[:200], CLASSES[:200], cv=2).mean()
-    model = GradientFeatureClassifier(random_state=0, alpha=1e-3)
+    model = GradientFeatureClassifier(random_state=0, alpha=1e-3, gradient_alpha=0.001)
     assert found > cross_val_score(model, DIGITS[:200], CLASSES[:200], cv=2).mean() - 0.03
 
 
 def test_loss_of_another_name():
     with pytest.raises(ValueError, match="The 'loss' parameter of GradientFeatureClassifier"):
-        GradientFeatureClassifier(loss="squared_error").fit(DIGITS[:20], CLASSES[:20])
+        GradientFeatureClassifier(loss="squared_error", alpha=1e-4, gradient_alpha=1e-4).fit(
+            DIGITS[:20], CLASSES[:20]
+        )
 
 
 @pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")

@@ -64,9 +64,9 @@ def log_likelihood(model, X, y):
 
 def grid_search(model, X, y, fit=(), **options):
     """The same search over plain estimators, one by one; scores in the shape of ours."""
-    plain = GradientFeatureClassifier(NET)
+    plain = GradientFeatureClassifier(NET, alpha=1e-4, gradient_alpha=1e-4)
     if isinstance(model, GradientFeatureRegressor):
-        plain = GradientFeatureRegressor(NET)
+        plain = GradientFeatureRegressor(NET, alpha=1e-4, gradient_alpha=1e-4)
     known = plain.get_params(deep=False)
     plain.set_params(**{n: v for n, v in model.get_params(deep=False).items() if n in known})
     options = {"cv": model.cv, "scoring": model.scoring, **options}
@@ -115,7 +115,9 @@ def test_tabular_data_against_grid_search(fit_intercept):
     model = GradientFeatureRegressorCV(
         alphas=2, gradient_alphas=2, cv=3, fit_intercept=fit_intercept, tol=1e-16, random_state=0
     ).fit(rows, y)
-    plain = GradientFeatureRegressor(random_state=0, fit_intercept=fit_intercept, tol=1e-16)
+    plain = GradientFeatureRegressor(
+        random_state=0, fit_intercept=fit_intercept, tol=1e-16, alpha=1e-4, gradient_alpha=1e-4
+    )
     grid = {"alpha": list(model.alphas_), "gradient_alpha": list(model.gradient_alphas_)}
     search = GridSearchCV(plain, grid, cv=3).fit(rows, y)
     folds = [search.cv_results_[f"split{k}_test_score"] for k in range(3)]
@@ -193,7 +195,9 @@ def test_trunk_sees_every_sample_once(kind, store):
 
 def test_grid_search_without_store_passes_them_for_every_fit():
     Counting.seen = 0
-    plain = GradientFeatureClassifier(tiny_net(), preprocess=Counting(), feature_store=None)
+    plain = GradientFeatureClassifier(
+        tiny_net(), preprocess=Counting(), feature_store=None, alpha=1e-4, gradient_alpha=1e-4
+    )
     GridSearchCV(plain, {"alpha": [0.1, 1.0]}, cv=2).fit(X, Y)
     assert Counting.seen >= 3 * len(X)
 

@@ -235,7 +235,7 @@ def test_fits_the_same_in_inference_mode(fitted):
 def test_multilabel_targets_are_zeros_and_ones(shift):
     Y = np.random.RandomState(0).randint(0, 2, (30, 3))
     with pytest.raises(ValueError, match="zeros and ones"):
-        GradientFeatureClassifier(random_state=0).fit(
+        GradientFeatureClassifier(random_state=0, alpha=1e-4, gradient_alpha=1e-4).fit(
             np.random.RandomState(1).randn(30, 4), shift(Y)
         )
 
@@ -282,7 +282,9 @@ def test_missing_targets(dtype):
 
 def test_constant_samples_without_information():
     X, y = np.ones((30, 3)), np.arange(30) % 3
-    model = GradientFeatureClassifier(random_state=0).fit(X, y)  # no ConvergenceWarning
+    model = GradientFeatureClassifier(random_state=0, alpha=1e-4, gradient_alpha=1e-4).fit(
+        X, y
+    )  # no ConvergenceWarning
     np.testing.assert_allclose(model.predict_proba(X), 1 / 3, atol=1e-6)
 
 
@@ -291,7 +293,12 @@ def test_gradient_features_without_intercept_and_zero_weights_between():
     X = rng.randn(2200, 3)
     y = (X[:, 0] > 0).astype(int)
     model = GradientFeatureClassifier(
-        features="gradient", fit_intercept=False, random_state=0, alpha=0.1, tol=1e-4
+        features="gradient",
+        fit_intercept=False,
+        random_state=0,
+        alpha=0.1,
+        tol=1e-4,
+        gradient_alpha=0.1,
     )
     model.fit(X, y, sample_weight=np.tile([0.0, 1.0], 1100))
     assert model.score(X, y) > 0.9

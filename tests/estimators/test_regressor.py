@@ -180,7 +180,13 @@ def test_first_stage_is_scikit_learns_huber_regression_at_its_scale():
 def test_few_samples_have_the_optimum_of_many(loss, monkeypatch):
     rows, y = X.reshape(N, -1), Y[:, :2]
     model = GradientFeatureRegressor(
-        loss=loss, epsilon=0.5, alpha=0.01, random_state=0, tol=1e-18, max_iter=2000
+        loss=loss,
+        epsilon=0.5,
+        alpha=0.01,
+        random_state=0,
+        tol=1e-18,
+        max_iter=2000,
+        gradient_alpha=0.01,
     )
     exact = clone(model).fit(rows, y)
     monkeypatch.setattr("sklearn_gradfeat.curvature._sample_space.MAX_ROWS", 0)
@@ -299,7 +305,7 @@ def test_parameters_that_cannot_be_used(options):
 
 def test_pipeline_search_and_transformed_targets():
     rows, y = load_diabetes(return_X_y=True)
-    model = GradientFeatureRegressor(alpha=1.0, random_state=0)
+    model = GradientFeatureRegressor(alpha=1.0, random_state=0, gradient_alpha=1.0)
     scaled = TransformedTargetRegressor(model, transformer=StandardScaler())
     grid = {"transformedtargetregressor__regressor__gradient_alpha": [0.1, 1.0]}
     search = GridSearchCV(make_pipeline(StandardScaler(), scaled), grid, cv=2)

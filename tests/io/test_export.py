@@ -68,7 +68,7 @@ def test_module_is_independent_of_the_estimator():
 def test_tabular_data_are_float64():
     rows = np.random.default_rng(0).normal(size=(30, 4))
     y = (rows[:, 0] > 0).astype(int)
-    model = GradientFeatureClassifier(alpha=0.1, tol=1e-2, random_state=0)
+    model = GradientFeatureClassifier(alpha=0.1, tol=1e-2, random_state=0, gradient_alpha=0.1)
     for dtype, tolerance in (("float64", 1e-14), ("float32", 1e-7)):
         model.fit(rows.astype(dtype), y)
         found = proba(model.to_torch(), rows.astype(dtype))
@@ -160,7 +160,9 @@ def test_exported_program_runs_without_this_package(tmp_path):
 def fit(kind):
     if kind == "tabular":
         rows = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
-        return GradientFeatureClassifier(alpha=0.1, tol=1e-2).fit(rows, Y[:12]), rows
+        return GradientFeatureClassifier(alpha=0.1, tol=1e-2, gradient_alpha=0.1).fit(
+            rows, Y[:12]
+        ), rows
     module, names = build(kind)
     model = estimator(module.float(), gradient_layers=names, max_iter=100)
     return model.fit(IMAGES, Y[:12]), IMAGES

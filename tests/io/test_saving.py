@@ -111,7 +111,9 @@ def test_every_kind_of_label(y, path):
 
 def test_random_network_needs_nothing(path):
     frame = pd.DataFrame(ROWS, columns=list("abcde"))
-    model = GradientFeatureClassifier(alpha=0.1, tol=1e-2, class_weight={0: 2, 1: 1, 2: 1.5})
+    model = GradientFeatureClassifier(
+        alpha=0.1, tol=1e-2, class_weight={0: 2, 1: 1, 2: 1.5}, gradient_alpha=0.1
+    )
     model.fit(frame, Y).save(path)
     loaded = load(path)
     assert same(model, loaded, frame)
@@ -199,7 +201,9 @@ def test_token_ids(path):
 def test_masked_tokens(path):
     tokens = np.ones((12, 2, 8), int)
     tokens[:, 0] = np.arange(96).reshape(12, 8)
-    model = GradientFeatureClassifier(MaskedMean(Encoder()), alpha=0.1).fit(tokens, [0, 1] * 6)
+    model = GradientFeatureClassifier(MaskedMean(Encoder()), alpha=0.1, gradient_alpha=0.1).fit(
+        tokens, [0, 1] * 6
+    )
     model.save(path)
     assert same(model, load(path, MaskedMean(Encoder())), tokens)
 

@@ -137,7 +137,7 @@ def test_shift_of_the_intercept():
 
 def test_attributes_and_back():
     model = LinearModel(normal(2, 3), normal(2), normal(2, 3), {"a.weight": normal(4, 1)})
-    estimator = GradientFeatureClassifier()
+    estimator = GradientFeatureClassifier(alpha=1e-4, gradient_alpha=1e-4)
     vars(estimator).update(model.attributes())
     assert estimator.gradient_layers_ == ["a.weight"]
     assert estimator.coef_.dtype == np.float64

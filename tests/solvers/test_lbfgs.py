@@ -16,7 +16,8 @@ def identity(logits):
 
 
 def solve(objective, precondition=identity, x=None, **options):
-    options = {"tolerance": 1e-9, "max_iter": 500, **options}
+    norm = options.pop("tolerance", 1e-9)  # of the gradient
+    options = {"tolerance": lambda value: norm**2 / 2, "max_iter": 500, **options}
     start = torch.zeros_like(objective.penalty) if x is None else x
     return minimize(objective, start, precondition, **options)
 

@@ -29,7 +29,8 @@ class Lookup(nn.Module):
 
 
 def lookup(network, **options):
-    defaults = {"gradient_layers": "all", "alpha": 0.1, "precision": "float64"}
+    defaults = {"gradient_layers": "all", "precision": "float64"}
+    defaults |= {"alpha": 0.1, "gradient_alpha": 0.1}
     return GradientFeatureClassifier(network, **defaults, **options).fit(IDS, Y)
 
 

@@ -97,7 +97,7 @@ def test_path_takes_fewer_passes_than_a_grid_search(monkeypatch):
     rows, y = load_iris(return_X_y=True)
     rows, y = StandardScaler().fit_transform(rows)[::3], y[::3]
     grid = {"alpha": [0.1, 0.01], "gradient_alpha": [0.1, 0.01, 0.001]}
-    plain = GradientFeatureClassifier(random_state=0)
+    plain = GradientFeatureClassifier(random_state=0, alpha=1e-4, gradient_alpha=1e-4)
     GridSearchCV(plain, grid, cv=2, refit=False).fit(rows, y)
     of_grid_search = sum(passes)
     passes.clear()

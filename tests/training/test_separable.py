@@ -21,7 +21,7 @@ def rows(separable):
 @pytest.mark.parametrize("features", ["activation", "full"])
 def test_separable_classes_without_a_penalty_are_told(features):
     X, y = rows(True)
-    model = GradientFeatureClassifier(nn.Linear(5, 4), features=features, alpha=0)
+    model = GradientFeatureClassifier(nn.Linear(5, 4), features=features, alpha=0, gradient_alpha=0)
     with pytest.warns(ConvergenceWarning, match=r"classes are separable.* Increase alpha=0"):
         model.fit(X, y)
 

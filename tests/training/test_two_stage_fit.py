@@ -5,10 +5,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
+from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat.training import FitSettings, TwoStageFit, _two_stage_fit
-from tests.tiny import NET, X, Y, estimator
+from tests.tiny import NET, X, Y, estimator, tiny_net
 
 
 @pytest.fixture
@@ -26,11 +28,67 @@ def solves(monkeypatch):
 
 
 @pytest.mark.parametrize("features", ["full", "gradient"])
-def test_first_stage_is_solved_to_a_smaller_tolerance(solves, features):
+def test_a_stage_stops_relative_to_its_own_fall(solves, features):
     estimator(features=features, tol=1e-4).fit(X, Y)
-    (first, first_tolerance), (second, second_tolerance) = solves
-    assert first_tolerance == pytest.approx(second_tolerance / 10)  # the root of a share of 1/100
-    assert first.status == second.status == "converged"
+    for (solution, tolerance), share in zip(solves, (1e-6, 1e-4), strict=True):
+        assert solution.status == "converged"
+        end = solution.objective_path[-1]
+        # The first stage starts at the zero model, the second one at the result of the first.
+        start = solution.objective_path[0]
+        assert tolerance(end) == pytest.approx(share * (start - end), rel=1e-3)
+        assert solution.norm**2 / 2 <= tolerance(end)
+        assert tolerance(start) == pytest.approx(np.finfo(np.float32).eps * start)
+
+
+@pytest.mark.parametrize("alpha", [1e-2, 1e-5])
+def test_second_stage_moves_however_good_the_first_is(alpha):
+    """Also where the first stage fits all samples."""
+    model = estimator(alpha=alpha, gradient_alpha=1e-4, max_iter=300).fit(X, Y)
+    assert model.n_iter_ > 0
+    assert any(move.any() for move in model.gradient_coef_.values())
+    exact = clone(model).set_params(tol=1e-8).fit(X, Y)
+    start = exact.objective_path_[0]
+    gain, all_of_it = (start - m.objective_path_[-1] for m in (model, exact))
+    assert gain > 0.99 * all_of_it
+
+
+def test_model_of_activations_is_the_first_stage_of_the_full_model():
+    activation = estimator(features="activation").fit(X, Y)
+    full = estimator().fit(X, Y)
+    np.testing.assert_array_equal(activation.omega_, full.omega_)
+
+
+def test_infinite_penalty_is_the_model_of_activations():
+    without = estimator(gradient_alpha=math.inf).fit(X, Y)
+    activation = estimator(features="activation").fit(X, Y)
+    np.testing.assert_array_equal(without.predict_proba(X), activation.predict_proba(X))
+    assert without.gradient_coef_.keys() and not any(
+        move.any() for move in without.gradient_coef_.values()
+    )
+    assert without.gradient_alpha_ == activation.gradient_alpha_ == math.inf
+
+
+def test_infinite_penalty_and_no_other_term():
+    with pytest.raises(ValueError, match=r"gradient_alpha=inf .* features='gradient'"):
+        estimator(features="gradient", gradient_alpha=math.inf).fit(X, Y)
+
+
+def test_gradient_term_that_stays_zero_is_reported():
+    """A ReLU without positive inputs has no derivative."""
+    dead = tiny_net()
+    with torch.no_grad():
+        dead[2].bias.fill_(-1e3)
+    with pytest.warns(ConvergenceWarning, match=r"The gradient term is zero, although gradient_al"):
+        estimator(dead).fit(X, Y)
+
+
+def test_warm_start_does_not_start_above_the_end(solves):
+    model = estimator(max_iter=2, tol=1e-10, warm_start=True)
+    with pytest.warns(ConvergenceWarning):
+        model.fit(X, Y)
+        end = model.objective_path_[-1]
+        model.fit(X, Y)
+    assert model.objective_path_[0] <= end * (1 + 1e-6)
 
 
 def test_model_of_activations_is_the_first_stage(solves):
@@ -62,7 +120,7 @@ def test_zero_model_that_is_the_optimum(solves, features):
     """All targets are in both classes with equal weights, so the gradient is rounding noise."""
     samples, y = np.concatenate([X, X]), np.arange(48) // 24
     model = estimator(features=features).fit(samples, y)
-    assert all(math.isinf(tolerance) for _, tolerance in solves)
+    assert all(solution.n_iter == 0 for solution, _ in solves)
     assert not model.coef_.any()
     model.set_params(warm_start=True).fit(samples, y)
     assert not model.coef_.any()
