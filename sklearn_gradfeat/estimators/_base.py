@@ -10,7 +10,12 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    clone,
+)
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
@@ -27,7 +32,7 @@ from sklearn_gradfeat.data import (
 )
 from sklearn_gradfeat.estimators._printing import caption, named, text_of
 from sklearn_gradfeat.io import LinearizedNetwork, save_estimator
-from sklearn_gradfeat.linearized import LinearModel, predict_logits
+from sklearn_gradfeat.linearized import LinearModel, predict_activations, predict_logits
 from sklearn_gradfeat.training import (
     CallbackSupportMixin,
     FitSettings,
@@ -40,7 +45,9 @@ from sklearn_gradfeat.training import (
 )
 
 
-class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
+class BaseGradientFeature(
+    CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+):
     """A linear model over the activations and the gradients of a frozen network."""
 
     _extractor: Extractor
@@ -141,6 +148,34 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         extractor, model = self._extractor_and_model()
         batch_size = BatchSize(self.batch_size)
         return predict_logits(extractor, model, X, batch_size, bool(self.verbose), self._store(X))
+
+    @neutral_state()
+    def transform(self, X: Any) -> npt.NDArray[Any]:
+        """Return the activations ``f(x)`` of the frozen network.
+
+        These are the features of the first term of the model, ``W f``, so a model of other
+        features, or another estimator, can be compared and combined with it.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, ...)
+            Samples of the shape that the estimator was fitted on.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            The activations. :meth:`set_output` chooses another container.
+        """
+        X = validate_new_samples(self, X)
+        extractor, model = self._extractor_and_model()
+        batch_size, verbose = BatchSize(self.batch_size), bool(self.verbose)
+        return predict_activations(extractor, model, X, batch_size, verbose, self._store(X))
+
+    @property
+    def _n_features_out(self) -> int:
+        """The number of columns of :meth:`transform`, which :meth:`get_feature_names_out` names."""
+        n_features: int = self.coef_.shape[1]
+        return n_features
 
     @neutral_state()
     def _extractor_and_model(self) -> tuple[Extractor, LinearModel]:
