@@ -10,6 +10,7 @@ from sklearn_gradfeat.backbones._sources import (
     Resolved,
     default_name,
     resolve_backbone,
+    resolve_tokenizer,
     seeded,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "neutral_state",
     "on_host",
     "resolve_backbone",
+    "resolve_tokenizer",
     "seeded",
     "stored_weights",
     "with_weights",

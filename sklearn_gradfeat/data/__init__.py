@@ -24,6 +24,7 @@ from sklearn_gradfeat.data._targets import (
     weighted_median,
 )
 from sklearn_gradfeat.data._texts import (
+    BoundedTokenizer,
     MaskedMean,
     TextTokenizer,
 )
@@ -36,6 +37,7 @@ from sklearn_gradfeat.data._validation import (
 __all__ = [
     "MIN_ROWS",
     "BatchSize",
+    "BoundedTokenizer",
     "ImageFiles",
     "MaskedMean",
     "Preprocess",

@@ -21,7 +21,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sklearn_gradfeat.backbones import neutral_state, on_host
+from sklearn_gradfeat.backbones import neutral_state, on_host, resolve_tokenizer
 from sklearn_gradfeat.cache import Extractor, Store, build_extractor, disk_store, memory_store
 from sklearn_gradfeat.data import (
     BatchSize,
@@ -78,7 +78,7 @@ class BaseGradientFeature(
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
         """Validate, pass the samples through the network, train, and set the attributes."""
         with restored_on_error(self, "n_features_in_", "feature_names_in_"):
-            X, y = validate_samples(self, X, y)
+            X, y = validate_samples(self, self._tokens(X), y)
             problem = self._problem(y, sample_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
             alpha = float(self.alpha)
@@ -121,6 +121,18 @@ class BaseGradientFeature(
         attributes = {"_extractor": extractor, "sample_shape_": tuple(X.shape[1:])}
         return Prepared(network, samples, settings, attributes)
 
+    @neutral_state()
+    def _tokens(self, X: Any) -> Any:
+        """Return texts as token ids with a mask, if the backbone is a named network for texts."""
+        tokenizer = resolve_tokenizer(self.backbone)
+        return X if tokenizer is None else tokenizer(X)
+
+    def _new_tokens(self, X: Any) -> Any:
+        """Return new texts as token ids with a mask, of the length in ``fit``."""
+        check_is_fitted(self)
+        tokenizer = self._extractor.tokenizer
+        return X if tokenizer is None else tokenizer(X, self.sample_shape_[-1])
+
     def _store(self, X: Any) -> Store | None:
         """Return the store for the output of the frozen layers, or None to keep nothing."""
         if self.feature_store is None:
@@ -144,7 +156,7 @@ class BaseGradientFeature(
     @neutral_state()
     def _logits(self, X: Any) -> npt.NDArray[Any]:
         """Return the logits, of shape (n_samples, n_outputs)."""
-        X = validate_new_samples(self, X)
+        X = validate_new_samples(self, self._new_tokens(X))
         extractor, model = self._extractor_and_model()
         batch_size = BatchSize(self.batch_size)
         return predict_logits(extractor, model, X, batch_size, bool(self.verbose), self._store(X))
@@ -166,7 +178,7 @@ class BaseGradientFeature(
         ndarray of shape (n_samples, n_features)
             The activations. :meth:`set_output` chooses another container.
         """
-        X = validate_new_samples(self, X)
+        X = validate_new_samples(self, self._new_tokens(X))
         extractor, model = self._extractor_and_model()
         batch_size, verbose = BatchSize(self.batch_size), bool(self.verbose)
         return predict_activations(extractor, model, X, batch_size, verbose, self._store(X))

@@ -1,0 +1,309 @@
+"""Encoders of Hugging Face for images, texts and sounds, each with its own processor.
+
+The encoder is the model of the package ``transformers`` without a task head: of an encoder with a
+decoder, the encoder; of a model for images and texts, the part for images. Its activation is
+
+- for texts, the pooling that a sentence transformer declares, with its normalisation; for any
+  other model, the mean over the tokens. Projections after the pooling are left out.
+- for images and sounds, the pooled output of the model. Without one, or without weights of it in
+  the checkpoint, it is the class token; without a class token, the mean over all tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2 as transforms
+
+from sklearn_gradfeat.backbones._images import ImagePreprocess
+from sklearn_gradfeat.data import BoundedTokenizer, Preprocess
+
+PREFIX = "hf/"
+_LONGEST = 512  # tokens of a text
+_IMAGES, _TEXTS, _SOUNDS = "pixel_values", "input_ids", ("input_values", "input_features")
+_POOLINGS = ("cls", "lasttoken", "mean", "weightedmean")
+_CLASS_TOKENS = ("cls_token", "class_embedding")
+
+Encoder = tuple[nn.Module, Preprocess | None, BoundedTokenizer | None]
+
+
+def load_huggingface(name: str) -> Encoder:
+    """Return an encoder, the transform of images or sounds, and the tokenizer of texts.
+
+    Parameters
+    ----------
+    name : str
+        ``"hf/"`` and the name of a model on the hub, or the path of a folder: absolute, or
+        relative with a dot as its first character.
+
+    Returns
+    -------
+    (nn.Module, callable or None, BoundedTokenizer or None)
+        The same objects in every call, unless a folder has changed.
+
+    Raises
+    ------
+    ImportError
+        If ``transformers`` is not installed.
+    OSError
+        If the model cannot be loaded.
+    ValueError
+        If it is no such encoder.
+    """
+    source = name.removeprefix(PREFIX)
+    files = sorted(path for path in Path(source).glob("**/*") if path.is_file()) if source else []
+    stamp = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    if not files and (source.startswith(".") or os.path.isabs(source)):
+        raise OSError(f"backbone={name!r}: there is no folder {source!r} with a model.")
+    return _load(name, source, stamp)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(name: str, source: str, stamp: tuple[Any, ...]) -> Encoder:
+    """Load an encoder; ``stamp`` changes with the files of a folder."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"backbone={name!r} needs transformers. Install it with pip install "
+            "'sklearn-gradfeat[hf]'."
+        ) from error
+    with _explained(name):
+        model, info = transformers.AutoModel.from_pretrained(
+            source, trust_remote_code=False, output_loading_info=True
+        )
+    has_pooler = _replace_missing(name, model, info["missing_keys"])
+    model.config.use_cache = False  # of keys and values, in the generation of texts
+    argument = model.main_input_name
+    if hasattr(model, "vision_model"):
+        model, argument = model.vision_model, _IMAGES
+    elif getattr(model.config, "is_encoder_decoder", False):
+        model = model.get_encoder()
+    if argument == _TEXTS:
+        with _explained(name):
+            return _text_encoder(name, source, model, transformers)
+    module = _PooledEncoder(model, argument, has_pooler)
+    if argument == _IMAGES:
+        with _explained(name):
+            processor = transformers.AutoImageProcessor.from_pretrained(source)
+        return module, ImagePreprocess(image_transform(processor)), None
+    if argument in _SOUNDS:
+        with _explained(name):
+            extractor = transformers.AutoFeatureExtractor.from_pretrained(source)
+        return module, functools.partial(sound_features, extractor, argument), None
+    raise ValueError(
+        f"backbone={name!r} is a {type(model).__name__}, which takes {argument!r}. Name an encoder "
+        "of images, texts or sounds, or pass a torch module."
+    )
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Raise an error of one line where ``transformers`` cannot load a part of a model."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"backbone={name!r} cannot be loaded from Hugging Face: {reason.rstrip('.')}. Check "
+            "the name; for a private or gated model, log in with `hf auth login`; without a "
+            "connection, pass a folder, as in 'hf//path'."
+        ) from error
+
+
+def _replace_missing(name: str, model: nn.Module, missing: Any) -> bool:
+    """Set weights that the checkpoint lacks to zero; return whether it has those of the pooler.
+
+    ``transformers`` has drawn them at random. Tokens of masks serve for pretraining alone.
+    """
+    poolers = [key for key in missing if "pooler" in key.split(".")]
+    needed = sorted(key for key in missing if key not in poolers and "mask" not in key)
+    if needed:
+        raise ValueError(
+            f"backbone={name!r} lacks {len(needed)} of its weights, such as {needed[0]!r}. Name a "
+            "model with all weights of its encoder."
+        )
+    tensors = model.state_dict()
+    with torch.no_grad():
+        for key in missing:
+            tensors[key].zero_()
+    return not poolers
+
+
+class _PooledEncoder(nn.Module):
+    """A model for images or sounds, with one vector per sample."""
+
+    def __init__(self, model: nn.Module, argument: str, has_pooler: bool) -> None:
+        super().__init__()
+        self.model, self.argument, self.has_pooler = model, argument, has_pooler
+        names = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+        self.has_class_token = not names.isdisjoint(_CLASS_TOKENS)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Return the pooled vectors, or maps whose places the caller averages."""
+        output = self.model(**{self.argument: batch})
+        pooled: Tensor | None = getattr(output, "pooler_output", None)
+        if pooled is not None and self.has_pooler:
+            return pooled
+        vectors: Tensor = output.last_hidden_state
+        if vectors.ndim != 3:
+            return vectors
+        return vectors[:, 0] if self.has_class_token else vectors.mean(1)
+
+
+class _TextEncoder(nn.Module):
+    """A model for texts, with one vector per text from those of its tokens."""
+
+    def __init__(self, model: nn.Module, pooling: str, normalized: bool) -> None:
+        super().__init__()
+        self.model, self.pooling, self.normalized = model, pooling, normalized
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the vectors of texts, from ids and mask of shape (n_samples, 2, length)."""
+        ids, mask = tokens.unbind(1)
+        vectors: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        weights = mask
+        if self.pooling == "cls":  # the first token that is no padding
+            weights = mask * (1 - nn.functional.pad(mask[:, :-1], (1, 0)))
+        elif self.pooling == "lasttoken":
+            weights = mask * (1 - nn.functional.pad(mask[:, 1:], (0, 1)))
+        elif self.pooling == "weightedmean":
+            weights = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        weights = weights[:, :, None].to(vectors.dtype)
+        pooled = (vectors * weights).sum(1) / weights.sum(1)
+        return nn.functional.normalize(pooled) if self.normalized else pooled
+
+
+def _text_encoder(name: str, source: str, model: Any, transformers: ModuleType) -> Encoder:
+    """Return a model for texts with its tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    pooling, normalized = "mean", False
+    for part in _read_json(source, "modules.json") or []:
+        kind = part["type"].rpartition(".")[2]
+        normalized |= kind == "Normalize"
+        if kind == "Pooling":
+            pooling = _pooling(name, _read_json(source, f"{part['path']}/config.json") or {})
+    lengths = [_LONGEST, tokenizer.model_max_length, _n_positions(model)]
+    lengths.append((_read_json(source, "sentence_bert_config.json") or {}).get("max_seq_length"))
+    limit = min(length for length in lengths if length)
+    padding = tokenizer.pad_token_id or 0
+    return _TextEncoder(model, pooling, normalized), None, BoundedTokenizer(
+        tokenizer, limit, padding
+    )
+
+
+def _read_json(source: str, file: str) -> Any:
+    """Return the contents of a file of a model, None if there is no such file."""
+    from transformers.utils import cached_file
+
+    path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else json.loads(Path(path).read_text("utf-8"))
+
+
+def _pooling(name: str, config: dict[str, Any]) -> str:
+    """Return the pooling of a sentence transformer."""
+    names = {"cls_token": "cls", "mean_tokens": "mean"}
+    chosen = [
+        names.get(key.removeprefix("pooling_mode_"), key.removeprefix("pooling_mode_"))
+        for key, value in config.items()
+        if key.startswith("pooling_mode_") and value is True
+    ] or [config.get("pooling_mode", "mean")]
+    if len(chosen) > 1 or chosen[0] not in _POOLINGS:
+        raise ValueError(
+            f"its tokens are pooled by {' and '.join(map(str, chosen))}, and this package knows "
+            f"{', '.join(_POOLINGS)}"
+        )
+    return str(chosen[0])
+
+
+def _n_positions(model: Any) -> int | None:
+    """Return the number of tokens that a model has positions for, None for any number."""
+    length: int | None = getattr(model.config, "max_position_embeddings", None)
+    for layer in model.modules():
+        table = isinstance(layer, nn.Embedding) and layer.num_embeddings == length
+        if length and table and layer.padding_idx is not None:
+            return length - layer.padding_idx - 1  # those before count as padding
+    return length
+
+
+def image_transform(processor: Any) -> Callable[[Tensor], Tensor]:
+    """Return the transform of an image processor for batches of tensors.
+
+    A processor that does more than resize, crop, rescale and normalise is called itself.
+    """
+    known = processor.to_dict()
+    steps: list[Callable[[Tensor], Tensor]] = []
+    if known.get("do_resize"):
+        resized = _resize(known)
+        if resized is None or known.get("do_pad"):
+            return functools.partial(_processed, processor)
+        steps += resized
+    if known.get("do_center_crop"):
+        crop = known["crop_size"]
+        steps.append(transforms.CenterCrop([crop["height"], crop["width"]]))
+    # The images are in [0, 1] from here; the processor sees values up to 255.
+    scale = 255 * (known["rescale_factor"] if known.get("do_rescale") else 1)
+    offset = 1.0 if known.get("rescale_offset") or known.get("offset") else 0.0
+    normalized = known.get("do_normalize")
+    means, stds = (known["image_mean"], known["image_std"]) if normalized else ([0.0], [1.0])
+    return transforms.Compose(
+        [
+            *steps,
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.Normalize(
+                [(mean + offset) / scale for mean in means], [std / scale for std in stds]
+            ),
+        ]
+    )
+
+
+def _resize(known: dict[str, Any]) -> list[Callable[[Tensor], Tensor]] | None:
+    """Return the resizing of an image processor, None if it is of another kind."""
+    size, resample = dict(known["size"]), known.get("resample", Image.Resampling.BILINEAR)
+    name = Image.Resampling(resample).name
+    mode = transforms.InterpolationMode[name if name in ("NEAREST", "BILINEAR") else "BICUBIC"]
+    resize = functools.partial(transforms.Resize, interpolation=mode, antialias=True)
+    if set(size) == {"height", "width"}:
+        return [resize([size["height"], size["width"]])]
+    if set(size) != {"shortest_edge"}:
+        return None
+    side, share = size["shortest_edge"], known.get("crop_pct")
+    if share is None:
+        return [resize(side)]
+    if side < 384:  # as ConvNextImageProcessor does
+        return [resize(int(side / share)), transforms.CenterCrop(side)]
+    return [resize([side, side])]
+
+
+def _processed(processor: Any, images: Tensor) -> Tensor:
+    """Return the output of an image processor."""
+    if images.is_floating_point():
+        images = (255 * images).round().to(torch.uint8)
+    output: Tensor = processor(list(images), return_tensors="pt")[_IMAGES]
+    return output
+
+
+def sound_features(extractor: Any, argument: str, sounds: Tensor) -> Tensor:
+    """Return the output of a feature extractor for sounds of shape (n_samples, n_times)."""
+    if sounds.ndim != 2:
+        raise ValueError(
+            "This backbone takes sounds, X of shape (n_samples, n_times) at "
+            f"{extractor.sampling_rate} Hz; the samples of X have shape {tuple(sounds.shape[1:])}. "
+            "Reshape X, or set preprocess=None to pass the features of sounds."
+        )
+    if not sounds.is_floating_point():
+        sounds = sounds / (torch.iinfo(sounds.dtype).max + 1)
+    waves = list(sounds.float().cpu().numpy())
+    rate = extractor.sampling_rate
+    output: Tensor = extractor(waves, sampling_rate=rate, return_tensors="pt")[argument]
+    return output
