@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,7 +29,12 @@ from sklearn_gradfeat.data import BoundedTokenizer, Preprocess
 PREFIX = "hf/"
 _LONGEST = 512  # tokens of a text
 _IMAGES, _TEXTS, _SOUNDS = "pixel_values", "input_ids", ("input_values", "input_features")
-_POOLINGS = ("cls", "lasttoken", "mean", "weightedmean")
+_POOLINGS = {
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_weightedmean_tokens": "weighted mean",
+}
 _CLASS_TOKENS = ("cls_token", "class_embedding")
 
 Encoder = tuple[nn.Module, Preprocess | None, BoundedTokenizer | None]
@@ -61,11 +64,11 @@ def load_huggingface(name: str) -> Encoder:
         If it is no such encoder.
     """
     source = name.removeprefix(PREFIX)
-    files = sorted(path for path in Path(source).glob("**/*") if path.is_file()) if source else []
-    stamp = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files)
-    if not files and (source.startswith(".") or os.path.isabs(source)):
+    folder = Path(source)
+    if not folder.is_dir() and (source.startswith(".") or folder.is_absolute()):
         raise OSError(f"backbone={name!r}: there is no folder {source!r} with a model.")
-    return _load(name, source, stamp)
+    files = sorted([*folder.glob("*"), *folder.glob("*/config.json")]) if source else []
+    return _load(name, source, tuple((path, path.stat().st_mtime_ns) for path in files))
 
 
 @functools.lru_cache(maxsize=4)
@@ -90,16 +93,19 @@ def _load(name: str, source: str, stamp: tuple[Any, ...]) -> Encoder:
     elif getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
     if argument == _TEXTS:
-        with _explained(name):
-            return _text_encoder(name, source, model, transformers)
+        return _text_encoder(name, source, model)
     module = _PooledEncoder(model, argument, has_pooler)
     if argument == _IMAGES:
         with _explained(name):
-            processor = transformers.AutoImageProcessor.from_pretrained(source)
+            processor = transformers.AutoImageProcessor.from_pretrained(
+                source, trust_remote_code=False
+            )
         return module, ImagePreprocess(image_transform(processor)), None
     if argument in _SOUNDS:
         with _explained(name):
-            extractor = transformers.AutoFeatureExtractor.from_pretrained(source)
+            extractor = transformers.AutoFeatureExtractor.from_pretrained(
+                source, trust_remote_code=False
+            )
         return module, functools.partial(sound_features, extractor, argument), None
     raise ValueError(
         f"backbone={name!r} is a {type(model).__name__}, which takes {argument!r}. Name an encoder "
@@ -109,16 +115,25 @@ def _load(name: str, source: str, stamp: tuple[Any, ...]) -> Encoder:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Raise an error of one line where ``transformers`` cannot load a part of a model."""
+    """Load a part of a model without progress bars; an error has one line that says what to do."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
             f"backbone={name!r} cannot be loaded from Hugging Face: {reason.rstrip('.')}. Check "
             "the name; for a private or gated model, log in with `hf auth login`; without a "
             "connection, pass a folder, as in 'hf//path'."
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _replace_missing(name: str, model: nn.Module, missing: Any) -> bool:
@@ -173,33 +188,34 @@ class _TextEncoder(nn.Module):
         ids, mask = tokens.unbind(1)
         vectors: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         weights = mask
-        if self.pooling == "cls":  # the first token that is no padding
+        if self.pooling == "first":  # one that is no padding
             weights = mask * (1 - nn.functional.pad(mask[:, :-1], (1, 0)))
-        elif self.pooling == "lasttoken":
+        elif self.pooling == "last":
             weights = mask * (1 - nn.functional.pad(mask[:, 1:], (0, 1)))
-        elif self.pooling == "weightedmean":
+        elif self.pooling == "weighted mean":
             weights = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
         weights = weights[:, :, None].to(vectors.dtype)
         pooled = (vectors * weights).sum(1) / weights.sum(1)
         return nn.functional.normalize(pooled) if self.normalized else pooled
 
 
-def _text_encoder(name: str, source: str, model: Any, transformers: ModuleType) -> Encoder:
+def _text_encoder(name: str, source: str, model: Any) -> Encoder:
     """Return a model for texts with its tokenizer."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    pooling, normalized = "mean", False
-    for part in _read_json(source, "modules.json") or []:
-        kind = part["type"].rpartition(".")[2]
-        normalized |= kind == "Normalize"
-        if kind == "Pooling":
-            pooling = _pooling(name, _read_json(source, f"{part['path']}/config.json") or {})
-    lengths = [_LONGEST, tokenizer.model_max_length, _n_positions(model)]
-    lengths.append((_read_json(source, "sentence_bert_config.json") or {}).get("max_seq_length"))
+    from transformers import AutoTokenizer
+
+    pooling: dict[str, Any] = {}
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        parts = _read_json(source, "modules.json") or []
+        kinds = [part["type"].rpartition(".")[2] for part in parts]
+        if "Pooling" in kinds:
+            path = parts[kinds.index("Pooling")]["path"]
+            pooling = _read_json(source, f"{path}/config.json") or {}
+        longest = (_read_json(source, "sentence_bert_config.json") or {}).get("max_seq_length")
+    module = _TextEncoder(model, _pooling(name, pooling), "Normalize" in kinds)
+    lengths = [_LONGEST, longest, tokenizer.model_max_length, _n_positions(model)]
     limit = min(length for length in lengths if length)
-    padding = tokenizer.pad_token_id or 0
-    return _TextEncoder(model, pooling, normalized), None, BoundedTokenizer(
-        tokenizer, limit, padding
-    )
+    return module, None, BoundedTokenizer(tokenizer, limit, tokenizer.pad_token_id or 0)
 
 
 def _read_json(source: str, file: str) -> Any:
@@ -211,19 +227,19 @@ def _read_json(source: str, file: str) -> Any:
 
 
 def _pooling(name: str, config: dict[str, Any]) -> str:
-    """Return the pooling of a sentence transformer."""
-    names = {"cls_token": "cls", "mean_tokens": "mean"}
-    chosen = [
-        names.get(key.removeprefix("pooling_mode_"), key.removeprefix("pooling_mode_"))
-        for key, value in config.items()
-        if key.startswith("pooling_mode_") and value is True
-    ] or [config.get("pooling_mode", "mean")]
-    if len(chosen) > 1 or chosen[0] not in _POOLINGS:
-        raise ValueError(
-            f"its tokens are pooled by {' and '.join(map(str, chosen))}, and this package knows "
-            f"{', '.join(_POOLINGS)}"
-        )
-    return str(chosen[0])
+    """Return the pooling of a sentence transformer, the mean for any other model."""
+    modes = [key for key, value in config.items() if key in _POOLINGS and value is True]
+    chosen = [_POOLINGS[key] for key in modes]
+    others = [key for key in config if key.startswith("pooling_mode") and config[key]]
+    if len(chosen) == 1 and others == modes:
+        return chosen[0]
+    if not others:
+        return "mean"
+    raise ValueError(
+        f"backbone={name!r} pools its tokens by {', '.join(others)}, but this package knows only "
+        f"one of {', '.join(_POOLINGS)}. Pass a torch module that pools them, behind a "
+        "TextTokenizer."
+    )
 
 
 def _n_positions(model: Any) -> int | None:
@@ -301,8 +317,13 @@ def sound_features(extractor: Any, argument: str, sounds: Tensor) -> Tensor:
             f"{extractor.sampling_rate} Hz; the samples of X have shape {tuple(sounds.shape[1:])}. "
             "Reshape X, or set preprocess=None to pass the features of sounds."
         )
-    if not sounds.is_floating_point():
+    if sounds.dtype in (torch.int16, torch.int32):
         sounds = sounds / (torch.iinfo(sounds.dtype).max + 1)
+    if not sounds.is_floating_point():
+        raise ValueError(
+            "Sounds must be floating point in [-1, 1], or int16 or int32 of the whole range; X has "
+            f"dtype {sounds.dtype}. Convert X, or set preprocess."
+        )
     waves = list(sounds.float().cpu().numpy())
     rate = extractor.sampling_rate
     output: Tensor = extractor(waves, sampling_rate=rate, return_tensors="pt")[argument]

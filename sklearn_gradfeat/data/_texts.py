@@ -262,7 +262,10 @@ class BoundedTokenizer:
             return X
         with _LOCK:
             encoded = self.tokenizer(
-                _validate_texts(X), truncation=True, max_length=length or self.limit
+                _validate_texts(X),
+                truncation=True,
+                max_length=length or self.limit,
+                return_attention_mask=True,
             )
         if length is None:
             longest = max(map(len, encoded["input_ids"]))

@@ -117,7 +117,7 @@ class SaliencyDisplay:
             raise ValueError(f"patch must be None or a positive integer, got {patch!r}.")
         fitted, X = unwrap(estimator, X)
         _check_term(fitted, term)
-        X = validate_new_samples(fitted, fitted._new_tokens(X))
+        X = validate_new_samples(fitted, X)
         model_term = InputTerm(*fitted._extractor_and_model(), term)
         x = model_term.inputs(X)
         axis = _channel_axis(x)
