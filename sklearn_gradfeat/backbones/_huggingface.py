@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +30,8 @@ from sklearn_gradfeat.data import BoundedTokenizer, Preprocess
 PREFIX = "hf/"
 _LONGEST = 512  # tokens of a text
 _IMAGES, _TEXTS, _SOUNDS = "pixel_values", "input_ids", ("input_values", "input_features")
-_POOLINGS = {
-    "pooling_mode_cls_token": "first",
-    "pooling_mode_lasttoken": "last",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_weightedmean_tokens": "weighted mean",
-}
+_POOLINGS = ("cls", "lasttoken", "mean", "weightedmean")
+_SIDES = ("height", "width")
 _CLASS_TOKENS = ("cls_token", "class_embedding")
 
 Encoder = tuple[nn.Module, Preprocess | None, BoundedTokenizer | None]
@@ -188,11 +185,11 @@ class _TextEncoder(nn.Module):
         ids, mask = tokens.unbind(1)
         vectors: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         weights = mask
-        if self.pooling == "first":  # one that is no padding
+        if self.pooling == "cls":  # the first token that is no padding
             weights = mask * (1 - nn.functional.pad(mask[:, :-1], (1, 0)))
-        elif self.pooling == "last":
+        elif self.pooling == "lasttoken":
             weights = mask * (1 - nn.functional.pad(mask[:, 1:], (0, 1)))
-        elif self.pooling == "weighted mean":
+        elif self.pooling == "weightedmean":
             weights = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
         weights = weights[:, :, None].to(vectors.dtype)
         pooled = (vectors * weights).sum(1) / weights.sum(1)
@@ -220,7 +217,7 @@ def _text_encoder(name: str, source: str, model: Any) -> Encoder:
 
 def _read_json(source: str, file: str) -> Any:
     """Return the contents of a file of a model, None if there is no such file."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     path = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
     return None if path is None else json.loads(Path(path).read_text("utf-8"))
@@ -228,84 +225,76 @@ def _read_json(source: str, file: str) -> Any:
 
 def _pooling(name: str, config: dict[str, Any]) -> str:
     """Return the pooling of a sentence transformer, the mean for any other model."""
-    modes = [key for key, value in config.items() if key in _POOLINGS and value is True]
-    chosen = [_POOLINGS[key] for key in modes]
-    others = [key for key in config if key.startswith("pooling_mode") and config[key]]
-    if len(chosen) == 1 and others == modes:
-        return chosen[0]
-    if not others:
-        return "mean"
-    raise ValueError(
-        f"backbone={name!r} pools its tokens by {', '.join(others)}, but this package knows only "
-        f"one of {', '.join(_POOLINGS)}. Pass a torch module that pools them, behind a "
-        "TextTokenizer."
-    )
+    flags = [key for key in config if key.startswith("pooling_mode_") and config[key] is True]
+    modes = [re.sub("^pooling_mode_|_tokens?$", "", flag) for flag in flags]
+    modes = modes or [config.get("pooling_mode", "mean")]
+    if len(modes) > 1 or modes[0] not in _POOLINGS:
+        raise ValueError(
+            f"backbone={name!r} pools its tokens by {' and '.join(map(str, modes))}, but this "
+            f"package knows only one of {', '.join(_POOLINGS)}. Pass a torch module that pools "
+            "them, behind a TextTokenizer."
+        )
+    return str(modes[0])
 
 
 def _n_positions(model: Any) -> int | None:
     """Return the number of tokens that a model has positions for, None for any number."""
     length: int | None = getattr(model.config, "max_position_embeddings", None)
     for layer in model.modules():
-        table = isinstance(layer, nn.Embedding) and layer.num_embeddings == length
-        if length and table and layer.padding_idx is not None:
-            return length - layer.padding_idx - 1  # those before count as padding
+        if isinstance(layer, nn.Embedding) and layer.num_embeddings == length:
+            # With a position for padding, those of tokens follow it.
+            return length if layer.padding_idx is None else length - layer.padding_idx - 1
     return length
 
 
 def image_transform(processor: Any) -> Callable[[Tensor], Tensor]:
     """Return the transform of an image processor for batches of tensors.
 
-    A processor that does more than resize, crop, rescale and normalise is called itself.
+    It resizes, crops and normalises with torchvision, so that it can be exported. A processor that
+    does anything else to a synthetic image is called itself.
     """
-    known = processor.to_dict()
+    n_values = 3 * 60 * 80
+    wave = torch.arange(n_values, dtype=torch.float64).div(30).sin()
+    image = (127.5 + 127 * wave).to(torch.uint8).view(1, 3, 60, 80)
+    expected = _processed(processor, image)
+    try:
+        composed = _composed(processor.to_dict())
+        same = torch.allclose(composed(image), expected, rtol=0, atol=1e-3)
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        same = False
+    return composed if same else functools.partial(_processed, processor)
+
+
+def _composed(known: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Return the steps that most image processors have."""
     steps: list[Callable[[Tensor], Tensor]] = []
-    if known.get("do_resize"):
-        resized = _resize(known)
-        if resized is None or known.get("do_pad"):
-            return functools.partial(_processed, processor)
-        steps += resized
+    if known["do_resize"]:
+        mode = transforms.InterpolationMode[Image.Resampling(known["resample"]).name]
+        resize = functools.partial(transforms.Resize, interpolation=mode, antialias=True)
+        side, share = known["size"].get("shortest_edge"), known.get("crop_pct")
+        if side is None:
+            steps.append(resize([known["size"]["height"], known["size"]["width"]]))
+        elif share is None:
+            steps.append(resize(side))
+        elif side < 384:  # as ConvNextImageProcessor does
+            steps += [resize(int(side / share)), transforms.CenterCrop(side)]
+        else:
+            steps.append(resize([side, side]))
     if known.get("do_center_crop"):
-        crop = known["crop_size"]
-        steps.append(transforms.CenterCrop([crop["height"], crop["width"]]))
-    # The images are in [0, 1] from here; the processor sees values up to 255.
-    scale = 255 * (known["rescale_factor"] if known.get("do_rescale") else 1)
-    offset = 1.0 if known.get("rescale_offset") or known.get("offset") else 0.0
-    normalized = known.get("do_normalize")
-    means, stds = (known["image_mean"], known["image_std"]) if normalized else ([0.0], [1.0])
-    return transforms.Compose(
-        [
-            *steps,
-            transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize(
-                [(mean + offset) / scale for mean in means], [std / scale for std in stds]
-            ),
-        ]
-    )
-
-
-def _resize(known: dict[str, Any]) -> list[Callable[[Tensor], Tensor]] | None:
-    """Return the resizing of an image processor, None if it is of another kind."""
-    size, resample = dict(known["size"]), known.get("resample", Image.Resampling.BILINEAR)
-    name = Image.Resampling(resample).name
-    mode = transforms.InterpolationMode[name if name in ("NEAREST", "BILINEAR") else "BICUBIC"]
-    resize = functools.partial(transforms.Resize, interpolation=mode, antialias=True)
-    if set(size) == {"height", "width"}:
-        return [resize([size["height"], size["width"]])]
-    if set(size) != {"shortest_edge"}:
-        return None
-    side, share = size["shortest_edge"], known.get("crop_pct")
-    if share is None:
-        return [resize(side)]
-    if side < 384:  # as ConvNextImageProcessor does
-        return [resize(int(side / share)), transforms.CenterCrop(side)]
-    return [resize([side, side])]
+        steps.append(transforms.CenterCrop([known["crop_size"][key] for key in _SIDES]))
+    steps.append(transforms.ToDtype(torch.float32, scale=True))
+    steps.append(transforms.Normalize(known["image_mean"], known["image_std"]))
+    composed: Callable[[Tensor], Tensor] = transforms.Compose(steps)
+    return composed
 
 
 def _processed(processor: Any, images: Tensor) -> Tensor:
     """Return the output of an image processor."""
     if images.is_floating_point():
         images = (255 * images).round().to(torch.uint8)
-    output: Tensor = processor(list(images), return_tensors="pt")[_IMAGES]
+    output: Tensor = processor(
+        list(images.cpu()), return_tensors="pt", input_data_format="channels_first"
+    )[_IMAGES]
     return output
 
 
