@@ -31,6 +31,7 @@ PREFIX = "hf/"
 _LONGEST = 512  # tokens of a text
 _IMAGES, _TEXTS, _SOUNDS = "pixel_values", "input_ids", ("input_values", "input_features")
 _POOLINGS = ("cls", "lasttoken", "mean", "weightedmean")
+_SHAPES = ((61, 83), (70, 50), (20, 90))  # of images to compare transforms
 _SIDES = ("height", "width")
 _CLASS_TOKENS = ("cls_token", "class_embedding")
 
@@ -251,18 +252,23 @@ def image_transform(processor: Any) -> Callable[[Tensor], Tensor]:
     """Return the transform of an image processor for batches of tensors.
 
     It resizes, crops and normalises with torchvision, so that it can be exported. A processor that
-    does anything else to a synthetic image is called itself.
+    does anything else to synthetic images is called itself.
     """
-    n_values = 3 * 60 * 80
-    wave = torch.arange(n_values, dtype=torch.float64).div(30).sin()
-    image = (127.5 + 127 * wave).to(torch.uint8).view(1, 3, 60, 80)
-    expected = _processed(processor, image)
     try:
         composed = _composed(processor.to_dict())
-        same = torch.allclose(composed(image), expected, rtol=0, atol=1e-3)
+        same = all(
+            torch.allclose(composed(image), _processed(processor, image), rtol=0, atol=1e-3)
+            for image in map(_synthetic, _SHAPES)
+        )
     except (KeyError, TypeError, ValueError, RuntimeError):
         same = False
     return composed if same else functools.partial(_processed, processor)
+
+
+def _synthetic(shape: tuple[int, int]) -> Tensor:
+    """Return a batch of one image of that height and width."""
+    wave = torch.arange(3 * shape[0] * shape[1], dtype=torch.float64).div(30).sin()
+    return (127.5 + 127 * wave).to(torch.uint8).view(1, 3, *shape)
 
 
 def _composed(known: dict[str, Any]) -> Callable[[Tensor], Tensor]:
