@@ -283,15 +283,22 @@ def _composed(known: dict[str, Any]) -> Callable[[Tensor], Tensor]:
         elif share is None:
             steps.append(resize(side))
         elif side < 384:  # as ConvNextImageProcessor does
-            steps += [resize(int(side / share)), transforms.CenterCrop(side)]
+            steps += [resize(int(side / share)), functools.partial(_center_crop, [side, side])]
         else:
             steps.append(resize([side, side]))
     if known.get("do_center_crop"):
-        steps.append(transforms.CenterCrop([known["crop_size"][key] for key in _SIDES]))
+        sides = [known["crop_size"][key] for key in _SIDES]
+        steps.append(functools.partial(_center_crop, sides))
     steps.append(transforms.ToDtype(torch.float32, scale=True))
     steps.append(transforms.Normalize(known["image_mean"], known["image_std"]))
     composed: Callable[[Tensor], Tensor] = transforms.Compose(steps)
     return composed
+
+
+def _center_crop(sides: list[int], images: Tensor) -> Tensor:
+    """Return the centre of images; where it lies between two pixels, other than torchvision."""
+    top, left = ((n - side) // 2 for n, side in zip(images.shape[-2:], sides, strict=True))
+    return images[..., top : top + sides[0], left : left + sides[1]]
 
 
 def _processed(processor: Any, images: Tensor) -> Tensor:

