@@ -134,7 +134,7 @@ def images():
 
 
 def sounds():
-    noise = np.random.default_rng(0).normal(size=(24, 400)) / 8
+    noise = np.random.default_rng(0).normal(size=(24, 400)) / 40
     tones = np.sin(np.arange(400) * np.where(LABELS, 0.05, 0.8)[:, None]) / 4
     return (noise + tones).astype(np.float32)
 

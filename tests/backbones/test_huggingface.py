@@ -196,7 +196,8 @@ def test_image_transform(processor, exported, size):
     """It is that of the processor, for bytes to rounding, for floats to two steps of the bytes."""
     batch = pictures(*size)
     transform = image_transform(processor)
-    assert exported == (not hasattr(transform, "func"))
+    if hasattr(transformers, "TorchvisionBackend"):  # older versions resize images of PIL
+        assert exported == (not hasattr(transform, "func"))
     expected = processor(list(batch), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(transform(batch), expected, rtol=0, atol=1e-5)
     step = 1 / 255 / min(processor.image_std)
@@ -267,6 +268,12 @@ def test_pickle(fitted):
     model, X = fitted
     again = pickle.loads(pickle.dumps(model))
     assert np.array_equal(again.predict_proba(X[:9]), model.predict_proba(X[:9]))
+
+
+def test_exported_model_contains_the_transform_of_images(named):
+    model = estimator(named("dinov2"), features="activation").fit(IMAGES, LABELS)
+    found = model.to_torch()(torch.from_numpy(IMAGES)).numpy()
+    np.testing.assert_allclose(found, model.predict_proba(IMAGES), atol=1e-5)
 
 
 @pytest.fixture
@@ -464,7 +471,7 @@ def test_code_of_a_model_is_not_run(tmp_path):
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("raise SystemExit")
-    with pytest.raises(OSError, match="contains custom code"):
+    with pytest.raises(OSError, match="execute|custom code"):
         load_huggingface(name)
 
 
