@@ -471,7 +471,7 @@ def test_code_of_a_model_is_not_run(tmp_path):
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("raise SystemExit")
-    with pytest.raises(OSError, match="execute|custom code"):
+    with pytest.raises(OSError, match=r"execute|custom code"):
         load_huggingface(name)
 
 
