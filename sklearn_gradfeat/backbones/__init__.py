@@ -11,6 +11,7 @@ from sklearn_gradfeat.backbones._sources import (
     Resolved,
     default_name,
     resolve_backbone,
+    resolve_tokenizer,
     seeded,
 )
 from sklearn_gradfeat.backbones._threads import threads_for, threads_for_head
@@ -28,6 +29,7 @@ __all__ = [
     "neutral_state",
     "on_host",
     "resolve_backbone",
+    "resolve_tokenizer",
     "seeded",
     "stored_weights",
     "threads_for",

@@ -227,6 +227,7 @@ def _remove_parametrizations(layer: nn.Module) -> None:
     found = {name: (getattr(layer, name).detach(), held) for name, held in lists.items()}
     layer.__class__ = parametrize.type_before_parametrizations(layer)
     del layer.parametrizations
+    layer._load_state_dict_pre_hooks.clear()  # weight_norm's has no pickle, and is for the former
     for name, (value, held) in found.items():
         if next(held.parameters(recurse=False), None) is None:
             layer.register_buffer(name, value)

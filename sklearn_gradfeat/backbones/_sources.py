@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2 as transforms
 
 from sklearn_gradfeat.backbones._builtin import SHIPPED, load_shipped, random_mlp
+from sklearn_gradfeat.backbones._huggingface import PREFIX, load_huggingface
 from sklearn_gradfeat.backbones._images import ImagePreprocess, check_images
+from sklearn_gradfeat.data import BoundedTokenizer
 
 
 @functools.lru_cache(maxsize=4)
@@ -48,7 +50,8 @@ def load_named(name: str) -> tuple[nn.Module, ImagePreprocess]:
     if library == "timm":
         return _load_timm(name, model)
     raise ValueError(
-        f"backbone={name!r}: named networks come from 'torchvision/' or 'timm/', not {library!r}. "
+        f"backbone={name!r}: named networks come from 'torchvision/', 'timm/' or 'hf/', not "
+        f"{library!r}. "
         "Use one of these prefixes, or pass a torch module."
     )
 
@@ -153,10 +156,11 @@ BackboneLike: TypeAlias = str | nn.Module | Callable[[], nn.Module] | None
 
 @dataclass(frozen=True)
 class Resolved:
-    """A module and the transform of its input."""
+    """A module, the transform of its input, and the tokenizer of a network for texts."""
 
     module: nn.Module
     preprocess: Callable[[Tensor], Tensor] | None = None
+    tokenizer: BoundedTokenizer | None = None
 
     @property
     def takes_indices(self) -> bool:
@@ -180,6 +184,14 @@ def seeded(seed: int) -> Iterator[None]:
         if devices:
             torch.cuda.manual_seed_all(seed)
         yield
+
+
+def resolve_tokenizer(backbone: BackboneLike) -> BoundedTokenizer | None:
+    """Return the tokenizer of a named network for texts, None for any other backbone."""
+    if not isinstance(backbone, str) or not backbone.startswith(PREFIX):
+        return None
+    with seeded(0):
+        return load_huggingface(backbone)[2]
 
 
 def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed: int) -> Resolved:
@@ -216,6 +228,14 @@ def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed
                     "module for such samples or a callable that returns one."
                 )
             return Resolved(random_mlp(sample_shape[0], seed))
+        if isinstance(backbone, str) and backbone.startswith(PREFIX):
+            resolved = Resolved(*load_huggingface(backbone))
+            if resolved.tokenizer is not None and sample_shape[:-1] != (2,):
+                raise ValueError(
+                    f"backbone={backbone!r} takes texts: a list of strings, or the output of "
+                    f"TextTokenizer. The samples of X have shape {sample_shape}."
+                )
+            return resolved
         if isinstance(backbone, str):
             check_images(sample_shape)
             return Resolved(*load_named(backbone))

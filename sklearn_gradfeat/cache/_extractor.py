@@ -24,7 +24,14 @@ from sklearn_gradfeat.backbones import (
 )
 from sklearn_gradfeat.cache._runner import CachedSamples, Trunk, cache_samples
 from sklearn_gradfeat.cache._store import Store, TrunkKey
-from sklearn_gradfeat.data import BatchSize, Preprocess, Samples, compute_dtypes, resolve_device
+from sklearn_gradfeat.data import (
+    BatchSize,
+    BoundedTokenizer,
+    Preprocess,
+    Samples,
+    compute_dtypes,
+    resolve_device,
+)
 
 # Settings of torch that trade the accuracy of float32 for speed.
 _ROUNDING = operator.attrgetter(
@@ -53,6 +60,8 @@ class Extractor:
         Whether integers reach the network as they are.
     negative_slope : float or None
         The slope below zero of the ReLUs above the gradient layers; None leaves them as they are.
+    tokenizer : BoundedTokenizer or None
+        Turns texts into the samples of a network for texts.
     """
 
     backbone: FrozenBackbone
@@ -61,6 +70,7 @@ class Extractor:
     half: bool
     takes_indices: bool
     negative_slope: float | None = None
+    tokenizer: BoundedTokenizer | None = None
 
     def on(self, device: torch.device) -> Extractor:
         """Return the extractor on a device; in float32 on mps, which has no float64."""
@@ -172,7 +182,8 @@ def build_extractor(
     if activation_layer is None:
         warn_of_class_scores(resolved.module)
     indices = resolved.takes_indices and X.dtype.kind in "iu"
-    trunk_dtype, dtype = compute_dtypes(precision, X, resolved_device, indices)
+    raw = indices or resolved.preprocess is not None
+    trunk_dtype, dtype = compute_dtypes(precision, X, resolved_device, raw)
     transform = resolved.preprocess if isinstance(preprocess, str) else preprocess
     # The frozen copy lives as long as the module or the factory that the user holds.
     owner = backbone if callable(backbone) else None
@@ -183,4 +194,5 @@ def build_extractor(
         names = [] if gradient_layers is None else frozen.choose(gradient_layers)
     half = precision == "bfloat16"
     slope = None if negative_slope is None else float(negative_slope)
-    return Extractor(frozen, transform, dtype, half, indices, slope), names
+    tokenizer = resolved.tokenizer
+    return Extractor(frozen, transform, dtype, half, indices, slope, tokenizer), names

@@ -26,6 +26,7 @@ from sklearn_gradfeat.data._targets import (
     weighted_median,
 )
 from sklearn_gradfeat.data._texts import (
+    BoundedTokenizer,
     MaskedMean,
     TextTokenizer,
 )
@@ -38,6 +39,7 @@ from sklearn_gradfeat.data._validation import (
 __all__ = [
     "MIN_ROWS",
     "BatchSize",
+    "BoundedTokenizer",
     "ImageFiles",
     "MaskedMean",
     "Preprocess",

@@ -42,7 +42,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def compute_dtypes(
-    precision: str, X: Any, device: torch.device, indices: bool
+    precision: str, X: Any, device: torch.device, raw: bool
 ) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtype of the frozen layers, and the dtype of the head, the solver and results.
 
@@ -58,15 +58,16 @@ def compute_dtypes(
         Validated input.
     device : torch.device
         The computing device.
-    indices : bool
-        Whether ``X`` holds integers that index an embedding.
+    raw : bool
+        Whether ``X`` holds integers that index an embedding, or is for a network with a transform
+        of its own. Such data, for example sounds, are not tabular.
     """
     if precision == "float64" and device.type == "mps":
         raise ValueError(
             "precision='float64' is not available on device 'mps'. "
             "Pass device='cpu', or precision='float32'."
         )
-    tabular = len(X.shape) == 2 and X.dtype != np.uint8 and not indices
+    tabular = len(X.shape) == 2 and X.dtype != np.uint8 and not raw
     if precision == "auto":
         wide = tabular and (X.dtype.kind in "iub" or X.dtype.itemsize > 4) and device.type != "mps"
         precision = "float64" if wide else "float32"

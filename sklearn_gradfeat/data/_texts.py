@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -14,9 +17,14 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from sklearn_gradfeat.data._containers import to_numpy
+
 Tokenizer: TypeAlias = Callable[..., Mapping[str, Any]]
 
 _KEYS = ("input_ids", "attention_mask")
+_TOKEN_AXES = 3  # samples; ids and mask; tokens
+_STEP = 32  # lengths are multiples of this
+_LOCK = threading.Lock()  # the tokenizers of transformers change their state in a call
 
 
 class TextTokenizer(TransformerMixin, BaseEstimator):
@@ -139,9 +147,9 @@ class TextTokenizer(TransformerMixin, BaseEstimator):
                     f"{', '.join(map(str, sorted(lengths)))}. Pass a tokenizer that pads and "
                     "truncates to max_length."
                 )
-        tokens = np.stack([np.asarray(encoded[key], np.int64) for key in _KEYS], axis=1)
-        tokens[~tokens[:, 1].any(1), 1, 0] = 1
-        return tokens
+        return _with_first_token(
+            np.stack([np.asarray(encoded[key], np.int64) for key in _KEYS], axis=1)
+        )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -213,6 +221,72 @@ class MaskedMean(nn.Module):
             )
         weights = mask[:, :, None].to(vectors.dtype)
         return (vectors * weights).sum(1) / weights.sum(1)
+
+
+@dataclass(frozen=True)
+class BoundedTokenizer:
+    """Convert texts to token ids and an attention mask, for a network that takes both.
+
+    Parameters
+    ----------
+    tokenizer : callable
+        A tokenizer of the package ``transformers``.
+    limit : int
+        The largest number of tokens per text.
+    padding : int
+        The token id after the end of a text.
+    """
+
+    tokenizer: Tokenizer
+    limit: int
+    padding: int
+
+    def __call__(self, X: Any, length: int | None = None) -> Any:
+        """Tokenize texts.
+
+        Parameters
+        ----------
+        X : array-like of str of shape (n_samples,), or tokens
+            Texts. Tokens of shape (n_samples, 2, length) are returned unchanged.
+        length : int, default=None
+            Number of tokens per text. None takes the number in the longest text, up to ``limit``,
+            rounded up so that it is the same for most subsets of the texts.
+
+        Returns
+        -------
+        tokens : ndarray of int64 of shape (n_samples, 2, length)
+            As returned by :meth:`TextTokenizer.transform`.
+
+        Raises
+        ------
+        ValueError
+            If ``X`` is not a sequence of strings, or is empty.
+        """
+        X = to_numpy(X)
+        if len(getattr(X, "shape", ())) == _TOKEN_AXES:
+            return X
+        with _LOCK:
+            encoded = self.tokenizer(
+                _validate_texts(X),
+                truncation=True,
+                max_length=length or self.limit,
+                return_attention_mask=True,
+            )
+        if length is None:
+            longest = max(map(len, encoded["input_ids"]))
+            length = min(self.limit, _STEP * max(1, math.ceil(longest / _STEP)))
+        tokens = np.zeros((len(encoded["input_ids"]), 2, length), np.int64)
+        tokens[:, 0] = self.padding
+        for row, *parts in zip(tokens, *(encoded[key] for key in _KEYS), strict=True):
+            for values, part in zip(row, parts, strict=True):
+                values[: len(part)] = part
+        return _with_first_token(tokens)
+
+
+def _with_first_token(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Set the mask of a text without tokens to 1 at its first position."""
+    tokens[~tokens[:, 1].any(1), 1, 0] = 1
+    return tokens
 
 
 def _validate_texts(X: Any) -> list[str]:

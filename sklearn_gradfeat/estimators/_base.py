@@ -10,13 +10,18 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    clone,
+)
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sklearn_gradfeat.backbones import neutral_state, on_host
+from sklearn_gradfeat.backbones import neutral_state, on_host, resolve_tokenizer
 from sklearn_gradfeat.cache import Extractor, Store, build_extractor, disk_store, memory_store
 from sklearn_gradfeat.data import (
     BatchSize,
@@ -29,7 +34,7 @@ from sklearn_gradfeat.data import (
 )
 from sklearn_gradfeat.estimators._printing import caption, named, text_of
 from sklearn_gradfeat.io import LinearizedNetwork, save_estimator
-from sklearn_gradfeat.linearized import LinearModel, predict_logits
+from sklearn_gradfeat.linearized import LinearModel, predict_activations, predict_logits
 from sklearn_gradfeat.training import (
     CallbackSupportMixin,
     FitSettings,
@@ -43,7 +48,9 @@ from sklearn_gradfeat.training import (
 )
 
 
-class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
+class BaseGradientFeature(
+    CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+):
     """A linear model over the activations and the gradients of a frozen network."""
 
     _extractor: Extractor
@@ -74,7 +81,7 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> Self:
         """Validate, pass the samples through the network, train, and set the attributes."""
         with restored_on_error(self, "n_features_in_", "feature_names_in_"):
-            X, y = validate_samples(self, X, y)
+            X, y = validate_samples(self, self._tokens(X), y)
             problem = self._problem(y, sample_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
             with Progress(self, X=X, y=y, metadata=metadata) as progress:
@@ -132,6 +139,18 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
         attributes = {"_extractor": extractor, "sample_shape_": tuple(X.shape[1:])}
         return Prepared(network, samples, settings, attributes)
 
+    @neutral_state()
+    def _tokens(self, X: Any) -> Any:
+        """Return texts as token ids with a mask, if the backbone is a named network for texts."""
+        tokenizer = resolve_tokenizer(self.backbone)
+        return X if tokenizer is None else tokenizer(X)
+
+    def _new_tokens(self, X: Any) -> Any:
+        """Return new texts as token ids with a mask, of the length in ``fit``."""
+        check_is_fitted(self)
+        tokenizer = self._extractor.tokenizer
+        return X if tokenizer is None else tokenizer(X, self.sample_shape_[-1])
+
     def _store(self, X: Any) -> Store | None:
         """Return the store for the output of the frozen layers, or None to keep nothing."""
         if self.feature_store is None:
@@ -155,10 +174,38 @@ class BaseGradientFeature(CallbackSupportMixin, BaseEstimator):
     @neutral_state()
     def _logits(self, X: Any) -> npt.NDArray[Any]:
         """Return the logits, of shape (n_samples, n_outputs)."""
-        X = validate_new_samples(self, X)
+        X = validate_new_samples(self, self._new_tokens(X))
         extractor, model = self._extractor_and_model()
         batch_size = BatchSize(self.batch_size)
         return predict_logits(extractor, model, X, batch_size, bool(self.verbose), self._store(X))
+
+    @neutral_state()
+    def transform(self, X: Any) -> npt.NDArray[Any]:
+        """Return the activations ``f(x)`` of the frozen network.
+
+        These are the features of the first term of the model, ``W f``, so a model of other
+        features, or another estimator, can be compared and combined with it.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, ...)
+            Samples of the shape that the estimator was fitted on.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features)
+            The activations. :meth:`set_output` chooses another container.
+        """
+        X = validate_new_samples(self, self._new_tokens(X))
+        extractor, model = self._extractor_and_model()
+        batch_size, verbose = BatchSize(self.batch_size), bool(self.verbose)
+        return predict_activations(extractor, model, X, batch_size, verbose, self._store(X))
+
+    @property
+    def _n_features_out(self) -> int:
+        """The number of columns of :meth:`transform`, which :meth:`get_feature_names_out` names."""
+        n_features: int = self.coef_.shape[1]
+        return n_features
 
     @neutral_state()
     def _extractor_and_model(self) -> tuple[Extractor, LinearModel]:

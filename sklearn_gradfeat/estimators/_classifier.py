@@ -425,4 +425,4 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         ValueError
             If a parameter, ``X`` or ``y`` is invalid; the message names it.
         """
-        return self._fit_search(X, y, sample_weight, params)
+        return self._fit_search(self._tokens(X), y, sample_weight, params)

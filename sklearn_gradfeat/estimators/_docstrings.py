@@ -17,6 +17,11 @@ backbone : None, str, torch.nn.Module or callable, default=None
     - str: ``"convnet-rotation"`` or ``"convnet-vae"``, small networks for 32 x 32 pixels that
       are part of the package; ``"resnet18"`` or ``"torchvision/resnet18"``, ``"timm/NAME"``:
       pretrained weights with their own input transform, without the classifier.
+      ``"hf/NAME"``: an encoder of Hugging Face for images, texts or sounds with its own
+      processor or tokenizer; ``"hf//path"`` and ``"hf/./path"`` are folders. With an encoder
+      for texts, ``X`` is a list, an array or a column of strings. New texts are cut to the
+      number of tokens of the longest text in ``fit``, rounded up to a multiple of 32. With
+      one for sounds, ``X`` has the shape (n_samples, n_times).
     - module: its output is the activation, of shape (n_samples, n_features) or
       (n_samples, n_features, ...). The axes after the second are averaged.
     - callable: returns a module. It is called once in every fit, under ``random_state``.
@@ -126,7 +131,7 @@ gradient_layers_ : list of str
     The names of the parameters θ₂. A batch norm is folded into the layer before it: the
     bias of that layer stands for both, and the scale is part of its weight.
 sample_shape_ : tuple of int
-    The shape of one sample.
+    The shape of one sample; (2, length) for texts, of token ids and attention mask.
 n_features_in_ : int
     The length of the second axis of ``X``.
 feature_names_in_ : ndarray of shape (`n_features_in_`,)

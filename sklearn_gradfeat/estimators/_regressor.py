@@ -347,7 +347,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         ValueError
             If a parameter, ``X`` or ``y`` is invalid; the message names it.
         """
-        return self._fit_search(X, y, sample_weight, params)
+        return self._fit_search(self._tokens(X), y, sample_weight, params)
 
     def _check_search(self) -> None:
         super()._check_search()

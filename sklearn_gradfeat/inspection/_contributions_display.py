@@ -96,7 +96,7 @@ class LayerContributionDisplay:
         for name in fitted.gradient_layers_:
             groups.setdefault(layer_of(name) if by == "layer" else name, []).append(name)
         extractor, model = fitted._extractor_and_model()
-        X = validate_new_samples(fitted, X)
+        X = validate_new_samples(fitted, fitted._new_tokens(X))
         activation, parts = logit_parts(extractor, model, X, fitted.batch_size, groups)
         display = cls(
             activation=activation,

@@ -187,7 +187,8 @@ class _Saved:
                 )
         dtype = getattr(torch, stored["dtype"])
         slope = stored.get("negative_slope", stored.get("leak"))
-        return Extractor(frozen, preprocess, dtype, stored["half"], stored["takes_indices"], slope)
+        half, indices = stored["half"], stored["takes_indices"]
+        return Extractor(frozen, preprocess, dtype, half, indices, slope, resolved.tokenizer)
 
     def check(self, estimator: Any) -> None:
         """Raise an error unless network and transform give the same results as before saving."""

@@ -11,6 +11,7 @@ from sklearn_gradfeat.linearized._jacobian import (
 from sklearn_gradfeat.linearized._logits import (
     LinearModel,
     linear_logits,
+    predict_activations,
     predict_logits,
     to_numpy,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "agrees",
     "linear_logits",
     "linearized_graph",
+    "predict_activations",
     "predict_logits",
     "to_numpy",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -188,22 +188,59 @@ def predict_logits(
     ValueError
         If the backbone returns NaN or infinity.
     """
+    return _predict(
+        extractor, model, X, batch_size, verbose, store, model.logits, len(model.intercept)
+    )
+
+
+def predict_activations(
+    extractor: Extractor,
+    model: LinearModel,
+    X: Any,
+    batch_size: BatchSize,
+    verbose: bool = False,
+    store: Store | None = None,
+) -> npt.NDArray[Any]:
+    """Return the activations ``f`` of every sample, of shape (n_samples, n_features).
+
+    The parameters and errors are those of :func:`predict_logits`. The network is cut where it was
+    cut in the fit, so a sample of the fit is in the store.
+    """
+
+    def activations(head: LinearizedHead, boundary: Tensors) -> Tensor:
+        return head.activation(boundary)
+
+    n_features = model.omega.shape[1]
+    return _predict(extractor, model, X, batch_size, verbose, store, activations, n_features)
+
+
+def _predict(
+    extractor: Extractor,
+    model: LinearModel,
+    X: Any,
+    batch_size: BatchSize,
+    verbose: bool,
+    store: Store | None,
+    function: Callable[[LinearizedHead, Tensors], Tensor],
+    n_columns: int,
+) -> npt.NDArray[Any]:
+    """Return the results of a function of the head and its inputs, batch by batch."""
     n_samples = X.shape[0]
     tabular = len(X.shape) == 2 and not extractor.takes_indices
     if tabular and n_samples < MIN_ROWS:
         X = X[np.arange(MIN_ROWS) % n_samples]
     network = extractor.network(list(model.displacements))
     head = LinearizedHead.from_network(network)
-    logits = np.empty((X.shape[0], len(model.intercept)), dtype=to_numpy(model.intercept).dtype)
+    results = np.empty((X.shape[0], n_columns), dtype=to_numpy(model.intercept).dtype)
     for rows, boundary in extractor.batches(X, network, batch_size, verbose, store):
 
-        def part(some: slice, boundary: tuple[Tensor, ...] = boundary) -> Tensor:
-            return model.logits(head, tuple(z[some] for z in boundary))
+        def part(some: slice, boundary: Tensors = boundary) -> Tensor:
+            return function(head, tuple(z[some] for z in boundary))
 
-        logits[rows] = to_numpy(torch.cat(batch_size.run(part, rows.stop - rows.start)))
-    if not np.isfinite(logits).all():
+        results[rows] = to_numpy(torch.cat(batch_size.run(part, rows.stop - rows.start)))
+    if not np.isfinite(results).all():
         raise ValueError(NOT_FINITE)
-    return logits[:n_samples]
+    return results[:n_samples]
 
 
 def to_numpy(tensor: Tensor) -> Any:

@@ -35,8 +35,8 @@ def same(first, second):
         ("torchvision/resnet81", "'torchvision/resnet81' is not known.* 'resnet18'"),
         ("ResNet18", "'resnet18'"),
         ("efficientnet", "'efficientnet_"),
-        ("keras/resnet18", "from 'torchvision/' or 'timm/', not 'keras'.* Use one of these"),
-        ("a/b/resnet18", "from 'torchvision/' or 'timm/', not 'a/b'"),
+        ("keras/resnet18", "from 'torchvision/', 'timm/' or 'hf/', not 'keras'.* Use one of these"),
+        ("a/b/resnet18", "from 'torchvision/', 'timm/' or 'hf/', not 'a/b'"),
     ],
 )
 def test_unknown_name(name, match):

@@ -16,11 +16,13 @@ from sklearn.utils._param_validation import InvalidParameterError
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier, MaskedMean, TextTokenizer
+from sklearn_gradfeat.data import BoundedTokenizer
 from tests.encoder import LABELS, NET, TEXTS, check_split, letters, masked_mean
 
 
 def pipeline(net=NET, max_length=8, **parameters):
-    classifier = GradientFeatureClassifier(net, **{"alpha": 1e-2, "gradient_alpha": 1e-2, **parameters})
+    defaults = {"alpha": 1e-2, "gradient_alpha": 1e-2}
+    classifier = GradientFeatureClassifier(net, **{**defaults, **parameters})
     return Pipeline([("tokens", TextTokenizer(letters, max_length)), ("model", classifier)])
 
 
@@ -31,6 +33,37 @@ def tokens(texts, max_length=8):
 @pytest.fixture(scope="module")
 def fitted():
     return pipeline().fit(TEXTS, LABELS)
+
+
+# --- the tokenizer of a named network --------------------------------------------------------
+
+
+def ragged(texts, truncation, max_length, return_attention_mask):
+    """Return ids of the letters of each text, without padding."""
+    assert truncation and return_attention_mask
+    ids = [[1 + ord(c) % 20 for c in text[:max_length]] for text in texts]
+    return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+
+
+@pytest.mark.parametrize(
+    ("longest", "limit", "expected"),
+    [(5, 512, 32), (32, 512, 32), (33, 512, 64), (600, 512, 512), (5, 20, 20), (0, 512, 32)],
+)
+def test_length_is_that_of_the_longest_text(longest, limit, expected):
+    X = BoundedTokenizer(ragged, limit, 9)(["a" * longest, "ab"])
+    assert X.shape == (2, 2, expected)
+    assert X[1, :, :4].tolist() == [[18, 19, 9, 9], [1, 1, 0, 0]]
+    assert X[0, 1].sum() == max(1, min(longest, limit))
+
+
+def test_length_can_be_given():
+    tokenizer = BoundedTokenizer(ragged, 512, 0)
+    assert np.array_equal(tokenizer(["abc", "a"], 2), tokenizer(["ab", "a"], 2))
+
+
+def test_tokens_stay_as_they_are():
+    X = np.ones((3, 2, 7), int)
+    assert BoundedTokenizer(ragged, 512, 0)(X) is X
 
 
 # --- the tokenizer ---------------------------------------------------------------------------

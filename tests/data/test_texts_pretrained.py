@@ -84,3 +84,14 @@ def test_minilm_grid_search_in_processes(minilm):
     grid = {"model__alpha": [1e-2, 1e-1]}
     search = GridSearchCV(minilm_pipeline(minilm, features="activation"), grid, cv=2, n_jobs=2)
     assert search.fit(texts, labels).best_score_ > 0.8
+
+
+@pytest.mark.parametrize("features", ["activation", "full"])
+def test_minilm_by_name_learns_docstrings(minilm, features):
+    texts, labels = docstrings()
+    model = GradientFeatureClassifier(
+        f"hf/{minilm[0]}", features=features, alpha=1e-3, gradient_alpha=1e-4
+    ).fit(texts[::2], labels[::2])
+    assert model.score(texts[1::2], labels[1::2]) > 0.9
+    assert all(name.startswith("model.encoder.layer.5.") for name in model.gradient_layers_)
+    np.testing.assert_allclose(np.linalg.norm(model.transform(texts[:9]), axis=1), 1, atol=1e-5)

@@ -8,19 +8,30 @@ from pathlib import Path
 
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
 import sklearn
 import torch
 from sklearn.base import clone
+from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_iris
-from sklearn.exceptions import UnsetMetadataPassedError
+from sklearn.ensemble import StackingClassifier
+from sklearn.exceptions import NotFittedError, UnsetMetadataPassedError
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from torch import nn
 
 import sklearn_gradfeat
-from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    GradientFeatureClassifierCV,
+    GradientFeatureRegressor,
+    GradientFeatureRegressorCV,
+)
+from sklearn_gradfeat.cache._runner import Trunk
 from sklearn_gradfeat.training import _two_stage_fit
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
@@ -343,3 +354,100 @@ def test_one_sample_to_predict(fitted):
     expected = fitted.predict_proba(X)
     for i in (0, 5):
         np.testing.assert_allclose(fitted.predict_proba(X[i : i + 1]), expected[[i]], atol=1e-5)
+
+
+# --- transform -------------------------------------------------------------------------------
+
+TABLE = load_iris()
+ESTIMATORS = [
+    GradientFeatureClassifier(random_state=0),
+    GradientFeatureClassifierCV(alphas=2, gradient_alphas=2, cv=2, random_state=0),
+    GradientFeatureRegressor(random_state=0),
+    GradientFeatureRegressorCV(alphas=2, gradient_alphas=2, cv=2, random_state=0),
+]
+NAMES = [type(model).__name__ for model in ESTIMATORS]
+
+
+def table(n=40):
+    return TABLE.data[::2][:n] / 2, TABLE.target[::2][:n]
+
+
+@pytest.mark.parametrize("model", ESTIMATORS, ids=NAMES)
+@pytest.mark.parametrize("features", ["full", "activation", "gradient"])
+def test_activations_are_those_of_the_network(model, features):
+    X, y = table()
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh())
+    model = clone(model).set_params(backbone=net, features=features, batch_size=16).fit(X, y)
+    with torch.no_grad():
+        expected = net.double()(torch.from_numpy(X)).numpy()
+    found = model.transform(X)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.array_equal(model.transform(X[:3]), found[:3])
+    names = model.get_feature_names_out()
+    assert list(names) == [f"{type(model).__name__.lower()}{i}" for i in range(5)]
+
+
+def test_predictions_without_gradients_are_linear_in_the_activations():
+    model = estimator(features="activation").fit(X, Y)
+    logits = model.transform(X) @ model.coef_.T + model.intercept_
+    np.testing.assert_allclose(model.decision_function(X), logits, atol=1e-6)
+
+
+def test_activations_are_averaged_over_places():
+    net = NET[:4]
+    with torch.no_grad():
+        expected = net(torch.from_numpy(X)).mean((2, 3)).numpy()
+    found = estimator(net).fit(X, Y).transform(X)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("features", ["full", "activation", "gradient"])
+def test_activations_take_no_second_pass_over_the_frozen_layers(monkeypatch, features):
+    model = estimator(tiny_net(), features=features)
+    found = model.fit_transform(X, Y)
+    monkeypatch.setattr(Trunk, "_pass", None)
+    assert np.array_equal(model.transform(X), found)
+
+
+def test_activations_in_pipelines_and_stacks():
+    X, y = table(75)
+    model = make_pipeline(
+        StandardScaler(), GradientFeatureClassifier(random_state=0), LogisticRegression()
+    )
+    assert model.fit(X, y).score(X, y) > 0.9
+    columns = ColumnTransformer(
+        [("first", clone(ESTIMATORS[0]), [0, 1]), ("all", "passthrough", [3])]
+    )
+    width = len(columns.fit(X, y).named_transformers_["first"].get_feature_names_out())
+    assert columns.transform(X).shape == (75, width + 1)
+    assert columns.get_feature_names_out()[0] == "first__gradientfeatureclassifier0"
+    stack = StackingClassifier([("model", FrozenEstimator(model))], cv="prefit")
+    assert stack.fit(X, y).score(X, y) > 0.9
+
+
+def test_activations_in_a_data_frame():
+    X, y = table()
+    frame = pd.DataFrame(X, index=np.arange(40) + 7, columns=TABLE.feature_names)
+    model = GradientFeatureClassifier(random_state=0).set_output(transform="pandas")
+    found = model.fit_transform(frame, y)
+    assert list(found.columns) == list(model.get_feature_names_out())
+    assert list(found.index) == list(frame.index)
+    assert clone(model).fit(frame, y).transform(frame).equals(found)
+
+
+def test_activations_need_a_fit():
+    with pytest.raises(NotFittedError):
+        estimator().transform(X)
+    with pytest.raises(NotFittedError):
+        estimator().get_feature_names_out()
+    searched = clone(ESTIMATORS[1]).set_params(refit=False).fit(*table())
+    with pytest.raises(NotFittedError, match="refit=False"):
+        searched.transform(table()[0])
+
+
+def test_activations_that_are_not_finite():
+    model = estimator().fit(X, Y)
+    with pytest.raises(ValueError, match="returned NaN or infinity"):
+        model.transform(np.full_like(X, 3e38))

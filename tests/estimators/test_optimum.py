@@ -143,7 +143,8 @@ def test_objective_never_increases_and_standard_parametrization_works(kind):
 @settings(max_examples=4, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([1, 7, 40]))
 def test_order_repetition_and_batch_size_do_not_matter(seed, batch_size):
-    options = {"alpha": 0.05, "gradient_alpha": 0.05, "precision": "float64", "tol": 1e-18, "max_iter": 500}
+    options = {"precision": "float64", "tol": 1e-18, "max_iter": 500}
+    options |= {"alpha": 0.05, "gradient_alpha": 0.05}
     module, names = build("normed")
     x, y = X[:12], TARGETS["multinomial"][:12]
     rng = np.random.default_rng(seed)
