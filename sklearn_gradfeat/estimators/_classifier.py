@@ -59,11 +59,13 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
     loss : {"log_loss", "squared"}, default="log_loss"
         The loss: cross-entropy; or half the squared error to targets of 1 for the class or the
         labels of a sample and -1 for all others. With ``"squared"`` there are no probabilities.
-    alpha : float, default=1e-4
+    alpha : float or "auto", default="auto"
         L2 penalty: ``alpha / 2`` times the squared norm of ``W``, on a loss that is a
         weighted mean. The ``C`` of scikit-learn is ``1 / (alpha * sample_weight.sum())``.
-    gradient_alpha : float, default=None
-        L2 penalty on ``w₂``. None takes the value of ``alpha``.
+        %ALPHA_AUTO%
+    gradient_alpha : float or "auto", default="auto"
+        L2 penalty on ``w₂``.
+        %GRADIENT_ALPHA_AUTO%
     fit_intercept : bool, default=True
         Whether to fit the intercept, which is not penalised.
     class_weight : dict, "balanced", list of dict or None, default=None
@@ -76,6 +78,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
     ----------
     classes_ : ndarray of shape (n_classes,) or (n_labels,)
         The classes; for multilabel targets the numbers of the columns.
+    %VALIDATION_SCORES%
     %MODEL_ATTRIBUTES%
 
     See Also
@@ -290,7 +293,9 @@ class _FoldClassifier(FoldModel, GradientFeatureClassifier):
 class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
     """Gradient-feature classifier that chooses its penalties by cross-validation.
 
-    The model [1]_ is that of :class:`GradientFeatureClassifier`. Scores and choice are those of
+    The model [1]_ is that of :class:`GradientFeatureClassifier`, which also chooses its penalties
+    by default, in less time. Use this class for folds or a score of your own, or to see the
+    scores of a whole grid. For lists of penalties, scores and choice are those of
     :class:`~sklearn.model_selection.GridSearchCV` over that estimator, up to ``tol``, in less
     time: every sample passes through the frozen layers once, the first stage is fitted once for
     each ``alpha``, and every fit starts from the one with the next stronger penalty.
@@ -306,7 +311,9 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         The folds; None is 5, stratified by class. A splitter by groups takes the ``groups`` of
         ``fit``.
     scoring : str, callable or None, default=None
-        A scorer, as in :class:`~sklearn.model_selection.GridSearchCV`; None is accuracy.
+        A scorer, as in :class:`~sklearn.model_selection.GridSearchCV`. None takes the negative
+        loss of held-out samples, which is the negative log-loss by default; ``score`` then
+        returns the accuracy.
     %REFIT%
     fit_intercept : bool, default=True
         Whether to fit the intercept, which is not penalised.
@@ -336,8 +343,8 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
     >>> model = GradientFeatureClassifierCV(alphas=3, gradient_alphas=2, random_state=0)
     >>> make_pipeline(StandardScaler(), model).fit(X, y).score(X, y) > 0.95
     True
-    >>> model.scores_.shape
-    (5, 3, 2)
+    >>> model.scores_.shape[0]
+    5
     """
 
     _fold_class: Callable[[], Any] = _FoldClassifier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import Any, TypeVar
 
@@ -55,12 +56,14 @@ max_iter : int, default=100
     The maximum number of iterations of each of the two fits.
 tol : float, default=1e-4
     The solver stops when the Newton decrement ``½ gᵀ P g``, with the gradient ``g`` and the
-    preconditioner ``P``, falls below ``tol`` times its value at the zero model.
+    preconditioner ``P``, is below ``tol`` times the fall of the objective so far. The decrement
+    predicts how far the objective can still fall. The second fit counts from its own start.
 """
 
 WARM_START = """
 warm_start : bool, default=False
     Whether to start from the previous solution if its shape fits. The optimum is the same.
+    A penalty on ``"auto"`` is chosen anew.
 """
 
 COMPUTATION = """
@@ -87,37 +90,61 @@ verbose : int, default=0
     Whether to show progress bars.
 """
 
+ALPHA_AUTO = """
+``"auto"`` chooses it by the loss of held-out samples, see ``validation_scores_``.
+"""
+
+GRADIENT_ALPHA_AUTO = """
+Infinity leaves the gradient term out. ``"auto"`` chooses it as above, and leaves the term out
+where it does not help.
+"""
+
 SEARCH = """
 alphas : int or array-like of shape (n_alphas,), default=5
-    The values of ``alpha``, the L2 penalty on ``W``; or their number, to cover four
-    powers of ten below the largest curvature of the loss.
+    The values of ``alpha``, the L2 penalty on ``W``; or their number, to start with powers of
+    ten from the largest curvature of the loss down.
 gradient_alphas : int or array-like of shape (n_gradient_alphas,), default=5
-    The same for ``gradient_alpha``, the L2 penalty on ``w₂``. All combinations are tried.
-    With ``features="activation"`` it is ignored.
+    The same for ``gradient_alpha``, the L2 penalty on ``w₂``. Infinity means no gradient term,
+    and is part of the grid if a number is given. Two lists are tried in all combinations. Where
+    a number is given, the search is coarse to fine: ``alpha`` without a gradient term, then
+    ``gradient_alpha``, then the half powers of ten around the best pair; and it goes on beyond
+    an end that is best. With ``features="activation"`` it is ignored.
 """
 
 REFIT = """
 refit : bool, default=True
     Whether to fit the model with the best penalties on all samples. Without a refit there
     are scores, and no predictions.
+n_jobs : int, default=None
+    The number of folds that are fitted at the same time, in threads; -1 is all cores, and None
+    is 1 unless :func:`joblib.parallel_config` says otherwise.
 """
 
 SEARCH_ATTRIBUTES = """
-alpha_ : float
-    The best ``alpha``: the first of those with the highest mean score.
-gradient_alpha_ : float or None
-    The best ``gradient_alpha``; None without a gradient term.
 best_score_ : float
-    Their mean score over the folds.
+    The mean score of ``alpha_`` and ``gradient_alpha_`` over the folds: the highest one, the
+    first of several.
 scores_ : ndarray of shape (n_folds, n_alphas, n_gradient_alphas)
-    All scores. ``cv="loo"`` counts as one fold.
+    All scores, NaN for pairs that were not tried. ``cv="loo"`` counts as one fold.
 alphas_ : ndarray of shape (n_alphas,)
     The values of ``alpha`` in the order of ``scores_``.
-gradient_alphas_ : ndarray of shape (n_gradient_alphas,) or None
+gradient_alphas_ : ndarray of shape (n_gradient_alphas,)
     The values of ``gradient_alpha`` in the order of ``scores_``.
 """
 
+VALIDATION_SCORES = """
+validation_scores_ : dict of str to ndarray of shape (n_tried,)
+    The penalties that ``"auto"`` tried: the columns ``"alpha"`` and ``"gradient_alpha"``, the
+    mean ``"loss"`` of held-out samples, and the ``"standard_error"`` of its difference to the
+    smallest one. The arrays are empty if both penalties are numbers.
+    :class:`PenaltyDisplay` draws them.
+"""
+
 MODEL_ATTRIBUTES = """
+alpha_ : float
+    The penalty on ``W``, given or chosen.
+gradient_alpha_ : float
+    The penalty on ``w₂``, given or chosen; infinite for a model without a gradient term.
 coef_ : ndarray of shape (n_outputs, n_features)
     The weights ``W``; zeros if the model has no activation term. A classifier of two
     classes has one output, any other as many as classes or labels.
@@ -154,9 +181,12 @@ _TEXTS = {
     "SOLVER": SOLVER,
     "WARM_START": WARM_START,
     "COMPUTATION": COMPUTATION,
+    "ALPHA_AUTO": ALPHA_AUTO,
+    "GRADIENT_ALPHA_AUTO": GRADIENT_ALPHA_AUTO,
     "SEARCH": SEARCH,
     "REFIT": REFIT,
     "SEARCH_ATTRIBUTES": SEARCH_ATTRIBUTES,
+    "VALIDATION_SCORES": VALIDATION_SCORES,
     "MODEL_ATTRIBUTES": MODEL_ATTRIBUTES,
     "REFERENCES": REFERENCES,
 }
@@ -164,8 +194,10 @@ _TEXTS = {
 
 def with_shared_text(kind: Documented) -> Documented:
     """Decorate a class: replace lines such as ``%NETWORK%`` in its docstring by shared text."""
+
+    def block(line: re.Match[str]) -> str:
+        return textwrap.indent(_TEXTS[line[2]].strip(), line[1])
+
     if kind.__doc__ is not None:  # python -OO drops docstrings
-        for name, text in _TEXTS.items():
-            block = textwrap.indent(text.strip(), "    ").lstrip()
-            kind.__doc__ = kind.__doc__.replace(f"%{name}%", block)
+        kind.__doc__ = re.sub(r"^( *)%(\w+)%$", block, kind.__doc__, flags=re.MULTILINE)
     return kind

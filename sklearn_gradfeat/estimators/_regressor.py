@@ -50,13 +50,14 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
     epsilon : float, default=1.35
         The absolute error at which Huber's loss turns linear, in the units of ``y``.
         ``HuberRegressor`` takes it in multiples of its ``scale_`` instead.
-    alpha : float, default=1e-4
+    alpha : float or "auto", default="auto"
         L2 penalty: ``alpha / 2`` times the squared norm of ``W``, on a loss that is a
         weighted mean. The ``alpha`` of ``Ridge`` is ``alpha * sample_weight.sum()``.
-    gradient_alpha : float, default=None
-        L2 penalty on ``w₂``. None takes the value of ``alpha``. ``w₂`` has no unit: targets
-        ``c * y`` lead to predictions ``c`` times as large if ``gradient_alpha`` is ``c ** 2``
-        times as large.
+        %ALPHA_AUTO%
+    gradient_alpha : float or "auto", default="auto"
+        L2 penalty on ``w₂``. ``w₂`` has no unit: targets ``c * y`` lead to predictions ``c``
+        times as large if ``gradient_alpha`` is ``c ** 2`` times as large.
+        %GRADIENT_ALPHA_AUTO%
     fit_intercept : bool, default=True
         Whether to fit the intercept, which is not penalised.
     %SOLVER%
@@ -65,6 +66,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
 
     Attributes
     ----------
+    %VALIDATION_SCORES%
     %MODEL_ATTRIBUTES%
 
     See Also
@@ -78,15 +80,12 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
 
     Examples
     --------
-    >>> from sklearn.compose import TransformedTargetRegressor
     >>> from sklearn.datasets import load_diabetes
     >>> from sklearn.pipeline import make_pipeline
     >>> from sklearn.preprocessing import StandardScaler
     >>> from sklearn_gradfeat import GradientFeatureRegressor
     >>> X, y = load_diabetes(return_X_y=True)
-    >>> model = GradientFeatureRegressor(alpha=1.0, gradient_alpha=0.1, random_state=0)
-    >>> model = TransformedTargetRegressor(model, transformer=StandardScaler())
-    >>> model = make_pipeline(StandardScaler(), model)
+    >>> model = make_pipeline(StandardScaler(), GradientFeatureRegressor(random_state=0))
     >>> round(model.fit(X, y).score(X, y), 1)
     0.6
     """
@@ -209,7 +208,9 @@ class _FoldRegressor(FoldModel, GradientFeatureRegressor):
 class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
     """Gradient-feature regressor that chooses its penalties by cross-validation.
 
-    The model [1]_ is that of :class:`GradientFeatureRegressor`. Scores and choice are those of
+    The model [1]_ is that of :class:`GradientFeatureRegressor`, which also chooses its penalties
+    by default, in less time. Use this class for folds or a score of your own, or to see the
+    scores of a whole grid. For lists of penalties, scores and choice are those of
     :class:`~sklearn.model_selection.GridSearchCV` over that estimator, up to ``tol``, in less
     time: every sample passes through the frozen layers once, the first stage is fitted once for
     each ``alpha``, and every fit starts from the one with the next stronger penalty.
@@ -231,7 +232,8 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         samples times outputs, and gradient layers that are linear and see one vector per
         sample, or convolutions as large as their input. ``Ω`` then comes from all samples.
     scoring : str, callable or None, default=None
-        A scorer, as in :class:`~sklearn.model_selection.GridSearchCV`; None is R².
+        A scorer, as in :class:`~sklearn.model_selection.GridSearchCV`. None takes the negative
+        loss of held-out samples; ``score`` then returns R².
     %REFIT%
     fit_intercept : bool, default=True
         Whether to fit the intercept, which is not penalised.
