@@ -95,8 +95,8 @@ ALPHA_AUTO = """
 """
 
 GRADIENT_ALPHA_AUTO = """
-Infinity leaves the gradient term out. ``"auto"`` chooses it as above, and leaves the term out
-where it does not help.
+Infinity leaves the gradient term out. ``"auto"`` chooses it as above, and leaves the
+term out where it does not help.
 """
 
 SEARCH = """
