@@ -44,7 +44,7 @@ def alignment(model, X, y):
     first = stages.fit_activation(model.alpha)
     activation = stages.objective(model.alpha, stages.samples.activation, None)
     residual = stages.loss.gradient(activation.forward(first.solution.x))
-    objective = stages.objective(0.0, None, stages.tangent(first.model, 0.0))
+    objective = stages.objective(0.0, None, stages.tangent(first.model.omega, 0.0))
     intercept = stages.like.new_zeros(objective.sizes[1])
 
     def transposed(cotangent):

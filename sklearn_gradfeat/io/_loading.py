@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +68,19 @@ def load_estimator(
     return estimator
 
 
+def _complete(parameters: dict[str, Any], attributes: dict[str, Any]) -> None:
+    """Add the penalties to the contents of files in which they could be None or missing."""
+    if "alpha" in parameters and parameters.get("gradient_alpha", 0.0) is None:
+        parameters["gradient_alpha"] = parameters["alpha"]
+    infinite = parameters.get("features") == "activation"
+    for name in ("alpha", "gradient_alpha"):
+        attributes.setdefault(f"{name}_", parameters.get(name, 0.0))
+    if infinite or attributes["gradient_alpha_"] is None:
+        attributes["gradient_alpha_"] = math.inf
+    if attributes.get("gradient_alphas_", 0.0) is None:
+        attributes["gradient_alphas_"] = np.array([math.inf])
+
+
 @dataclass(frozen=True)
 class _Saved:
     """The contents of a file."""
@@ -97,6 +111,7 @@ class _Saved:
             check_parameters(stored, kind)
             parameters = unpacked(stored, self.arrays)
             attributes = unpacked(self.document["attributes"], self.arrays)
+            _complete(parameters, attributes)
             check_attributes(attributes, kind)
             self.check_probe(attributes["coef_"].shape[0])
         except (ValueError, RecursionError) as error:

@@ -123,10 +123,11 @@ _OPTIONAL: dict[str, Check] = {
     "n_passes_": _is_integer,
     "objective_path_": _is_floats(1),
     "alpha_": _is_number,
-    "gradient_alpha_": _or_none(_is_number),
+    "gradient_alpha_": _is_number,
+    "validation_scores_": _is_mapping(_is_text, _is_floats(1)),
     "best_score_": _is_number,
     "alphas_": _is_list,
-    "gradient_alphas_": _or_none(_is_list),
+    "gradient_alphas_": _is_list,
     "scores_": _is_floats(3),
 }
 _PUBLIC = re.compile(r"[a-z]\w*_", re.ASCII)

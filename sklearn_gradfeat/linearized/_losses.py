@@ -43,6 +43,9 @@ class Loss(Protocol):
     def curvatures(self, logits: Tensor) -> Tensor:
         """Return the weighted diagonal of the Hessian, of shape (n_samples, n_outputs)."""
 
+    def hessians(self, logits: Tensor) -> Tensor:
+        """Return the weighted Hessian blocks, of shape (n_samples, n_outputs, n_outputs)."""
+
 
 @dataclass(frozen=True)
 class Multinomial:
@@ -89,6 +92,11 @@ class Multinomial:
         p = torch.softmax(logits, 1)
         return self.weights[:, None] * p * (1 - p)
 
+    def hessians(self, logits: Tensor) -> Tensor:
+        """Return the weighted ``diag(p) - p pᵀ``."""
+        p = torch.softmax(logits, 1)
+        return self.weights[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
+
 
 @dataclass(frozen=True)
 class _SumOverOutputs:
@@ -127,6 +135,10 @@ class _SumOverOutputs:
     def curvatures(self, logits: Tensor) -> Tensor:
         """Return the weighted curvatures."""
         return self.weights[:, None] * self._curvature(logits)
+
+    def hessians(self, logits: Tensor) -> Tensor:
+        """Return the weighted curvatures as diagonal matrices."""
+        return torch.diag_embed(self.curvatures(logits))
 
     def _losses(self, logits: Tensor) -> Tensor:
         raise NotImplementedError

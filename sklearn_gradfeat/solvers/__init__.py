@@ -7,12 +7,14 @@ from sklearn_gradfeat.solvers._lbfgs import (
     preconditioned_norm,
     same_curvature,
 )
+from sklearn_gradfeat.solvers._newton import newton
 from sklearn_gradfeat.solvers._steps import penalised
 
 __all__ = [
     "CurvaturePairs",
     "Solution",
     "minimize",
+    "newton",
     "penalised",
     "preconditioned_norm",
     "same_curvature",

@@ -6,6 +6,10 @@ integer weight has the same effect as repetitions. A class with one distinct sam
 out. One fold of many samples says enough, and five folds of a few say little: folds are used until
 they hold enough samples together, more of them for the cheap models on the activations.
 
+A fold with few samples is solved with explicit rows, by Newton's method. With the right singular
+vectors ``V`` of the activations, ``W f`` is linear in ``Vᵀ f``; with a root ``A Aᵀ`` of the Gram
+matrix of the gradient term, the term has the rows of ``A``, and the penalty stays as it is.
+
 *Leave-one-out*, for squared errors and few samples, needs no fits, see
 :mod:`sklearn_gradfeat.curvature._sample_space`. Copies of a sample count as one sample.
 """
@@ -13,7 +17,7 @@ they hold enough samples together, more of them for the cheap models on the acti
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +27,8 @@ from torch import Tensor
 
 from sklearn_gradfeat.curvature import leave_one_out, tangent_gram
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Squared, to_numpy
+from sklearn_gradfeat.solvers import newton
+from sklearn_gradfeat.training._problem import Problem
 from sklearn_gradfeat.training._two_stage_fit import FirstStage, Prepared, TwoStageFit
 
 N_FOLDS = 5
@@ -34,6 +40,8 @@ ENOUGH_WITH_GRADIENTS = 100
 _TOL = 1e-3
 # Largest n_samples * n_outputs of leave-one-out: a factorisation then takes less than a fit.
 _MAX_LEFT_OUT = 1024
+# Largest n_samples * n_outputs of a fold with explicit rows.
+_MAX_DENSE = 400
 # Models of a path that are kept, for later fits to start from.
 _KEPT = 4
 
@@ -83,24 +91,50 @@ def assign_folds(
     return folds
 
 
-@dataclass
 class _Fold:
-    """The fits of one fold, and its held-out samples."""
+    """The fits of one fold, and its held-out samples.
 
-    stages: TwoStageFit
-    samples: Prepared
-    held: TwoStageFit
-    first_stages: dict[float, FirstStage] = field(default_factory=dict)
-    models: dict[tuple[float, float], LinearModel] = field(default_factory=dict)
+    Parameters
+    ----------
+    prepared : Prepared
+        All samples.
+    problem : Problem
+        Their targets and weights.
+    is_held_out : ndarray of shape (n_samples,), bool
+        The held-out samples.
+    """
 
-    def __post_init__(self) -> None:
-        """Sum the weights of the copies of a sample."""
-        weights = self.held.problem.weights
+    def __init__(
+        self, prepared: Prepared, problem: Problem, is_held_out: npt.NDArray[np.bool_]
+    ) -> None:
+        train, test = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+        self.samples = prepared.subset(test)
+        self.stages = TwoStageFit(prepared.subset(train), problem.subset(train))
+        self.held = TwoStageFit(self.samples, problem.subset(test))
+        self.first_stages: dict[float, FirstStage] = {}
+        self.models: dict[tuple[float, float], LinearModel] = {}
+        # Copies of a sample are one sample, with the sum of their weights.
+        self._weights = self.held.problem.weights
         _, self._copy_of = np.unique(self.samples.samples.names, return_inverse=True)
-        self._weights, self.weights = weights, np.bincount(self._copy_of, weights)
+        self.weights = np.bincount(self._copy_of, problem.weights[test])
+        everything = np.concatenate([train, test])
+        both = TwoStageFit(prepared.subset(everything), problem.subset(everything))
+        self._rows = _Rows.where_few(both, self.stages)
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the losses of the model that was fitted on all other samples."""
+        logits = None if self._rows is None else self._rows.logits(alpha, gradient_alpha)
+        if logits is None:
+            logits = self._logits(alpha, gradient_alpha)
+        shift = self.stages.problem.offset - self.held.problem.offset
+        logits = logits + torch.from_numpy(shift).to(logits)
+        losses: Array = to_numpy(self.held.loss.losses(logits.to(self.held.loss.weights)))
+        sums = np.bincount(self._copy_of, self._weights * losses)
+        means: Array = sums / np.bincount(self._copy_of, self._weights)
+        return means
+
+    def _logits(self, alpha: float, gradient_alpha: float) -> Tensor:
+        """Return the logits of the held-out samples."""
         if alpha not in self.first_stages:
             stronger = min((a for a in self.first_stages if a > alpha), default=None)
             warm = None if stronger is None else self.first_stages[stronger].model
@@ -113,16 +147,86 @@ class _Fold:
             self.models[alpha, gradient_alpha] = model
             for oldest in list(self.models)[:-_KEPT]:
                 del self.models[oldest]
-        model = self.held.problem.reduced(self.stages.problem.restored(model))
-        logits = cached_logits(model, self.samples).to(self.held.loss.weights)
-        losses: Array = to_numpy(self.held.loss.losses(logits))
-        means: Array = np.bincount(self._copy_of, self._weights * losses) / self.weights
-        return means
+        return cached_logits(model, self.samples)
 
     def _start(self, alpha: float, gradient_alpha: float) -> LinearModel:
         """Return the model with the next stronger penalty, or the first stage."""
         stronger = [pair for pair in self.models if pair[0] == alpha and pair[1] > gradient_alpha]
         return self.models[min(stronger)] if stronger else self.first_stages[alpha].model
+
+
+class _Rows:
+    """The logits of held-out samples from explicit rows.
+
+    Parameters
+    ----------
+    both : TwoStageFit
+        The training samples, followed by the held-out ones.
+    train : TwoStageFit
+        The training samples.
+    """
+
+    def __init__(self, both: TwoStageFit, train: TwoStageFit) -> None:
+        self._both, self._train = both, train
+        one = torch.eye(train.loss.n_outputs).to(train.loss.weights)
+        n_train, activation = len(train.loss.weights), both.samples.activation.to(one)
+        if train.settings.fit_intercept:  # then the mean is no direction of its own
+            activation = activation - activation[:n_train].mean(0)
+        self._basis = torch.linalg.svd(activation[:n_train], full_matrices=False).Vh.T
+        inner = activation @ self._basis
+        self._activation = torch.einsum("nr,ce->ncer", inner, one).flatten(2)
+        self._intercept = one.expand(len(activation), -1, -1)
+        if not train.settings.fit_intercept:
+            self._intercept = self._intercept[..., :0]
+        self._roots: dict[float, Tensor | None] = {}
+        self._last: dict[tuple[int, ...], Tensor] = {}
+
+    @classmethod
+    def where_few(cls, both: TwoStageFit, train: TwoStageFit) -> _Rows | None:
+        """Return the rows, or None if there are many."""
+        few = len(train.samples.activation) * train.loss.n_outputs <= _MAX_DENSE
+        return cls(both, train) if few else None
+
+    def logits(self, alpha: float, gradient_alpha: float) -> Tensor | None:
+        """Return the logits, or None if the gradient term has no cheap Gram matrix."""
+        blocks = {self._activation: alpha, self._intercept: 0.0}
+        if math.isfinite(gradient_alpha):
+            if alpha not in self._roots:
+                self._roots[alpha] = self._root(alpha)
+            root = self._roots[alpha]
+            if root is None:
+                return None
+            if self._train.settings.features == "gradient":
+                del blocks[self._activation]
+            blocks[root] = gradient_alpha
+        rows, x = self._solve(blocks)
+        return rows[len(self._train.loss.weights) :] @ x
+
+    def _solve(self, blocks: dict[Tensor, float]) -> tuple[Tensor, Tensor]:
+        """Return the rows of all samples, and the optimum on the training samples."""
+        rows, loss = torch.cat(list(blocks), dim=2), self._train.loss
+        penalty = torch.cat([block.new_full(block.shape[2:], p) for block, p in blocks.items()])
+        terms = tuple(map(id, blocks))
+        start = self._last.get(terms, torch.zeros_like(penalty))
+        self._last[terms] = newton(loss, rows[: len(loss.weights)], penalty, start)
+        return rows, self._last[terms]
+
+    def _root(self, alpha: float) -> Tensor | None:
+        """Return a root of the Gram matrix of the gradient term, with the ``Ω`` of ``alpha``."""
+        if self._both.like.dtype != torch.float64:
+            return None
+        _, x = self._solve({self._activation: alpha, self._intercept: 0.0})
+        n_outputs, n_samples = self._train.loss.n_outputs, len(self._activation)
+        omega = x[: self._activation.shape[2]].view(n_outputs, -1) @ self._basis.T
+        gram = tangent_gram(self._both.tangent(omega, 0.0), n_samples)
+        if gram is None:
+            return None
+        n_train = len(self._train.loss.weights) * n_outputs
+        values, vectors = torch.linalg.eigh(gram[:n_train, :n_train])
+        kept = values > torch.finfo(values.dtype).eps * len(values) * values[-1]
+        root = gram[:, :n_train] @ vectors[:, kept] / values[kept].sqrt()
+        found: Tensor = root.reshape(n_samples, n_outputs, int(kept.sum()))
+        return found
 
 
 class Folds:
@@ -143,13 +247,7 @@ class Folds:
         problem, tol = stages.problem, max(_TOL, prepared.settings.tol)
         loose = prepared._replace(settings=replace(prepared.settings, tol=tol))
         numbers = assign_folds(prepared.samples.names, problem.strata, problem.weights)
-        folds = []
-        for number in range(numbers.max() + 1):
-            train, test = (np.flatnonzero(m) for m in (numbers != number, numbers == number))
-            fits = TwoStageFit(loose.subset(train), problem.subset(train))
-            held = loose.subset(test)
-            folds.append(_Fold(fits, held, TwoStageFit(held, problem.subset(test))))
-        return cls(folds)
+        return cls([_Fold(loose, problem, numbers == k) for k in range(numbers.max() + 1)])
 
     def enough(self, n_samples: int) -> Folds | None:
         """Return the first folds that hold so many distinct samples, all, or None."""
@@ -217,7 +315,7 @@ class LeftOut:
     def gram(self, alpha: float) -> Tensor | None:
         """Return the Gram matrix of the gradient term, or None if it is not cheap or exact."""
         if alpha not in self._grams:
-            tangent = self._stages.tangent(self._stages.fit_activation(alpha).model, 0.0)
+            tangent = self._stages.tangent(self._stages.fit_activation(alpha).model.omega, 0.0)
             exact = self._stages.like.dtype == torch.float64
             n_samples = len(self._loss.weights)
             self._grams[alpha] = tangent_gram(tangent, n_samples) if exact else None

@@ -230,7 +230,10 @@ def leave_one_out_path(stages: TwoStageFit, pairs: Sequence[Pair]) -> Iterator[C
             yield _left_out(stages, pair, first.model, first.solution, objective, None)
             continue
         if gram is None:
-            tangent, n_samples = stages.tangent(first.model, 0.0), len(stages.samples.activation)
+            tangent, n_samples = (
+                stages.tangent(first.model.omega, 0.0),
+                len(stages.samples.activation),
+            )
             gram = stages.samples.batch_size.retry(partial(tangent_gram, tangent, n_samples))
         if gram is None:
             raise ValueError(

@@ -193,6 +193,11 @@ class _Path:
         rise = self._means[penalty] - smallest
         return not rise <= max(_CLEAR * smallest, self._error(penalty))
 
+    def _near(self, penalty: float) -> float:
+        """Return the loss of a penalty, up to rounding errors, infinite if it was not tried."""
+        found = (mean for p, mean in self._means.items() if math.isclose(p, penalty))
+        return next(found, math.inf)
+
     def _chosen(self) -> float:
         """Return the choice, see the top of this module."""
         best = self._lowest()
@@ -200,7 +205,7 @@ class _Path:
         strongest = max(p for p in self._means if self._means[p] <= limit[p] or p == best)
         if strongest != best:
             return strongest
-        stronger, weaker = (self._means.get(p, math.inf) for p in (best * _STEP, best / _STEP))
+        stronger, weaker = self._near(best * _STEP), self._near(best / _STEP)
         rise, fall = weaker - self._means[best], stronger - self._means[best]
         if not 0 < rise + fall < math.inf:
             return best

@@ -194,7 +194,8 @@ class TwoStageFit:
             gradient_alpha = math.inf
         warm = None if warm is None else self.problem.reduced(warm)
         last = math.isinf(gradient_alpha)
-        first = self.fit_activation(alpha, warm, progress, last)
+        # A second stage goes on where it ended only with the same Ω: a first stage starts at zero.
+        first = self.fit_activation(alpha, warm if last else None, progress, last)
         model, solutions = first.model, {"activation": first.solution}
         separated, unmoved = alpha == 0 and self._separates(first.solution), False
         if not last:
@@ -225,8 +226,8 @@ class TwoStageFit:
     ) -> FirstStage:
         """Fit ``b + W f``, starting from the ``Ω`` of ``warm``; ``last`` stages call callbacks.
 
-        The search for penalties has fitted the first stage of the best ``alpha`` already: that
-        fit is returned, unless callbacks wait for its iterations.
+        If the search for penalties has fitted the first stage of this ``alpha`` already, that fit
+        is returned, except as the last stage.
         """
         if self._first is not None and self._first.alpha == alpha and warm is None and not last:
             return self._first
@@ -281,7 +282,7 @@ class TwoStageFit:
         optimal length of the step is half of that without a penalty. It takes two passes. It is
         zero if the gradient in ``w₂`` vanishes.
         """
-        objective = self.objective(0.0, None, self.tangent(first.model, 0.0))
+        objective = self.objective(0.0, None, self.tangent(first.model.omega, 0.0))
         start = self._second_unknowns(first.model)
         logits = self.second_objective(first, 0.0).forward(start)
         gradient = objective.adjoint(self.loss.gradient(logits))
@@ -307,15 +308,17 @@ class TwoStageFit:
             self.loss.weights.device,
         )
 
-    def tangent(self, first: LinearModel, gradient_alpha: float) -> TangentTerm:
+    def tangent(self, omega: Tensor, gradient_alpha: float) -> TangentTerm:
         """Return the gradient term with the output weights of the first stage."""
         batches, size = self.samples.batches, self.samples.batch_size
-        return TangentTerm(self.head, batches, first.omega, gradient_alpha, size)
+        return TangentTerm(self.head, batches, omega, gradient_alpha, size)
 
     def second_objective(self, first: FirstStage, gradient_alpha: float) -> TangentObjective:
         """Return the objective of the second stage."""
         activation = self.samples.activation if self.settings.features == "full" else None
-        return self.objective(first.alpha, activation, self.tangent(first.model, gradient_alpha))
+        return self.objective(
+            first.alpha, activation, self.tangent(first.model.omega, gradient_alpha)
+        )
 
     def _second_unknowns(self, model: LinearModel) -> Tensor:
         """Return the flat vector of the unknowns of the second stage."""

@@ -1,0 +1,143 @@
+"""The folds of held-out samples, and their losses."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.base import clone
+
+from sklearn_gradfeat import GradientFeatureRegressor
+from sklearn_gradfeat.training import TwoStageFit
+from sklearn_gradfeat.training._held_out import N_FOLDS, Folds, LeftOut, assign_folds
+from tests.tiny import NET, X, Y, estimator
+
+
+def names(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 2**63, n).astype(np.uint64)
+
+
+def held_out(model, samples, y, weights=None):
+    prepared = model._prepare(samples)
+    return prepared, TwoStageFit(prepared, model._problem(y, weights))
+
+
+# --- folds ------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 1000), st.integers(2, 60), st.integers(1, 4))
+def test_folds_depend_on_the_content_alone(seed, n, n_classes):
+    rng = np.random.default_rng(seed)
+    distinct, classes = names(n, seed), rng.integers(0, n_classes, n)
+    folds = assign_folds(distinct, classes, np.ones(n))
+    order = rng.permutation(n)
+    np.testing.assert_array_equal(
+        assign_folds(distinct[order], classes[order], np.ones(n)), folds[order]
+    )
+    copies = rng.integers(1, 4, n)
+    repeated = assign_folds(distinct.repeat(copies), classes.repeat(copies), np.ones(copies.sum()))
+    np.testing.assert_array_equal(repeated, folds.repeat(copies))
+    np.testing.assert_array_equal(assign_folds(distinct, classes, copies / 2), folds)
+
+
+@given(st.integers(0, 1000), st.integers(2, 60), st.integers(1, 4))
+def test_every_training_part_has_every_class(seed, n, n_classes):
+    classes = np.random.default_rng(seed).integers(0, n_classes, n)
+    folds = assign_folds(names(n, seed), classes, np.ones(n))
+    for fold in range(N_FOLDS):
+        assert set(classes[folds != fold]) == set(classes)
+    for each in np.unique(classes):
+        sizes = np.bincount(folds[(classes == each) & (folds >= 0)], minlength=N_FOLDS)
+        assert sizes.max() - sizes.min() <= 1
+        assert (folds[classes == each] >= 0).all() == ((classes == each).sum() > 1)
+
+
+def test_samples_of_weight_zero_are_never_held_out():
+    weights = np.arange(20) % 2.0
+    folds = assign_folds(names(20), np.zeros(20, int), weights)
+    assert (folds[weights == 0] == -1).all() and (folds[weights > 0] >= 0).all()
+
+
+def test_losses_are_those_of_fits_without_the_samples():
+    model = estimator(precision="float64", tol=1e-10)
+    prepared, stages = held_out(model, X, Y)
+    folds = Folds.of(prepared, stages)
+    numbers = assign_folds(prepared.samples.names, stages.problem.strata, np.ones(len(X)))
+    for pair in ((0.1, math.inf), (0.1, 0.05), (0.02, 0.05)):
+        losses = folds.losses(*pair)
+        expected = []
+        for fold in range(N_FOLDS):
+            fitted = clone(model).set_params(alpha=pair[0], gradient_alpha=pair[1])
+            fitted.fit(X[numbers != fold], Y[numbers != fold])
+            test = np.flatnonzero(numbers == fold)
+            test = test[np.argsort(prepared.samples.names[test])]
+            expected.append(-fitted.predict_log_proba(X[test])[np.arange(len(test)), Y[test]])
+        np.testing.assert_allclose(losses, np.concatenate(expected), rtol=0.05, atol=0.02)
+
+
+def test_folds_until_they_hold_enough_samples():
+    prepared, stages = held_out(estimator(), X, Y)
+    folds = Folds.of(prepared, stages)
+    assert len(folds.weights) == 24
+    assert [len(folds.enough(n).weights) for n in (1, 5, 6, 24, 99)] == [5, 5, 10, 24, 24]
+    assert Folds([]).enough(5) is None
+
+
+def test_folds_with_a_typical_loss_come_first():
+    prepared, stages = held_out(estimator(), X, Y)
+    folds = Folds.of(prepared, stages)
+    means = [fold.losses(0.1, math.inf).mean() for fold in folds._folds]
+    ordered = [fold.losses(0.1, math.inf).mean() for fold in folds.typical_first(0.1)._folds]
+    distances = np.abs(np.array(ordered) - np.mean(means))
+    assert (np.diff(distances) >= 0).all()
+    assert sorted(ordered) == sorted(means)
+
+
+# --- leave-one-out ----------------------------------------------------------------------------
+
+
+def regression(features="full", n=14):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(n, 4))
+    y = rows @ rng.normal(size=4) + rng.normal(size=n)
+    return GradientFeatureRegressor(features=features, random_state=0, alpha=1.0), rows, y
+
+
+@pytest.mark.parametrize("gradient_alpha", [math.inf, 0.5])
+def test_left_out_losses_are_those_of_fits(gradient_alpha):
+    model, rows, y = regression()
+    model.set_params(gradient_alpha=gradient_alpha, tol=1e-12)
+    prepared, stages = held_out(model, rows, y)
+    left_out = LeftOut.where_cheap(prepared, stages)
+    losses = left_out.losses(1.0, gradient_alpha)
+    order = np.argsort(prepared.samples.names)
+    if math.isinf(gradient_alpha):
+        others = [np.arange(len(y)) != row for row in order]
+        weights = 13 / 14  # the loss is a mean over 14 samples, also without one of them
+        found = [
+            clone(model).set_params(alpha=1.0 / weights).fit(rows[o], y[o]).predict(rows[[r]])[0]
+            for o, r in zip(others, order, strict=True)
+        ]
+        np.testing.assert_allclose(losses, (np.array(found) - y[order]) ** 2 / 2, rtol=1e-6)
+    else:
+        assert np.isfinite(losses).all()
+        assert (losses != left_out.losses(1.0, math.inf)).any()
+
+
+def test_copies_of_a_sample_are_left_out_together():
+    model, rows, y = regression()
+    times = np.random.default_rng(1).integers(1, 4, len(y))
+    weighted = LeftOut.where_cheap(*held_out(model, rows, y, times))
+    repeated = LeftOut.where_cheap(*held_out(model, rows.repeat(times, 0), y.repeat(times)))
+    for pair in ((1.0, math.inf), (1.0, 0.1)):
+        np.testing.assert_allclose(weighted.losses(*pair), repeated.losses(*pair), rtol=1e-6)
+    np.testing.assert_allclose(weighted.weights, repeated.weights)
+
+
+def test_where_leaving_out_has_no_closed_form():
+    assert LeftOut.where_cheap(*held_out(estimator(), X, Y)) is None
+    model = GradientFeatureRegressor(NET, alpha=1.0, gradient_alpha=1.0)
+    assert LeftOut.where_cheap(*held_out(model, X, Y * 1.0)).gram(1.0) is None
+    model, rows, y = regression(n=1100)
+    assert LeftOut.where_cheap(*held_out(model, rows, y)) is None

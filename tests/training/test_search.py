@@ -1,0 +1,231 @@
+"""The penalties that a fit chooses."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_diabetes, load_iris, load_wine
+from sklearn.linear_model import LogisticRegressionCV, RidgeCV
+from sklearn.metrics import log_loss
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
+from sklearn_gradfeat.training._search import _Path
+from tests.counting import Counted
+from tests.tiny import NET, X, Y
+
+
+def iris(n=60):
+    rows, y = load_iris(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(y))[:n]
+    return StandardScaler().fit_transform(rows)[order], y[order]
+
+
+def automatic(**options):
+    return GradientFeatureClassifier(random_state=0, **options)
+
+
+# --- paths over given losses ------------------------------------------------------------------
+
+
+class Given:
+    """Held-out losses that are a function of the penalty."""
+
+    def __init__(self, loss, noise=0.0, n=400):
+        self.loss, self.tried = loss, []
+        self.weights = np.full(n, 1 / n)
+        self.noise = noise
+
+    def losses(self, alpha, _):
+        self.tried.append(alpha)
+        noise = self.noise * np.random.default_rng(len(self.tried)).normal(size=len(self.weights))
+        return self.loss(alpha) + noise - noise.mean()
+
+
+def path(loss, start=1.0, infinite=False, **options):
+    given = Given(loss, **options)
+    return _Path(given, lambda a: (a, 0.0), None).best_from(start, infinite), given.tried
+
+
+@pytest.mark.parametrize("exponent", [-3.4, -1.0, 0.3, 2.6])
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_minimum_is_found_wherever_it_lies(exponent, scale):
+    """Also above the start of the path."""
+    best, tried = path(lambda a: 1 + (math.log10(a / scale) - exponent) ** 2, scale)
+    assert math.log10(best / scale) == pytest.approx(exponent, abs=1e-6)
+    assert len(tried) <= abs(exponent) + 4
+
+
+def test_loss_that_falls_for_ever():
+    best, tried = path(lambda a: 1 + 0.5 * math.tanh(math.log10(a)))
+    assert best <= 1e-3
+    assert len(tried) < 12
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_infinite_penalty_competes(better):
+    best, tried = path(lambda a: 1.0 if math.isinf(a) else 1.1 - 0.2 * better, infinite=True)
+    assert math.isinf(best) != better
+    assert math.inf in tried
+
+
+def test_strongest_penalty_within_half_a_standard_error():
+    levels = {0: 1.3, 1: 1.0, 2: 0.99, 3: 1.2}
+    loss = lambda a: levels.get(round(-math.log10(a)), 1.5)  # noqa: E731
+    assert 1e-2 < path(loss)[0] < 0.1  # the minimum of the parabola
+    assert path(loss, noise=1.0)[0] == pytest.approx(0.1)
+
+
+def test_losses_that_are_not_finite():
+    best, _ = path(lambda a: math.nan if a < 1e-2 else 1 + abs(math.log10(a) + 2))
+    assert best == pytest.approx(1e-2)
+
+
+# --- estimators -------------------------------------------------------------------------------
+
+
+def test_defaults_choose_both_penalties():
+    rows, y = iris()
+    model = automatic().fit(rows, y)
+    tried = model.validation_scores_
+    assert set(tried) == {"alpha", "gradient_alpha", "loss", "standard_error"}
+    assert len({len(column) for column in tried.values()}) == 1
+    first = np.isinf(tried["gradient_alpha"])
+    assert first.sum() > 3 and (~first).sum() > 1
+    assert model.alpha_ > 0 and model.gradient_alpha_ > 0
+    same = automatic(alpha=model.alpha_, gradient_alpha=model.gradient_alpha_).fit(rows, y)
+    np.testing.assert_array_equal(same.predict_proba(rows), model.predict_proba(rows))
+    assert all(len(column) == 0 for column in same.validation_scores_.values())
+
+
+def test_one_penalty_is_given():
+    rows, y = iris()
+    model = automatic(alpha=0.01).fit(rows, y)
+    assert model.alpha_ == 0.01
+    assert set(model.validation_scores_["alpha"]) == {0.01}
+    model = automatic(gradient_alpha=0.5).fit(rows, y)
+    assert model.gradient_alpha_ == 0.5
+    assert np.isinf(model.validation_scores_["gradient_alpha"]).all()
+    model = automatic(features="activation").fit(rows, y)
+    assert model.gradient_alpha_ == math.inf
+
+
+def test_model_of_gradients_chooses_a_finite_penalty():
+    rows, y = iris()
+    model = automatic(features="gradient").fit(rows, y)
+    assert math.isfinite(model.gradient_alpha_)
+    assert model.score(rows, y) > 0.9
+
+
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("labels", "robust", "images")]
+
+
+@pytest.mark.parametrize("kind", ["classes", "targets", *SLOW])
+def test_order_repetition_and_weights_do_not_matter(kind):
+    rng = np.random.default_rng(0)
+    rows, y = iris(40)
+    model = automatic()
+    if kind == "labels":
+        y = np.stack([y == 0, rows[:, 0] > 0], 1).astype(int)
+    if kind in ("targets", "robust"):
+        y = rows[:, 0] + rng.normal(size=40)
+        loss = "huber" if kind == "robust" else "squared_error"
+        model = GradientFeatureRegressor(random_state=0, loss=loss)
+    if kind == "images":
+        rows, y, model = X, Y, GradientFeatureClassifier(NET)
+    times = rng.integers(1, 4, len(y))
+    order = rng.permutation(times.sum())
+    weighted = clone(model).fit(rows, y, sample_weight=times)
+    repeated = clone(model).fit(rows.repeat(times, 0)[order], y.repeat(times, 0)[order])
+    assert repeated.alpha_ == pytest.approx(weighted.alpha_, rel=0.5)
+    assert repeated.gradient_alpha_ == pytest.approx(weighted.gradient_alpha_, rel=0.5)
+    found, wanted = (m.validation_scores_["loss"] for m in (repeated, weighted))
+    np.testing.assert_allclose(found, wanted, rtol=0.02)
+
+
+def test_penalties_follow_the_scale():
+    rows, y = iris()
+    identity = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model = GradientFeatureClassifier(identity, features="activation")
+    one, other = (clone(model).fit(rows * scale, y) for scale in (1.0, 1000.0))
+    # The folds differ, since the content of the samples does.
+    assert 0.1 < other.alpha_ / (1e6 * one.alpha_) < 10
+
+
+def test_one_sample_of_each_class():
+    """Nothing can be held out: alpha follows the scale, without a gradient term."""
+    rows = np.random.default_rng(0).normal(size=(3, 5)) * 10
+    model = GradientFeatureClassifier(nn.Sequential(nn.Linear(5, 4)), random_state=0)
+    model.fit(rows, ["a", "b", "c"])
+    activation = model.transform(rows)
+    assert model.alpha_ == pytest.approx(activation.var(axis=0).mean() / 3)
+    assert model.gradient_alpha_ == math.inf
+    assert (model.predict(rows) == ["a", "b", "c"]).all()
+    assert not len(model.validation_scores_["loss"])
+    model.set_params(features="gradient").fit(rows, ["a", "b", "c"])
+    assert 0 < model.gradient_alpha_ < math.inf
+
+
+@pytest.mark.parametrize("feature_store", ["auto", None])
+def test_frozen_layers_see_every_sample_once(tmp_path, feature_store):
+    log = tmp_path / "passes"
+    options = {"preprocess": Counted(str(log)), "gradient_layers": ["2"], "tol": 1e-2}
+    model = GradientFeatureClassifier(NET, feature_store=feature_store, **options).fit(X, Y)
+    assert len(model.validation_scores_["loss"]) > 5
+    assert sum(map(int, log.read_text().split())) == len(X)
+
+
+@pytest.mark.slow
+def test_as_good_as_logistic_regression():
+    losses = []
+    for seed in range(3):
+        rows, y = load_wine(return_X_y=True)
+        rows, new, y, new_y = train_test_split(rows, y, stratify=y, random_state=seed)
+        scaler = StandardScaler().fit(rows)
+        rows, new = scaler.transform(rows), scaler.transform(new)
+        model = automatic().fit(rows, y)
+        probe = LogisticRegressionCV(
+            scoring="neg_log_loss", max_iter=1000, use_legacy_attributes=False, l1_ratios=(0,)
+        )
+        probe.fit(model.transform(rows), y)
+        found = log_loss(new_y, model.predict_proba(new))
+        losses.append((found, log_loss(new_y, probe.predict_proba(model.transform(new)))))
+    ours, theirs = np.mean(losses, axis=0)
+    assert ours < 1.1 * theirs
+
+
+def test_as_good_as_ridge():
+    rows, y = load_diabetes(return_X_y=True)
+    rows, new, y, new_y = train_test_split(rows, y, random_state=0)
+    scaler = StandardScaler().fit(rows)
+    rows, new = scaler.transform(rows), scaler.transform(new)
+    ridge = RidgeCV(np.logspace(-3, 4, 15)).fit(rows, y)
+    model = GradientFeatureRegressor(random_state=0).fit(rows, y)
+    assert model.score(new, new_y) > ridge.score(new, new_y) - 0.05
+
+
+def test_separable_classes_get_a_penalty():
+    rows = np.random.default_rng(0).normal(size=(40, 3))
+    y = (rows[:, 0] > 0).astype(int)
+    rows[:, 0] += np.where(y, 1, -1)
+    model = automatic().fit(rows, y)
+    assert model.alpha_ > 0
+    assert np.isfinite(model.coef_).all()
+
+
+def test_targets_without_any_relation():
+    rng = np.random.default_rng(0)
+    model = automatic().fit(rng.normal(size=(60, 5)), rng.integers(0, 2, 60))
+    assert model.validation_scores_["loss"].min() < 0.75
+    assert np.abs(model.decision_function(rng.normal(size=(60, 5)))).max() < 1.5
+
+
+def test_zero_gradients_fall_back_to_the_activations():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.ReLU())
+    with np.errstate(all="ignore"):
+        nn.init.constant_(network[1].bias, -1e3)
+    model = GradientFeatureClassifier(network).fit(X, Y)
+    assert model.gradient_alpha_ == math.inf
