@@ -95,8 +95,8 @@ for name, model in models.items():
 # %%
 # The objective
 # -------------
-# It is convex, and no iteration increases it. With a gradient term, ``"full"`` starts at the optimum
-# of ``"activation"``.
+# It is convex, and no iteration increases it. ``"full"`` starts at the optimum of ``"activation"``,
+# and stays there if ``gradient_alpha`` is infinite.
 
 try:
     import matplotlib

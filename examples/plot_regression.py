@@ -34,8 +34,7 @@ tables = {
 # %%
 # Four models
 # -----------
-# The regressor chooses its penalties by leave-one-out, as ``RidgeCV`` does. They follow the scale of
-# the targets.
+# The regressor chooses its penalties by leave-one-out, as ``RidgeCV`` does.
 
 models = {"columns (RidgeCV)": RidgeCV(np.logspace(-1, 3, 9))} | {
     f'features="{features}"': GradientFeatureRegressor(features=features, random_state=0)

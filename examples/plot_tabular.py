@@ -42,8 +42,8 @@ MODELS = {
 # %%
 # Accuracy and time
 # -----------------
-# The number after ± is the standard error of the mean over three folds. The seconds include all fits
-# and predictions, and the search for penalties.
+# The number after ± is the standard error of the mean over three folds. The seconds include the
+# search for penalties, all fits and predictions.
 
 folds = StratifiedKFold(3, shuffle=True, random_state=0)
 results = {}
