@@ -33,6 +33,8 @@ from sklearn_gradfeat import (
 from sklearn_gradfeat.data import Rows
 from tests.tiny import NET, X, Y, data, tiny_net
 
+pytestmark = pytest.mark.filterwarnings("ignore:The best of .* at an end of the list:UserWarning")
+
 PENALTIES = {"alphas": [0.5, 0.02], "gradient_alphas": [0.1]}
 TARGETS = Y + np.random.default_rng(0).normal(size=len(Y))
 WEIGHTS = np.random.default_rng(1).integers(0, 3, len(Y)).astype(float)
@@ -104,7 +106,8 @@ def test_classifier_against_grid_search(features, y):
 def test_regressor_against_grid_search(features, loss, y):
     # Huber's loss is flat in places, so small gradients say less of the distance.
     options = {**TIGHT, "tol": 1e-12 if loss == "squared_error" else 1e-20}
-    model = regressor(**GRID, features=features, loss=loss, **options).fit(IMAGES, y)
+    options |= {"features": features, "loss": loss, "scoring": "r2"}
+    model = regressor(**GRID, **options).fit(IMAGES, y)
     assert_same(model, *grid_search(model, IMAGES, y))
 
 
@@ -112,14 +115,14 @@ def test_regressor_against_grid_search(features, loss, y):
 def test_tabular_data_against_grid_search(fit_intercept):
     rows, y = load_diabetes(return_X_y=True)
     rows, y = StandardScaler().fit_transform(rows)[:90], (y - y.mean())[:90] / y.std()
-    model = GradientFeatureRegressorCV(
-        alphas=2, gradient_alphas=2, cv=3, fit_intercept=fit_intercept, tol=1e-16, random_state=0
-    ).fit(rows, y)
+    options = {"fit_intercept": fit_intercept, "tol": 1e-16, "random_state": 0, "scoring": "r2"}
+    grid = {"alphas": [1.0, 1e-4], "gradient_alphas": [1.0, 1e-4]}
+    model = GradientFeatureRegressorCV(**grid, **options, cv=3).fit(rows, y)
     plain = GradientFeatureRegressor(
         random_state=0, fit_intercept=fit_intercept, tol=1e-16, alpha=1e-4, gradient_alpha=1e-4
     )
     grid = {"alpha": list(model.alphas_), "gradient_alpha": list(model.gradient_alphas_)}
-    search = GridSearchCV(plain, grid, cv=3).fit(rows, y)
+    search = GridSearchCV(plain, grid, cv=3, scoring="r2").fit(rows, y)
     folds = [search.cv_results_[f"split{k}_test_score"] for k in range(3)]
     assert_same(model, search, np.reshape(folds, model.scores_.shape))
 
@@ -135,7 +138,7 @@ def test_activations_alone():
     options = {"features": "activation", "scoring": "neg_log_loss", **TIGHT}
     model = classifier(**GRID, **options).fit(IMAGES, CLASSES)
     assert model.scores_.shape == (3, 2, 1)
-    assert model.gradient_alphas_ is None and model.gradient_alpha_ is None
+    assert model.gradient_alphas_.tolist() == [np.inf] and model.gradient_alpha_ == np.inf
     plain = GradientFeatureClassifier(NET, features="activation", **TIGHT)
     search = GridSearchCV(plain, {"alpha": ALPHAS}, cv=3, scoring="neg_log_loss")
     search.fit(IMAGES, CLASSES)
@@ -154,9 +157,29 @@ def test_class_weight_counts_the_classes_of_each_fold():
 
 def test_fold_without_a_class():
     folds = [(np.arange(45)[CLASSES < 2], np.arange(45)), (np.arange(30), np.arange(30, 45))]
-    model = classifier(**{**GRID, **TIGHT, "cv": folds}).fit(IMAGES, CLASSES)
+    options = {**GRID, **TIGHT, "cv": folds}
+    model = classifier(**options, scoring="accuracy").fit(IMAGES, CLASSES)
     assert model.scores_[0].max() <= 2 / 3
     assert_same(model, *grid_search(model, IMAGES, CLASSES))
+    # The loss takes all classes: that which a fold lacks has a small probability.
+    scores = classifier(**options, refit=False).fit(IMAGES, CLASSES).scores_
+    assert np.isfinite(scores).all() and scores[0].max() < scores[1].max()
+
+
+@pytest.mark.parametrize("y", [CLASSES, CLASSES > 0, LABELS], ids=["many", "two", "labels"])
+def test_default_score_of_a_classifier_is_the_log_loss(y):
+    model = classifier(**GRID, **TIGHT, refit=False).fit(IMAGES, y)
+    scoring = "neg_log_loss" if y.ndim == 1 else log_likelihood
+    expected = classifier(**GRID, **TIGHT, refit=False, scoring=scoring).fit(IMAGES, y).scores_
+    # The loss of labels is a sum over the labels, that of the scorer a mean.
+    np.testing.assert_allclose(model.scores_, expected * (1 if y.ndim == 1 else y.shape[1]), 1e-6)
+
+
+def test_default_score_of_a_regressor_is_the_squared_error():
+    options = {**GRID, **TIGHT, "refit": False}
+    model = regressor(**options).fit(IMAGES, REAL)
+    expected = regressor(**options, scoring="neg_mean_squared_error").fit(IMAGES, REAL)
+    np.testing.assert_allclose(model.scores_, expected.scores_ / 2, 1e-6)
 
 
 def test_fold_of_one_class_is_named():
@@ -251,7 +274,8 @@ def weighted_accuracy(y, predicted, sample_weight=None):
 
 
 def test_weights_are_routed_to_scorer_and_fit():
-    plain = classifier().fit(X, Y, sample_weight=WEIGHTS)
+    plain = classifier(scoring="accuracy").fit(X, Y, sample_weight=WEIGHTS)
+    by_loss = classifier().fit(X, Y, sample_weight=WEIGHTS)
     scorer = make_scorer(weighted_accuracy)
     with sklearn.config_context(enable_metadata_routing=True):
         default = classifier().fit(X, Y, sample_weight=WEIGHTS)
@@ -262,7 +286,7 @@ def test_weights_are_routed_to_scorer_and_fit():
         pipeline = make_pipeline(
             FunctionTransformer(), classifier().set_fit_request(sample_weight=True)
         ).fit(X, Y, sample_weight=WEIGHTS)
-    assert np.array_equal(default.scores_, plain.scores_)
+    assert np.array_equal(default.scores_, by_loss.scores_)
     assert np.array_equal(pipeline[-1].coef_, plain.coef_)
     np.testing.assert_allclose(asking.scores_, 10 + plain.scores_)
     assert not np.allclose(declining.scores_, asking.scores_)
@@ -373,8 +397,9 @@ def test_without_refit_there_are_scores_and_no_model():
 @pytest.mark.parametrize("value", [[], [-1.0], [np.nan], [[0.1]], ["a"], [np.inf]])
 @pytest.mark.parametrize("name", ["alphas", "gradient_alphas"])
 def test_penalties_that_cannot_be_used(name, value):
+    features = "gradient" if value == [np.inf] else "full"
     with pytest.raises(ValueError, match=f"{name} must be a number of penalties, or a list"):
-        classifier(**{name: value}).fit(X, Y)
+        classifier(**{name: value}, features=features).fit(X, Y)
 
 
 def test_one_warning_for_all_fits_that_did_not_converge():
