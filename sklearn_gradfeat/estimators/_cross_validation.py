@@ -186,6 +186,7 @@ class CrossValidated(BaseGradientFeature):
             new = [pair for pair in dict.fromkeys(pairs) if pair not in scores]
             if new:
                 bar.total = (bar.total or 0) + len(new) * len(numbered)
+                bar.refresh()
                 work = (delayed(self._score_fold)(fold, new, data, bar) for fold in numbered)
                 found = Parallel(n_jobs=self.n_jobs, prefer="threads")(work)
                 scores.update((pair, [of_fold[pair] for of_fold, _ in found]) for pair in new)
@@ -194,7 +195,7 @@ class CrossValidated(BaseGradientFeature):
             means = np.average(np.array(list(scores.values())), axis=1)
             return dict(zip(scores, means.tolist(), strict=True))
 
-        with tqdm(desc="search", unit="model", disable=not self.verbose) as bar:
+        with tqdm(desc="search", unit=" fits", disable=not self.verbose) as bar:
             tried = search_grid(self.alphas, self.gradient_alphas, stages, evaluate)
         table = np.full((len(numbered), len(tried.alphas), len(tried.gradient_alphas)), np.nan)
         for i, alpha in enumerate(tried.alphas):
