@@ -147,7 +147,7 @@ class _Bar:
     def show(self) -> None:
         """Show the bar."""
         if self._bar is None:
-            unit, disable = " samples", not self._verbose
+            unit, disable = "sample", not self._verbose
             self._bar = tqdm(desc="frozen layers", total=self._total, unit=unit, disable=disable)
 
     def update(self, n_samples: int, n_computed: int) -> None:

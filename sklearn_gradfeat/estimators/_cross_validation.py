@@ -195,7 +195,7 @@ class CrossValidated(BaseGradientFeature):
             means = np.average(np.array(list(scores.values())), axis=1)
             return dict(zip(scores, means.tolist(), strict=True))
 
-        with tqdm(desc="search", unit=" fits", disable=not self.verbose) as bar:
+        with tqdm(desc="search", unit="fit", disable=not self.verbose) as bar:
             tried = search_grid(self.alphas, self.gradient_alphas, stages, evaluate)
         table = np.full((len(numbered), len(tried.alphas), len(tried.gradient_alphas)), np.nan)
         for i, alpha in enumerate(tried.alphas):

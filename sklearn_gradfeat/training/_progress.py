@@ -71,7 +71,7 @@ class Progress:
             ``watch(iteration, objective, x, decrement, tolerance)`` returns whether a callback
             asks to stop.
         """
-        self._begin(f"{stage}, iteration {{n_fmt}}")
+        self._begin(f"{stage}: iteration {{n_fmt}}")
         return partial(self._iteration, to_model, to_attributes)
 
     def _iteration(
@@ -86,7 +86,7 @@ class Progress:
     ) -> bool:
         relation = "<=" if decrement <= tolerance else ">"
         self._show(
-            f"objective {objective:.5g}, Newton decrement {decrement:.0e} {relation} {tolerance:.0e}"
+            f"objective {objective:.4g}, decrement {decrement:.0e} {relation} {tolerance:.0e}"
         )
         if self._context is None or to_attributes is None:
             return False
@@ -102,7 +102,7 @@ class Progress:
 
     def search(self) -> None:
         """Begin the search for penalties."""
-        self._begin("penalties, {n_fmt} tried")
+        self._begin("auto: {n_fmt} tried")
 
     def tried(self, alpha: float, gradient_alpha: float, loss: float) -> None:
         """Count a pair of penalties, and show the best pair so far and its held-out loss."""
@@ -111,7 +111,7 @@ class Progress:
     def _begin(self, text: str) -> None:
         """Begin a line; ``{n_fmt}`` in it is how often it was updated."""
         self._close()
-        form = f"{text}{{postfix}} [{{elapsed}}]"
+        form = f"{text} [{{elapsed}}]{{postfix}}"
         self._line = tqdm(bar_format=form, disable=not self._estimator.verbose)
 
     def _show(self, text: str) -> None:

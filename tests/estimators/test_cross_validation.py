@@ -1,6 +1,7 @@
 """The search for penalties: GridSearchCV as the oracle, metadata, lazy input, refits."""
 
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -441,4 +442,6 @@ def test_progress_bar(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         classifier(verbose=1).fit(X, Y)
-    assert "4/4" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert re.search(r"search: +100%.* 4/4 \[\d\d:\d\d<\d\d:\d\d", shown)
+    assert "full: iteration" in shown
