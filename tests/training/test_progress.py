@@ -160,7 +160,7 @@ def test_stored_samples_have_no_line(capsys):
 
 
 def test_without_verbose_nothing_is_printed(capsys):
-    model = estimator(alpha="auto", gradient_alpha=0.1, feature_store=None).fit(X, Y)
+    model = estimator(alpha="auto", features="activation", feature_store=None).fit(X, Y)
     model.predict(X)
     GradientFeatureClassifierCV(NET, alphas=[1.0], gradient_alphas=[1.0], cv=2).fit(X, Y)
     assert capsys.readouterr() == ("", "")
