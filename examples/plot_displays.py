@@ -3,7 +3,7 @@ Displays of a fitted model
 ==========================
 
 A small network is trained to classify the digits 0 to 4, and is then frozen. Linear models over it
-classify 5 to 9, from few images. Four figures compare and explain them. Nothing is downloaded.
+classify 5 to 9, from few images. Five figures compare and explain them. Nothing is downloaded.
 """
 
 # %%
@@ -20,6 +20,7 @@ from sklearn_gradfeat import (
     GradientFeatureClassifier,
     LayerContributionDisplay,
     ObjectiveDisplay,
+    PenaltyDisplay,
     SaliencyDisplay,
 )
 
@@ -102,6 +103,14 @@ figure.savefig("displays_comparison.png", dpi=120)
 ObjectiveDisplay.from_estimator(models).figure_.savefig("displays_objective.png", dpi=120)
 
 # %%
+# Which penalties are best
+# ------------------------
+# The models above have given penalties. A fit can also choose them by the loss of held-out images.
+
+auto = GradientFeatureClassifier(network, gradient_layers=2).fit(X_train, y_train)
+PenaltyDisplay.from_estimator(auto).figure_.savefig("displays_penalties.png", dpi=120)
+
+# %%
 # How much each layer contributes
 # -------------------------------
 
@@ -115,4 +124,4 @@ contributions.figure_.savefig("displays_layers.png", dpi=120)
 chosen = [np.flatnonzero(y_test == digit)[0] for digit in range(5, 10)]
 saliency = SaliencyDisplay.from_estimator(models["full"], X_test[chosen], method="occlusion")
 saliency.figure_.savefig("displays_saliency.png", dpi=120)
-print("Figures: displays_comparison.png, _objective.png, _layers.png and _saliency.png")
+print("Figures: displays_comparison, _objective, _penalties, _layers and _saliency.png")

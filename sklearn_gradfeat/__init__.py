@@ -12,6 +12,7 @@ from sklearn_gradfeat.estimators import (
 from sklearn_gradfeat.inspection import (
     LayerContributionDisplay,
     ObjectiveDisplay,
+    PenaltyDisplay,
     SaliencyDisplay,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "LayerContributionDisplay",
     "MaskedMean",
     "ObjectiveDisplay",
+    "PenaltyDisplay",
     "SaliencyDisplay",
     "TextTokenizer",
     "config_context",

@@ -88,7 +88,7 @@ class Watched:
         self.passes += 1
         return self.objective.forward_adjoint(direction, logits)
 
-    def reached(self, iteration, value, x):
+    def reached(self, _iteration, value, *_rest):
         """Record the objective, the passes and the seconds so far."""
         self.records.append((value, self.passes, time.perf_counter() - self.start))
 
@@ -160,7 +160,7 @@ def newton_cg(objective, x, inverses, max_iter):
             return
         x, logits, value = x + found.x * direction, logits + found.x * change, found.fun
         share = max(share / 2, 0.01)
-        objective.reached(None, value, x)
+        objective.reached(None, value)
 
 
 def value_at(objective, x, logits):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -137,6 +137,34 @@ class Batch(NamedTuple):
     places: Sequence[Place]
 
 
+class _Bar:
+    """A progress bar that appears before the first sample that has to be computed."""
+
+    def __init__(self, n_samples: int, verbose: bool) -> None:
+        self._total, self._verbose = n_samples, verbose
+        self._bar: Any = None
+
+    def show(self) -> None:
+        """Show the bar."""
+        if self._bar is None:
+            unit, disable = "sample", not self._verbose
+            self._bar = tqdm(desc="frozen layers", total=self._total, unit=unit, disable=disable)
+
+    def update(self, n_samples: int, n_computed: int) -> None:
+        """Count the samples of a batch."""
+        self._total -= n_samples - n_computed
+        if self._bar is not None:
+            self._bar.total = self._total
+            self._bar.update(n_computed)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 @dataclass(frozen=True)
 class Trunk:
     """The frozen part of a network, applied to the samples that are not in a store.
@@ -173,29 +201,28 @@ class Trunk:
         Parameters
         ----------
         verbose : bool
-            Whether to show a progress bar; it counts the samples that have to be computed.
+            Whether to show a progress bar of the samples that have to be computed. There is none
+            if the store has all samples.
         keep : bool
             Whether to keep all boundary tensors, and to return their places.
         """
         used: set[Chunk] = set()
-        bar = tqdm(total=len(self.samples), desc="trunk", unit="sample", disable=not verbose)
-        with bar, torch.no_grad():
+        with _Bar(len(self.samples), verbose) as bar, torch.no_grad():
             spans = slices(len(self.samples), self.batch_size.size)
             for rows, raw in _read_ahead(self.samples, spans):
                 names = sample_names(raw)
-                boundary, places, n_computed = self._look_up(raw, names, used, keep)
+                boundary, places, n_computed = self._look_up(raw, names, used, keep, bar)
                 if keep:
                     used.update(place.chunk for place in places)
-                bar.total -= len(raw) - n_computed
-                bar.update(n_computed)
+                bar.update(len(raw), n_computed)
                 yield Batch(rows, boundary, names, places)
-            bar.refresh()
 
     def _look_up(
-        self, raw: Tensor, names: Sequence[bytes], used: set[Chunk], keep: bool
+        self, raw: Tensor, names: Sequence[bytes], used: set[Chunk], keep: bool, bar: _Bar
     ) -> tuple[Tensors, Sequence[Place], int]:
         """Return a batch, where it is kept, and how many of its samples were computed."""
         if self.store is None or self.key is None:
+            bar.show()
             boundary = self._compute(raw)
             chunk = held(boundary) if keep else None
             return boundary, [Place(chunk, i) for i in range(len(raw))] if chunk else [], len(raw)
@@ -207,6 +234,7 @@ class Trunk:
                 found = self.store.find(key, names)  # another thread may have added some
                 new = {name: i for i, name in enumerate(names) if found[i] is None}
                 if new:
+                    bar.show()
                     boundary = self._compute_some(raw, list(new.values()))
                     kept = self.store.add(key, list(new), held(boundary), used)
         if len(new) == len(raw):

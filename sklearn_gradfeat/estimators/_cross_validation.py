@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -180,21 +181,34 @@ class CrossValidated(BaseGradientFeature):
         scores: dict[Pair, list[float]] = {}
         unfinished = 0
         stages = TwoStageFit(data.prepared, data.problem)
+        stop, running = threading.Event(), [threading.RLock() for _ in numbered]
+
+        def score_fold(i: int, pairs: Sequence[Pair], bar: Any) -> tuple[dict[Pair, float], int]:
+            with running[i]:
+                return self._score_fold(numbered[i], pairs, data, bar, stop)
 
         def evaluate(pairs: Sequence[Pair]) -> dict[Pair, float]:
             nonlocal unfinished
             new = [pair for pair in dict.fromkeys(pairs) if pair not in scores]
             if new:
                 bar.total = (bar.total or 0) + len(new) * len(numbered)
-                work = (delayed(self._score_fold)(fold, new, data, bar) for fold in numbered)
-                found = Parallel(n_jobs=self.n_jobs, prefer="threads")(work)
+                bar.refresh()
+                work = (delayed(score_fold)(i, new, bar) for i in range(len(numbered)))
+                try:
+                    found = Parallel(n_jobs=self.n_jobs, require="sharedmem")(work)
+                except BaseException:  # joblib does not wait for threads that still run
+                    stop.set()
+                    for lock in running:
+                        with lock:
+                            pass
+                    raise
                 scores.update((pair, [of_fold[pair] for of_fold, _ in found]) for pair in new)
                 unfinished += sum(number for _, number in found)
             # Averaged as in GridSearchCV, so that ties are the same.
             means = np.average(np.array(list(scores.values())), axis=1)
             return dict(zip(scores, means.tolist(), strict=True))
 
-        with tqdm(desc="search", unit="model", disable=not self.verbose) as bar:
+        with tqdm(desc="search", unit="fit", disable=not self.verbose) as bar:
             tried = search_grid(self.alphas, self.gradient_alphas, stages, evaluate)
         table = np.full((len(numbered), len(tried.alphas), len(tried.gradient_alphas)), np.nan)
         for i, alpha in enumerate(tried.alphas):
@@ -214,7 +228,7 @@ class CrossValidated(BaseGradientFeature):
 
     @neutral_state()
     def _score_fold(
-        self, fold: Any, pairs: Sequence[Pair], data: _Data, bar: Any
+        self, fold: Any, pairs: Sequence[Pair], data: _Data, bar: Any, stop: threading.Event
     ) -> tuple[dict[Pair, float], int]:
         """Return the scores of one fold, and how many fits did not converge."""
         if fold is None:
@@ -225,12 +239,14 @@ class CrossValidated(BaseGradientFeature):
         else:
             number, (train, rows) = fold
             problem = self._fold_problem(data, train, number)
-            stages = TwoStageFit(data.prepared.subset(train), problem)
+            stages = TwoStageFit(data.prepared.subset(train), problem, stop.is_set)
             samples = data.X[rows] if isinstance(data.X, np.ndarray) else Rows(data.X, rows)
             candidates = penalty_path(stages, pairs)
         score = self._scorer_of_fold(stages.problem, rows, samples, data)
         scores, unfinished = {}, 0
         for candidate in candidates:
+            if stop.is_set():
+                break
             scores[candidate.pair] = score(candidate)
             unfinished += not candidate.converged
             bar.update()

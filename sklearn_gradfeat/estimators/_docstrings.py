@@ -87,7 +87,9 @@ precision : {"auto", "float64", "float32", "bfloat16"}, default="auto"
 random_state : int, RandomState instance or None, default=None
     Seeds the weights of the random network and of callables. Nothing else is random.
 verbose : int, default=0
-    Whether to show progress bars.
+    Whether to show progress on stderr, one line for each part of the work: the frozen layers,
+    unless all samples are stored; the search for penalties; and each fit, with the Newton
+    decrement and its value at which the fit stops, see ``tol``.
 """
 
 ALPHA_AUTO = """

@@ -6,6 +6,9 @@ from sklearn_gradfeat.inspection._contributions_display import (
 from sklearn_gradfeat.inspection._objective_display import (
     ObjectiveDisplay,
 )
+from sklearn_gradfeat.inspection._penalty_display import (
+    PenaltyDisplay,
+)
 from sklearn_gradfeat.inspection._saliency_display import (
     SaliencyDisplay,
 )
@@ -13,5 +16,6 @@ from sklearn_gradfeat.inspection._saliency_display import (
 __all__ = [
     "LayerContributionDisplay",
     "ObjectiveDisplay",
+    "PenaltyDisplay",
     "SaliencyDisplay",
 ]

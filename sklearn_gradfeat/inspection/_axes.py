@@ -82,7 +82,7 @@ def grid_of_axes(
     if ax is None:
         figure = plt.figure(figsize=size, layout="constrained")
         return np.asarray(figure.subplots(*shape, squeeze=False, **options))
-    if isinstance(ax, Axes):
+    if isinstance(ax, Axes) and shape != (1, 1):
         ax.set_axis_off()
         grid = ax.get_subplotspec()
         if grid is None:

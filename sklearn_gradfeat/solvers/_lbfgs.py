@@ -132,7 +132,7 @@ def minimize(
     *,
     tolerance: Callable[[float], float],
     max_iter: int,
-    callback: Callable[[int, float, Tensor], bool] | None = None,
+    callback: Callable[[int, float, Tensor, float, float], bool] | None = None,
     curvature_pairs: CurvaturePairs | None = None,
     coarse: Callable[[Inverse], CoarseSolver | None] | None = None,
 ) -> Solution:
@@ -178,7 +178,8 @@ def minimize(
     max_iter : int
         Largest number of iterations.
     callback : callable, default=None
-        Called as ``callback(iteration, objective, x)`` after each iteration; returning True
+        Called as ``callback(iteration, objective, x, decrement, tolerance)`` after each
+        iteration, with the Newton decrement and its value at which to stop; returning True
         stops the solver.
     curvature_pairs : CurvaturePairs, default=None
         The curvature pairs of a fit that ended at ``x``, of the same loss under any penalty.
@@ -230,9 +231,9 @@ def minimize(
         point, n_iter = moved, n_iter + 1
         path.append(point.value)
         norm = _norm(point.gradient, preconditioned)
-        if callback is not None and callback(n_iter, point.value, point.x):
-            met = norm**2 / 2 <= tolerance(point.value)
-            status = "converged" if met else "interrupted"
+        decrement, wanted = norm**2 / 2, tolerance(point.value)
+        if callback is not None and callback(n_iter, point.value, point.x, decrement, wanted):
+            status = "converged" if decrement <= wanted else "interrupted"
             break
         if not same_curvature(memory.curvature, loss, point.logits):
             memory = _Memory(precondition, loss, point.logits)

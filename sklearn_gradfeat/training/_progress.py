@@ -1,4 +1,4 @@
-"""The iterations of a fit, shown in a bar and reported to scikit-learn's callbacks."""
+"""The stages of a fit, one line each, and its iterations, reported to scikit-learn's callbacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ except ImportError:  # scikit-learn < 1.9
 
 __all__ = ["CallbackSupportMixin", "Progress", "with_callbacks"]
 
-Watch = Callable[[int, float, Tensor], bool]
+Watch = Callable[[int, float, Tensor, float, float], bool]
 
 
 class Progress:
@@ -41,7 +41,7 @@ class Progress:
 
     def __init__(self, estimator: Any, **data: Any) -> None:
         self._estimator, self._data = estimator, data
-        self._bar: Any = None
+        self._line: Any = None
         self._context = None
         if hasattr(estimator, "_init_callback_context"):
             self._context = estimator._init_callback_context(max_subtasks=estimator.max_iter)
@@ -53,7 +53,7 @@ class Progress:
         to_model: Callable[[Tensor], LinearModel],
         to_attributes: Callable[[LinearModel], dict[str, Any]] | None,
     ) -> Watch:
-        """Return the function that the solver calls after every iteration of a stage.
+        """Begin a stage, and return the function that the solver calls after every iteration.
 
         Parameters
         ----------
@@ -68,20 +68,26 @@ class Progress:
         Returns
         -------
         callable
-            ``watch(iteration, objective, x)`` returns whether a callback asks to stop.
+            ``watch(iteration, objective, x, decrement, tolerance)`` returns whether a callback
+            asks to stop.
         """
-        return partial(self._iteration, stage, to_model, to_attributes)
+        self._begin(f"{stage}: iteration {{n_fmt}}")
+        return partial(self._iteration, to_model, to_attributes)
 
     def _iteration(
         self,
-        stage: str,
         to_model: Callable[[Tensor], LinearModel],
         to_attributes: Callable[[LinearModel], dict[str, Any]] | None,
         iteration: int,
         objective: float,
         x: Tensor,
+        decrement: float,
+        tolerance: float,
     ) -> bool:
-        self._show(f"{stage}, objective {objective:.6g}")
+        relation = "<=" if decrement <= tolerance else ">"
+        self._show(
+            f"objective {objective:.4g}, decrement {decrement:.0e} {relation} {tolerance:.0e}"
+        )
         if self._context is None or to_attributes is None:
             return False
         task = self._context.subcontext(task_name=f"iteration {iteration}")
@@ -94,17 +100,29 @@ class Progress:
             )
         )
 
+    def search(self) -> None:
+        """Begin the search for penalties."""
+        self._begin("auto: {n_fmt} tried")
+
     def tried(self, alpha: float, gradient_alpha: float, loss: float) -> None:
-        """Show the held-out loss of a pair of penalties."""
-        self._show(
-            f"search, alpha {alpha:.3g}, gradient_alpha {gradient_alpha:.3g}, loss {loss:.6g}"
-        )
+        """Count a pair of penalties, and show the best pair so far and its held-out loss."""
+        self._show(f"best alpha {alpha:.2g}, gradient_alpha {gradient_alpha:.2g}, loss {loss:.4g}")
+
+    def _begin(self, text: str) -> None:
+        """Begin a line; ``{n_fmt}`` in it is how often it was updated."""
+        self._close()
+        form = f"{text} [{{elapsed}}]{{postfix}}"
+        self._line = tqdm(bar_format=form, disable=not self._estimator.verbose)
 
     def _show(self, text: str) -> None:
-        if self._bar is None:
-            self._bar = tqdm(unit="iteration", disable=not self._estimator.verbose)
-        self._bar.set_description(text)
-        self._bar.update()
+        """Update the line."""
+        self._line.set_postfix_str(text, refresh=False)
+        self._line.update()
+
+    def _close(self) -> None:
+        """End the line with its last update."""
+        if self._line is not None:
+            self._line.close()
 
     def end(self) -> None:
         """Report the end of the fit; the estimator must be fitted."""
@@ -117,6 +135,5 @@ class Progress:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        """Close the bar, also after a fit that failed."""
-        if self._bar is not None:
-            self._bar.close()
+        """End the last line, also after a fit that failed."""
+        self._close()

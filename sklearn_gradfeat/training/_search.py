@@ -88,6 +88,8 @@ def choose_penalties(
     if features == "activation":
         gradient_alpha = math.inf
     if alpha is None or gradient_alpha is None:
+        if progress is not None:
+            progress.search()
         folds, left_out = Folds.of(prepared, stages), LeftOut.where_cheap(prepared, stages)
     if alpha is None:
         held_out = left_out or folds.enough(ENOUGH)
@@ -123,7 +125,7 @@ class _Path:
     pair_of : callable
         Maps a value of the penalty to ``(alpha, gradient_alpha)``.
     progress : Progress or None
-        Shows every value that is tried.
+        Shows the best value so far.
     """
 
     def __init__(
@@ -172,7 +174,8 @@ class _Path:
         mean = float(np.average(self._losses[penalty], weights=self._held_out.weights))
         self._means[penalty] = mean if math.isfinite(mean) else math.inf
         if self._progress is not None:
-            self._progress.tried(*self._pair_of(penalty), mean)
+            best = self._lowest()
+            self._progress.tried(*self._pair_of(best), self._means[best])
         return self._means[penalty] < (1 - _FLAT) * former
 
     def _lowest(self) -> float:

@@ -148,9 +148,17 @@ class TwoStageFit:
         The samples.
     problem : Problem
         Their targets and weights.
+    stopped : callable, default=None
+        Called after every iteration without a ``progress``; returning True ends the fit.
     """
 
-    def __init__(self, prepared: Prepared, problem: Problem) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        problem: Problem,
+        stopped: Callable[[], bool] | None = None,
+    ) -> None:
+        self._stopped = stopped
         self.samples, self.settings = prepared.samples, prepared.settings
         self.problem, self.attributes = problem, prepared.attributes | problem.attributes
         self.loss = problem.loss(accumulation_device(self.samples.activation.device))
@@ -358,7 +366,8 @@ class TwoStageFit:
     ) -> Watch | None:
         """Return the callback for the solver; only the last stage is reported to callbacks."""
         if progress is None:
-            return None
+            stopped = self._stopped
+            return None if stopped is None else lambda *_state: stopped()
         return progress.watch(stage, to_model, self._fitted_attributes if last else None)
 
     def _fitted_attributes(self, model: LinearModel) -> dict[str, Any]:

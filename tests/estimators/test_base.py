@@ -2,7 +2,9 @@
 
 import configparser
 import io
+import itertools
 import pickle
+import signal
 import sys
 from pathlib import Path
 
@@ -32,7 +34,8 @@ from sklearn_gradfeat import (
     GradientFeatureRegressorCV,
 )
 from sklearn_gradfeat.cache._runner import Trunk
-from sklearn_gradfeat.training import _two_stage_fit
+from sklearn_gradfeat.estimators import _cross_validation
+from sklearn_gradfeat.training import _held_out, _two_stage_fit
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
 BINARY = (Y > 0).astype(int)
@@ -451,3 +454,52 @@ def test_activations_that_are_not_finite():
     model = estimator().fit(X, Y)
     with pytest.raises(ValueError, match="returned NaN or infinity"):
         model.transform(np.full_like(X, 3e38))
+
+
+# --- Ctrl-C -----------------------------------------------------------------------------------
+
+
+def interrupt_in(monkeypatch, owner, name, n_calls):
+    """Send the signal of Ctrl-C from the ``n_calls``-th call of a function."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def interrupted(*args, **options):
+        if next(calls) == n_calls:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+AUTO = {"alpha": "auto", "gradient_alpha": "auto"}
+PLACES = {
+    "frozen layers": (estimator(feature_store=None, batch_size=6), Trunk, "_pass", 3),
+    "penalties": (estimator(**AUTO), _held_out, "cached_logits", 7),
+    "first stage": (estimator(), _two_stage_fit, "minimize", 1),
+    "second stage": (estimator(), _two_stage_fit.TwoStageFit, "_second_model", 1),
+    "cross-validation": (
+        GradientFeatureClassifierCV(NET, alphas=2, gradient_alphas=[1.0], cv=3, n_jobs=2),
+        _cross_validation,
+        "_negative_loss",
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("is_fitted", [False, True])
+def test_an_interrupt_leaves_the_estimator_as_it_was(monkeypatch, place, is_fitted):
+    model, *call = PLACES[place]
+    model = clone(model)
+    if is_fitted:
+        model.fit(X[:18], Y[:18])
+        proba = model.predict_proba(X)
+    before = dict(vars(model))
+    with monkeypatch.context() as patched:
+        interrupt_in(patched, *call)
+        with pytest.raises(KeyboardInterrupt):
+            model.fit(X, Y + 1)
+    assert vars(model).keys() == before.keys()
+    assert all(vars(model)[name] is value for name, value in before.items())
+    if is_fitted:
+        assert np.array_equal(model.predict_proba(X), proba)

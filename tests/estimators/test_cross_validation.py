@@ -1,8 +1,12 @@
 """The search for penalties: GridSearchCV as the oracle, metadata, lazy input, refits."""
 
 import pickle
+import re
+import threading
+import time
 import warnings
 
+import joblib
 import numpy as np
 import pytest
 import sklearn
@@ -31,6 +35,7 @@ from sklearn_gradfeat import (
     ImageFiles,
 )
 from sklearn_gradfeat.data import Rows
+from sklearn_gradfeat.estimators import _cross_validation
 from tests.tiny import NET, X, Y, data, tiny_net
 
 pytestmark = pytest.mark.filterwarnings("ignore:The best of .* at an end of the list:UserWarning")
@@ -466,4 +471,33 @@ def test_progress_bar(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         classifier(verbose=1).fit(X, Y)
-    assert "4/4" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert re.search(r"search: +100%.* 4/4 \[\d\d:\d\d<\d\d:\d\d", shown)
+    assert "full: iteration" in shown
+
+
+def test_no_fold_outlives_a_search_that_fails(monkeypatch):
+    original, scored, both = _cross_validation._negative_loss, [], threading.Barrier(2)
+
+    def failing(*args):
+        scored.append(threading.current_thread())
+        if len(scored) <= 2 and both.wait(10) == 0:
+            raise FloatingPointError("overflow")
+        time.sleep(0.05)
+        return original(*args)
+
+    monkeypatch.setattr(_cross_validation, "_negative_loss", failing)
+    model = classifier(gradient_alphas=np.geomspace(1, 1e-3, 40), n_jobs=2)
+    with pytest.raises(FloatingPointError, match="overflow"):
+        model.fit(X, Y)
+    n_scored = len(scored)
+    time.sleep(0.2)
+    assert len(scored) == n_scored < 10
+
+
+@pytest.mark.parametrize("verbose", [0, 1])
+def test_folds_run_in_threads_under_other_backends(verbose):
+    expected = classifier().fit(X, Y).scores_
+    with joblib.parallel_config("loky", n_jobs=2):
+        model = classifier(n_jobs=2, verbose=verbose).fit(X, Y)
+    assert np.array_equal(model.scores_, expected)

@@ -87,7 +87,7 @@ def test_stalls_where_rounding_allows_no_progress():
 def test_callback_sees_every_iteration_and_may_stop():
     seen = []
 
-    def callback(iteration, value, x):
+    def callback(iteration, value, x, decrement, tolerance):
         seen.append((iteration, value))
         return iteration == 4
 

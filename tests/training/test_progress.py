@@ -1,12 +1,16 @@
 """Callbacks and progress bars."""
 
+import contextlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import sklearn
 from sklearn.base import clone
 from sklearn.utils.fixes import parse_version
 
-from sklearn_gradfeat import GradientFeatureRegressor
+from sklearn_gradfeat import GradientFeatureClassifierCV, GradientFeatureRegressor
 from tests.tiny import NET, X, Y, estimator
 
 has_callbacks = pytest.mark.skipif(
@@ -110,13 +114,82 @@ def test_progress_bar_of_scikit_learn(capsys):
     assert np.array_equal(model.coef_, estimator().fit(X, Y).coef_)
 
 
-def test_verbose_shows_bars(capsys):
-    model = estimator(verbose=1).fit(X, Y)
+def last_lines(text):
+    """Return the last state of every line of a terminal."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return [line.rpartition("\r")[2].strip() for line in lines if line.strip()]
+
+
+STAGE = r"iteration {} \[\d\d:\d\d\], objective [\d.]+, decrement \de-\d\d <= \de-\d\d"
+
+
+def test_every_stage_has_a_line(capsys):
+    model = estimator(feature_store=None, verbose=1, batch_size=10).fit(X, Y)
     out, err = capsys.readouterr()
+    frozen, activation, full = last_lines(err)
+    assert re.match(r"frozen layers: 100%.* 24/24 \[", frozen)
+    assert re.fullmatch("activation: " + STAGE.format(r"\d+"), activation)
+    assert re.fullmatch("full: " + STAGE.format(model.n_iter_), full)
     assert out == ""
-    assert "objective" in err
-    assert "trunk" in err
-    model.predict(X)
-    assert "sample" in capsys.readouterr().err
-    estimator().fit(X, Y).predict(X)
+
+
+def test_the_search_for_penalties_has_a_line(capsys):
+    model = estimator(verbose=1, alpha="auto", gradient_alpha="auto").fit(X, Y)
+    line = next(line for line in last_lines(capsys.readouterr().err) if line.startswith("auto"))
+    scores = model.validation_scores_
+    pattern = r"auto: (\d+) tried \[\d\d:\d\d\], best alpha (\S+), gradient_alpha (\S+), loss (\S+)"
+    n_tried, *best = re.fullmatch(pattern, line).groups()
+    assert int(n_tried) == len(scores["loss"])
+    last_path = scores["alpha"] == model.alpha_
+    i = np.flatnonzero(last_path)[scores["loss"][last_path].argmin()]
+    expected = [scores[name][i] for name in ("alpha", "gradient_alpha", "loss")]
+    np.testing.assert_allclose([float(value) for value in best], expected, rtol=0.05)
+
+
+def test_stored_samples_have_no_line(capsys):
+    new = X + np.float32(0.125)
+    model = estimator(verbose=1).fit(new[:18], Y[:18])
+    assert "frozen layers" in capsys.readouterr().err
+    model.fit(new[:18], Y[:18])
+    stages = [line.partition(":")[0] for line in last_lines(capsys.readouterr().err)]
+    assert stages == ["activation", "full"]
+    model.predict(new[:18])
     assert capsys.readouterr().err == ""
+    model.predict(new)
+    assert "6/6" in capsys.readouterr().err
+
+
+def test_without_verbose_nothing_is_printed(capsys):
+    model = estimator(alpha="auto", features="activation", feature_store=None).fit(X, Y)
+    model.predict(X)
+    GradientFeatureClassifierCV(NET, alphas=[1.0], gradient_alphas=[1.0], cv=2).fit(X, Y)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_lines_fit_into_a_terminal(monkeypatch):
+    """tqdm cuts a line at the last column, and rewrites it after a carriage return."""
+    termios, pty = pytest.importorskip("termios"), pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with ThreadPoolExecutor(1) as thread, open(ours, "rb", 0) as screen:
+
+        def read():
+            """Return all output until the terminal is closed, which is an error on Linux."""
+            found = b""
+            with contextlib.suppress(OSError):
+                while more := screen.read(4096):
+                    found += more
+            return found.decode()
+
+        output = thread.submit(read)
+        with open(theirs, "w") as terminal:
+            monkeypatch.setattr("sys.stderr", terminal)
+            auto = {"alpha": 0.1, "gradient_alpha": "auto"}
+            estimator(verbose=1, feature_store=None, **auto).fit(X, Y)
+            monkeypatch.undo()
+        text = output.result()
+    lines = last_lines(text)
+    assert [re.match("[a-z ]*", line)[0] for line in lines] == ["frozen layers", "auto", "full"]
+    assert max(map(len, re.split(r"[\r\n]+", text))) <= 80
+    assert re.search(r"loss [\d.]{6}$", lines[1])
+    assert re.search(r"decrement \de-\d\d <= \de-\d\d$", lines[2])
