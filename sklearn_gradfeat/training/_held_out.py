@@ -16,6 +16,7 @@ matrix of the gradient term, the term has the rows of ``A``, and the penalty sta
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Protocol
@@ -107,19 +108,33 @@ class _Fold:
     def __init__(
         self, prepared: Prepared, problem: Problem, is_held_out: npt.NDArray[np.bool_]
     ) -> None:
-        train, test = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-        self.samples = prepared.subset(test)
-        self.stages = TwoStageFit(prepared.subset(train), problem.subset(train))
-        self.held = TwoStageFit(self.samples, problem.subset(test))
-        self.first_stages: dict[float, FirstStage] = {}
-        self.models: dict[tuple[float, float], LinearModel] = {}
+        self._prepared, self._problem = prepared, problem
+        self._train, self._test = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+        self._first_stages: dict[float, FirstStage] = {}
+        self._models: dict[tuple[float, float], LinearModel] = {}
         # Copies of a sample are one sample, with the sum of their weights.
-        self._weights = self.held.problem.weights
-        _, self._copy_of = np.unique(self.samples.samples.names, return_inverse=True)
-        self.weights = np.bincount(self._copy_of, problem.weights[test])
-        everything = np.concatenate([train, test])
-        both = TwoStageFit(prepared.subset(everything), problem.subset(everything))
-        self._rows = _Rows.where_few(both, self.stages)
+        names = prepared.samples.names[self._test]
+        self._weights = problem.weights[self._test]
+        self._copy_of = np.unique(names, return_inverse=True)[1]
+        self.weights = np.bincount(self._copy_of, self._weights)
+
+    @functools.cached_property
+    def stages(self) -> TwoStageFit:
+        """The fits to the training samples."""
+        return self._fits(self._train)
+
+    @functools.cached_property
+    def held(self) -> TwoStageFit:
+        """The loss of the held-out samples."""
+        return self._fits(self._test)
+
+    @functools.cached_property
+    def _rows(self) -> _Rows | None:
+        both = np.concatenate([self._train, self._test])
+        return _Rows.where_few(self._fits(both), self.stages)
+
+    def _fits(self, rows: npt.NDArray[np.intp]) -> TwoStageFit:
+        return TwoStageFit(self._prepared.subset(rows), self._problem.subset(rows))
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the losses of the model that was fitted on all other samples."""
@@ -129,30 +144,29 @@ class _Fold:
         shift = self.stages.problem.offset - self.held.problem.offset
         logits = logits + torch.from_numpy(shift).to(logits)
         losses: Array = to_numpy(self.held.loss.losses(logits.to(self.held.loss.weights)))
-        sums = np.bincount(self._copy_of, self._weights * losses)
-        means: Array = sums / np.bincount(self._copy_of, self._weights)
+        means: Array = np.bincount(self._copy_of, self._weights * losses) / self.weights
         return means
 
     def _logits(self, alpha: float, gradient_alpha: float) -> Tensor:
         """Return the logits of the held-out samples."""
-        if alpha not in self.first_stages:
-            stronger = min((a for a in self.first_stages if a > alpha), default=None)
-            warm = None if stronger is None else self.first_stages[stronger].model
-            self.first_stages[alpha] = self.stages.fit_activation(alpha, warm)
-        first = self.first_stages[alpha]
+        if alpha not in self._first_stages:
+            stronger = min((a for a in self._first_stages if a > alpha), default=None)
+            warm = None if stronger is None else self._first_stages[stronger].model
+            self._first_stages[alpha] = self.stages.fit_activation(alpha, warm)
+        first = self._first_stages[alpha]
         model = first.model
         if math.isfinite(gradient_alpha):
             start = self._start(alpha, gradient_alpha)
             model, _ = self.stages.fit_gradient(first, gradient_alpha, start)
-            self.models[alpha, gradient_alpha] = model
-            for oldest in list(self.models)[:-_KEPT]:
-                del self.models[oldest]
-        return cached_logits(model, self.samples)
+            self._models[alpha, gradient_alpha] = model
+            for oldest in list(self._models)[:-_KEPT]:
+                del self._models[oldest]
+        return cached_logits(model, self._prepared.subset(self._test))
 
     def _start(self, alpha: float, gradient_alpha: float) -> LinearModel:
         """Return the model with the next stronger penalty, or the first stage."""
-        stronger = [pair for pair in self.models if pair[0] == alpha and pair[1] > gradient_alpha]
-        return self.models[min(stronger)] if stronger else self.first_stages[alpha].model
+        stronger = [pair for pair in self._models if pair[0] == alpha and pair[1] > gradient_alpha]
+        return self._models[min(stronger)] if stronger else self._first_stages[alpha].model
 
 
 class _Rows:
