@@ -95,7 +95,7 @@ class RandomOmegaClassifier(GradientFeatureClassifier):
         first = replace(first, model=replace(first.model, omega=omega))
         model, solution = stages.fit_gradient(first, self.gradient_alpha, first.model)
         solutions = {"activation": first.solution, self.features: solution}
-        result = FitResult(problem.restored(model), solutions)
+        result = FitResult(problem.restored(model), solutions, self.alpha, self.gradient_alpha)
         warn_unless_converged(result, prepared.settings)
         self.__dict__.update(prepared.attributes | problem.attributes | result.attributes())
         return self

@@ -92,14 +92,15 @@ def choose(model, task, parameter, values):
     if len(values) == 1:
         return model.set_params(**{parameter: values[0]})
     options = {"cv": task.held_out_fold, "refit": False}
-    options["scoring"] = mean_average_precision_scorer if task.multilabel else None
+    options["scoring"] = mean_average_precision_scorer if task.multilabel else "accuracy"
     if isinstance(model, RandomOmegaClassifier):  # the built-in search fits Ω
         search = fit_quietly(GridSearchCV(model, {parameter: values}, **options), task)
         return model.set_params(**search.best_params_)
     shared = model.get_params(deep=False)
     del shared["warm_start"]
     alpha, gradient_alpha = shared.pop("alpha"), shared.pop("gradient_alpha")
-    grids = {"alphas": [alpha], "gradient_alphas": [gradient_alpha or 1.0], f"{parameter}s": values}
+    alpha, gradient_alpha = (1.0 if p == "auto" else p for p in (alpha, gradient_alpha))
+    grids = {"alphas": [alpha], "gradient_alphas": [gradient_alpha], f"{parameter}s": values}
     search = fit_quietly(GradientFeatureClassifierCV(**shared, **grids, **options), task)
     return model.set_params(**{parameter: getattr(search, f"{parameter}_")})
 

@@ -340,11 +340,11 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
     >>> from sklearn.preprocessing import StandardScaler
     >>> from sklearn_gradfeat import GradientFeatureClassifierCV
     >>> X, y = load_iris(return_X_y=True)
-    >>> model = GradientFeatureClassifierCV(alphas=3, gradient_alphas=2, random_state=0)
+    >>> model = GradientFeatureClassifierCV(alphas=[0.1, 0.01], gradient_alphas=[0.01])
     >>> make_pipeline(StandardScaler(), model).fit(X, y).score(X, y) > 0.95
     True
-    >>> model.scores_.shape[0]
-    5
+    >>> model.scores_.shape
+    (5, 2, 1)
     """
 
     _fold_class: Callable[[], Any] = _FoldClassifier

@@ -256,9 +256,8 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
     >>> from sklearn.preprocessing import StandardScaler
     >>> from sklearn_gradfeat import GradientFeatureRegressorCV
     >>> X, y = load_diabetes(return_X_y=True)
-    >>> model = GradientFeatureRegressorCV(alphas=3, gradient_alphas=2, random_state=0)
-    >>> model = make_pipeline(StandardScaler(), model).fit(X, y)
-    >>> model[-1].best_score_ > 0.4
+    >>> model = GradientFeatureRegressorCV(cv="loo", random_state=0)
+    >>> make_pipeline(StandardScaler(), model).fit(X, y).score(X, y) > 0.5
     True
     """
 

@@ -113,7 +113,8 @@ def test_searched():
         alone = GridSearchCV(model.set_params(backbone=Net(slope=slope)), {"tol": [1e-4]}, cv=2)
         assert alone.fit(X, Y).best_score_ == score
     options = {"alphas": [0.02], "gradient_alphas": [0.01], "cv": 2, "gradient_layers": "middle"}
-    own = GradientFeatureClassifierCV(Net(), negative_slope=0.5, precision="float64", **options)
+    options |= {"scoring": "accuracy", "precision": "float64"}
+    own = GradientFeatureClassifierCV(Net(), negative_slope=0.5, **options)
     assert own.fit(X, Y).best_score_ == scores[2]
 
 

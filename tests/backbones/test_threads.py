@@ -101,6 +101,7 @@ def test_products_of_a_pass(shape, number):
         assert torch.get_num_threads() == number
 
 
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled:UserWarning")
 def test_number_in_fits_and_predictions():
     """The frozen layers have the threads of the caller; targets are encoded in one thread."""
     seen, passes = [], []
@@ -124,6 +125,7 @@ def test_number_in_fits_and_predictions():
     assert torch.get_num_threads() == 3
 
 
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled:UserWarning")
 def test_number_after_a_fit_that_fails():
     def failing(x):
         raise ArithmeticError

@@ -41,7 +41,8 @@ def network():
 @pytest.fixture
 def fit(network):
     def fit(kind=GradientFeatureClassifier, X=X, **options):
-        penalties = {"alpha": 0.1} if kind is GradientFeatureClassifier else {}
+        single = {"alpha": 0.1, "gradient_alpha": 0.1}
+        penalties = single if kind is GradientFeatureClassifier else {}
         options = {"feature_store": None, "batch_size": 60, **penalties, **options}
         return kind(network, **options).fit(X, y)
 

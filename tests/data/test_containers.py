@@ -100,7 +100,8 @@ def test_images_in_a_search():
     grid = GridSearchCV(images(), {"alpha": [0.1, 10.0]}, cv=2, error_score="raise")
     found = grid.fit(IMAGES, Y).cv_results_["mean_test_score"]
     assert np.array_equal(found, clone(grid).fit(PIXELS, Y).cv_results_["mean_test_score"])
-    search = GradientFeatureClassifierCV(alphas=[0.1], features="activation", cv=2)
+    options = {"features": "activation", "cv": 2, "scoring": "accuracy"}
+    search = GradientFeatureClassifierCV(alphas=[0.1], **options)
     assert search.fit(IMAGES, Y).scores_.ravel().mean() == found[0]
     regressor = GradientFeatureRegressor(alpha=0.1, features="activation").fit(IMAGES, Y)
     assert np.array_equal(regressor.predict(IMAGES), regressor.predict(PIXELS))

@@ -105,7 +105,7 @@ def test_pipeline():
 
 def test_grid_search():
     grid = [
-        {"alpha": [0.1, 10.0], "gradient_alpha": [None, 1.0]},
+        {"alpha": [0.1, 10.0], "gradient_alpha": ["auto", 1.0]},
         {"gradient_layers": [2]},
     ]
     searches = [GridSearchCV(estimator(), grid, cv=2, n_jobs=n_jobs).fit(X, Y) for n_jobs in (1, 2)]
@@ -288,7 +288,7 @@ def test_warm_start():
     first = warm.n_iter_
     warm.fit(X, Y)
     assert warm.n_iter_ < first / 2
-    tight["alpha"] = 1.02e-2
+    tight |= {"alpha": 1.02e-2, "gradient_alpha": 1.02e-2}
     cold = estimator(**tight).fit(X, Y)
     warm.set_params(**tight).fit(X, Y)
     assert warm.n_iter_ < cold.n_iter_

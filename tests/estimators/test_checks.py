@@ -31,8 +31,8 @@ class Factory:
         GradientFeatureClassifier(loss="squared"),
         GradientFeatureRegressor(),
         GradientFeatureRegressor(loss="huber"),
-        GradientFeatureClassifierCV(alphas=2, gradient_alphas=2, cv=3),
-        GradientFeatureRegressorCV(alphas=2, gradient_alphas=2, cv=3),
+        GradientFeatureClassifierCV(alphas=[1.0, 0.01], gradient_alphas=[0.1], cv=3),
+        GradientFeatureRegressorCV(alphas=[1.0, 0.01], gradient_alphas=[0.1], cv=3),
     ]
 )
 def test_estimator_checks(estimator, check):

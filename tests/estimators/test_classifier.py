@@ -195,7 +195,8 @@ def images():
 
 
 def squared(**options):
-    return GradientFeatureClassifier(loss="squared", random_state=0, alpha=1e-3, **options)
+    penalties = {"alpha": 1e-3, "gradient_alpha": 1e-3}
+    return GradientFeatureClassifier(loss="squared", random_state=0, **{**penalties, **options})
 
 
 @pytest.mark.parametrize("target", ["binary", "multiclass", "multilabel"])
@@ -293,8 +294,9 @@ def test_search_by_probabilities_of_squared_errors():
 def test_search_by_squared_errors_agrees_with_grid_search():
     samples, y = DIGITS[:100], CLASSES[:100]
     alphas, gradient_alphas = [1e-1, 1e-3], [1e-1, 1e-2]
+    options = {"loss": "squared", "scoring": "accuracy", "random_state": 0, "cv": 3}
     own = GradientFeatureClassifierCV(
-        loss="squared", random_state=0, alphas=alphas, gradient_alphas=gradient_alphas, cv=3
+        alphas=alphas, gradient_alphas=gradient_alphas, **options
     ).fit(samples, y)
     grid = {"alpha": alphas, "gradient_alpha": gradient_alphas}
     theirs = GridSearchCV(squared(), grid, cv=3).fit(samples, y)

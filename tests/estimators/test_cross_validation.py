@@ -303,7 +303,8 @@ def test_score_is_by_scoring():
     weights = np.where(model.predict(X) == Y, 1.0, 0.0)
     assert model.score(X, Y) == 10 + np.mean(model.predict(X) == Y)
     assert model.score(X, Y, sample_weight=weights) == 11
-    assert classifier().fit(X, Y).score(X, Y) == np.mean(model.predict(X) == Y)
+    model = classifier().fit(X, Y)
+    assert model.score(X, Y) == np.mean(model.predict(X) == Y)
 
 
 def test_scorers_see_what_they_expect():

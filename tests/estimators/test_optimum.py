@@ -53,7 +53,7 @@ def explicit(model, module):
 @pytest.mark.parametrize("kind", ["plain", "whole", "grouped", "normed", "transformer"])
 def test_binary_optimum_is_logistic_regression_on_explicit_features(kind):
     alpha = 0.02
-    model, module = fit(kind, "binary", alpha=alpha)
+    model, module = fit(kind, "binary", alpha=alpha, gradient_alpha=alpha)
     f, g = explicit(model, module)
     features = np.hstack([f, g[:, 0]])
     C = 1 / (alpha * WEIGHTS.sum())
@@ -162,14 +162,14 @@ def test_order_repetition_and_batch_size_do_not_matter(seed, batch_size):
 def test_same_predictions_without_a_split(monkeypatch):
     from sklearn_gradfeat.backbones import _frozen
 
-    split, _ = fit("transformer", "multinomial", alpha=0.05)
+    split, _ = fit("transformer", "multinomial", alpha=0.05, gradient_alpha=0.05)
 
     def refuse(*args):
         raise _frozen.CaptureError("refused for the test")
 
     monkeypatch.setattr(_frozen, "capture", refuse)
     with pytest.warns(UserWarning, match="refused for the test") as record:
-        whole, _ = fit("transformer", "multinomial", alpha=0.05)
+        whole, _ = fit("transformer", "multinomial", alpha=0.05, gradient_alpha=0.05)
     assert len([w for w in record if w.category is UserWarning]) == 1
     assert whole.gradient_layers_ == split.gradient_layers_
     np.testing.assert_allclose(whole.predict_proba(X), split.predict_proba(X), atol=1e-7)
@@ -177,12 +177,16 @@ def test_same_predictions_without_a_split(monkeypatch):
 
 def test_convergence_warning_says_what_to_do():
     with pytest.warns(ConvergenceWarning, match="Increase max_iter=2, alpha.* or tol"):
-        fit("plain", "multinomial", max_iter=2, alpha=1e-4)
+        fit("plain", "multinomial", max_iter=2, alpha=1e-4, gradient_alpha=1e-4)
 
 
-def test_warns_when_rounding_stops_it():
-    with pytest.warns(ConvergenceWarning, match="precision='float64'"):
-        fit("plain", "binary", precision="float32", tol=1e-28, alpha=0.01)
+@pytest.mark.filterwarnings("error")
+def test_rounding_errors_end_a_fit():
+    """No digit of the objective is left to gain, whatever tol asks for."""
+    penalties = {"alpha": 0.01, "gradient_alpha": 0.01}
+    model, _ = fit("plain", "binary", precision="float32", tol=1e-28, **penalties)
+    exact, _ = fit("plain", "binary", **penalties)
+    assert model.objective_path_[-1] == pytest.approx(exact.objective_path_[-1], rel=1e-6)
 
 
 @pytest.mark.parametrize("features", ["activation", "full"])
