@@ -27,10 +27,10 @@ class Factory:
 @parametrize_with_checks(
     [
         GradientFeatureClassifier(),
-        GradientFeatureClassifier(Factory()),
-        GradientFeatureClassifier(loss="squared"),
+        GradientFeatureClassifier(Factory(), alpha=1e-4, gradient_alpha=1e-4),
+        GradientFeatureClassifier(loss="squared", alpha=1e-4, gradient_alpha=1e-4),
         GradientFeatureRegressor(),
-        GradientFeatureRegressor(loss="huber"),
+        GradientFeatureRegressor(loss="huber", alpha=1e-4, gradient_alpha=1e-4),
         GradientFeatureClassifierCV(alphas=[1.0, 0.01], gradient_alphas=[0.1], cv=3),
         GradientFeatureRegressorCV(alphas=[1.0, 0.01], gradient_alphas=[0.1], cv=3),
     ]
@@ -43,6 +43,9 @@ def test_estimator_checks(estimator, check):
 @pytest.mark.slow
 @parametrize_with_checks(
     [
+        GradientFeatureClassifier(Factory()),
+        GradientFeatureClassifier(loss="squared"),
+        GradientFeatureRegressor(loss="huber"),
         GradientFeatureClassifier(features="activation"),
         GradientFeatureClassifier(features="gradient"),
         GradientFeatureClassifier(precision="float32"),
