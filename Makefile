@@ -50,7 +50,7 @@ $(OLDEST)/.installed: pyproject.toml
 	touch $@
 
 docs: $(VENV)/.installed-docs
-	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m sphinx -W --keep-going $(SPHINX_FLAGS) docs docs/_build/html
 
 $(VENV)/.installed-docs: $(INSTALLED)
 	$(BIN)/python -m pip install -e '.[docs]'
