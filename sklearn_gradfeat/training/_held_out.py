@@ -271,7 +271,7 @@ class Folds:
         return Folds(self._folds[: int(np.searchsorted(held, n_samples)) + 1])
 
     def typical_first(self, alpha: float) -> Folds:
-        """Return the folds in another order: first those with a loss near that of all folds.
+        """Return the folds, ordered by how far their loss is from the mean of all folds.
 
         The loss is that of the models on the activations. In a fold of few samples, it may be far
         from typical, and then the best penalties are, too.
