@@ -32,10 +32,12 @@ from sklearn_gradfeat.linearized import LinearModel, TangentObjective
 from sklearn_gradfeat.solvers import Solution
 from sklearn_gradfeat.training._two_stage_fit import TwoStageFit
 
+# The ratio of neighbours on a path.
 STEP = 10.0
-# Powers of ten by which a path goes on beyond its ends, while the score rises by this share.
+# A gain by a smaller share counts as none.
+FLAT = 1e-3
+# Powers of ten by which a path goes on beyond its ends, while the score rises.
 _FURTHER = 4
-_FLAT = 1e-3
 
 Pair = tuple[float, float]
 
@@ -148,7 +150,7 @@ def _line(
     former = -math.inf
     for _ in range(_FURTHER):
         found, best = score()
-        if not further or best <= former + _FLAT * abs(former):
+        if not further or best <= former + FLAT * abs(former):
             return found
         if found == pair_of(values[-1]):
             values.append(values[-1] / STEP)

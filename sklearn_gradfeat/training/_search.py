@@ -36,13 +36,11 @@ from sklearn_gradfeat.training._held_out import (
     HeldOut,
     LeftOut,
 )
+from sklearn_gradfeat.training._penalties import FLAT, STEP
 from sklearn_gradfeat.training._progress import Progress
 from sklearn_gradfeat.training._two_stage_fit import Prepared, TwoStageFit
 
-_STEP = 10.0
-# A fall by a smaller share counts as none; a rise by a larger share, and by more than the standard
-# error, ends a path at once.
-_FLAT = 1e-3
+# A rise by a larger share, and by more than the standard error, ends a path at once.
 _CLEAR = 0.02
 # Standard errors that a stronger penalty may be worse.
 _TOLERATED = 0.5
@@ -150,13 +148,13 @@ class _Path:
             failures = 0 if self._try(penalty) else failures + 1
             if failures == 2 or self._rises(penalty):
                 break
-            penalty /= _STEP
+            penalty /= STEP
         penalty = start
-        while self._lowest() == max(p for p in self._means if math.isfinite(p)) or (
-            math.isinf(self._lowest()) and penalty == start
-        ):
-            penalty *= _STEP
-            if not self._try(penalty) or penalty > start * _STEP**_MAX_STEPS:
+        for _ in range(_MAX_STEPS):
+            if self._lowest() not in (penalty, math.inf):
+                break
+            penalty *= STEP
+            if not self._try(penalty):
                 break
         return self._chosen()
 
@@ -176,7 +174,7 @@ class _Path:
         if self._progress is not None:
             best = self._lowest()
             self._progress.tried(*self._pair_of(best), self._means[best])
-        return self._means[penalty] < (1 - _FLAT) * former
+        return self._means[penalty] < (1 - FLAT) * former
 
     def _lowest(self) -> float:
         """Return the strongest of the penalties with the smallest loss."""
@@ -208,11 +206,11 @@ class _Path:
         strongest = max(p for p in self._means if self._means[p] <= limit[p] or p == best)
         if strongest != best:
             return strongest
-        stronger, weaker = self._near(best * _STEP), self._near(best / _STEP)
+        stronger, weaker = self._near(best * STEP), self._near(best / STEP)
         rise, fall = weaker - self._means[best], stronger - self._means[best]
         if not 0 < rise + fall < math.inf:
             return best
-        return float(best * _STEP ** ((rise - fall) / (rise + fall) / 2))
+        return float(best * STEP ** ((rise - fall) / (rise + fall) / 2))
 
 
 def _alpha_by_scale(stages: TwoStageFit) -> float:
