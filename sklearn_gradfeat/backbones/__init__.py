@@ -3,7 +3,7 @@
 from sklearn_gradfeat.backbones._advice import warn_of_class_scores
 from sklearn_gradfeat.backbones._ambient import neutral_state
 from sklearn_gradfeat.backbones._attention import differentiable_attention
-from sklearn_gradfeat.backbones._copies import on_host, stored_weights, with_weights
+from sklearn_gradfeat.backbones._copies import on_host, stored_weights, unwrapped, with_weights
 from sklearn_gradfeat.backbones._fingerprint import UndigestibleError, digest
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, Network, freeze
 from sklearn_gradfeat.backbones._sources import (
@@ -34,6 +34,7 @@ __all__ = [
     "stored_weights",
     "threads_for",
     "threads_for_head",
+    "unwrapped",
     "warn_of_class_scores",
     "with_weights",
 ]

@@ -13,12 +13,13 @@ weights that the network uses. The method prescribes it. The new values are comp
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sklearn_gradfeat.backbones._graph import Captured
+from sklearn_gradfeat.backbones._graph import Captured, Fold
 
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _CONVOLUTIONS = {
@@ -97,6 +98,7 @@ def _fold(captured: Captured, names: dict[fx.Node, str], norm: fx.Node, layer: f
         found = captured.tensors[node] if node is not None else torch.full_like(reference, default)
         return found.double() if found.device.type != "mps" else found
 
+    original = bias
     s = value(scale, 1.0) * (value(variance, 1.0) + eps).rsqrt()
     kernel = value(weight, 1.0)
     folded_weight = kernel * s.view(-1, *[1] * (kernel.ndim - 1))
@@ -110,6 +112,9 @@ def _fold(captured: Captured, names: dict[fx.Node, str], norm: fx.Node, layer: f
     elif shift in names and bias in names:
         captured.absorbed[names[shift]] = names[bias]
     captured.tensors[bias] = folded_bias.to(dtype)
+    own = [captured.names.get(n) if n else None for n in (original, scale, shift, mean, variance)]
+    alone = all(n is None or len(n.users) == 1 for n in (scale, shift, mean, variance))
+    captured.folds.append(Fold(names.get(weight), names.get(bias), *own, eps, alone))
     layer.args = (layer.args[0], weight, bias, *layer.args[3:])
     for user in list(norm.users):
         user.replace_all_uses_with(layer)
@@ -139,3 +144,81 @@ def _weight_and_bias(layer: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     weight, *bias = layer.args[1:3]
     assert isinstance(weight, fx.Node)
     return weight, bias[0] if bias and isinstance(bias[0], fx.Node) else None
+
+
+def unfold(
+    folds: Sequence[Fold], state: dict[str, Tensor], displacements: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the state of a module whose folded weights and biases are displaced.
+
+    A displaced folded weight ``s W + d`` is that of a layer with the weight ``W + d / s``. Where
+    ``s`` is zero, the batch norm gets a scale with which it is one. A displaced folded bias moves
+    the shift of the batch norm; without one, the bias of the layer; without that, the mean.
+
+    Parameters
+    ----------
+    folds : sequence of Fold
+        The batch norms that were folded.
+    state : dict of str to tensor
+        The state of the module.
+    displacements : dict of str to tensor
+        The displacements of folded and of other parameters.
+
+    Returns
+    -------
+    dict of str to tensor
+        New tensors for everything that changes.
+
+    Raises
+    ------
+    ValueError
+        If other layers use the tensors that would have to change.
+    """
+    state, left = dict(state), dict(displacements)
+    for fold in folds:
+        weight, bias = left.pop(fold.weight or "", None), left.pop(fold.bias or "", None)
+        if weight is not None or bias is not None:
+            changed = _unfolded(fold, state, weight, bias)
+            state |= {name: value.to(state[name].dtype) for name, value in changed.items()}
+    for name, move in left.items():
+        state[name] = (state[name].double() + move.to(state[name].device)).to(state[name].dtype)
+    return state
+
+
+def _unfolded(
+    fold: Fold, state: Mapping[str, Tensor], weight: Tensor | None, bias: Tensor | None
+) -> dict[str, Tensor]:
+    """Return the tensors that change with a displaced folded weight and bias."""
+    assert fold.variance is not None and fold.mean is not None
+    deviation = (state[fold.variance].double() + fold.eps).sqrt()
+
+    def value(name: str | None, default: float) -> Tensor:
+        return torch.full_like(deviation, default) if name is None else state[name].double()
+
+    s = value(fold.scale, 1.0) / deviation
+    own, mean, shift = value(fold.own, 0.0), value(fold.mean, 0.0), value(fold.shift, 0.0)
+    total = s * (own - mean) + shift + (0.0 if bias is None else bias.to(s))
+    new: dict[str, Tensor] = {}
+    if weight is not None:
+        assert fold.weight is not None
+        dead, kernel = s == 0, state[fold.weight].double()
+        size = [-1, *[1] * (kernel.ndim - 1)]
+        if fold.scale and bool(dead.any()):
+            new[fold.scale] = torch.where(dead, deviation, state[fold.scale].double())
+            s, kernel = s.masked_fill(dead, 1.0), kernel.masked_fill(dead.view(size), 0.0)
+        new[fold.weight] = kernel + weight.to(s) / s.view(size)
+    if bias is None and fold.scale not in new:
+        return new
+    if fold.shift:
+        new[fold.shift] = total - s * (own - mean)
+    elif fold.own:
+        new[fold.own] = total / s + mean
+    else:
+        new[fold.mean] = own - total / s
+    if not fold.is_alone and {fold.scale, fold.shift, fold.mean} & set(new):
+        raise ValueError(
+            f"The displacements of {fold.weight!r} and {fold.bias!r} cannot be written back: "
+            "other layers use the batch norm that was folded into them, too. Give each layer a "
+            "batch norm of its own, or choose other gradient_layers."
+        )
+    return new

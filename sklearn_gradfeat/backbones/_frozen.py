@@ -12,7 +12,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Self
 
@@ -38,7 +38,7 @@ from sklearn_gradfeat.backbones._eager import (
     parameter_names,
 )
 from sklearn_gradfeat.backbones._fingerprint import Fingerprint, cut_places, fingerprint
-from sklearn_gradfeat.backbones._folding import fold_batch_norms
+from sklearn_gradfeat.backbones._folding import fold_batch_norms, unfold
 from sklearn_gradfeat.backbones._graph import (
     ActivationModule,
     Captured,
@@ -67,7 +67,7 @@ class Network:
         Maps a batch to the tuple of boundary tensors, each of shape (n_samples, ...).
         None if the head is the whole network.
     parameters : dict of str to tensor
-        The differentiated parameters at their pretrained values.
+        The differentiated parameters at their values.
     cut : tuple of int
         Positions in the graph of the last nodes of the trunk.
     out_channels : dict of str to int
@@ -87,6 +87,15 @@ class Network:
     def head(self, parameters: tuple[Tensor, ...], boundary: tuple[Tensor, ...]) -> Tensor:
         """Return the activation, of shape (n_samples, n_activations)."""
         return self._head(*parameters, *boundary)[0]
+
+    def moved(self, displacements: Mapping[str, Tensor]) -> Network:
+        """Return the network with displaced parameters; without displacements, itself."""
+        if not displacements:
+            return self
+        moved = {
+            name: value + displacements[name].to(value) for name, value in self.parameters.items()
+        }
+        return replace(self, parameters=moved)
 
     @property
     def graph(self) -> fx.GraphModule | None:
@@ -203,6 +212,19 @@ class FrozenBackbone:
                     else _split_network(captured, *key)
                 )
             return self._networks[key]
+
+    def displaced_state(self, displacements: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state of the module with displaced parameters, in host memory.
+
+        The displacements are those of folded parameters. See :func:`unfold`.
+        """
+        with _LOCK:
+            captured = self.captured
+        folds = [] if isinstance(captured, CaptureError) else captured.folds
+        module = self.module.module
+        state = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+        state = unfold(folds, state, displacements)
+        return state | {alias: state[name] for alias, name in tied_names(module).items()}
 
     def choose(self, gradient_layers: str | int | Sequence[str]) -> list[str]:
         """Return the names of the parameters that ``gradient_layers`` chooses."""

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import SymInt, Tensor, fx, nn
@@ -25,6 +25,36 @@ WEIGHTED = MATRIX | {
 
 class CaptureError(Exception):
     """The module cannot be turned into a graph."""
+
+
+class Fold(NamedTuple):
+    """A batch norm that was folded into a layer, by names of parameters and buffers.
+
+    Attributes
+    ----------
+    weight : str or None
+        The folded weight, which has the name of the weight of the layer.
+    bias : str or None
+        The folded bias.
+    own : str or None
+        The bias of the layer.
+    scale, shift, mean, variance : str or None
+        Those of the batch norm.
+    eps : float
+        What the batch norm adds to the variance.
+    is_alone : bool
+        Whether nothing else uses the tensors of the batch norm.
+    """
+
+    weight: str | None
+    bias: str | None
+    own: str | None
+    scale: str | None
+    shift: str | None
+    mean: str | None
+    variance: str | None
+    eps: float
+    is_alone: bool
 
 
 @dataclass
@@ -47,6 +77,10 @@ class Captured:
         Names of parameters that must not be differentiated.
     absorbed : dict of str to str
         Parameters that were folded into another one, and the name of that one.
+    names : dict of node to str
+        The names of parameters and buffers in the module.
+    folds : list of Fold
+        The batch norms that were folded.
     aliases : dict of str to str
         Further names of tied parameters, and the name in ``named_parameters()``.
     """
@@ -60,6 +94,8 @@ class Captured:
     frozen: set[str] = field(default_factory=set)
     absorbed: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    names: dict[fx.Node, str] = field(default_factory=dict)
+    folds: list[Fold] = field(default_factory=list)
 
     def is_batch_size(self, size: object) -> bool:
         """Whether a size, or a node's value, is the symbolic number of samples."""
@@ -212,11 +248,13 @@ def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Ca
     parameters: dict[str, fx.Node] = {}
     entry: list[fx.Node] = []
     aliases = tied_names(module.module)
+    own_names: dict[fx.Node, str] = {}
     for node in graph.nodes:
         if node.op == "placeholder" and node.name in names:
             tensors[node] = values[names[node.name]].detach()
+            own_names[node] = names[node.name].removeprefix("module.")
             if node.name in signature.inputs_to_parameters and tensors[node].is_floating_point():
-                name = names[node.name].removeprefix("module.")
+                name = own_names[node]
                 parameters[aliases.get(name, name)] = node
         elif node.op == "placeholder":
             entry.append(node)
@@ -226,7 +264,9 @@ def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Ca
             raise CaptureError(f"the graph holds a subgraph, {node.target}")
     (outputs,) = next(iter(reversed(graph.nodes))).args
     classes = {name: type(layer) for name, layer in module.module.named_modules()}
-    captured = Captured(graph, tensors, parameters, entry[0], outputs[-1], classes, aliases=aliases)
+    captured = Captured(
+        graph, tensors, parameters, entry[0], outputs[-1], classes, aliases=aliases, names=own_names
+    )
     used = set(captured.used())
     captured.parameters = {n: node for n, node in parameters.items() if node in used}
     if captured.input not in used:

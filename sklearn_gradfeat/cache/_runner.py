@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,15 +61,19 @@ class CachedSamples:
         Number of samples in a batch.
     names : ndarray of shape (n_samples,), uint64
         A hash of the content of every sample.
-    part_of : (CachedSamples, tensor) or None
-        The samples of which these are some rows, and the numbers of these rows.
+    part_of : (CachedSamples, tensor or None) or None
+        The samples of which these are some rows, and the numbers of these rows, or None for all.
     """
 
     activation: Tensor
     boundary: Boundary | Samples
     batch_size: BatchSize
     names: npt.NDArray[np.uint64]
-    part_of: tuple[CachedSamples, Tensor] | None = None
+    part_of: tuple[CachedSamples, Tensor | None] | None = None
+
+    def with_activation(self, activation: Tensor) -> CachedSamples:
+        """Return the samples with the activations of another head."""
+        return replace(self, activation=activation, part_of=self.part_of or (self, None))
 
     def subset(self, rows: npt.NDArray[np.intp]) -> CachedSamples:
         """Return some of the samples, without a copy of the inputs of the head."""

@@ -21,7 +21,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sklearn_gradfeat.backbones import neutral_state, on_host, resolve_tokenizer
+from sklearn_gradfeat.backbones import neutral_state, on_host, resolve_tokenizer, unwrapped
 from sklearn_gradfeat.cache import Extractor, Store, build_extractor, disk_store, memory_store
 from sklearn_gradfeat.data import (
     BatchSize,
@@ -44,6 +44,7 @@ from sklearn_gradfeat.training import (
     TwoStageFit,
     check_adjointness,
     choose_penalties,
+    fit_in_turn,
     warn_unless_converged,
 )
 
@@ -62,6 +63,7 @@ class BaseGradientFeature(
         "preprocess": [StrOptions({"auto"}), None, callable],
         "negative_slope": [None, Interval(Real, 0, 1, closed="left")],
         "features": [StrOptions({"full", "activation", "gradient"})],
+        "n_linearizations": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
         "parametrization": [StrOptions({"ntk", "standard"})],
         "alpha": [StrOptions({"auto"}), Interval(Real, 0, None, closed="left")],
         "gradient_alpha": [StrOptions({"auto"}), Interval(Real, 0, None, closed="both")],
@@ -90,7 +92,7 @@ class BaseGradientFeature(
                 alpha, gradient_alpha = self._penalties()
                 choice = choose_penalties(prepared, stages, alpha, gradient_alpha, progress)
                 warm = self._warm_model(stages)
-                result = stages.fit(choice.alpha, choice.gradient_alpha, warm, progress)
+                result = fit_in_turn(stages, *choice[:3], warm, progress)
             warn_unless_converged(result, prepared.settings)
         self.__dict__.update(prepared.attributes | problem.attributes | result.attributes())
         self.validation_scores_ = choice.scores
@@ -113,6 +115,12 @@ class BaseGradientFeature(
 
     def _prepare(self, X: Any) -> Prepared:
         """Pass the samples through the frozen layers."""
+        if self.features == "gradient" and self.n_linearizations != 1:
+            raise ValueError(
+                f"n_linearizations={self.n_linearizations!r} needs the whole model, and "
+                "features='gradient' leaves out the activations. Set features='full', or "
+                "n_linearizations=1."
+            )
         warn_unless_picklable(self.preprocess)
         if self.backbone is None and len(X.shape) == 2:
             warn_of_tabular(X, getattr(self, "feature_names_in_", None))
@@ -128,13 +136,22 @@ class BaseGradientFeature(
             precision=self.precision,
             seed=seed,
         )
+        return self._passed(X, extractor, names)
+
+    def _passed(self, X: Any, extractor: Extractor, names: list[str]) -> Prepared:
+        """Pass the samples through the layers below the parameters ``names``."""
         network = extractor.network(names)
         batch_size = BatchSize(min(self.batch_size, X.shape[0]))
         samples = extractor.cache(X, network, batch_size, bool(self.verbose), self._store(X))
         if network.parameters:
             check_adjointness(network, samples)
         settings = FitSettings(
-            self.features, self.parametrization, self.fit_intercept, float(self.tol), self.max_iter
+            self.features,
+            self.parametrization,
+            self.fit_intercept,
+            float(self.tol),
+            self.max_iter,
+            None if self.n_linearizations == "auto" else self.n_linearizations,
         )
         attributes = {"_extractor": extractor, "sample_shape_": tuple(X.shape[1:])}
         return Prepared(network, samples, settings, attributes)
@@ -216,6 +233,86 @@ class BaseGradientFeature(
             device = resolve_device("auto")
         extractor = self._extractor.on(device)
         return extractor, LinearModel.from_estimator(self, device, extractor.dtype)
+
+    @neutral_state()
+    def merge(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Move the network by the gradient term, and fit the output weights again.
+
+        The parameters θ₂ of the frozen copy move by ``w₂``. The model has no gradient term then:
+        a prediction is one forward pass, and :meth:`to_torch` returns an ordinary network. The
+        penalty on the output weights is ``alpha_``. A model without a gradient term stays as it
+        is.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, ...)
+            Samples of the shape that the estimator was fitted on, such as the same ones.
+        y : array-like
+            Their targets. Classifiers need the same classes.
+        sample_weight : array-like of shape (n_samples,), default=None
+            Weights of the samples.
+
+        Returns
+        -------
+        self
+            The estimator.
+        """
+        extractor, model = self._extractor_and_model()
+        if not model.moves:
+            return self
+        tokens, names = self._new_tokens(X), ("n_features_in_", "feature_names_in_")
+        with restored_on_error(self, *names):
+            X, y = validate_new_samples(self, tokens), validate_samples(self, tokens, y)[1]
+            problem = self._problem(y, sample_weight)
+        classes = problem.attributes.get("classes_")
+        if classes is not None and not np.array_equal(classes, self.classes_):
+            raise ValueError(
+                f"y has the classes {classes}, but the estimator was fitted with {self.classes_}. "
+                "Pass targets of all these classes."
+            )
+        prepared = self._passed(X, extractor, list(model.displacements))
+        stages = TwoStageFit(prepared, problem).moved(model.total)
+        merged = stages.fit_activation(self.alpha_).model
+        self.__dict__.update(problem.restored(merged).attributes())
+        return self
+
+    @neutral_state()
+    def fine_tuned_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the weights of the backbone, with the gradient layers moved.
+
+        The displacements ``gradient_coef_`` are added to the pretrained weights, and batch norms
+        are taken out of the layers that they were folded into. So the weights load into the
+        module that was passed as ``backbone``. In evaluation mode, the activations of this module
+        are then those of a merged estimator, see :meth:`transform` and :meth:`merge`.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            The state of the backbone, in host memory, for ``load_state_dict``.
+
+        Raises
+        ------
+        ValueError
+            If the backbone computes weights from others, as ``torch.nn.utils.parametrize`` does;
+            with a ``negative_slope``, which no weight holds; or if layers share a batch norm
+            that would have to change.
+        """
+        extractor, model = self._extractor_and_model()
+        if extractor.negative_slope is not None:
+            raise ValueError(
+                f"negative_slope={extractor.negative_slope:g} is part of the fitted network and "
+                "not of its weights. Use to_torch(), or fit with negative_slope=None."
+            )
+        state = extractor.backbone.displaced_state(model.total)
+        if isinstance(self.backbone, nn.Module):
+            expected = unwrapped(self.backbone).state_dict()
+            if set(expected) != set(state):
+                name = min(set(expected) ^ set(state))
+                raise ValueError(
+                    f"The weights do not fit the backbone, which computes {name!r} from others or "
+                    "other tensors from it. Remove the parametrizations, or use to_torch()."
+                )
+        return state
 
     @neutral_state()
     def save(self, path: str | os.PathLike[str]) -> None:

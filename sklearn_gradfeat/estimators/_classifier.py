@@ -117,6 +117,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         preprocess: Preprocess | str | None = "auto",
         negative_slope: float | None = None,
         features: str = "full",
+        n_linearizations: int | str = 1,
         parametrization: str = "ntk",
         loss: str = "log_loss",
         alpha: float | str = "auto",
@@ -139,6 +140,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         self.preprocess = preprocess
         self.negative_slope = negative_slope
         self.features = features
+        self.n_linearizations = n_linearizations
         self.parametrization = parametrization
         self.loss = loss
         self.alpha = alpha
@@ -360,6 +362,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         preprocess: Preprocess | str | None = "auto",
         negative_slope: float | None = None,
         features: str = "full",
+        n_linearizations: int | str = 1,
         parametrization: str = "ntk",
         loss: str = "log_loss",
         alphas: Any = 5,
@@ -385,6 +388,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         self.preprocess = preprocess
         self.negative_slope = negative_slope
         self.features = features
+        self.n_linearizations = n_linearizations
         self.parametrization = parametrization
         self.loss = loss
         self.alphas = alphas

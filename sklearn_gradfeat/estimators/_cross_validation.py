@@ -41,6 +41,7 @@ from sklearn_gradfeat.training import (
     Progress,
     TwoStageFit,
     cached_logits,
+    fit_in_turn,
     leave_one_out_path,
     penalty_path,
     search_grid,
@@ -93,6 +94,7 @@ def searched(constraints: dict[str, Any]) -> dict[str, Any]:
     dropped = ("alpha", "gradient_alpha", "warm_start")
     return {
         **{name: value for name, value in constraints.items() if name not in dropped},
+        "n_linearizations": [Interval(Integral, 1, None, closed="left")],
         "alphas": [Interval(Integral, 1, None, closed="left"), "array-like"],
         "gradient_alphas": [Interval(Integral, 1, None, closed="left"), "array-like"],
         "cv": ["cv_object"],
@@ -135,7 +137,8 @@ class CrossValidated(BaseGradientFeature):
                     # Without what the search learned: the plain estimator has the same bits.
                     stages = TwoStageFit(prepared, problem)
                     chosen = fitted["alpha_"], fitted["gradient_alpha_"]
-                    result = stages.fit(*chosen, progress=progress)
+                    n_models = 1 if self.n_linearizations == 1 else 2 * self.n_linearizations
+                    result = fit_in_turn(stages, *chosen, n_models, progress=progress)
                     warn_unless_converged(result, prepared.settings)
                     fitted |= prepared.attributes | problem.attributes | result.attributes()
         self.__dict__.pop("coef_", None)  # without a refit there is no model any more
@@ -145,6 +148,11 @@ class CrossValidated(BaseGradientFeature):
 
     def _check_search(self) -> None:
         """Raise an error unless the penalties are numbers that are allowed."""
+        if self.n_linearizations > 1 and isinstance(self.cv, str):
+            raise ValueError(
+                f"cv='loo' has a closed form for one linearisation alone, and n_linearizations="
+                f"{self.n_linearizations}. Set cv to a number of folds."
+            )
         for name in ("alphas", "gradient_alphas"):
             values = np.asarray(getattr(self, name))
             numbers = values.dtype.kind in "iuf" and not np.isnan(values).any()

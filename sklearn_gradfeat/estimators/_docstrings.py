@@ -46,6 +46,14 @@ negative_slope : float, default=None
     negative. None leaves the ReLUs as they are.
 features : {"full", "activation", "gradient"}, default="full"
     The terms of the model: both, ``W f`` alone, or ``Ω J w₂`` alone.
+n_linearizations : int or "auto", default=1
+    The number of linear models that are fitted in turn. After each, the parameters θ₂ move to
+    its optimum, the output weights are fitted again, and the next model is the linearisation
+    there (the prox-linear method [2]_). A move is shortened until the training loss of the
+    network plus the penalties falls. Of the last linear model and the network that moved once
+    more, the fit returns the one with the smaller loss of held-out samples, if it holds out
+    samples to choose penalties, and otherwise the moved network. ``"auto"`` goes on until the
+    loss of held-out samples does not fall any more. One is the model of the paper.
 parametrization : {"ntk", "standard"}, default="ntk"
     The scale of the displacements ``w₂`` under the penalty. The NTK parametrization divides
     weights by the square root of their number of output channels, and biases by √10.
@@ -155,7 +163,13 @@ intercept_ : ndarray of shape (n_outputs,)
 omega_ : ndarray of shape (n_outputs, n_features)
     The output weights ``Ω``, from the fit to the activations alone.
 gradient_coef_ : dict of str to ndarray
-    The displacements ``w₂`` by parameter, in the shapes and units of the parameters.
+    The displacements from the pretrained parameters by parameter, in their shapes and units:
+    ``w₂``, and with several linearisations ``linearization_point_ + w₂``.
+linearization_point_ : dict of str to ndarray
+    The displacements at which the network is linearised; empty for the pretrained parameters.
+    It is equal to ``gradient_coef_`` for a network that moved without a linear term.
+n_linearizations_ : int
+    The number of linear models that were fitted in turn; zero for ``features="activation"``.
 gradient_layers_ : list of str
     The names of the parameters θ₂. A batch norm is folded into the layer before it: the
     bias of that layer stands for both, and the scale is part of its weight.
@@ -166,16 +180,19 @@ n_features_in_ : int
 feature_names_in_ : ndarray of shape (`n_features_in_`,)
     The names of the columns, where ``X`` has names that are all strings.
 n_iter_ : int
-    The number of iterations of the last fit.
+    The number of iterations of the last fit, or of all linearisations.
 n_passes_ : int
-    The number of passes over the data of the last fit.
-objective_path_ : ndarray of shape (`n_iter_` + 1,)
-    The objective at the start and after every iteration. It never increases.
+    The number of passes over the data of the last fit, or of all linearisations.
+objective_path_ : ndarray of shape (`n_iter_` + 1,) or (`n_linearizations_` + 1,)
+    The objective at the start and after every iteration. With several linearisations, that of
+    the network at the start and after every move. It never increases.
 """
 
 REFERENCES = """
 .. [1] F. Mu, Y. Liang, Y. Li, Gradients as Features for Deep Representation Learning,
    ICLR 2020, arXiv:2004.05529.
+.. [2] D. Drusvyatskiy, A. S. Lewis, Error bounds, quadratic growth, and linear convergence of
+   proximal methods, Mathematics of Operations Research 43, 2018, arXiv:1602.06661.
 """
 
 _TEXTS = {

@@ -105,6 +105,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         preprocess: Preprocess | str | None = "auto",
         negative_slope: float | None = None,
         features: str = "full",
+        n_linearizations: int | str = 1,
         parametrization: str = "ntk",
         loss: str = "squared_error",
         epsilon: float = 1.35,
@@ -127,6 +128,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         self.preprocess = preprocess
         self.negative_slope = negative_slope
         self.features = features
+        self.n_linearizations = n_linearizations
         self.parametrization = parametrization
         self.loss = loss
         self.epsilon = epsilon
@@ -277,6 +279,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         preprocess: Preprocess | str | None = "auto",
         negative_slope: float | None = None,
         features: str = "full",
+        n_linearizations: int | str = 1,
         parametrization: str = "ntk",
         loss: str = "squared_error",
         epsilon: float = 1.35,
@@ -302,6 +305,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         self.preprocess = preprocess
         self.negative_slope = negative_slope
         self.features = features
+        self.n_linearizations = n_linearizations
         self.parametrization = parametrization
         self.loss = loss
         self.epsilon = epsilon

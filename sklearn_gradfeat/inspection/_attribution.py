@@ -46,7 +46,7 @@ def logit_parts(
         ``Ω J w₂`` with the displacements of one group alone. Together with the intercept, all
         parts add up to the logits.
     """
-    network = extractor.network(list(model.displacements))
+    network = model.network(extractor)
     head = LinearizedHead.from_network(network)
     model = replace(model, intercept=torch.zeros_like(model.intercept))
     gradient = model.term("gradient")
@@ -74,10 +74,9 @@ def logit_parts(
 def relative_displacements(
     extractor: Extractor, model: LinearModel, groups: Groups
 ) -> dict[str, float]:
-    """Return ``‖w₂‖ / ‖θ₂‖`` of every group of parameters.
+    """Return the displacement of every group of parameters in units of its norm.
 
-    The parameters are those of the network with its batch norms folded, like the
-    displacements.
+    Both are relative to the pretrained network with its batch norms folded.
     """
     values = extractor.network(list(model.displacements)).parameters
 
@@ -86,7 +85,7 @@ def relative_displacements(
 
     ratios = {}
     for group, names in groups.items():
-        moved, size = norm(model.displacements, names), norm(values, names)
+        moved, size = norm(model.total, names), norm(values, names)
         ratios[group] = moved / size if size else (np.inf if moved else 0.0)
     return ratios
 
@@ -112,9 +111,7 @@ class InputTerm:
         self.model = replace(model.term(term), intercept=torch.zeros_like(model.intercept))
         device = extractor.backbone.example.device
         backbone = extractor.backbone.to(device, extractor.dtype)
-        self.network: Network = backbone.network(
-            list(model.displacements), extractor.negative_slope
-        )
+        self.network: Network = model.network(replace(extractor, backbone=backbone))
         self.linearized = LinearizedHead.from_network(self.network)
 
     @neutral_state()

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from sklearn_gradfeat.cache import Extractor
 from sklearn_gradfeat.linearized import (
     LinearModel,
+    Tensors,
     UntraceableError,
     linear_logits,
     linearized_graph,
@@ -22,6 +23,20 @@ class TwoClasses(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         """Return probabilities of shape (n_samples, 2)."""
         return torch.sigmoid(torch.cat([-logits, logits], dim=1))
+
+
+class _Plain(nn.Module):
+    """A head without its derivative, as a function of the boundary alone."""
+
+    def __init__(self, graph: fx.GraphModule, parameters: Tensors) -> None:
+        super().__init__()
+        self.graph = graph
+        self.values = nn.ParameterList(parameters)
+
+    def forward(self, *boundary: Tensor) -> tuple[Tensor, ...]:
+        """Return a tuple of the activation alone."""
+        outputs: tuple[Tensor, ...] = self.graph(*self.values, *boundary)
+        return outputs
 
 
 class LinearizedNetwork(nn.Module):
@@ -48,7 +63,7 @@ class LinearizedNetwork(nn.Module):
 
     def __init__(self, extractor: Extractor, model: LinearModel, output: nn.Module) -> None:
         super().__init__()
-        network = extractor.network(list(model.displacements))
+        network = model.network(extractor)
         graph = network.graph
         if graph is None:
             raise ValueError(
@@ -60,9 +75,9 @@ class LinearizedNetwork(nn.Module):
         transform = extractor.preprocess
         self.preprocess = transform if isinstance(transform, nn.Module) else nn.Identity()
         self.trunk = network.trunk
-        self.gradient = bool(model.displacements)
+        self.gradient = model.moves
         self.activation = bool(model.weights.any())
-        self.head: fx.GraphModule = graph
+        self.head: nn.Module = _Plain(graph, tuple(network.parameters.values()))
         self.output = output
         for name in ("weights", "intercept", "omega"):
             self.register_buffer(name, getattr(model, name))

@@ -69,9 +69,10 @@ def load_estimator(
 
 
 def _complete(parameters: dict[str, Any], attributes: dict[str, Any]) -> None:
-    """Add the penalties to the contents of files in which they could be None or missing."""
+    """Add what older files lack: penalties, which could be None, and the linearization point."""
     if "alpha" in parameters and parameters.get("gradient_alpha", 0.0) is None:
         parameters["gradient_alpha"] = parameters["alpha"]
+    attributes.setdefault("linearization_point_", {})
     infinite = parameters.get("features") == "activation"
     for name in ("alpha", "gradient_alpha"):
         attributes.setdefault(f"{name}_", parameters.get(name, 0.0))

@@ -112,6 +112,7 @@ _REQUIRED: dict[str, Check] = {
     "intercept_": _is_floats(1),
     "omega_": _is_floats(2),
     "gradient_coef_": _is_mapping(lambda key: isinstance(key, str), _is_floats(None)),
+    "linearization_point_": _is_mapping(lambda key: isinstance(key, str), _is_floats(None)),
 }
 _OPTIONAL: dict[str, Check] = {
     "feature_names_in_": _is_list,
@@ -120,6 +121,7 @@ _OPTIONAL: dict[str, Check] = {
     "_single_output": _is_flag,
     "gradient_layers_": _is_texts,
     "n_iter_": _is_integer,
+    "n_linearizations_": _is_integer,
     "n_passes_": _is_integer,
     "objective_path_": _is_floats(1),
     "alpha_": _is_number,
@@ -184,6 +186,9 @@ def check_attributes(attributes: Mapping[str, Any], kind: Any) -> None:
     shapes = attributes["intercept_"].shape, attributes["omega_"].shape
     if shapes != ((n_outputs,), (n_outputs, n_activations)) or not n_outputs:
         raise ValueError("coef_, intercept_ and omega_ have shapes that do not fit")
+    moved, point = attributes["gradient_coef_"], attributes["linearization_point_"]
+    if point and {k: v.shape for k, v in moved.items()} != {k: v.shape for k, v in point.items()}:
+        raise ValueError("gradient_coef_ and linearization_point_ do not fit")
     role = "_multilabel" if issubclass(kind, ClassifierMixin) else "_single_output"
     if role not in attributes:
         raise ValueError(f"attributes lacks {role!r}")

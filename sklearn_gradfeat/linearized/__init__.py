@@ -20,6 +20,7 @@ from sklearn_gradfeat.linearized._losses import (
     Huber,
     Loss,
     Multinomial,
+    Shifted,
     Squared,
 )
 from sklearn_gradfeat.linearized._objective import (
@@ -35,6 +36,7 @@ __all__ = [
     "LinearizedHead",
     "Loss",
     "Multinomial",
+    "Shifted",
     "Squared",
     "TangentObjective",
     "TangentTerm",

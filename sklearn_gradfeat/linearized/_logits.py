@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.cache import NOT_FINITE, Extractor, Store
 from sklearn_gradfeat.data import MIN_ROWS, BatchSize
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead, Tensors
@@ -65,12 +66,16 @@ class LinearModel:
         ``b``.
     displacements : dict of str to tensor
         ``w₂`` by parameter, in the shapes and units of the parameters.
+    point : dict of str to tensor, default={}
+        Where the network is linearised, as displacements from the pretrained parameters. ``f``,
+        ``J`` and ``w₂`` belong to this point. It is empty for the pretrained parameters.
     """
 
     weights: Tensor
     intercept: Tensor
     omega: Tensor
     displacements: dict[str, Tensor]
+    point: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_estimator(cls, fitted: Any, device: torch.device, dtype: torch.dtype) -> LinearModel:
@@ -79,12 +84,29 @@ class LinearModel:
         def tensor(array: Any) -> Tensor:
             return torch.tensor(array, device=device, dtype=dtype)
 
+        point = fitted.linearization_point_
+        moves = {
+            name: value - point[name] if point else value
+            for name, value in fitted.gradient_coef_.items()
+        }
         return cls(
             tensor(fitted.coef_),
             tensor(fitted.intercept_),
             tensor(fitted.omega_),
-            {name: tensor(value) for name, value in fitted.gradient_coef_.items()},
+            {name: tensor(value) for name, value in moves.items()},
+            {name: tensor(value) for name, value in point.items()},
         )
+
+    def network(self, extractor: Extractor) -> Network:
+        """Return the network of an extractor, cut below θ₂ and moved to the point."""
+        return extractor.network(list(self.displacements or self.point)).moved(self.point)
+
+    @property
+    def total(self) -> dict[str, Tensor]:
+        """The displacements from the pretrained parameters."""
+        if not self.point:
+            return self.displacements
+        return {name: move + self.point[name] for name, move in self.displacements.items()}
 
     @functools.cached_property
     def moves(self) -> bool:
@@ -148,7 +170,8 @@ class LinearModel:
             "coef_": to_numpy(self.weights),
             "intercept_": to_numpy(self.intercept),
             "omega_": to_numpy(self.omega),
-            "gradient_coef_": {name: to_numpy(t) for name, t in self.displacements.items()},
+            "gradient_coef_": {name: to_numpy(t) for name, t in self.total.items()},
+            "linearization_point_": {name: to_numpy(t) for name, t in self.point.items()},
             "gradient_layers_": list(self.displacements),
         }
 
@@ -229,7 +252,7 @@ def _predict(
     tabular = len(X.shape) == 2 and not extractor.takes_indices
     if tabular and n_samples < MIN_ROWS:
         X = X[np.arange(MIN_ROWS) % n_samples]
-    network = extractor.network(list(model.displacements))
+    network = model.network(extractor)
     head = LinearizedHead.from_network(network)
     results = np.empty((X.shape[0], n_columns), dtype=to_numpy(model.intercept).dtype)
     for rows, boundary in extractor.batches(X, network, batch_size, verbose, store):

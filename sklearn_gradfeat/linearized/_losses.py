@@ -99,6 +99,62 @@ class Multinomial:
 
 
 @dataclass(frozen=True)
+class Shifted:
+    """A loss of logits to which constants are added.
+
+    Parameters
+    ----------
+    loss : Loss
+        The loss.
+    offset : tensor of shape (n_samples, n_outputs), float64
+        The constants.
+    """
+
+    loss: Loss
+    offset: Tensor
+
+    @property
+    def quadratic_minimizer(self) -> Tensor | None:
+        """The minimiser of a quadratic loss, minus the constants."""
+        minimizer = self.loss.quadratic_minimizer
+        return None if minimizer is None else minimizer - self.offset
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of logits per sample."""
+        return self.loss.n_outputs
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights of the samples, adding up to one."""
+        return self.loss.weights
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """Return the loss of every sample."""
+        return self.loss.losses(logits + self.offset)
+
+    def value(self, logits: Tensor) -> float:
+        """Return the weighted mean loss."""
+        return self.loss.value(logits + self.offset)
+
+    def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
+        """Return the derivative in the logits, optionally of some rows alone."""
+        return self.loss.gradient(logits + self.offset[rows or slice(None)], rows)
+
+    def mean_curvature(self, logits: Tensor) -> Tensor:
+        """Return the weighted mean of the Hessian blocks."""
+        return self.loss.mean_curvature(logits + self.offset)
+
+    def curvatures(self, logits: Tensor) -> Tensor:
+        """Return the weighted diagonal of the Hessian."""
+        return self.loss.curvatures(logits + self.offset)
+
+    def hessians(self, logits: Tensor) -> Tensor:
+        """Return the weighted Hessian blocks."""
+        return self.loss.hessians(logits + self.offset)
+
+
+@dataclass(frozen=True)
 class _SumOverOutputs:
     """A loss that is a sum over the outputs, so its Hessian is diagonal."""
 

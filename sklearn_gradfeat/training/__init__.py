@@ -19,6 +19,7 @@ from sklearn_gradfeat.training._progress import (
     Progress,
     with_callbacks,
 )
+from sklearn_gradfeat.training._relinearization import fit_in_turn
 from sklearn_gradfeat.training._search import choose_penalties
 from sklearn_gradfeat.training._two_stage_fit import (
     FirstStage,
@@ -44,6 +45,7 @@ __all__ = [
     "check_adjointness",
     "choose_penalties",
     "classification_problem",
+    "fit_in_turn",
     "leave_one_out_path",
     "penalty_path",
     "regression_problem",

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -29,7 +30,9 @@ from torch import Tensor
 from sklearn_gradfeat.curvature import leave_one_out, tangent_gram
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Squared, to_numpy
 from sklearn_gradfeat.solvers import newton
+from sklearn_gradfeat.training._penalties import FLAT
 from sklearn_gradfeat.training._problem import Problem
+from sklearn_gradfeat.training._relinearization import relinearized
 from sklearn_gradfeat.training._two_stage_fit import FirstStage, Prepared, TwoStageFit
 
 N_FOLDS = 5
@@ -45,6 +48,7 @@ _MAX_LEFT_OUT = 1024
 _MAX_DENSE = 400
 # Models of a path that are kept, for later fits to start from.
 _KEPT = 4
+_MAX_LINEARIZATIONS = 10
 
 Array = npt.NDArray[np.float64]
 
@@ -141,6 +145,16 @@ class _Fold:
         logits = None if self._rows is None else self._rows.logits(alpha, gradient_alpha)
         if logits is None:
             logits = self._logits(alpha, gradient_alpha)
+        return self._losses(logits)
+
+    def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
+        """Iterate over the losses of linear models and moved networks, in turn."""
+        for result in relinearized(self.stages, alpha, gradient_alpha):
+            model = self.stages.problem.reduced(result.model)
+            yield self._losses(cached_logits(model, self._prepared.subset(self._test)))
+
+    def _losses(self, logits: Tensor) -> Array:
+        """Return the mean losses of the distinct held-out samples for their logits."""
         shift = self.stages.problem.offset - self.held.problem.offset
         logits = logits + torch.from_numpy(shift).to(logits)
         losses: Array = to_numpy(self.held.loss.losses(logits.to(self.held.loss.weights)))
@@ -270,6 +284,18 @@ class Folds:
         held = np.cumsum([len(fold.weights) for fold in self._folds])
         return Folds(self._folds[: int(np.searchsorted(held, n_samples)) + 1])
 
+    def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
+        """Iterate over the losses of linear models and moved networks, in turn."""
+        runs = [fold.relinearized(alpha, gradient_alpha) for fold in self._folds]
+        losses = [next(run) for run in runs]
+        going_on = True
+        while going_on:
+            yield np.concatenate(losses)
+            following = [next(run, None) for run in runs]
+            going_on = any(found is not None for found in following)
+            pairs = zip(following, losses, strict=True)
+            losses = [former if found is None else found for found, former in pairs]
+
     def typical_first(self, alpha: float) -> Folds:
         """Return the folds, ordered by how far their loss is from the mean of all folds.
 
@@ -289,6 +315,55 @@ class Folds:
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the mean losses of the distinct held-out samples."""
         return np.concatenate([fold.losses(alpha, gradient_alpha) for fold in self._folds])
+
+
+class Relinearized:
+    """The losses of samples that are left out of several linearisations.
+
+    Parameters
+    ----------
+    folds : Folds
+        The folds.
+    n_linearizations : int or None
+        Their number. None goes on until the loss does not fall any more.
+    """
+
+    def __init__(self, folds: Folds, n_linearizations: int | None) -> None:
+        self._folds, self._n_linearizations = folds, n_linearizations
+        self._best: dict[float, int] = {}
+
+    @property
+    def weights(self) -> Array:
+        """The weights of the distinct held-out samples."""
+        return self._folds.weights
+
+    def losses(self, alpha: float, gradient_alpha: float) -> Array:
+        """Return the mean losses of the distinct held-out samples for the best model."""
+        if math.isinf(gradient_alpha):
+            return self._folds.losses(alpha, gradient_alpha)
+        last = 2 * (self._n_linearizations or _MAX_LINEARIZATIONS)
+        best, smallest, number_of_best = np.empty(0), math.inf, 1
+        for number, losses in enumerate(self._folds.relinearized(alpha, gradient_alpha), 1):
+            mean = float(np.average(losses, weights=self.weights))
+            if self._n_linearizations is not None and number < last - 1:
+                mean = math.inf  # this is not the number that was asked for
+            if not best.size or mean < (1 - FLAT) * smallest:
+                best, smallest, number_of_best = losses, mean, number
+            falls = self._n_linearizations is not None or number - number_of_best < 2
+            if number == last or not falls:
+                break
+        self._best[gradient_alpha] = number_of_best
+        return best
+
+    def n_models(self, gradient_alpha: float) -> int:
+        """Return the number of linear models and moved networks up to the best one.
+
+        That is for the ``gradient_alpha`` that was tried and is the nearest to the given one.
+        """
+        if math.isinf(gradient_alpha):
+            return 1
+        nearest = min(self._best, key=lambda tried: abs(math.log(tried / gradient_alpha)))
+        return self._best[nearest]
 
 
 class LeftOut:
@@ -352,13 +427,14 @@ class LeftOut:
 
 def cached_logits(model: LinearModel, prepared: Prepared) -> Tensor:
     """Return the logits of samples that have passed the frozen layers."""
-    samples, network = prepared.samples, prepared.network
-    head = LinearizedHead.from_network(network)
+    samples, moved = prepared.samples, bool(model.point)
+    head = LinearizedHead.from_network(prepared.network.moved(model.point))
 
     def compute() -> Tensor:
         logits = samples.activation.new_empty(len(samples.activation), len(model.intercept))
-        for rows, boundary in samples.batches() if model.moves else [(slice(None), ())]:
-            logits[rows] = model.logits(head, boundary, samples.activation[rows])
+        for rows, boundary in samples.batches() if model.moves or moved else [(slice(None), ())]:
+            activation = None if moved else samples.activation[rows]
+            logits[rows] = model.logits(head, boundary, activation)
         return logits
 
     return samples.batch_size.retry(compute)

@@ -30,6 +30,7 @@ from torch import Tensor
 from sklearn_gradfeat.curvature import largest_curvature, leave_one_out, tangent_gram
 from sklearn_gradfeat.linearized import LinearModel, TangentObjective
 from sklearn_gradfeat.solvers import Solution
+from sklearn_gradfeat.training._relinearization import fit_in_turn
 from sklearn_gradfeat.training._two_stage_fit import TwoStageFit
 
 # The ratio of neighbours on a path.
@@ -194,6 +195,11 @@ def penalty_path(stages: TwoStageFit, pairs: Sequence[Pair]) -> Iterator[Candida
             model = first.model
         assert model is not None
         solutions = [first.solution]
+        n_linearizations = stages.settings.n_linearizations or 1
+        if math.isfinite(gradient_alpha) and n_linearizations > 1:
+            result = fit_in_turn(stages, alpha, gradient_alpha, 2 * n_linearizations)
+            yield Candidate(pair, result.model, _converged(*result.solutions.values()))
+            continue
         if math.isfinite(gradient_alpha):
             model, solution = stages.fit_gradient(first, gradient_alpha, model)
             solutions.append(solution)

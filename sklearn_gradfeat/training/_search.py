@@ -35,6 +35,7 @@ from sklearn_gradfeat.training._held_out import (
     Folds,
     HeldOut,
     LeftOut,
+    Relinearized,
 )
 from sklearn_gradfeat.training._penalties import FLAT, STEP
 from sklearn_gradfeat.training._progress import Progress
@@ -50,11 +51,13 @@ _MAX_STEPS = 8  # down, and as many up
 class Choice(NamedTuple):
     """The chosen penalties, and the held-out losses of all that were tried.
 
-    ``scores`` has the columns ``alpha``, ``gradient_alpha``, ``loss`` and ``standard_error``.
+    ``n_models`` counts the linear models and moved networks up to the chosen one. ``scores`` has
+    the columns ``alpha``, ``gradient_alpha``, ``loss`` and ``standard_error``.
     """
 
     alpha: float
     gradient_alpha: float
+    n_models: int
     scores: dict[str, Array]
 
 
@@ -82,10 +85,13 @@ def choose_penalties(
     -------
     Choice
     """
-    features, rows = stages.settings.features, []
+    features, n_linearizations = stages.settings.features, stages.settings.n_linearizations
+    rows = []
     if features == "activation":
         gradient_alpha = math.inf
-    if alpha is None or gradient_alpha is None:
+    if gradient_alpha == math.inf:
+        n_linearizations = 1
+    if alpha is None or gradient_alpha is None or n_linearizations is None:
         if progress is not None:
             progress.search()
         folds, left_out = Folds.of(prepared, stages), LeftOut.where_cheap(prepared, stages)
@@ -97,20 +103,29 @@ def choose_penalties(
             path = _Path(held_out, lambda a: (a, math.inf), progress)
             alpha = path.best_from(largest_curvature(objective) or 1.0)
             rows += path.rows()
-    if gradient_alpha is None:
-        scale = stages.curvature_of_step(stages.fit_activation(alpha))
-        exact = left_out is not None and left_out.gram(alpha) is not None
+    n_models = 1 if n_linearizations == 1 else 2 * (n_linearizations or 1)
+    if gradient_alpha is None or n_linearizations is None:
+        several = n_linearizations != 1
+        exact = not several and left_out is not None and left_out.gram(alpha) is not None
         held_out = left_out if exact else folds.enough(ENOUGH)
         if isinstance(held_out, Folds):
             held_out = held_out.typical_first(alpha).enough(ENOUGH_WITH_GRADIENTS)
-        gradient_alpha = math.inf if features == "full" else scale or 1.0
-        if held_out is not None and scale > 0:
-            path = _Path(held_out, lambda g: (alpha, g), progress)
-            gradient_alpha = path.best_from(scale, infinite=features == "full")
-            rows += path.rows()
+        if isinstance(held_out, Folds) and several:
+            held_out = Relinearized(held_out, n_linearizations)
+        if gradient_alpha is None:
+            scale = stages.curvature_of_step(stages.fit_activation(alpha))
+            gradient_alpha = math.inf if features == "full" else scale or 1.0
+            if held_out is not None and scale > 0:
+                path = _Path(held_out, lambda g: (alpha, g), progress)
+                gradient_alpha = path.best_from(scale, infinite=features == "full")
+                rows += path.rows()
+        elif held_out is not None:
+            held_out.losses(alpha, gradient_alpha)
+        if isinstance(held_out, Relinearized):
+            n_models = held_out.n_models(gradient_alpha)
     names = "alpha", "gradient_alpha", "loss", "standard_error"
     columns = np.array(rows, dtype=np.float64).reshape(-1, len(names)).T
-    return Choice(alpha, gradient_alpha, dict(zip(names, columns, strict=True)))
+    return Choice(alpha, gradient_alpha, n_models, dict(zip(names, columns, strict=True)))
 
 
 class _Path:

@@ -3,6 +3,9 @@
 1. Fit ``b + W f(x)``, a regression on the activations. Its weights are ``Ω``.
 2. Fit ``b + W f(x) + Ω J(x) w₂`` with ``Ω`` fixed, from ``W = Ω`` and ``w₂ = 0``.
 
+Around displaced parameters, the term is ``Ω J (w₂ - point)``: the penalty is on the displacement
+from the pretrained parameters. Constants ``-Ω J point`` then belong to the loss.
+
 Both problems are convex. A stage stops when the Newton decrement ``½ gᵀ P g`` (gradient ``g``,
 preconditioner ``P``), which predicts how far the objective can still fall, is below ``tol`` times
 its fall so far: from the zero model in stage 1, from the result of stage 1 in stage 2.
@@ -12,9 +15,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +35,9 @@ from sklearn_gradfeat.linearized import (
     Bernoulli,
     LinearizedHead,
     LinearModel,
+    Loss,
     Multinomial,
+    Shifted,
     TangentObjective,
     TangentTerm,
 )
@@ -48,13 +54,17 @@ _EXACT = 1e-16
 
 @dataclass(frozen=True)
 class FitSettings:
-    """The parameters of an estimator on which training depends, except the penalties."""
+    """The parameters of an estimator on which training depends, except the penalties.
+
+    ``n_linearizations`` is None if held-out samples choose it.
+    """
 
     features: str
     parametrization: str
     fit_intercept: bool
     tol: float
     max_iter: int
+    n_linearizations: int | None = 1
 
 
 class Prepared(NamedTuple):
@@ -70,12 +80,16 @@ class Prepared(NamedTuple):
         The kind of model and the tolerance.
     attributes : dict
         Attributes of the fitted estimator that do not depend on the targets.
+    point : mapping of str to tensor, default={}
+        Where the network is linearised, as displacements from the pretrained parameters; the
+        activations belong to it. It is empty for the pretrained parameters.
     """
 
     network: Network
     samples: CachedSamples
     settings: FitSettings
     attributes: dict[str, Any]
+    point: Mapping[str, Tensor] = MappingProxyType({})
 
     def subset(self, rows: npt.NDArray[np.intp]) -> Prepared:
         """Return some of the samples."""
@@ -113,7 +127,9 @@ class FitResult(NamedTuple):
     ``solutions`` has the key ``"activation"`` and, unless that is the whole model, the value of
     the parameter ``features``. ``separated`` says that a model without penalties separates the
     classes, so that its loss has no minimum; ``unmoved``, that the gradient term is zero although
-    its penalty is finite and other terms are not zero.
+    its penalty is finite and other terms are not zero. With several linearisations,
+    ``linearizations`` has the result of each, and ``network_path`` the objective of the network
+    before the first one and after each move.
     """
 
     model: LinearModel
@@ -122,17 +138,21 @@ class FitResult(NamedTuple):
     gradient_alpha: float
     separated: bool = False
     unmoved: bool = False
+    linearizations: tuple[Solution, ...] = ()
+    network_path: tuple[float, ...] = ()
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes of a fitted estimator."""
         last = list(self.solutions.values())[-1]
+        counted = self.linearizations or (last,)
         return {
             **self.model.attributes(),
             "alpha_": self.alpha,
             "gradient_alpha_": self.gradient_alpha,
-            "n_iter_": last.n_iter,
-            "n_passes_": last.n_passes,
-            "objective_path_": np.array(last.objective_path),
+            "n_linearizations_": len(counted) if self.model.displacements else 0,
+            "n_iter_": sum(solution.n_iter for solution in counted),
+            "n_passes_": sum(solution.n_passes for solution in counted),
+            "objective_path_": np.array(self.network_path or last.objective_path),
         }
 
 
@@ -158,11 +178,12 @@ class TwoStageFit:
         problem: Problem,
         stopped: Callable[[], bool] | None = None,
     ) -> None:
-        self._stopped = stopped
+        self._prepared, self._stopped = prepared, stopped
         self.samples, self.settings = prepared.samples, prepared.settings
         self.problem, self.attributes = problem, prepared.attributes | problem.attributes
         self.loss = problem.loss(accumulation_device(self.samples.activation.device))
-        network = prepared.network
+        self.point = dict(prepared.point)
+        network = prepared.network.moved(self.point)
         self.parameters = network.parameters
         self.head = LinearizedHead(
             network.head,
@@ -173,6 +194,20 @@ class TwoStageFit:
         self.like = self.samples.activation.new_empty(0)
         self.inverses = Inverses()
         self._first: FirstStage | None = None
+
+    def moved(self, point: Mapping[str, Tensor]) -> TwoStageFit:
+        """Return the stages at another point, after a pass that computes the activations there."""
+        head = LinearizedHead.from_network(self._prepared.network.moved(point))
+
+        def forward_pass() -> Tensor:
+            activation = torch.empty_like(self.samples.activation)
+            for rows, boundary in self.samples.batches():
+                activation[rows] = head.activation(boundary)
+            return activation
+
+        samples = self.samples.with_activation(self._retry(forward_pass))
+        prepared = self._prepared._replace(samples=samples, point=point)
+        return TwoStageFit(prepared, self.problem, self._stopped)
 
     def fit(
         self,
@@ -205,17 +240,17 @@ class TwoStageFit:
         # A second stage goes on where it ended only with the same Ω: a first stage starts at zero.
         first = self.fit_activation(alpha, warm if last else None, progress, last)
         model, solutions = first.model, {"activation": first.solution}
-        separated, unmoved = alpha == 0 and self._separates(first.solution), False
+        separated, unmoved = alpha == 0 and self.separates(first.solution), False
         if not last:
             # Where the zero model is the optimum, a warm start must not take its place.
             start = model if warm is None or first.is_zero else warm
             model, solutions[features] = self.fit_gradient(first, gradient_alpha, start, progress)
-            separated |= alpha == gradient_alpha == 0 and self._separates(solutions[features])
+            separated |= alpha == gradient_alpha == 0 and self.separates(solutions[features])
             unmoved = not model.moves and not first.is_zero
         restored = self.problem.restored(model)
         return FitResult(restored, solutions, alpha, gradient_alpha, separated, unmoved)
 
-    def _separates(self, solution: Solution) -> bool:
+    def separates(self, solution: Solution) -> bool:
         """Whether a solution without penalties gives every sample its class.
 
         Then the loss of no sample exceeds ``log 2``, and it falls for ever along the solution.
@@ -264,20 +299,23 @@ class TwoStageFit:
         gradient_alpha: float,
         start: LinearModel,
         progress: Progress | None = None,
+        tol: float | None = None,
     ) -> tuple[LinearModel, Solution]:
-        """Fit the linear model whose ``Ω`` comes from the first stage, from ``start``."""
+        """Fit the linear model whose ``Ω`` comes from the first stage, from ``start``.
+
+        ``tol`` replaces the tolerance of the settings.
+        """
         objective = self.second_objective(first, gradient_alpha)
         to_model = partial(self._second_model, objective, first.model)
         unmoved = self._second_unknowns(first.model)
-        baseline = (
-            self.loss.value(objective.forward(unmoved)) + penalised(objective, unmoved, unmoved) / 2
-        )
+        value = objective.loss.value(objective.forward(unmoved))
+        baseline = value + penalised(objective, unmoved, unmoved) / 2
         solution = self._minimize(
             objective,
             self._second_unknowns(start),
             first.inverses,
             baseline,
-            self.settings.tol,
+            self.settings.tol if tol is None else tol,
             self._watch(self.settings.features, to_model, True, progress),
         )
         return to_model(solution.x), solution
@@ -302,11 +340,15 @@ class TwoStageFit:
         return float((self.loss.curvatures(logits) * seen.square()).sum())
 
     def objective(
-        self, alpha: float, activation: Tensor | None, tangent: TangentTerm | None
+        self,
+        alpha: float,
+        activation: Tensor | None,
+        tangent: TangentTerm | None,
+        loss: Loss | None = None,
     ) -> TangentObjective:
         """Return the objective of a model with these terms."""
         return TangentObjective(
-            self.loss,
+            loss or self.loss,
             activation,
             tangent,
             alpha,
@@ -324,20 +366,24 @@ class TwoStageFit:
     def second_objective(self, first: FirstStage, gradient_alpha: float) -> TangentObjective:
         """Return the objective of the second stage."""
         activation = self.samples.activation if self.settings.features == "full" else None
-        return self.objective(
-            first.alpha, activation, self.tangent(first.model.omega, gradient_alpha)
-        )
+        tangent, loss = self.tangent(first.model.omega, gradient_alpha), self.loss
+        if self.point:
+            zero = loss.weights.new_zeros(len(self.samples.activation), loss.n_outputs)
+            point = self.head.flatten(tuple(self.point.values()))
+            loss = Shifted(loss, -tangent.add_forward(point, zero))
+        return self.objective(first.alpha, activation, tangent, loss)
 
     def _second_unknowns(self, model: LinearModel) -> Tensor:
         """Return the flat vector of the unknowns of the second stage."""
         weights = model.weights if self.settings.features == "full" else model.weights[:, :0]
-        moves = tuple(model.displacements[name] for name in self.parameters)
+        moves = tuple(model.total[name] for name in self.parameters)
         return self._unknowns(weights, model.intercept, self.head.flatten(moves))
 
     def _first_model(self, objective: TangentObjective, x: Tensor) -> LinearModel:
         parts = objective.split(x)
         unmoved = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
-        return LinearModel(parts.weights, self._intercept(parts.intercept), parts.weights, unmoved)
+        intercept = self._intercept(parts.intercept)
+        return LinearModel(parts.weights, intercept, parts.weights, unmoved, self.point)
 
     def _second_model(
         self, objective: TangentObjective, first: LinearModel, x: Tensor
@@ -346,7 +392,10 @@ class TwoStageFit:
         full = self.settings.features == "full"
         weights = parts.weights if full else torch.zeros_like(first.weights)
         moves = dict(zip(self.parameters, self.head.displacements(parts.u), strict=True))
-        return LinearModel(weights, self._intercept(parts.intercept), first.omega, moves)
+        if self.point:
+            moves = {name: move - self.point[name] for name, move in moves.items()}
+        intercept = self._intercept(parts.intercept)
+        return LinearModel(weights, intercept, first.omega, moves, self.point)
 
     def _intercept(self, free: Tensor) -> Tensor:
         """Return the intercept, zeros where the model has none."""
@@ -410,7 +459,7 @@ class TwoStageFit:
         # the objective is left to gain where the solver stalled.
         decrement, value = solution.norm**2 / 2, solution.objective_path[-1]
         exhausted = solution.status == "stalled" and decrement <= eps * abs(value)
-        if exhausted or decrement <= tolerance(self.settings.tol, value):
+        if exhausted or decrement <= tolerance(max(tol, self.settings.tol), value):
             return replace(solution, status="converged")
         return solution
 

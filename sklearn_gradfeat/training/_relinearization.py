@@ -1,0 +1,194 @@
+"""Linearise, move, linearise again: the prox-linear method [1]_ [2]_ [3]_.
+
+Let ``u`` be the displacement of θ₂ in the units of the penalty. Around the point ``(Ω, b, u)``, the
+linear model is the first-order approximation of the network with its output weights. So its optimum
+is a direction in which the objective of the network falls::
+
+    F(W, b, u) = Σᵢ ωᵢ loss(b + W f(xᵢ; u), yᵢ) + alpha/2 ‖W‖² + gradient_alpha/2 ‖u‖²
+
+A linearisation is followed by
+
+1. a move of ``u`` towards the optimum;
+2. a fit of the output weights at the new ``u``, which are the ``Ω`` of the next linearisation.
+
+If ``F`` does not fall by a share of what the linear model promises, the move is halved. So ``F``
+never increases, and the method stops at a stationary point. The first linear model is the
+one of the paper. The models in their order are: the linear model around the pretrained parameters;
+the network after the first move; the linear model around this point; and so on.
+
+References
+----------
+.. [1] J. V. Burke, Descent methods for composite nondifferentiable optimization problems,
+   Mathematical Programming 33, 1985.
+.. [2] A. S. Lewis, S. J. Wright, A proximal method for composite minimization, Mathematical
+   Programming 158, 2016.
+.. [3] D. Drusvyatskiy, A. S. Lewis, Error bounds, quadratic growth, and linear convergence of
+   proximal methods, Mathematics of Operations Research 43, 2018.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from sklearn_gradfeat.linearized import LinearModel
+from sklearn_gradfeat.solvers import Solution
+from sklearn_gradfeat.training._progress import Progress
+from sklearn_gradfeat.training._two_stage_fit import FirstStage, FitResult, TwoStageFit
+
+# Share of the promised decrease that a step must reach.
+_SUFFICIENT = 1e-4
+_HALVINGS = 12
+# The first steps of a method that linearises anew need no exact optima.
+_TOL = 0.05
+
+
+def fit_in_turn(
+    stages: TwoStageFit,
+    alpha: float,
+    gradient_alpha: float,
+    n_models: int,
+    warm: LinearModel | None = None,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Return the last of some linear models and moved networks.
+
+    Parameters
+    ----------
+    stages, alpha, gradient_alpha, warm, progress
+        As in :func:`relinearized`.
+    n_models : int
+        One is the linear model around the pretrained parameters. An even number ends with a moved
+        network, an odd one with a linear model.
+
+    Returns
+    -------
+    FitResult
+    """
+    if n_models == 1:
+        return stages.fit(alpha, gradient_alpha, warm, progress)
+    models = relinearized(stages, alpha, gradient_alpha, warm, progress)
+    *_, result = itertools.islice(models, n_models)
+    return result
+
+
+def relinearized(
+    stages: TwoStageFit,
+    alpha: float,
+    gradient_alpha: float,
+    warm: LinearModel | None = None,
+    progress: Progress | None = None,
+) -> Iterator[FitResult]:
+    """Iterate over the linear models and the moved networks, in turn.
+
+    It ends where no step decreases the objective any further.
+
+    Parameters
+    ----------
+    stages : TwoStageFit
+        Both stages at the pretrained parameters.
+    alpha, gradient_alpha : float
+        The penalties. With an infinite ``gradient_alpha`` the first model is the only one.
+    warm : LinearModel or None
+        Where to start; None starts at the pretrained parameters.
+    progress : Progress or None
+        Follows the iterations.
+
+    Yields
+    ------
+    FitResult
+        ``objective_path`` holds ``F`` before the first linearisation and after each.
+    """
+    if math.isinf(gradient_alpha):
+        yield stages.fit(alpha, gradient_alpha, warm, progress)
+        return
+    first = stages.fit_activation(alpha, progress=progress)
+    if warm is not None and not first.is_zero:
+        warm = stages.problem.reduced(warm)
+        stages = stages.moved(warm.total)
+        first = stages.fit_activation(alpha, warm, progress)
+    path = [_objective(stages, first, gradient_alpha)]
+    solutions: list[Solution] = []
+    while True:
+        tol = max(_TOL, stages.settings.tol)
+        start = first.model
+        model, solution = stages.fit_gradient(first, gradient_alpha, start, progress, tol)
+        solutions.append(solution)
+        yield _result(stages, first, model, gradient_alpha, solutions, path)
+        promised = path[-1] - solution.objective_path[-1]
+        moved = _move(stages, first, model, gradient_alpha, path[-1], promised, progress)
+        if moved is None:
+            return
+        stages, first = moved
+        path.append(_objective(stages, first, gradient_alpha))
+        yield _result(stages, first, first.model, gradient_alpha, solutions, path)
+
+
+def _objective(stages: TwoStageFit, first: FirstStage, gradient_alpha: float) -> float:
+    """Return ``F`` with the output weights of a first stage."""
+    return first.solution.objective_path[-1] + _penalty(stages, gradient_alpha)
+
+
+def _penalty(stages: TwoStageFit, gradient_alpha: float) -> float:
+    """Return ``gradient_alpha/2 ‖u‖²`` at the point."""
+    if not stages.point:
+        return 0.0
+    u = stages.head.flatten(tuple(stages.point.values()))
+    return gradient_alpha / 2 * float(u.double().square().sum())
+
+
+def _move(
+    stages: TwoStageFit,
+    first: FirstStage,
+    model: LinearModel,
+    gradient_alpha: float,
+    objective: float,
+    promised: float,
+    progress: Progress | None,
+) -> tuple[TwoStageFit, FirstStage] | None:
+    """Move to the optimum of a linear model, or as far towards it as ``F`` falls.
+
+    Returns
+    -------
+    (TwoStageFit, FirstStage) or None
+        The stages there, and the fit of the output weights; None if no step decreases ``F``.
+    """
+    step = 1.0
+    for _ in range(_HALVINGS):
+        total = {
+            name: step * move + (model.point[name] if model.point else 0.0)
+            for name, move in model.displacements.items()
+        }
+        weights = torch.lerp(first.model.weights, model.weights, step)
+        intercept = torch.lerp(first.model.intercept, model.intercept, step)
+        trial, start = stages.moved(total), replace(model, omega=weights, intercept=intercept)
+        found = trial.fit_activation(first.alpha, start, progress)
+        if _objective(trial, found, gradient_alpha) < objective - _SUFFICIENT * step * promised:
+            return trial, found
+        step /= 2
+    return None
+
+
+def _result(
+    stages: TwoStageFit,
+    first: FirstStage,
+    model: LinearModel,
+    gradient_alpha: float,
+    solutions: Sequence[Solution],
+    path: Sequence[float],
+) -> FitResult:
+    """Return a model with the results of the solver."""
+    return FitResult(
+        stages.problem.restored(model),
+        {"activation": first.solution, stages.settings.features: solutions[-1]},
+        first.alpha,
+        gradient_alpha,
+        separated=first.alpha == 0 and stages.separates(first.solution),
+        unmoved=not any(bool(move.any()) for move in model.total.values()) and not first.is_zero,
+        linearizations=tuple(solutions),
+        network_path=tuple(path),
+    )
