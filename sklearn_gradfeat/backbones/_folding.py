@@ -112,9 +112,15 @@ def _fold(captured: Captured, names: dict[fx.Node, str], norm: fx.Node, layer: f
     elif shift in names and bias in names:
         captured.absorbed[names[shift]] = names[bias]
     captured.tensors[bias] = folded_bias.to(dtype)
-    own = [captured.names.get(n) if n else None for n in (original, scale, shift, mean, variance)]
+
+    def name(node: fx.Node | None) -> str | None:
+        return None if node is None else captured.names.get(node)
+
     alone = all(n is None or len(n.users) == 1 for n in (scale, shift, mean, variance))
-    captured.folds.append(Fold(names.get(weight), names.get(bias), *own, eps, alone))
+    of_norm = name(scale), name(shift), name(mean), name(variance)
+    captured.folds.append(
+        Fold(names.get(weight), names.get(bias), name(original), *of_norm, eps, alone)
+    )
     layer.args = (layer.args[0], weight, bias, *layer.args[3:])
     for user in list(norm.users):
         user.replace_all_uses_with(layer)

@@ -52,6 +52,17 @@ class Inverses:
         self._gram: Tensor | None = None
         self._gram_is_cheap = True  # until it turns out otherwise
         self._subspaces: list[Subspace | None] = []  # empty until the first coarse solve
+        self._layers_of: Curvature | None = None
+
+    def of_next_point(self) -> Inverses:
+        """Return inverses for a linearisation around a point near by.
+
+        They share the factors of the layers, and have no coarse space.
+        """
+        following = Inverses()
+        following._layers_of = self._curvature or self._layers_of
+        following._subspaces = [None]
+        return following
 
     def at(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
         """Return the function from logits to the inverse Hessian there."""
@@ -95,6 +106,8 @@ class Inverses:
         known = self._curvature
         if known is not None and not same_curvature(known.total, objective.loss, logits):
             known = None
+        if known is None and objective.tangent is not None and self._layers_of is not None:
+            known = Curvature(objective, logits, self._layers_of)
         inverse = Preconditioner(objective, logits, known)
         self._curvature = inverse.curvature
         return inverse

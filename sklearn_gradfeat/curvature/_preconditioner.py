@@ -48,9 +48,13 @@ class Curvature:
         The objective; its penalties have no effect.
     logits : tensor of shape (n_samples, n_outputs)
         Where the curvature of the loss is taken.
+    layers_of : Curvature, default=None
+        Gives the factors of the layers, up to the scale, instead of passes over the head.
     """
 
-    def __init__(self, objective: TangentObjective, logits: Tensor) -> None:
+    def __init__(
+        self, objective: TangentObjective, logits: Tensor, layers_of: Curvature | None = None
+    ) -> None:
         like = objective.like
         curvature = objective.loss.mean_curvature(logits).to(like)
         shares = objective.loss.curvatures(logits).sum(1)
@@ -62,7 +66,14 @@ class Curvature:
         self.mean, self.inputs = _centred(objective, weights)
         self.layers: list[Layer] = []
         self.diagonals: dict[int, Tensor] = {}
-        if objective.tangent is not None:
+        if layers_of is not None:
+            ratio = self.total / layers_of.total if layers_of.total > 0 else 1.0
+            self.layers = [
+                layer._replace(output=replace(layer.output, values=layer.output.values * ratio))
+                for layer in layers_of.layers
+            ]
+            self.diagonals = {i: ratio * values for i, values in layers_of.diagonals.items()}
+        elif objective.tangent is not None:
             found, self.diagonals = _layer_factors(objective.tangent, curvature, weights)
             self.layers = [Layer(i, factor, *factor.spectra()) for i, factor in found.items()]
 

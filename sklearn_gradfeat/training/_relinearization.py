@@ -44,7 +44,7 @@ from sklearn_gradfeat.training._two_stage_fit import FirstStage, FitResult, TwoS
 _SUFFICIENT = 1e-4
 _HALVINGS = 12
 # The first steps of a method that linearises anew need no exact optima.
-_TOL = 0.05
+_TOL = 0.2
 
 
 def fit_in_turn(
@@ -168,6 +168,7 @@ def _move(
         trial, start = stages.moved(total), replace(model, omega=weights, intercept=intercept)
         found = trial.fit_activation(first.alpha, start, progress)
         if _objective(trial, found, gradient_alpha) < objective - _SUFFICIENT * step * promised:
+            found.inverses = first.inverses.of_next_point()
             return trial, found
         step /= 2
     return None

@@ -14,6 +14,9 @@ the standard error is that of the difference, sample by sample. If that is the p
 smallest loss itself, the choice is the minimum of a parabola through it and its neighbours, in the
 logarithm of the penalty.
 
+With several linearisations, the loss of a ``gradient_alpha`` is that of the best of the linear
+models and moved networks that the fit may return, see :class:`Relinearized`.
+
 Without samples to hold out, as with one sample of each class, a rule by scale takes their place:
 ``alpha`` is the mean variance of the activations, divided by the number of samples, as in a
 regression with ``C = 1`` on standardised activations; and there is no gradient term.
@@ -105,13 +108,7 @@ def choose_penalties(
             rows += path.rows()
     n_models = 1 if n_linearizations == 1 else 2 * (n_linearizations or 1)
     if gradient_alpha is None or n_linearizations is None:
-        several = n_linearizations != 1
-        exact = not several and left_out is not None and left_out.gram(alpha) is not None
-        held_out = left_out if exact else folds.enough(ENOUGH)
-        if isinstance(held_out, Folds):
-            held_out = held_out.typical_first(alpha).enough(ENOUGH_WITH_GRADIENTS)
-        if isinstance(held_out, Folds) and several:
-            held_out = Relinearized(held_out, n_linearizations)
+        held_out = _held_out_of_gradients(folds, left_out, alpha, n_linearizations)
         if gradient_alpha is None:
             scale = stages.curvature_of_step(stages.fit_activation(alpha))
             gradient_alpha = math.inf if features == "full" else scale or 1.0
@@ -126,6 +123,20 @@ def choose_penalties(
     names = "alpha", "gradient_alpha", "loss", "standard_error"
     columns = np.array(rows, dtype=np.float64).reshape(-1, len(names)).T
     return Choice(alpha, gradient_alpha, n_models, dict(zip(names, columns, strict=True)))
+
+
+def _held_out_of_gradients(
+    folds: Folds, left_out: LeftOut | None, alpha: float, n_linearizations: int | None
+) -> HeldOut | None:
+    """Return the held-out samples of models with a gradient term, or None without any."""
+    if n_linearizations == 1 and left_out is not None and left_out.gram(alpha) is not None:
+        return left_out
+    enough = folds.enough(ENOUGH)
+    if enough is not None:
+        enough = enough.typical_first(alpha).enough(ENOUGH_WITH_GRADIENTS)
+    if enough is None or n_linearizations == 1:
+        return enough
+    return Relinearized(enough, n_linearizations)
 
 
 class _Path:
