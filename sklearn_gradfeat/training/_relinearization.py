@@ -85,7 +85,8 @@ def relinearized(
 ) -> Iterator[FitResult]:
     """Iterate over the linear models and the moved networks, in turn.
 
-    It ends where no step decreases the objective any further.
+    It ends where a linear model promises to decrease ``F`` by less than ``tol`` times its fall so
+    far, or where no move decreases it.
 
     Parameters
     ----------
@@ -119,7 +120,10 @@ def relinearized(
         model, solution = stages.fit_gradient(first, gradient_alpha, start, progress, tol)
         solutions.append(solution)
         yield _result(stages, first, model, gradient_alpha, solutions, path)
-        promised = path[-1] - solution.objective_path[-1]
+        end = solution.objective_path[-1]
+        promised = path[-1] - end
+        if promised <= stages.settings.tol * (path[0] - end):
+            return
         moved = _move(stages, first, model, gradient_alpha, path[-1], promised, progress)
         if moved is None:
             return

@@ -108,18 +108,18 @@ def choose_penalties(
             rows += path.rows()
     n_models = 1 if n_linearizations == 1 else 2 * (n_linearizations or 1)
     if gradient_alpha is None or n_linearizations is None:
-        held_out = _held_out_of_gradients(folds, left_out, alpha, n_linearizations)
+        of_gradients = _held_out_of_gradients(folds, left_out, alpha, n_linearizations)
         if gradient_alpha is None:
             scale = stages.curvature_of_step(stages.fit_activation(alpha))
             gradient_alpha = math.inf if features == "full" else scale or 1.0
-            if held_out is not None and scale > 0:
-                path = _Path(held_out, lambda g: (alpha, g), progress)
+            if of_gradients is not None and scale > 0:
+                path = _Path(of_gradients, lambda g: (alpha, g), progress)
                 gradient_alpha = path.best_from(scale, infinite=features == "full")
                 rows += path.rows()
-        elif held_out is not None:
-            held_out.losses(alpha, gradient_alpha)
-        if isinstance(held_out, Relinearized):
-            n_models = held_out.n_models(gradient_alpha)
+        elif of_gradients is not None:
+            of_gradients.losses(alpha, gradient_alpha)
+        if isinstance(of_gradients, Relinearized):
+            n_models = of_gradients.n_models(gradient_alpha)
     names = "alpha", "gradient_alpha", "loss", "standard_error"
     columns = np.array(rows, dtype=np.float64).reshape(-1, len(names)).T
     return Choice(alpha, gradient_alpha, n_models, dict(zip(names, columns, strict=True)))

@@ -1,0 +1,153 @@
+"""Several linearisations: the objective of the network, its descent, and the model at the end."""
+
+import copy
+import itertools
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.base import clone
+from sklearn.datasets import make_classification
+from torch import nn
+
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    GradientFeatureRegressor,
+)
+from sklearn_gradfeat.cache._runner import Trunk
+from sklearn_gradfeat.training import TwoStageFit
+from sklearn_gradfeat.training._relinearization import relinearized
+
+
+def network(seed=0):
+    """Return a smooth network in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh()
+        return nn.Sequential(*layers).double()
+
+
+NET = network()
+X, Y = make_classification(60, 6, n_informative=4, n_classes=3, random_state=0)
+
+
+def classifier(backbone=NET, **parameters):
+    default = {"gradient_layers": "all", "alpha": 1e-2, "gradient_alpha": 1e-2, "max_iter": 200}
+    return GradientFeatureClassifier(backbone, **{**default, **parameters})
+
+
+def stages(model, X=X, y=Y, sample_weight=None):
+    return TwoStageFit(model._prepare(X), model._problem(y, sample_weight))
+
+
+def objective(model, X, y, weights=None):
+    """Return the objective of a moved network and its gradients, by autograd."""
+    module = copy.deepcopy(model.backbone)
+    module.load_state_dict(model.fine_tuned_state_dict())
+    coef, intercept = (
+        torch.tensor(value, requires_grad=True) for value in (model.coef_, model.intercept_)
+    )
+    named = dict(module.named_parameters())
+    logits = module(torch.from_numpy(X)) @ coef.T + intercept
+    weights = torch.ones(len(X)).double() if weights is None else torch.from_numpy(weights)
+    losses = nn.functional.cross_entropy(logits, torch.from_numpy(y), reduction="none")
+    total = weights @ losses / weights.sum() + model.alpha_ / 2 * coef.square().sum()
+    for name, value in named.items():
+        scale = 1 / value.shape[0] if value.ndim > 1 else 0.1  # squared, of the NTK
+        start = dict(model.backbone.named_parameters())[name].detach()
+        total = total + model.gradient_alpha_ / 2 * (value - start).square().sum() / scale
+    gradients = torch.autograd.grad(total, [coef, intercept, *named.values()])
+    return total.item(), torch.cat([g.flatten() for g in gradients])
+
+
+def test_objective_is_that_of_the_network():
+    model = classifier(n_linearizations=3).fit(X, Y)
+    value, _ = objective(model, X, Y)
+    assert model.objective_path_[-1] == pytest.approx(value, rel=1e-10)
+    assert len(model.objective_path_) == 4
+    assert model.n_linearizations_ == 3
+
+
+def test_first_linear_model_is_that_of_one_linearization():
+    model = classifier(tol=0.3)
+    results = relinearized(stages(model), 1e-2, 1e-2)
+    first = next(results)
+    expected = stages(model).fit(1e-2, 1e-2)
+    for name in ("weights", "intercept", "omega"):
+        assert torch.equal(getattr(first.model, name), getattr(expected.model, name))
+    for name, move in expected.model.displacements.items():
+        assert torch.equal(first.model.displacements[name], move)
+
+
+def test_ends_at_a_stationary_point():
+    model = classifier(n_linearizations=100, gradient_alpha=0.1, tol=1e-12).fit(X, Y)
+    _, gradient = objective(model, X, Y)
+    _, start = objective(clone(model).set_params(n_linearizations=1).fit(X, Y), X, Y)
+    assert gradient.norm() < 1e-5 * start.norm()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    alpha=st.floats(1e-4, 1.0),
+    gradient_alpha=st.floats(1e-6, 1.0),
+    scale=st.floats(0.1, 30.0),
+)
+def test_objective_never_increases(seed, alpha, gradient_alpha, scale):
+    rng = np.random.default_rng(seed)
+    samples, y = scale * rng.normal(size=(20, 6)), rng.integers(0, 3, 20)
+    y[:3] = range(3)
+    fits = stages(classifier(network(seed)), samples, y)
+    *_, last = itertools.islice(relinearized(fits, alpha, gradient_alpha), 8)
+    assert (np.diff(last.network_path) <= 0).all()
+
+
+class Wave(nn.Module):
+    """A feature that is a sine of its parameter: a linear model overshoots."""
+
+    def __init__(self):
+        super().__init__()
+        self.frequency = nn.Parameter(torch.tensor([[1.0]], dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.sin(nn.functional.linear(x, self.frequency))
+
+
+def test_a_step_that_overshoots_is_shortened():
+    x = np.linspace(-3, 3, 40)[:, None]
+    y = np.sin(1.7 * x[:, 0])
+    model = GradientFeatureRegressor(
+        Wave(), gradient_layers="all", alpha=1e-6, gradient_alpha=1e-9, fit_intercept=False
+    )
+    fits = stages(model, x, y)
+    points, moved = [], TwoStageFit.moved
+
+    def noted(self, point):
+        points.append(float(point["frequency"]))
+        return moved(self, point)
+
+    with mock.patch.object(TwoStageFit, "moved", noted):
+        results = list(itertools.islice(relinearized(fits, 1e-6, 1e-9), 12))
+    linear = float(results[0].model.displacements["frequency"])
+    steps = [point / linear for point in points[:2]]
+    assert steps == pytest.approx([1, 0.5])
+    final = results[-1].model
+    assert 1 + float(final.total["frequency"]) == pytest.approx(1.7, abs=1e-3)
+
+
+def test_ends_where_nothing_falls():
+    model = classifier(gradient_alpha=1e9, n_linearizations=5).fit(X, Y)
+    assert model.n_linearizations_ < 5
+    assert max(abs(move).max() for move in model.gradient_coef_.values()) < 1e-6
+
+
+def test_trunk_runs_once():
+    layers = nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)
+    model = classifier(nn.Sequential(*layers).double(), gradient_layers=1, feature_store=None)
+    passed = Trunk._pass
+    with mock.patch.object(Trunk, "_pass", autospec=True, side_effect=passed) as passes:
+        model.set_params(n_linearizations=3).fit(X, Y)
+    assert sum(len(call.args[1]) for call in passes.call_args_list) == len(X)
