@@ -55,13 +55,9 @@ class Inverses:
         self._layers_of: Curvature | None = None
 
     def of_next_point(self) -> Inverses:
-        """Return inverses for a linearisation around a point near by.
-
-        They share the factors of the layers, and have no coarse space.
-        """
+        """Return inverses for a linearisation around another point, with the same factors."""
         following = Inverses()
         following._layers_of = self._curvature or self._layers_of
-        following._subspaces = [None]
         return following
 
     def at(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:

@@ -42,9 +42,12 @@ class Progress:
     def __init__(self, estimator: Any, **data: Any) -> None:
         self._estimator, self._data = estimator, data
         self._line: Any = None
+        self._linearization = ""
         self._context = None
         if hasattr(estimator, "_init_callback_context"):
-            self._context = estimator._init_callback_context(max_subtasks=estimator.max_iter)
+            n = estimator.n_linearizations
+            n_subtasks = None if n == "auto" else estimator.max_iter * n
+            self._context = estimator._init_callback_context(max_subtasks=n_subtasks)
             self._context.call_on_fit_task_begin(estimator=estimator, **data)
 
     def watch(
@@ -71,7 +74,7 @@ class Progress:
             ``watch(iteration, objective, x, decrement, tolerance)`` returns whether a callback
             asks to stop.
         """
-        self._begin(f"{stage}: iteration {{n_fmt}}")
+        self._begin(f"{self._linearization}{stage}: iteration {{n_fmt}}")
         return partial(self._iteration, to_model, to_attributes)
 
     def _iteration(
@@ -90,7 +93,8 @@ class Progress:
         )
         if self._context is None or to_attributes is None:
             return False
-        task = self._context.subcontext(task_name=f"iteration {iteration}")
+        name = f"{self._linearization}iteration {iteration}"
+        task = self._context.subcontext(task_name=name)
         task.call_on_fit_task_begin(estimator=self._estimator, **self._data)
         return bool(
             task.call_on_fit_task_end(
@@ -99,6 +103,10 @@ class Progress:
                 reconstruction_attributes=lambda: to_attributes(to_model(x)),
             )
         )
+
+    def linearization(self, number: int) -> None:
+        """Name the stages that follow by the number of their linearisation."""
+        self._linearization = f"linearization {number}, "
 
     def search(self) -> None:
         """Begin the search for penalties."""

@@ -86,7 +86,7 @@ def relinearized(
     """Iterate over the linear models and the moved networks, in turn.
 
     It ends where a linear model promises to decrease ``F`` by less than ``tol`` times its fall so
-    far, or where no move decreases it.
+    far, where no move decreases it, or where a callback stops the fit.
 
     Parameters
     ----------
@@ -115,6 +115,8 @@ def relinearized(
     path = [_objective(stages, first, gradient_alpha)]
     solutions: list[Solution] = []
     while True:
+        if progress is not None:
+            progress.linearization(len(path))
         tol = max(_TOL, stages.settings.tol)
         start = first.model
         model, solution = stages.fit_gradient(first, gradient_alpha, start, progress, tol)
@@ -122,7 +124,7 @@ def relinearized(
         yield _result(stages, first, model, gradient_alpha, solutions, path)
         end = solution.objective_path[-1]
         promised = path[-1] - end
-        if promised <= stages.settings.tol * (path[0] - end):
+        if solution.status == "interrupted" or promised <= stages.settings.tol * (path[0] - end):
             return
         moved = _move(stages, first, model, gradient_alpha, path[-1], promised, progress)
         if moved is None:

@@ -72,6 +72,25 @@ def test_callback_sees_the_predictions_of_a_regressor():
 
 
 @has_callbacks
+def test_callback_sees_every_linearization():
+    recorder = Recorder()
+    model = estimator(n_linearizations=3, gradient_alpha=1e-3).set_callbacks(recorder).fit(X, Y)
+    iterations = [name for name in recorder.ended if name != "fit"]
+    assert len(iterations) == len(set(iterations)) == model.n_iter_
+    numbers = {name.partition(",")[0] for name in iterations}
+    assert numbers == {f"linearization {k}" for k in (1, 2, 3)}
+    assert not np.array_equal(recorder.probabilities[-1], model.predict_proba(X))
+
+
+@has_callbacks
+def test_callback_may_stop_between_linearizations():
+    recorder = Recorder(stop_after=1)
+    model = estimator(n_linearizations=3, gradient_alpha=1e-3).set_callbacks(recorder).fit(X, Y)
+    assert model.n_linearizations_ == model.n_iter_ == 1
+    assert np.array_equal(recorder.probabilities[-1], model.predict_proba(X))
+
+
+@has_callbacks
 def test_callback_may_stop():
     recorder = Recorder(stop_after=2)
     model = estimator(tol=1e-8).set_callbacks(recorder).fit(X, Y)
