@@ -1,0 +1,281 @@
+"""Several linearisations against fine-tuning, with everything chosen on held-out training samples.
+
+Models of the same samples and the same layers θ₂:
+
+* "LogisticRegressionCV": scikit-learn, on the activations;
+* "activation", "one linearization", "linearizations": the estimator with default penalties, and
+  ``features="activation"``, ``n_linearizations=1`` or ``"auto"``;
+* "... of several layers": likewise, with the activations of the last blocks;
+* "AdamW, 15 epochs", "AdamW, 40 epochs": fine-tuning of θ₂ and the output weights, which start from
+  the "activation" model (Kumar et al., ICLR 2022, arXiv:2202.10054), with a one-cycle schedule. A
+  fifth of the training samples chooses the rate; then it trains on all of them.
+
+A time includes all choices and excludes the frozen layers. Fine-tuning is not charged for the
+"activation" model. The test images also come blurred, noisy and with low contrast.
+
+    python examples/benchmarks/linearizations.py --data cifar10.zip --problems efficientnet-3
+    python examples/benchmarks/linearizations.py --table linearizations.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from _datasets import read_images
+from _finetuning import Head, below, take
+from _setup import docstrings, empty_store, gain_on, pretrained, save
+from scipy.special import log_softmax
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.model_selection import train_test_split
+from torch.nn.functional import cross_entropy
+
+from sklearn_gradfeat import GradientFeatureClassifier
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+EPOCHS = (15, 40)
+BATCH_SIZE = 32
+N_POOL = 12_000
+
+
+class Problem(NamedTuple):
+    """A network, its gradient layers, and how many blocks "several layers" have."""
+
+    network: str
+    gradient_layers: int
+    n_train: int
+    n_blocks: int
+
+
+PROBLEMS = {
+    "efficientnet-head": Problem("efficientnet", 1, 1000, 8),
+    "efficientnet-1": Problem("efficientnet", 2, 1000, 8),
+    "efficientnet-3": Problem("efficientnet", 4, 1000, 8),
+    "efficientnet-6": Problem("efficientnet", 7, 1000, 8),
+    "rotation-1": Problem("convnet-rotation", 1, 2000, 3),
+    "rotation-2": Problem("convnet-rotation", 2, 2000, 3),
+    "vae-1": Problem("convnet-vae", 1, 2000, 3),
+    "sentences-1": Problem("sentences", 1, 1000, 4),
+    "sentences-2": Problem("sentences", 2, 1000, 4),
+}
+
+
+@functools.cache
+def samples(name, path):
+    """Return the parameters that name a network, training samples, and test samples."""
+    if name == "sentences":
+        model, X, y = docstrings(400)
+        parts = train_test_split(X, y, test_size=600, stratify=y, random_state=0)
+        return {"backbone": model.backbone}, parts[::2], parts[1::2]
+    return pretrained(name), read_images(path, "train", N_POOL), read_images(path, "test", 2000)
+
+
+def disturbed(X):
+    """Return images blurred, with noise, and with low contrast, by name; none for other samples."""
+    if X.ndim != 4:
+        return {}
+    x, rng = X.astype(np.float32), np.random.default_rng(0)
+    kernel = sum(np.roll(x, (i, j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 9
+    noisy = x + rng.normal(0, 25, x.shape)
+    found = {
+        "blurred": kernel,
+        "noisy": noisy,
+        "low contrast": 0.4 * x + 0.6 * x.mean((1, 2, 3), keepdims=True),
+    }
+    return {name: images.round().clip(0, 255).astype(np.uint8) for name, images in found.items()}
+
+
+def measures(logits, codes):
+    """Return which predictions are correct, and the mean log loss."""
+    loss = -log_softmax(logits, axis=1)[np.arange(len(codes)), codes].mean()
+    return logits.argmax(1) == codes, float(loss)
+
+
+def timed(function, *arguments):
+    """Return a result, and the wall-clock and processor seconds."""
+    start, cpu = time.perf_counter(), time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        result = function(*arguments)
+    return result, (time.perf_counter() - start, time.process_time() - cpu)
+
+
+def trained(head, z, y, rate, epochs, seed):
+    """Train a head by AdamW with a one-cycle schedule, and return it."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=rate)
+    steps = epochs * -(-len(y) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(y), generator=generator).split(BATCH_SIZE):
+            loss = cross_entropy(head(*(t.to(DEVICE) for t in take(z, rows))), y[rows].to(DEVICE))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return head
+
+
+def fine_tuned(start, z, codes, epochs, seed):
+    """Choose the rate on a fifth of the samples, train on all, and return the head and the rate."""
+    y = torch.from_numpy(codes)
+    train, held_out = train_test_split(
+        np.arange(len(y)), test_size=0.2, stratify=codes, random_state=seed
+    )
+
+    def loss(rate):
+        head = trained(Head(start, DEVICE), take(z, train), y[train], rate, epochs, seed)
+        return measures(head.logits(take(z, held_out)), codes[held_out])[1]
+
+    rate = min(RATES, key=loss)
+    return trained(Head(start, DEVICE), z, y, rate, epochs, seed), rate
+
+
+def estimators(problem, network):
+    """Return the estimators by name."""
+    common = {**network, "gradient_layers": problem.gradient_layers}
+    several = {**common, "activation_layer": problem.n_blocks}
+    found = {
+        "activation": {**common, "features": "activation"},
+        "activation of several layers": {**several, "features": "activation"},
+        "one linearization": common,
+        "linearizations": {**common, "n_linearizations": "auto"},
+        "linearizations of several layers": {**several, "n_linearizations": "auto"},
+    }
+    return {name: GradientFeatureClassifier(**parameters) for name, parameters in found.items()}
+
+
+def compare(name, arguments, seed):
+    """Iterate over the rows of one split."""
+    problem = PROBLEMS[name]
+    network, (X, y), (X_test, y_test) = samples(problem.network, arguments.data)
+    n_train = arguments.n_train or problem.n_train
+    rows = np.random.default_rng(seed).permutation(len(X))[:n_train]
+    X, y = X[rows], y[rows]
+    classes, codes = np.unique(y, return_inverse=True)
+    tests = {"": X_test, **disturbed(X_test)}
+    codes_test = np.searchsorted(classes, y_test)
+
+    def row(model, logits_of, seconds, **known):
+        found = {"problem": name, "n_train": n_train, "seed": seed, "model": model}
+        found |= {"seconds": seconds[0], "cpu_seconds": seconds[1], **known}
+        for kind, images in tests.items():
+            correct, loss = measures(logits_of(kind, images), codes_test)
+            key = f" {kind}" if kind else ""
+            found |= {f"accuracy{key}": 100 * float(correct.mean()), f"loss{key}": loss}
+            found[f"correct{key}"] = np.packbits(correct).tobytes().hex()
+        return found
+
+    fitted: dict[str, Any] = {}
+    for model, estimator in estimators(problem, network).items():
+        if model not in arguments.models:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fill the store
+            estimator.set_params(alpha=1.0, gradient_alpha=1.0, max_iter=1).fit(X, y)
+        estimator.set_params(alpha="auto", gradient_alpha="auto", max_iter=100)
+        fitted[model], seconds = timed(estimator.fit, X, y)
+        known = {
+            "alpha": fitted[model].alpha_, "gradient_alpha": fitted[model].gradient_alpha_,
+            "n_linearizations": fitted[model].n_linearizations_,
+        }  # fmt: skip
+        yield row(model, lambda _, x, e=estimator: e.decision_function(x), seconds, **known)
+    start = fitted["activation"]
+    if "LogisticRegressionCV" in arguments.models:
+        probe = LogisticRegressionCV(
+            Cs=10, cv=5, scoring="neg_log_loss", max_iter=1000, l1_ratios=(0,),
+            use_legacy_attributes=False,
+        )  # fmt: skip
+        _, seconds = timed(probe.fit, start.transform(X), codes)
+        yield row(
+            "LogisticRegressionCV",
+            lambda _, x: probe.decision_function(start.transform(x)),
+            seconds,
+        )
+    if "AdamW" in arguments.models:
+        z, z_test = below(start, X, DEVICE), {k: below(start, x, DEVICE) for k, x in tests.items()}
+        for epochs in EPOCHS:
+            (head, rate), seconds = timed(fine_tuned, start, z, codes, epochs, seed)
+            yield row(
+                f"AdamW, {epochs} epochs",
+                lambda k, _, h=head: h.logits(z_test[k]),
+                seconds,
+                rate=rate,
+            )
+
+
+def correct_of(row, key="correct"):
+    """Return which predictions of a row are correct."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(row[key]), np.uint8)).astype(bool)
+
+
+def table(rows):
+    """Return a Markdown table; gains are over "activation", with standard errors of pairs."""
+    lines = ["| problem | samples | model | accuracy, % | gain | log loss | disturbed, % | CPU s |"]
+    lines.append("|---|---:|---|---:|---:|---:|---:|---:|")
+    for problem, n in dict.fromkeys((row["problem"], row["n_train"]) for row in rows):
+        chosen = [row for row in rows if (row["problem"], row["n_train"]) == (problem, n)]
+        base = {row["seed"]: correct_of(row) for row in chosen if row["model"] == "activation"}
+        for model in dict.fromkeys(row["model"] for row in chosen):
+            of_model = [row for row in chosen if row["model"] == model]
+            mean = {
+                key: statistics.fmean(row[key] for row in of_model)
+                for key in ("accuracy", "loss", "cpu_seconds")
+            }
+            before = np.mean([base[row["seed"]] for row in of_model], axis=0)
+            gain = gain_on(before, np.mean([correct_of(row) for row in of_model], axis=0))
+            others = [row[key] for row in of_model for key in row if key.startswith("accuracy ")]
+            lines.append(
+                f"| {problem} | {n} | {model} | {mean['accuracy']:.1f} | "
+                f"{gain['gain']:+.1f} ± {gain['gain_error']:.1f} | {mean['loss']:.3f} | "
+                f"{statistics.fmean(others) if others else float('nan'):.1f} | {mean['cpu_seconds']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments=None):
+    """Run the benchmark, write JSON after every row, and print a Markdown table."""
+    models = ["LogisticRegressionCV", "AdamW", *estimators(PROBLEMS["rotation-1"], {})]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, help="zip file or folder of images, as for paper_tables.py")
+    add("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS), metavar="NAME")
+    add("--models", nargs="+", default=models, choices=models, metavar="MODEL")
+    add("--n-train", type=int, help="training samples, instead of the number of the problem")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--output", type=Path, default=Path("linearizations.json"))
+    add("--table", type=Path, help="print the table of this file, and fit nothing")
+    arguments = parser.parse_args(arguments)
+    if arguments.table is not None:
+        return print(table(json.loads(arguments.table.read_text())["rows"]))
+    arguments.models = {"activation", *arguments.models}
+    rows = []
+    for name in arguments.problems:
+        images = PROBLEMS[name].network != "sentences"
+        if images and (arguments.data is None or not arguments.data.exists()):
+            print(f"{name}: skipped, --data must name a zip file or folder of images.")
+            continue
+        for seed in arguments.seeds:
+            empty_store()
+            for row in compare(name, arguments, seed):
+                rows.append(row)
+                print({k: v for k, v in row.items() if not k.startswith("correct")}, flush=True)
+                save(
+                    rows,
+                    argparse.Namespace(**{**vars(arguments), "models": sorted(arguments.models)}),
+                )
+    return print(table(rows) if rows else "There is nothing to measure.")
+
+
+if __name__ == "__main__":
+    main()
