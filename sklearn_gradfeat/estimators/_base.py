@@ -58,7 +58,13 @@ class BaseGradientFeature(
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
         "backbone": [None, str, nn.Module, callable],
         "gradient_layers": [str, Interval(Integral, 1, None, closed="left"), list, tuple],
-        "activation_layer": [None, str],
+        "activation_layer": [
+            None,
+            str,
+            Interval(Integral, 1, None, closed="left"),
+            list,
+            tuple,
+        ],
         "preprocess": [StrOptions({"auto"}), None, callable],
         "negative_slope": [None, Interval(Real, 0, 1, closed="left")],
         "features": [StrOptions({"full", "activation", "gradient"})],
@@ -85,7 +91,7 @@ class BaseGradientFeature(
             problem = self._problem(y, sample_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
             with Progress(self, X=X, y=y, metadata=metadata) as progress:
-                prepared = self._prepare(X)
+                prepared = self._prepare(X, problem.weights)
                 stages = TwoStageFit(prepared, problem)
                 alpha, gradient_alpha = self._penalties()
                 choice = choose_penalties(prepared, stages, alpha, gradient_alpha, progress)
@@ -111,7 +117,7 @@ class BaseGradientFeature(
         """Return the loss that targets and weights define."""
         raise NotImplementedError
 
-    def _prepare(self, X: Any) -> Prepared:
+    def _prepare(self, X: Any, weights: npt.NDArray[np.float64]) -> Prepared:
         """Pass the samples through the frozen layers."""
         warn_unless_picklable(self.preprocess)
         if self.backbone is None and len(X.shape) == 2:
@@ -131,6 +137,8 @@ class BaseGradientFeature(
         network = extractor.network(names)
         batch_size = BatchSize(min(self.batch_size, X.shape[0]))
         samples = extractor.cache(X, network, batch_size, bool(self.verbose), self._store(X))
+        extractor, samples = extractor.balanced(samples, weights)
+        network = extractor.network(names)
         if network.parameters:
             check_adjointness(network, samples)
         settings = FitSettings(

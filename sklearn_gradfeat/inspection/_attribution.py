@@ -112,9 +112,8 @@ class InputTerm:
         self.model = replace(model.term(term), intercept=torch.zeros_like(model.intercept))
         device = extractor.backbone.example.device
         backbone = extractor.backbone.to(device, extractor.dtype)
-        self.network: Network = backbone.network(
-            list(model.displacements), extractor.negative_slope
-        )
+        one_precision = replace(extractor, backbone=backbone)
+        self.network: Network = one_precision.network(list(model.displacements))
         self.linearized = LinearizedHead.from_network(self.network)
 
     @neutral_state()
