@@ -85,7 +85,8 @@ class RandomOmegaClassifier(GradientFeatureClassifier):
     def fit(self, X, y):
         """Fit the activation term, draw Ω, and fit the whole model."""
         y = np.asarray(y)
-        prepared, problem = self._prepare(X), self._problem(y, None)
+        problem = self._problem(y, None)
+        prepared = self._prepare(X, problem.weights)
         stages = TwoStageFit(prepared, problem)
         first = stages.fit_activation(self.alpha)
         omega = torch.from_numpy(

@@ -166,7 +166,8 @@ def save(rows, arguments, **known):
 
 def two_stages(model, X, y):
     """Return both stages of a fit of an estimator, before either of them."""
-    return TwoStageFit(model._prepare(X), model._problem(y, None))
+    problem = model._problem(y, None)
+    return TwoStageFit(model._prepare(X, problem.weights), problem)
 
 
 @contextmanager

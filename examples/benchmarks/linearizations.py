@@ -80,16 +80,15 @@ def samples(name, path):
     return pretrained(name), read_images(path, "train", N_POOL), read_images(path, "test", 2000)
 
 
-def disturbed(X):
+def disturbances(X):
     """Return images blurred, with noise, and with low contrast, by name; none for other samples."""
     if X.ndim != 4:
         return {}
     x, rng = X.astype(np.float32), np.random.default_rng(0)
-    kernel = sum(np.roll(x, (i, j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 9
-    noisy = x + rng.normal(0, 25, x.shape)
+    neighbours = [np.roll(x, (i, j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     found = {
-        "blurred": kernel,
-        "noisy": noisy,
+        "blurred": sum(neighbours) / len(neighbours),
+        "noisy": x + rng.normal(0, 25, x.shape),
         "low contrast": 0.4 * x + 0.6 * x.mean((1, 2, 3), keepdims=True),
     }
     return {name: images.round().clip(0, 255).astype(np.uint8) for name, images in found.items()}
@@ -163,7 +162,7 @@ def compare(name, arguments, seed):
     rows = np.random.default_rng(seed).permutation(len(X))[:n_train]
     X, y = X[rows], y[rows]
     classes, codes = np.unique(y, return_inverse=True)
-    tests = {"": X_test, **disturbed(X_test)}
+    tests = {"": X_test, **disturbances(X_test)}
     codes_test = np.searchsorted(classes, y_test)
 
     def row(model, logits_of, seconds, **known):
@@ -228,17 +227,18 @@ def table(rows):
         base = {row["seed"]: correct_of(row) for row in chosen if row["model"] == "activation"}
         for model in dict.fromkeys(row["model"] for row in chosen):
             of_model = [row for row in chosen if row["model"] == model]
-            mean = {
-                key: statistics.fmean(row[key] for row in of_model)
+            accuracy, loss, seconds = (
+                statistics.fmean(row[key] for row in of_model)
                 for key in ("accuracy", "loss", "cpu_seconds")
-            }
+            )
             before = np.mean([base[row["seed"]] for row in of_model], axis=0)
             gain = gain_on(before, np.mean([correct_of(row) for row in of_model], axis=0))
             others = [row[key] for row in of_model for key in row if key.startswith("accuracy ")]
+            disturbed = f"{statistics.fmean(others):.1f}" if others else ""
             lines.append(
-                f"| {problem} | {n} | {model} | {mean['accuracy']:.1f} | "
-                f"{gain['gain']:+.1f} ± {gain['gain_error']:.1f} | {mean['loss']:.3f} | "
-                f"{statistics.fmean(others) if others else float('nan'):.1f} | {mean['cpu_seconds']:.0f} |"
+                f"| {problem} | {n} | {model} | {accuracy:.1f} | "
+                f"{gain['gain']:+.1f} ± {gain['gain_error']:.1f} | {loss:.3f} | "
+                f"{disturbed} | {seconds:.0f} |"
             )
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ from sklearn_gradfeat.backbones._attention import differentiable_attention
 from sklearn_gradfeat.backbones._copies import on_host, stored_weights, unwrapped, with_weights
 from sklearn_gradfeat.backbones._fingerprint import UndigestibleError, digest
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, Network, freeze
+from sklearn_gradfeat.backbones._layers import ActivationLayer
 from sklearn_gradfeat.backbones._sources import (
     BackboneLike,
     Resolved,
@@ -17,6 +18,7 @@ from sklearn_gradfeat.backbones._sources import (
 from sklearn_gradfeat.backbones._threads import threads_for, threads_for_head
 
 __all__ = [
+    "ActivationLayer",
     "BackboneLike",
     "FrozenBackbone",
     "Network",

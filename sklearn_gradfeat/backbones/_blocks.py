@@ -28,14 +28,21 @@ from types import MappingProxyType
 import torch
 from torch import fx
 
-from sklearn_gradfeat.backbones._graph import MATRIX, WEIGHTED, Captured, module_path, operator_name
+from sklearn_gradfeat.backbones._graph import (
+    MATRIX,
+    WEIGHTED,
+    Captured,
+    in_network,
+    module_path,
+    operator_name,
+)
 
 _aten = torch.ops.aten
 _ADD, _CAT = _aten.add.Tensor, _aten.cat.default
 
 
-def blocks(captured: Captured) -> list[list[str]]:
-    """Return the parameter names of every block, from the input to the output."""
+def blocks(captured: Captured) -> dict[str, list[str]]:
+    """Return the parameter names of every block by its path, from the input to the output."""
     layers = _layers(captured)
     regions = _residual_regions(captured)
     paths = [_innermost(node, regions) for node, _ in layers]
@@ -45,7 +52,7 @@ def blocks(captured: Captured) -> list[list[str]]:
         where = path or _of_known_class(name, captured, known) or name.rpartition(".")[0]
         found.pop(where, None)
         found[where] = None
-    return [_members(captured, path) for path in found]
+    return {path: _members(captured, path) for path in found}
 
 
 def _layers(captured: Captured) -> list[tuple[fx.Node, str]]:
@@ -79,7 +86,7 @@ def _residual_regions(captured: Captured) -> list[tuple[set[fx.Node], str]]:
         for source in node.all_input_nodes:
             above |= ancestors[source]
         ancestors[node] = above
-        if node.target not in (_ADD, _CAT):
+        if node.target not in (_ADD, _CAT) or not in_network(node):
             continue
         sources = [s for s in node.all_input_nodes if captured.input in ancestors[s]]
         for first, second in pairwise(sources):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ _LAYERS = (
     nn.ConvTranspose3d, nn.RNNBase, nn.MultiheadAttention,
 )  # fmt: skip
 
+# A call changes parameters and hooks of the module, which folds in threads share.
+_LOCK = threading.RLock()
+
 
 class EagerHead:
     """A module as a function of some of its parameters and a batch."""
@@ -30,7 +34,7 @@ class EagerHead:
         """Take the parameters, then the batch."""
         *parameters, x = values
         replaced = dict(zip(self.names, parameters, strict=True))
-        with plain_attention():
+        with plain_attention(), _LOCK:
             return (functional_call(self.module, replaced, (x,)),)
 
 
@@ -71,8 +75,10 @@ def module_out_channels(module: nn.Module) -> dict[str, int]:
     return found
 
 
-def module_blocks(module: ActivationModule, example: Tensor, names: list[str]) -> list[list[str]]:
-    """Return the parameter names of every block, found in the tree of submodules.
+def module_blocks(
+    module: ActivationModule, example: Tensor, names: list[str]
+) -> dict[str, list[str]]:
+    """Return the parameter names of every block by its path, found in the tree of submodules.
 
     The block of a layer is the smallest element of a ``Sequential`` or ``ModuleList`` that
     contains the layer, or the layer itself if there is none. Layers without one of the parameters
@@ -98,7 +104,7 @@ def module_blocks(module: ActivationModule, example: Tensor, names: list[str]) -
         path = _element(inner, name)
         found.pop(path, None)
         found[path] = None
-    return [[n for n in names if not path or n.startswith(f"{path}.")] for path in found]
+    return {path: [n for n in names if not path or n.startswith(f"{path}.")] for path in found}
 
 
 def _recorder(name: str, called: list[tuple[str, bool]]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import multiprocessing
 import pickle
@@ -43,11 +42,19 @@ from sklearn_gradfeat.backbones._graph import (
     ActivationModule,
     Captured,
     CaptureError,
+    Layer,
     capture,
     out_channels,
     tied_names,
 )
 from sklearn_gradfeat.backbones._independence import check_independence
+from sklearn_gradfeat.backbones._layers import (
+    ActivationLayer,
+    check_layer,
+    choose_layers,
+    hashable,
+    is_pattern,
+)
 from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_relu
 
 _LOCK = threading.RLock()
@@ -72,6 +79,8 @@ class Network:
         Positions in the graph of the last nodes of the trunk.
     out_channels : dict of str to int
         The number of output channels of the parameters whose first axis is another one.
+    scale : tensor of shape (n_activations,) or None
+        Multiplies the output of the head; None leaves it as it is.
     """
 
     trunk: Callable[[Tensor], tuple[Tensor, ...]] | None
@@ -79,6 +88,7 @@ class Network:
     _head: Callable[..., tuple[Tensor, ...]]
     cut: tuple[int, ...] = ()
     out_channels: Mapping[str, int] = field(default_factory=dict)
+    scale: Tensor | None = None
 
     def boundary(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the input of the head for a batch."""
@@ -86,7 +96,8 @@ class Network:
 
     def head(self, parameters: tuple[Tensor, ...], boundary: tuple[Tensor, ...]) -> Tensor:
         """Return the activation, of shape (n_samples, n_activations)."""
-        return self._head(*parameters, *boundary)[0]
+        activation = self._head(*parameters, *boundary)[0]
+        return activation if self.scale is None else activation * self.scale
 
     def moved(self, displacements: Mapping[str, Tensor]) -> Network:
         """Return the network with displaced parameters; without displacements, itself."""
@@ -100,7 +111,10 @@ class Network:
     @property
     def graph(self) -> fx.GraphModule | None:
         """The head as a graph, None if the network could not be captured."""
-        return self._head if isinstance(self._head, fx.GraphModule) else None
+        head = self._head
+        if not isinstance(head, fx.GraphModule):
+            return None
+        return head if self.scale is None else _scaled(head, self.scale)
 
 
 class FrozenBackbone:
@@ -116,18 +130,40 @@ class FrozenBackbone:
         A batch that the network accepts.
     dtype : torch.dtype
         Floating dtype of the parameters.
-    activation_layer : str or None
-        The submodule whose output is the activation.
+    activation_layer : str, int, tuple of str or None
+        The submodule whose output is the activation, or a choice of several layers, see
+        :func:`choose_layers`.
+    channels_second : bool, default=False
+        Whether the channels of a single layer are on the second axis in any case, as in model
+        files of earlier versions.
     """
 
     def __init__(
-        self, module: nn.Module, example: Tensor, dtype: torch.dtype, activation_layer: str | None
+        self,
+        module: nn.Module,
+        example: Tensor,
+        dtype: torch.dtype,
+        activation_layer: str | int | tuple[str, ...] | None,
+        *,
+        channels_second: bool = False,
     ) -> None:
         module = unwrapped(module)
-        if activation_layer is not None:
-            _check_layer(module, activation_layer)
+        chosen = activation_layer
+        if isinstance(chosen, str) and is_pattern(chosen, module):
+            chosen = (chosen,)
+        if isinstance(chosen, str):
+            check_layer(module, chosen)
         copied = frozen_copy(module, example.device, dtype)
-        self.module = ActivationModule(copied, activation_layer)
+        layer: str | tuple[Layer, ...] | None
+        if isinstance(chosen, (int, tuple)):
+            layer = choose_layers(copied, chosen, example, lambda: _block_paths(copied, example))
+        elif chosen is None or channels_second:
+            layer = chosen
+        else:
+            layer = choose_layers(copied, (chosen,), example, list)
+            if layer[0].axis == 1:
+                layer = chosen
+        self.module = ActivationModule(copied, layer)
         check_independence(self.module, example)
         self.module.requires_grad_(False)  # not before lazy modules have their parameters
         self.example = torch.zeros_like(example)
@@ -152,6 +188,12 @@ class FrozenBackbone:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the module without a graph."""
         self.__dict__.update(state, _networks={}, _others={}, _probe=None, _compared={})
+
+    @property
+    def layers(self) -> tuple[Layer, ...] | None:
+        """The layers whose averaged outputs are joined, None if there is no such choice."""
+        layer = self.module.layer
+        return layer if isinstance(layer, tuple) else None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FrozenBackbone:
         """Return the backbone on a device in a dtype: itself or a copy, which is kept."""
@@ -184,12 +226,7 @@ class FrozenBackbone:
     @functools.cached_property
     def captured(self) -> Captured | CaptureError:
         """The folded graph, or the error that says why there is none."""
-        try:
-            captured = capture(self.module, self.example)
-            fold_batch_norms(captured)
-        except CaptureError as refusal:
-            return refusal
-        return captured
+        return _captured(self.module, self.example)
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
@@ -249,7 +286,7 @@ class FrozenBackbone:
             return choose_parameters(
                 gradient_layers,
                 names,
-                lambda: module_blocks(module, example, names),
+                lambda: list(module_blocks(module, example, names).values()),
                 gone,
                 tied_names(module.module),
             )
@@ -266,7 +303,11 @@ class FrozenBackbone:
         gone |= {n: f"was folded into {into!r}" for n, into in captured.absorbed.items()}
         names = differentiable(captured)
         chosen = choose_parameters(
-            gradient_layers, names, lambda: blocks(captured), gone, captured.aliases
+            gradient_layers,
+            names,
+            lambda: list(blocks(captured).values()),
+            gone,
+            captured.aliases,
         )
         differing = self._differing(tuple(chosen))
         if differing:
@@ -310,6 +351,39 @@ class FrozenBackbone:
         return self._compared[names]
 
 
+def _captured(module: ActivationModule, example: Tensor) -> Captured | CaptureError:
+    """Return the folded graph of a module, or the error that says why there is none."""
+    try:
+        captured = capture(module, example)
+        fold_batch_norms(captured)
+    except CaptureError as refusal:
+        return refusal
+    return captured
+
+
+def _block_paths(module: nn.Module, example: Tensor) -> list[str]:
+    """Return the paths of the blocks of a network, from bottom to top."""
+    whole = ActivationModule(module, None)
+    check_independence(whole, example)
+    captured = _captured(whole, example)
+    if isinstance(captured, CaptureError):
+        names = [name for name, _ in module.named_parameters()]
+        found = module_blocks(whole, example, names)
+    else:
+        found = blocks(captured)
+    return [path for path, names in found.items() if names]
+
+
+def _scaled(head: fx.GraphModule, scale: Tensor) -> fx.GraphModule:
+    """Return a head with its output multiplied by a constant."""
+    graph = fx.Graph()
+    outputs: Any = graph.graph_copy(head.graph, {})
+    held = {n.target: getattr(head, n.target) for n in head.graph.nodes if n.op == "get_attr"}
+    factor = graph.get_attr("activation_scale")
+    graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (outputs[0], factor)),))
+    return fx.GraphModule({**held, "activation_scale": scale}, graph)
+
+
 def _gradients(
     function: Callable[[tuple[Tensor, ...]], Tensor], values: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
@@ -323,17 +397,6 @@ def _gradients(
             return tuple(map(torch.zeros_like, values))
         gradients = torch.autograd.grad(output, leaves, v, materialize_grads=True)
         return tuple(gradient.detach() for gradient in gradients)
-
-
-def _check_layer(module: nn.Module, layer: str) -> None:
-    """Raise an error unless a module has a submodule of that name."""
-    names = [name for name, _ in module.named_modules() if name]
-    if layer not in names:
-        nearest = difflib.get_close_matches(layer, names, n=5, cutoff=0.0)
-        raise ValueError(
-            f"activation_layer={layer!r} is not a submodule of the backbone. Pass the name of "
-            f"one; the nearest names are {', '.join(map(repr, nearest))}."
-        )
 
 
 def _split_network(
@@ -392,7 +455,7 @@ def freeze(
     module: nn.Module,
     example: Tensor,
     dtype: torch.dtype,
-    activation_layer: str | None,
+    activation_layer: ActivationLayer,
     owner: object = None,
 ) -> FrozenBackbone:
     """Return the frozen copy of a module, which is shared where modules are equal.
@@ -402,16 +465,17 @@ def freeze(
     and a module with lazy parameters always does.
     """
     check_module(unwrapped(module))
+    layer = hashable(activation_layer)
     if has_lazy_parameters(module):
-        return FrozenBackbone(module, example, dtype, activation_layer)
-    kind = (tuple(example.shape[1:]), example.dtype, dtype, example.device, activation_layer)
+        return FrozenBackbone(module, example, dtype, layer)
+    kind = (tuple(example.shape[1:]), example.dtype, dtype, example.device, layer)
     with _CACHE_LOCK:
         stamp = module_digest(module)
         known = _CACHE.setdefault(_cache_owner(module, owner), {})
         for key in [key for key in known if key[-1] != stamp]:
             del known[key]
         if (*kind, stamp) not in known:
-            known[*kind, stamp] = FrozenBackbone(module, example, dtype, activation_layer)
+            known[*kind, stamp] = FrozenBackbone(module, example, dtype, layer)
         return known[*kind, stamp]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -111,6 +111,24 @@ class Captured:
         return [node for node in self.graph.nodes if node in needed]
 
 
+class Layer(NamedTuple):
+    """A submodule whose output is a part of the activation.
+
+    Attributes
+    ----------
+    path : str
+        The path of the submodule; empty for the network itself.
+    axis : int
+        The axis of its output that holds the channels: the second, 1, or the last, -1.
+    width : int
+        The number of channels.
+    """
+
+    path: str
+    axis: int
+    width: int
+
+
 class ActivationModule(nn.Module):
     """A network whose output is the activation, of shape (n_samples, n_activations).
 
@@ -118,18 +136,63 @@ class ActivationModule(nn.Module):
     ----------
     module : nn.Module
         The network.
-    layer : str or None
-        Path of the submodule whose output is the activation; None takes the output of the network.
+    layer : str, tuple of Layer or None
+        Path of the submodule whose output is the activation, averaged over all axes after the
+        second; or the layers whose outputs are averaged and joined. None takes the output of the
+        network.
     """
 
-    def __init__(self, module: nn.Module, layer: str | None) -> None:
+    def __init__(self, module: nn.Module, layer: str | tuple[Layer, ...] | None) -> None:
         super().__init__()
         self.module = module
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the activation, averaged over all axes after the second."""
+        """Return the activation."""
+        if isinstance(self.layer, tuple):
+            return joined(self.module, self.layer, x)
         return activation(self.module, self.layer, x)
+
+
+@contextmanager
+def watched(
+    module: nn.Module, paths: Iterable[str], see: Callable[[str, Any], None]
+) -> Iterator[None]:
+    """Call ``see`` with the path and the output of every submodule that runs."""
+
+    def hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _module, _inputs, output: see(path, output)
+
+    hooks = [module.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def joined(module: nn.Module, layers: Sequence[Layer], x: Tensor) -> Tensor:
+    """Return the averaged outputs of layers side by side, one row per sample."""
+    axes = {layer.path: layer.axis for layer in layers}
+    rows: dict[str, Tensor] = {}
+
+    def see(path: str, output: Any) -> None:
+        rows[path] = averaged(main_output(output), axes[path])
+
+    with watched(module, axes, see):
+        module(x)
+    return torch.cat([rows[path] for path in axes], 1)
+
+
+def main_output(output: Any) -> Any:
+    """Return the first item of a tuple, which attention, LSTMs and some blocks return."""
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def averaged(output: Tensor, axis: int) -> Tensor:
+    """Return the mean over all axes but those of samples and channels, in new memory."""
+    axes = [i for i in range(1, output.ndim) if i not in (axis, axis + output.ndim)]
+    return output.mean(axes) if axes else output.clone()
 
 
 def activation(module: nn.Module, layer: str | None, x: Tensor) -> Tensor:
@@ -138,22 +201,22 @@ def activation(module: nn.Module, layer: str | None, x: Tensor) -> Tensor:
         output = module(x)
     else:
         seen: list[Any] = []
-        hook = module.get_submodule(layer).register_forward_hook(
-            lambda _module, _inputs, output: seen.append(output)
-        )
-        try:
+        with watched(module, [layer], lambda _path, output: seen.append(output)):
             module(x)
-        finally:
-            hook.remove()
         if not seen:
-            raise ValueError(
-                f"activation_layer={layer!r} is not called in the forward pass of the backbone. "
-                "Name a submodule that is."
-            )
+            raise not_called(layer)
         output = seen[-1]
     check_activation(output, x.shape[0])
     rows: Tensor = output.flatten(2).mean(2) if output.ndim > 2 else output
     return rows
+
+
+def not_called(layer: str) -> ValueError:
+    """Return the error of a submodule that has no output."""
+    return ValueError(
+        f"activation_layer={layer!r} is not called in the forward pass of the backbone. "
+        "Name a submodule that is."
+    )
 
 
 def check_activation(output: Any, n_samples: int) -> None:
@@ -310,6 +373,11 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
     return str(path).removeprefix("module").removeprefix(".")
+
+
+def in_network(node: fx.Node) -> bool:
+    """Whether a node was called in the network, and not by :class:`ActivationModule`."""
+    return len(node.meta.get("nn_module_stack") or {}) > 1
 
 
 def operator_name(node: fx.Node) -> str:

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from sklearn_gradfeat.backbones import (
+    ActivationLayer,
     BackboneLike,
     FrozenBackbone,
     Network,
@@ -62,6 +65,9 @@ class Extractor:
         The slope below zero of the ReLUs above the gradient layers; None leaves them as they are.
     tokenizer : BoundedTokenizer or None
         Turns texts into the samples of a network for texts.
+    scales : tuple of float or None
+        A factor for the output of each activation layer, one before :meth:`balanced`. None for
+        an activation that is the output of one layer, as it is.
     """
 
     backbone: FrozenBackbone
@@ -71,6 +77,7 @@ class Extractor:
     takes_indices: bool
     negative_slope: float | None = None
     tokenizer: BoundedTokenizer | None = None
+    scales: tuple[float, ...] | None = None
 
     def on(self, device: torch.device) -> Extractor:
         """Return the extractor on a device; in float32 on mps, which has no float64."""
@@ -91,10 +98,41 @@ class Extractor:
         """Return the network split below the parameters ``names``, each part in its dtype."""
         device = self.backbone.example.device
         network = self.backbone.to(device, self.dtype).network(names, self.negative_slope)
+        if self.scales is not None:
+            network = replace(network, scale=self._by_column(self.scales, device))
         if network.trunk is None:
             return network
         below = self.backbone.network(names, self.negative_slope)
         return replace(network, trunk=below.trunk, cut=below.cut)
+
+    def _by_column(self, scales: tuple[float, ...], device: torch.device) -> Tensor:
+        """Return the factor of every column of the activation."""
+        widths = torch.tensor([layer.width for layer in self.backbone.layers or ()])
+        return torch.tensor(scales, dtype=self.dtype).repeat_interleave(widths).to(device)
+
+    def balanced(
+        self, samples: CachedSamples, weights: npt.NDArray[np.float64]
+    ) -> tuple[Extractor, CachedSamples]:
+        """Return extractor and samples with activation layers of unit mean square.
+
+        Parameters
+        ----------
+        samples : CachedSamples
+            The training samples, from this extractor.
+        weights : ndarray of shape (n_samples,)
+            Weights of the samples, which add up to one.
+        """
+        if self.scales is None:
+            return self, samples
+        activation, w = samples.activation, torch.from_numpy(weights)
+        scales: tuple[float, ...] = ()
+        widths = [layer.width for layer in self.backbone.layers or ()]
+        for part in activation.split(widths, 1):
+            squares = part.norm(dim=1).cpu().double() ** 2 / part.shape[1]
+            size = float((w @ squares).sqrt())
+            scales += (1 / size if size > torch.finfo(self.dtype).tiny else 1.0,)
+        balanced = activation * self._by_column(scales, activation.device)
+        return replace(self, scales=scales), replace(samples, activation=balanced)
 
     def batches(
         self, X: Any, network: Network, batch_size: BatchSize, verbose: bool, store: Store | None
@@ -150,7 +188,7 @@ def build_extractor(
     *,
     backbone: BackboneLike,
     gradient_layers: str | int | Sequence[str] | None,
-    activation_layer: str | None,
+    activation_layer: ActivationLayer,
     preprocess: Preprocess | str | None,
     negative_slope: float | None,
     device: str | torch.device,
@@ -179,7 +217,7 @@ def build_extractor(
     """
     resolved_device = resolve_device(device)
     resolved = resolve_backbone(backbone, tuple(X.shape[1:]), seed)
-    if activation_layer is None:
+    if not isinstance(activation_layer, (str, Sequence)):  # the output of the network
         warn_of_class_scores(resolved.module)
     indices = resolved.takes_indices and X.dtype.kind in "iu"
     raw = indices or resolved.preprocess is not None
@@ -194,5 +232,8 @@ def build_extractor(
         names = [] if gradient_layers is None else frozen.choose(gradient_layers)
     half = precision == "bfloat16"
     slope = None if negative_slope is None else float(negative_slope)
-    tokenizer = resolved.tokenizer
-    return Extractor(frozen, transform, dtype, half, indices, slope, tokenizer), names
+    tokenizer, layers = resolved.tokenizer, frozen.layers
+    as_it_is = layers is None or [layer.path for layer in layers] == [activation_layer]
+    scales = None if as_it_is else (1.0,) * len(layers or ())
+    extractor = Extractor(frozen, transform, dtype, half, indices, slope, tokenizer, scales)
+    return extractor, names

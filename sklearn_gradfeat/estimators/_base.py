@@ -22,7 +22,14 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sklearn_gradfeat.backbones import neutral_state, on_host, resolve_tokenizer, unwrapped
-from sklearn_gradfeat.cache import Extractor, Store, build_extractor, disk_store, memory_store
+from sklearn_gradfeat.cache import (
+    CachedSamples,
+    Extractor,
+    Store,
+    build_extractor,
+    disk_store,
+    memory_store,
+)
 from sklearn_gradfeat.data import (
     BatchSize,
     resolve_device,
@@ -59,7 +66,13 @@ class BaseGradientFeature(
     _parameter_constraints: dict[str, Any] = {  # noqa: RUF012
         "backbone": [None, str, nn.Module, callable],
         "gradient_layers": [str, Interval(Integral, 1, None, closed="left"), list, tuple],
-        "activation_layer": [None, str],
+        "activation_layer": [
+            None,
+            str,
+            Interval(Integral, 1, None, closed="left"),
+            list,
+            tuple,
+        ],
         "preprocess": [StrOptions({"auto"}), None, callable],
         "negative_slope": [None, Interval(Real, 0, 1, closed="left")],
         "features": [StrOptions({"full", "activation", "gradient"})],
@@ -87,7 +100,7 @@ class BaseGradientFeature(
             problem = self._problem(y, sample_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
             with Progress(self, X=X, y=y, metadata=metadata) as progress:
-                prepared = self._prepare(X)
+                prepared = self._prepare(X, problem.weights)
                 stages = TwoStageFit(prepared, problem)
                 alpha, gradient_alpha = self._penalties()
                 choice = choose_penalties(prepared, stages, alpha, gradient_alpha, progress)
@@ -113,7 +126,7 @@ class BaseGradientFeature(
         """Return the loss that targets and weights define."""
         raise NotImplementedError
 
-    def _prepare(self, X: Any) -> Prepared:
+    def _prepare(self, X: Any, weights: npt.NDArray[np.float64]) -> Prepared:
         """Pass the samples through the frozen layers."""
         if self.features == "gradient" and self.n_linearizations != 1:
             raise ValueError(
@@ -136,13 +149,21 @@ class BaseGradientFeature(
             precision=self.precision,
             seed=seed,
         )
-        return self._passed(X, extractor, names)
+        samples = self._pass(X, extractor, names)
+        extractor, samples = extractor.balanced(samples, weights)
+        return self._prepared(X, extractor, names, samples)
 
-    def _passed(self, X: Any, extractor: Extractor, names: list[str]) -> Prepared:
-        """Pass the samples through the layers below the parameters ``names``."""
+    def _pass(self, X: Any, extractor: Extractor, names: list[str]) -> CachedSamples:
+        """Pass samples through the layers below the parameters ``names``."""
         network = extractor.network(names)
         batch_size = BatchSize(min(self.batch_size, X.shape[0]))
-        samples = extractor.cache(X, network, batch_size, bool(self.verbose), self._store(X))
+        return extractor.cache(X, network, batch_size, bool(self.verbose), self._store(X))
+
+    def _prepared(
+        self, X: Any, extractor: Extractor, names: list[str], samples: CachedSamples
+    ) -> Prepared:
+        """Return samples that passed the frozen layers, with the settings of a fit."""
+        network = extractor.network(names)
         if network.parameters:
             check_adjointness(network, samples)
         settings = FitSettings(
@@ -260,8 +281,8 @@ class BaseGradientFeature(
         extractor, model = self._extractor_and_model()
         if not model.moves:
             return self
-        tokens, names = self._new_tokens(X), ("n_features_in_", "feature_names_in_")
-        with restored_on_error(self, *names):
+        tokens = self._new_tokens(X)
+        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
             X, y = validate_new_samples(self, tokens), validate_samples(self, tokens, y)[1]
             problem = self._problem(y, sample_weight)
         classes = problem.attributes.get("classes_")
@@ -270,7 +291,8 @@ class BaseGradientFeature(
                 f"y has the classes {classes}, but the estimator was fitted with {self.classes_}. "
                 "Pass targets of all these classes."
             )
-        prepared = self._passed(X, extractor, list(model.displacements))
+        names = list(model.displacements)
+        prepared = self._prepared(X, extractor, names, self._pass(X, extractor, names))
         stages = TwoStageFit(prepared, problem).moved(model.total)
         merged = stages.fit_activation(self.alpha_).model
         self.__dict__.update(problem.restored(merged).attributes())

@@ -130,7 +130,8 @@ class CrossValidated(BaseGradientFeature):
             if sample_weight is not None:
                 sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
             with Progress(self, X=X, y=y, metadata={**params, **weights}) as progress:
-                prepared = self._prepare(X)
+                # Scales of activation layers, which use no labels, come from all samples.
+                prepared = self._prepare(X, problem.weights)
                 data = _Data(X, y, sample_weight, prepared, problem, to_score)
                 fitted = self._search(data, folds)
                 if self.refit:

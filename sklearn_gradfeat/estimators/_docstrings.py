@@ -32,8 +32,24 @@ gradient_layers : {"last", "all"}, int, str or list of str, default="last"
     block; in a network without such blocks, the topmost convolution or linear layer. An
     integer k is the k topmost of these. Any other value holds names or glob patterns of
     submodules or parameters.
-activation_layer : str, default=None
-    The submodule whose output is the activation. None takes the output of the backbone.
+activation_layer : str, int or list of str, default=None
+    The layers whose outputs are the activation.
+
+    - None: the output of the backbone.
+    - str: the output of one submodule.
+    - list of str, or a glob pattern: the outputs of several submodules, side by side from
+      bottom to top. The empty name is the backbone itself. A ``*`` also matches dots. A
+      pattern leaves out submodules that are not called.
+    - int k: the outputs of the k topmost blocks, counted as in ``gradient_layers``, and the
+      output of the backbone unless one of them is equal to it, up to rounding, on the first
+      two samples. For token ids it is always there.
+
+    The output of a submodule is averaged over all axes but those of samples and channels. The
+    channels are on the last axis where the layer ends in a linear layer or a layer norm, as
+    in transformers, and on the second axis otherwise. Of a tuple, the first item counts; of
+    several calls, the last. Padding tokens count. With a list, a pattern or an int, the output
+    of each layer is divided by its root mean square over the training samples, with their
+    weights; an output of zeros stays.
 preprocess : "auto", callable or None, default="auto"
     A transform of each batch before the network. It takes and returns a tensor with one
     row per sample. ``"auto"`` is the transform of a named network, which takes uint8 images

@@ -156,8 +156,12 @@ class _Saved:
             raise ValueError(f"The network in {self.path} cannot be built: {error}") from error
 
     def freeze(self, module: nn.Module, layer: str | None) -> tuple[FrozenBackbone, nn.Module]:
-        """Return the frozen network, and a module with its weights."""
-        stored = self.document["backbone"]
+        """Return the frozen network, and a module with its weights.
+
+        ``layer`` is the activation layer, unless the file names several.
+        """
+        stored, extractor = self.document["backbone"], self.document["extractor"]
+        layers, old = extractor.get("layers"), "layers" not in extractor
         shape, stride, dtype = (stored["example"][key] for key in ("shape", "stride", "dtype"))
         example = torch.empty_strided(shape, stride, dtype=getattr(torch, dtype)).zero_()
         dtype = getattr(torch, stored["dtype"])
@@ -171,7 +175,8 @@ class _Saved:
             if weights:
                 module = with_weights(module, weights, example, dtype)
                 weights.clear()
-            frozen = FrozenBackbone(module, example, dtype, layer)
+            chosen = layer if layers is None else tuple(layers)
+            frozen = FrozenBackbone(module, example, dtype, chosen, channels_second=old)
         except (ValueError, TypeError) as error:
             raise ValueError(f"The backbone does not fit {self.path}: {error}") from error
         if digest(stored_weights(frozen.module.module)) != stored["digest"]:
@@ -203,8 +208,10 @@ class _Saved:
                 )
         dtype = getattr(torch, stored["dtype"])
         slope = stored.get("negative_slope", stored.get("leak"))
-        half, indices = stored["half"], stored["takes_indices"]
-        return Extractor(frozen, preprocess, dtype, half, indices, slope, resolved.tokenizer)
+        half, indices, scales = stored["half"], stored["takes_indices"], stored.get("scales")
+        factors = None if scales is None else tuple(scales)
+        tokenizer = resolved.tokenizer
+        return Extractor(frozen, preprocess, dtype, half, indices, slope, tokenizer, factors)
 
     def check(self, estimator: Any) -> None:
         """Raise an error unless network and transform give the same results as before saving."""

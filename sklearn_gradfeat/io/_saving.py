@@ -7,7 +7,8 @@ The JSON document of the archive holds
 - ``parameters``, ``attributes``: the constructor's parameters, except ``device`` and
   ``feature_store``, and the fitted attributes; their arrays are tensors of the archive;
 - ``code``: the names of ``backbone`` and ``preprocess``, if they are code;
-- ``extractor``: the precision, ``negative_slope`` and the name of the transform;
+- ``extractor``: the precision, ``negative_slope``, the name of the transform, and the paths and
+  scales of several activation layers;
 - ``backbone``: the name or the weights of the network, and a digest of the weights;
 - ``probe``, ``transformed``: logits and transformed values of synthetic samples. ``load`` compares
   them with the results of the loaded network and transform.
@@ -159,12 +160,14 @@ def _packed(values: dict[str, Any], kind: str, arrays: Arrays) -> dict[str, Any]
 
 def _extractor(extractor: Extractor) -> dict[str, Any]:
     """Return the description of an extractor, without its backbone."""
-    preprocess = extractor.preprocess
+    preprocess, layers = extractor.preprocess, extractor.backbone.layers
     return {
         "dtype": _name(extractor.dtype),
         "half": extractor.half,
         "takes_indices": extractor.takes_indices,
         "negative_slope": extractor.negative_slope,
+        "layers": None if layers is None else [layer.path for layer in layers],
+        "scales": None if extractor.scales is None else list(extractor.scales),
         "preprocess": None if preprocess is None else describe(preprocess),
     }
 

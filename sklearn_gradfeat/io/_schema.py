@@ -42,6 +42,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < math.inf
+
+
 def _is_shape(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) <= 64 and all(map(_is_integer, value))
 
@@ -70,6 +74,12 @@ def _or_none(check: Check) -> Check:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _is_choice(value: Any) -> bool:
+    """Whether a packed value is a name, a number, or a list or tuple of names."""
+    names = value["tuple"] if isinstance(value, dict) and set(value) == {"tuple"} else value
+    return _is_text(value) or _is_integer(value) or (_is_texts(names) and all(map(_is_text, names)))
 
 
 def _is_mapping(key: Check, item: Check) -> Check:
@@ -156,6 +166,7 @@ def check_document(document: Mapping[str, Any], size: int) -> None:
     slope = extractor.get("negative_slope", extractor.get("leak"))
     if slope is not None and not (_is_number(slope) and 0 <= slope < 1):
         raise ValueError("extractor has a wrong value of 'negative_slope'")
+    _check_layers(document["parameters"].get("activation_layer"), extractor)
     _check("backbone", backbone, _BACKBONE)
     if not _or_none(_is_text)(backbone.get("name")):
         raise ValueError("backbone has a wrong value of 'name'")
@@ -169,6 +180,19 @@ def check_document(document: Mapping[str, Any], size: int) -> None:
         raise ValueError(f"backbone.example of shape {tuple(shape)} is too large")
     if 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) > numel:
         raise ValueError("backbone.example has gaps in memory")
+
+
+def _check_layers(chosen: Any, extractor: Mapping[str, Any]) -> None:
+    """Raise an error unless several activation layers have names, and a scale each or none."""
+    layers, scales = extractor.get("layers"), extractor.get("scales")
+    if layers is None and _is_choice(chosen) and not _is_text(chosen):
+        raise ValueError("extractor lacks 'layers'")
+    named = isinstance(layers, list) and len(layers) > 0 and all(map(_is_text, layers))
+    if layers is not None and not (named and len(set(layers)) == len(layers)):
+        raise ValueError("extractor has a wrong value of 'layers'")
+    fitting = isinstance(scales, list) and len(scales) == len(layers or ())
+    if scales is not None and not (fitting and all(map(_is_scale, scales))):
+        raise ValueError("extractor has a wrong value of 'scales'")
 
 
 def check_attributes(attributes: Mapping[str, Any], kind: Any) -> None:
@@ -203,8 +227,8 @@ def check_parameters(parameters: Mapping[str, Any], kind: Any) -> None:
     unknown = sorted(set(parameters) - set(kind._get_param_names()))
     if unknown:
         raise ValueError(f"{kind.__name__} has no parameter {unknown[0]!r}")
-    for name in ("backbone", "activation_layer"):
-        if not _or_none(_is_text)(parameters.get(name)):
+    for name, check in (("backbone", _is_text), ("activation_layer", _is_choice)):
+        if not _or_none(check)(parameters.get(name)):
             raise ValueError(f"parameters has a wrong value of {name!r}")
 
 

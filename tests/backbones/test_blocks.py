@@ -93,7 +93,7 @@ def both(*paths):
 )
 def test_blocks(network, expected):
     backbone = frozen(network(), 2, 5, 5)
-    found = blocks(backbone.captured)
+    found = list(blocks(backbone.captured).values())
     assert [sorted(block) for block in found] == [sorted(block) for block in expected]
     assert backbone.choose("last") == backbone.choose(1)
     assert sorted(backbone.choose("last")) == sorted(expected[-1])

@@ -299,4 +299,3 @@ def test_number_alone_is_chosen_on_held_out_samples():
     model = classifier(n_linearizations="auto").fit(X, Y)
     assert model.n_linearizations_ >= 1
     assert len(model.validation_scores_["loss"]) == 0
-

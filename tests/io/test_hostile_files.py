@@ -153,6 +153,15 @@ def set_in(*keys, value):
     return change
 
 
+def with_layers(layers, scales):
+    """Return the change of a document that gives it activation layers."""
+
+    def change(document, arrays):
+        document["extractor"] |= {"layers": layers, "scales": scales}
+
+    return change
+
+
 def test_machine_of_the_reader_is_not_chosen_by_the_file(tmp_path, saved):
     victim = tmp_path / "victim"
     forge(saved, set_in("parameters", "feature_store", value=str(victim)))
@@ -182,6 +191,15 @@ def test_file_has_no_path_or_device_of_the_writer(path, tmp_path):
         (set_in("backbone", "dtype", value="save"), "wrong value of 'dtype'"),
         (set_in("extractor", "dtype", value=[]), "wrong value of 'dtype'"),
         (set_in("extractor", "negative_slope", value="x"), "negative_slope"),
+        (set_in("extractor", "layers", value=["3", "3"]), "wrong value of 'layers'"),
+        (set_in("extractor", "layers", value=[]), "wrong value of 'layers'"),
+        (set_in("extractor", "scales", value=[1.0]), "wrong value of 'scales'"),
+        (with_layers(["1", "3"], [1.0]), "wrong value of 'scales'"),
+        (with_layers(["3"], [0.0]), "wrong value of 'scales'"),
+        (with_layers(["3"], [float("nan")]), "wrong value of 'scales'"),
+        (with_layers(["3"], [10**400]), "wrong value of 'scales'"),
+        (set_in("parameters", "activation_layer", value=["3"]), "extractor lacks 'layers'"),
+        (set_in("parameters", "activation_layer", value={"tuple": [3]}), "'activation_layer'"),
         (set_in("parameters", "x", value=1), "no parameter 'x'"),
         (set_in("parameters", "alpha", value="x"), "'alpha' parameter"),
         (set_in("parameters", "backbone", value=3), "wrong value of 'backbone'"),

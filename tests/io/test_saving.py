@@ -21,6 +21,7 @@ from sklearn_gradfeat import (
     MaskedMean,
     load,
 )
+from tests.networks import Tokens
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
 LABELS = np.stack([Y == 0, Y > 0, Y != 1], 1).astype(int)
@@ -68,6 +69,25 @@ class Logarithm(nn.Module):
 
 
 # --- round trips ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation_layer", [["3", "1"], ("?",), "[13]", 1])
+def test_scales_of_activation_layers(activation_layer, path):
+    model = estimator(activation_layer=activation_layer).fit(X, Y)
+    model.save(path)
+    loaded = load(path, tiny_net)
+    assert same(model, loaded)
+    assert loaded.activation_layer == activation_layer
+    assert loaded._extractor.scales == model._extractor.scales
+    assert np.array_equal(loaded.transform(X), model.transform(X))
+
+
+def test_one_layer_of_a_transformer(path):
+    module = Tokens()
+    images = np.random.default_rng(0).normal(size=(24, 2, 5, 5)).astype(np.float32)
+    model = estimator(module, activation_layer="encoder.layers.0").fit(images, Y)
+    model.save(path)
+    assert same(model, load(path, Tokens), images)
 
 
 @pytest.mark.parametrize("features", ["full", "activation", "gradient"])

@@ -19,8 +19,9 @@ def names(n, seed=0):
 
 
 def held_out(model, samples, y, weights=None):
-    prepared = model._prepare(samples)
-    return prepared, TwoStageFit(prepared, model._problem(y, weights))
+    problem = model._problem(y, weights)
+    prepared = model._prepare(samples, problem.weights)
+    return prepared, TwoStageFit(prepared, problem)
 
 
 # --- folds ------------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ def classifier(backbone=NET, **parameters):
 
 
 def stages(model, X=X, y=Y, sample_weight=None):
-    return TwoStageFit(model._prepare(X), model._problem(y, sample_weight))
+    problem = model._problem(y, sample_weight)
+    return TwoStageFit(model._prepare(X, problem.weights), problem)
 
 
 def objective(model, X, y, weights=None):

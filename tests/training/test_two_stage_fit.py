@@ -97,8 +97,9 @@ def test_gradient_term_that_stays_zero_is_reported():
 
 
 def test_warning_of_rounding_errors():
-    prepared = estimator()._prepare(X)
-    result = TwoStageFit(prepared, estimator()._problem(Y, None)).fit(0.1, 0.1)
+    problem = estimator()._problem(Y, None)
+    prepared = estimator()._prepare(X, problem.weights)
+    result = TwoStageFit(prepared, problem).fit(0.1, 0.1)
     stalled = {k: replace(s, status="stalled") for k, s in result.solutions.items()}
     with pytest.warns(ConvergenceWarning, match=r"Rounding errors .*precision='float64'"):
         warn_unless_converged(result._replace(solutions=stalled), prepared.settings)
@@ -150,8 +151,9 @@ def test_zero_model_that_is_the_optimum(solves, features):
 
 def test_stages_for_several_penalties_share_the_samples():
     model = estimator(precision="float64")
-    prepared = model._prepare(X)
-    stages = TwoStageFit(prepared, model._problem(Y, None))
+    problem = model._problem(Y, None)
+    prepared = model._prepare(X, problem.weights)
+    stages = TwoStageFit(prepared, problem)
     for alpha in (0.1, 1.0):
         result = stages.fit(alpha, 0.5)
         expected = estimator(precision="float64", alpha=alpha, gradient_alpha=0.5).fit(X, Y)

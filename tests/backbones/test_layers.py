@@ -1,0 +1,321 @@
+"""The choice of several activation layers, and the activation that they make up."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_gradfeat import GradientFeatureClassifierCV
+from sklearn_gradfeat.backbones._frozen import FrozenBackbone, freeze
+from tests.networks import Residual, Tokens
+from tests.tiny import X, Y, estimator, tiny_net
+
+IMAGES = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 2, 5, 5)))
+
+
+def frozen(module, chosen, x=IMAGES):
+    return FrozenBackbone(module.double().eval(), x[:2], torch.float64, chosen)
+
+
+def paths(module, chosen, x=IMAGES):
+    return [layer.path for layer in frozen(module, chosen, x).layers]
+
+
+def outputs(module, x, names):
+    """The outputs of submodules by plain hooks, as arrays."""
+    found = {}
+
+    def keep(name):
+        return lambda _module, _inputs, output: found.update({name: output.numpy().copy()})
+
+    for name in names:
+        module.get_submodule(name).register_forward_hook(keep(name))
+    with torch.no_grad():
+        module(x)
+    return [found[name] for name in names]
+
+
+# --- which layers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (("3", "1"), ["1", "3"]),
+        (("3", "?", "3"), ["0", "1", "2", "3", "4", "5"]),
+        (("[13]",), ["1", "3"]),
+        ("[13]", ["1", "3"]),
+        (("", "1"), ["1", ""]),
+        (1, ["2", ""]),
+        (2, ["0", "2", ""]),
+    ],
+)
+def test_names_patterns_and_blocks(chosen, expected):
+    assert paths(tiny_net(), chosen, torch.from_numpy(X).double()) == expected
+
+
+@pytest.mark.parametrize(
+    ("network", "k", "expected"),
+    [
+        (Residual, 2, ["block.0", "block.1"]),  # the output is the mean of the last
+        (Tokens, 1, ["encoder.layers.1"]),
+        (lambda: nn.Sequential(Residual(), nn.Linear(4, 3)), 1, ["0.block.1", ""]),
+        (lambda: nn.Linear(5, 3), 1, [""]),
+    ],
+)
+def test_blocks_are_those_of_gradient_layers(network, k, expected):
+    assert paths(network(), k) == expected
+
+
+def test_gradient_layers_are_counted_as_without_activation_layers():
+    def net():
+        return nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(3)))
+
+    rows = torch.rand(4, 5).double()
+    plain, joined = frozen(net(), None, rows), frozen(net(), ("1", "2"), rows)
+    assert (
+        joined.choose(2) == plain.choose(2) == ["1.0.weight", "1.0.bias", "2.0.weight", "2.0.bias"]
+    )
+
+
+class Nested(nn.Module):
+    """Calls a layer twice, and returns more than tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.unused = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.lstm = nn.LSTM(5, 3, batch_first=True)
+        self.attention = nn.MultiheadAttention(5, 1, batch_first=True)
+        self.sizes, self.counts, self.turned = Call(lambda h: {}), Call(torch.argmax), Call(flip)
+
+    def forward(self, x):
+        h = self.layer(self.layer(x))
+        self.sizes(h), self.counts(h), self.turned(h)
+        h = self.attention(h, h, h)[0]
+        return self.lstm(h)[0].mean(1)
+
+
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def flip(h):
+    return h.transpose(0, 1)
+
+
+SEQUENCES = torch.rand(4, 7, 5).double()
+
+
+def test_last_call_and_first_item_of_a_tuple():
+    names = ("layer", "attention", "lstm")
+    network = Nested().double().eval()
+    found = frozen(network, names, SEQUENCES)
+    assert [layer.axis for layer in found.layers] == [-1, -1, -1]
+    with torch.no_grad():
+        h = network.layer(network.layer(SEQUENCES))
+        attended = network.attention(h, h, h)[0]
+        parts = h, attended, network.lstm(attended)[0]
+        expected = torch.cat([part.mean(1) for part in parts], 1)
+        torch.testing.assert_close(found.module(SEQUENCES), expected)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (("layer", "unused"), r"activation_layer='unused' is not called.* Name a submodule"),
+        (("unuse?",), r"activation_layer='unuse\?' is not called"),
+        (("sizes",), r"='sizes' chooses the submodule 'sizes', which returns dict. Choose sub"),
+        (("c*",), r"='c\*' chooses the submodule 'counts', which returns torch.int64"),
+        (("turned",), r"which returns shape \(7, 2, 5\) for 2 samples"),
+        (("lay*", "lzyer"), r"activation_layer='lzyer' is not a sub.*nearest names are 'layer'"),
+        (("x*",), r"activation_layer='x\*' is not a submodule"),
+        (9, r"activation_layer=9 asks for more blocks than the backbone has: \d\. Pass a smaller"),
+    ],
+)
+def test_errors_name_parameter_and_layer(chosen, message):
+    with pytest.raises(ValueError, match=message):
+        frozen(Nested(), chosen, SEQUENCES)
+
+
+@pytest.mark.parametrize("chosen", [[], [3], ["3", None], ()])
+def test_lists_that_do_not_hold_names(chosen):
+    with pytest.raises(ValueError, match=r"activation_layer=.* must list one or more strings"):
+        estimator(activation_layer=chosen).fit(X, Y)
+
+
+def test_pattern_leaves_out_what_is_not_called():
+    network = nn.Sequential(nn.ModuleDict({"a": nn.Linear(5, 4)})["a"], nn.Tanh())
+    network[0].spare = nn.Linear(1, 1)
+    assert paths(network, ("*",), torch.rand(2, 5).double()) == ["0", "1"]
+
+
+def test_output_of_a_network_for_tokens_is_a_layer_of_its_own():
+    class Texts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.mix = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        def forward(self, ids):
+            return self.mix(self.table(ids)).mean(1)
+
+    found = frozen(Texts(), 1, torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    assert [(layer.path, layer.axis) for layer in found.layers] == [("mix", -1), ("", 1)]
+
+
+# --- the activation --------------------------------------------------------------------------
+
+
+class Permuted(nn.Module):
+    """Keeps the channels of an image last, with as many as it has rows in one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 5, 1)
+        self.norm, self.mix = nn.LayerNorm(5), nn.Linear(5, 7)
+        self.back = Call(lambda h: h.permute(0, 3, 1, 2))
+        self.gate = nn.Linear(7, 7)
+        self.gated = Call(lambda h: h * self.gate(h.mean((2, 3)))[..., None, None])
+
+    def forward(self, x):
+        h = self.mix(self.norm(self.conv(x).permute(0, 2, 3, 1)))
+        return self.gated(self.back(h)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("network", "axes"),
+    [
+        (Residual, {"stem": 1, "block.0.bn1": 1, "block.0": 1, "block.1": 1}),
+        (Tokens, {"embed": -1, "encoder.layers.0.self_attn": -1, "encoder.layers.1": -1}),
+        (Permuted, {"conv": 1, "norm": -1, "mix": -1, "back": 1, "gate": 1, "gated": 1}),
+    ],
+)
+def test_outputs_are_averaged_over_positions(network, axes):
+    torch.manual_seed(0)
+    module = network().double().eval()
+    found = frozen(module, tuple(axes))
+    assert {layer.path: layer.axis for layer in found.layers} == axes
+    graph = found.network(())
+    assert graph.graph is not None
+    with torch.no_grad():
+        activation = graph.head((), graph.boundary(IMAGES))
+    names = [name for name in axes if name != "encoder.layers.0.self_attn"]
+    parts = activation.split([layer.width for layer in found.layers], 1)
+    by_name = {layer.path: part for layer, part in zip(found.layers, parts, strict=True)}
+    for name, output in zip(names, outputs(module, IMAGES, names), strict=True):
+        channels_last = np.moveaxis(output, axes[name], -1)
+        rows = channels_last.reshape(len(output), -1, channels_last.shape[-1]).mean(1)
+        np.testing.assert_allclose(by_name[name], rows, atol=1e-12)
+
+
+def test_layer_before_an_operator_that_works_in_place():
+    def net(inplace):
+        torch.manual_seed(0)
+        layers = nn.Conv2d(2, 3, 3), nn.ReLU(inplace), nn.Flatten(), nn.Linear(27, 4)
+        return nn.Sequential(*layers, nn.Tanh(), nn.Linear(4, 4), nn.ReLU(inplace))
+
+    found, plain = (frozen(net(inplace), ("0", "5", "6")) for inplace in (True, False))
+    torch.testing.assert_close(found.module(IMAGES), plain.module(IMAGES))
+    captured = found.network(())
+    torch.testing.assert_close(captured.head((), captured.boundary(IMAGES)), plain.module(IMAGES))
+
+
+def test_batch_norms_fold_except_after_a_layer_that_is_read():
+    network = Residual().double().eval()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    found = frozen(network, ("block.0", "block.1.conv1", "block.1"))
+    names = found.choose("all")
+    assert {"block.0.bn1.bias", "block.1.conv1.weight", "block.1.bn2.bias"} <= set(names)
+    assert "block.1.bn1.bias" not in names  # this batch norm stays
+    split = found.network(found.choose("block.1"))
+    with torch.no_grad():
+        activation = split.head(tuple(split.parameters.values()), split.boundary(IMAGES))
+        torch.testing.assert_close(activation, found.module(IMAGES))
+
+
+# --- one name --------------------------------------------------------------------------------
+
+
+def test_one_layer_of_a_transformer_is_averaged_over_tokens():
+    network = Tokens().double().eval()
+    found = freeze(network, IMAGES[:2], torch.float64, "encoder.layers.0")
+    ((path, axis, width),) = found.layers
+    assert (path, axis, width) == ("encoder.layers.0", -1, 8)
+    (output,) = outputs(network, IMAGES, [path])
+    np.testing.assert_allclose(found.module(IMAGES), output.mean(1), atol=1e-12)
+
+
+def test_one_layer_of_files_of_earlier_versions_has_its_channels_second():
+    network = Tokens().double().eval()
+    found = FrozenBackbone(network, IMAGES[:2], torch.float64, "embed", channels_second=True)
+    (output,) = outputs(network, IMAGES, ["embed"])
+    np.testing.assert_allclose(found.module(IMAGES), output.mean(2), atol=1e-12)
+
+
+def test_one_layer_of_a_convolutional_network_is_as_it_was():
+    network = Residual().double().eval()
+    found = freeze(network, IMAGES[:2], torch.float64, "block.0")
+    assert found.layers is None
+    (output,) = outputs(network, IMAGES, ["block.0"])
+    expected = torch.from_numpy(output).flatten(2).mean(2)
+    assert torch.equal(found.module(IMAGES), expected)
+
+
+# --- without a graph -------------------------------------------------------------------------
+
+
+class Refused(nn.Module):
+    """A network that torch.export refuses, since it branches on the data."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x) * 2 if x.abs().sum() > 1e9 else self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured:UserWarning")
+@pytest.mark.parametrize(
+    ("chosen", "plain"), [(2, 2), (["net.stem", "net.block.?"], ["stem", "block.?"])]
+)
+def test_network_without_a_graph(chosen, plain):
+    torch.manual_seed(0)
+    module = Residual()
+    images = IMAGES.numpy().repeat(6, 0) + np.random.default_rng(0).normal(size=(24, 2, 5, 5))
+    options = {"precision": "float64", "tol": 1e-10, "max_iter": 200}
+    # Batch norms are not folded without a graph, so θ₂ has none after it.
+    names = {True: "net.stem.weight", False: "stem.weight"}
+    eager = estimator(
+        Refused(module), activation_layer=chosen, gradient_layers=names[True], **options
+    ).fit(images, Y)
+    expected = estimator(
+        module, activation_layer=plain, gradient_layers=names[False], **options
+    ).fit(images, Y)
+    assert eager._extractor.network(()).graph is None
+    np.testing.assert_allclose(eager._extractor.scales, expected._extractor.scales)
+    np.testing.assert_allclose(
+        eager.predict_proba(images), expected.predict_proba(images), atol=1e-6
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured:UserWarning")
+def test_folds_in_threads_without_a_graph():
+    def scores(n_jobs):
+        options = {"alphas": [0.1, 1.0], "gradient_alphas": [0.1], "cv": 6, "n_jobs": n_jobs}
+        return (
+            GradientFeatureClassifierCV(
+                Refused(tiny_net()), activation_layer=["net.1", "net.3"], refit=False, **options
+            )
+            .fit(X, Y)
+            .scores_
+        )
+
+    assert np.array_equal(scores(4), scores(1))
