@@ -1,5 +1,6 @@
 """Fitted models as torch modules: eager, through torch.export, and in ONNX Runtime."""
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -164,7 +165,8 @@ def fit(kind):
             rows, Y[:12]
         ), rows
     module, names = build(kind)
-    model = estimator(module.float(), gradient_layers=names, max_iter=100)
+    module = copy.deepcopy(module).float()
+    model = estimator(module, gradient_layers=names, max_iter=100)
     return model.fit(IMAGES, Y[:12]), IMAGES
 
 
