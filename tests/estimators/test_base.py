@@ -193,7 +193,7 @@ def test_clone_of_a_factory_and_of_a_name():
 
 
 def test_clones_share_the_captured_network():
-    model = estimator(tiny_net(), features="activation").fit(X, Y)
+    model = estimator(features="activation").fit(X, Y)
     assert clone(model).fit(X, Y)._extractor.backbone is model._extractor.backbone
 
 
@@ -216,8 +216,15 @@ def through_joblib(model):
     return joblib.load(stream)
 
 
-@pytest.mark.parametrize("trip", [through_pickle, through_joblib])
-@pytest.mark.parametrize("features", ["full", "activation", "gradient"])
+@pytest.mark.parametrize(
+    ("trip", "features"),
+    [
+        (through_pickle, "full"),
+        (through_pickle, "activation"),
+        (through_pickle, "gradient"),
+        (through_joblib, "full"),
+    ],
+)
 def test_pickle(trip, features):
     model = estimator(features=features).fit(X, Y)
     expected = model.predict_proba(X)

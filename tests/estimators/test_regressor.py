@@ -17,7 +17,7 @@ from sklearn_gradfeat import GradientFeatureRegressor
 from sklearn_gradfeat.linearized._losses import Huber, Squared
 from tests.networks import NETWORKS, build
 from tests.oracles import dense_jacobian, dense_regression, ntk_scales
-from tests.tiny import tiny_net
+from tests.tiny import NET
 
 N = 40
 
@@ -40,7 +40,6 @@ def images_of_their_target():
 X, Y, WEIGHTS = problem()
 IMAGES, TARGETS = images_of_their_target()
 TIGHT = {"tol": 1e-22, "max_iter": 3000, "precision": "float64"}
-NET = tiny_net()
 
 
 def fit(kind, y, **options):
