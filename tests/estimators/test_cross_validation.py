@@ -96,8 +96,21 @@ def assert_same(model, search, scores, rtol=1e-4):
         assert np.array_equal(model.gradient_coef_[name], value), name
 
 
-@pytest.mark.parametrize("features", ["full", "gradient"])
-@pytest.mark.parametrize("y", [CLASSES, CLASSES > 0, LABELS], ids=["many", "two", "labels"])
+@pytest.mark.parametrize(
+    ("features", "y"),
+    [
+        ("full", CLASSES),
+        ("full", LABELS),
+        ("gradient", CLASSES > 0),
+        pytest.param("full", CLASSES > 0, marks=pytest.mark.slow),
+        pytest.param("gradient", CLASSES, marks=pytest.mark.slow),
+        pytest.param("gradient", LABELS, marks=pytest.mark.slow),
+    ],
+    ids=[
+        *("full-many", "full-labels", "gradient-two"),
+        *("full-two", "gradient-many", "gradient-labels"),
+    ],
+)
 def test_classifier_against_grid_search(features, y):
     scoring = "neg_log_loss" if y.ndim == 1 else log_likelihood
     model = classifier(**GRID, features=features, scoring=scoring, **TIGHT).fit(IMAGES, y)
@@ -105,9 +118,24 @@ def test_classifier_against_grid_search(features, y):
     assert_same(model, *grid_search(model, IMAGES, y))
 
 
-@pytest.mark.parametrize("features", ["full", "gradient"])
-@pytest.mark.parametrize("loss", ["squared_error", "huber"])
-@pytest.mark.parametrize("y", [REAL, SEVERAL], ids=["one", "several"])
+@pytest.mark.parametrize(
+    ("features", "loss", "y"),
+    [
+        ("full", "squared_error", SEVERAL),
+        ("gradient", "squared_error", REAL),
+        ("full", "huber", REAL),
+        pytest.param("full", "squared_error", REAL, marks=pytest.mark.slow),
+        pytest.param("gradient", "squared_error", SEVERAL, marks=pytest.mark.slow),
+        pytest.param("full", "huber", SEVERAL, marks=pytest.mark.slow),
+        pytest.param("gradient", "huber", REAL, marks=pytest.mark.slow),
+        pytest.param("gradient", "huber", SEVERAL, marks=pytest.mark.slow),
+    ],
+    ids=[
+        *("full-squared-several", "gradient-squared-one", "full-huber-one", "full-squared-one"),
+        *("gradient-squared-several", "full-huber-several"),
+        *("gradient-huber-one", "gradient-huber-several"),
+    ],
+)
 def test_regressor_against_grid_search(features, loss, y):
     # Huber's loss is flat in places, so small gradients say less of the distance.
     options = {**TIGHT, "tol": 1e-12 if loss == "squared_error" else 1e-20}
