@@ -167,7 +167,7 @@ def test_the_host_has_no_memory_besides():
 # --- fits and predictions --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", ERRORS[:1], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_frozen_layers(fit, network, error):
     """Later batches stay smaller: there are two failures in a fit, and two in predictions."""
     transform = Cramped(ROOM, error)

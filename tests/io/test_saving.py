@@ -101,9 +101,10 @@ def test_predictions_are_the_same_to_the_last_bit(features, path):
     ids=lambda y: f"{getattr(y, 'dtype', '')}-{np.ndim(y)}",
 )
 def test_every_kind_of_label(y, path):
-    model = estimator(features="activation").fit(X, y)
+    network = nn.Sequential(nn.Flatten())
+    model = estimator(network, features="activation").fit(X, y)
     model.save(path)
-    loaded = load(path, NET)
+    loaded = load(path, network)
     assert loaded.classes_.dtype == model.classes_.dtype
     assert np.array_equal(loaded.predict(X), model.predict(X))
     assert same(model, loaded)
