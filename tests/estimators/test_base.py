@@ -1,6 +1,7 @@
 """Steps that all estimators share, and their life inside scikit-learn."""
 
 import configparser
+import copy
 import io
 import itertools
 import pickle
@@ -105,7 +106,7 @@ def test_pipeline():
 
 def test_grid_search():
     grid = [
-        {"alpha": [0.1, 10.0], "gradient_alpha": ["auto", 1.0]},
+        {"alpha": [0.1, 10.0], "gradient_alpha": [1.0]},
         {"gradient_layers": [2]},
     ]
     searches = [GridSearchCV(estimator(), grid, cv=2, n_jobs=n_jobs).fit(X, Y) for n_jobs in (1, 2)]
@@ -376,6 +377,9 @@ ESTIMATORS = [
     GradientFeatureRegressorCV(alphas=2, gradient_alphas=2, cv=2, random_state=0),
 ]
 NAMES = [type(model).__name__ for model in ESTIMATORS]
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    TANH = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh())
 
 
 def table(n=40):
@@ -386,10 +390,9 @@ def table(n=40):
 @pytest.mark.parametrize("features", ["full", "activation", "gradient"])
 def test_activations_are_those_of_the_network(model, features):
     X, y = table()
-    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh())
-    model = clone(model).set_params(backbone=net, features=features, batch_size=16).fit(X, y)
+    model = clone(model).set_params(backbone=TANH, features=features, batch_size=16).fit(X, y)
     with torch.no_grad():
-        expected = net.double()(torch.from_numpy(X)).numpy()
+        expected = copy.deepcopy(TANH).double()(torch.from_numpy(X)).numpy()
     found = model.transform(X)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -415,10 +418,11 @@ def test_activations_are_averaged_over_places():
 
 @pytest.mark.parametrize("features", ["full", "activation", "gradient"])
 def test_activations_take_no_second_pass_over_the_frozen_layers(monkeypatch, features):
-    model = estimator(tiny_net(), features=features)
-    found = model.fit_transform(X, Y)
+    model = estimator(features=features)
+    new = X + np.float32(0.25)  # which no other test has stored
+    found = model.fit_transform(new, Y)
     monkeypatch.setattr(Trunk, "_pass", None)
-    assert np.array_equal(model.transform(X), found)
+    assert np.array_equal(model.transform(new), found)
 
 
 def test_activations_in_pipelines_and_stacks():
