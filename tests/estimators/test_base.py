@@ -497,8 +497,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("is_fitted", [False, True])
+@pytest.mark.parametrize(
+    ("place", "is_fitted"), [("second stage", False), *((place, True) for place in PLACES)]
+)
 def test_an_interrupt_leaves_the_estimator_as_it_was(monkeypatch, place, is_fitted):
     model, *call = PLACES[place]
     model = clone(model)
