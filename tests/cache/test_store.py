@@ -57,8 +57,14 @@ def test_grid_search_passes_every_sample_once(counted, path, monkeypatch, kind, 
 
 def test_workers_share_among_their_tasks(counted):
     with joblib.parallel_config("loky", inner_max_num_threads=1):
-        GridSearchCV(model(counted), GRID, cv=5, n_jobs=2).fit(X, Y)
+        parallel = GridSearchCV(model(counted), GRID, cv=5, n_jobs=2).fit(X, Y)
     assert passes(counted) <= 3 * len(X)  # two workers, and the fit at the end
+    alone = GridSearchCV(model(counted), GRID, cv=5).fit(X, Y)
+    assert alone.best_params_ == parallel.best_params_
+    for i in range(5):
+        split = f"split{i}_test_score"
+        assert np.array_equal(alone.cv_results_[split], parallel.cv_results_[split])
+    assert np.array_equal(alone.predict_proba(X), parallel.predict_proba(X))
 
 
 def test_store_does_not_change_results(counted, path):

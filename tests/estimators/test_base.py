@@ -105,10 +105,17 @@ def test_pipeline():
 
 
 def test_grid_search():
-    grid = [
-        {"alpha": [0.1, 10.0], "gradient_alpha": [1.0]},
-        {"gradient_layers": [2]},
-    ]
+    grid = [{"alpha": [0.1, 10.0], "gradient_alpha": [1.0]}, {"gradient_layers": [2]}]
+    search = GridSearchCV(estimator(), grid, cv=2).fit(X, Y)
+    assert len(set(search.cv_results_["mean_test_score"])) > 1
+    alone = estimator(**search.best_params_).fit(X, Y)
+    assert search.best_estimator_.backbone is NET
+    assert np.array_equal(search.predict_proba(X), alone.predict_proba(X))
+
+
+@pytest.mark.slow
+def test_grid_search_in_processes():
+    grid = [{"alpha": [0.1, 10.0], "gradient_alpha": ["auto", 1.0]}, {"gradient_layers": [2]}]
     searches = [GridSearchCV(estimator(), grid, cv=2, n_jobs=n_jobs).fit(X, Y) for n_jobs in (1, 2)]
     alone, parallel = searches
     assert alone.best_params_ == parallel.best_params_
