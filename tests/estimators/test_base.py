@@ -106,7 +106,7 @@ def test_pipeline():
 
 def test_grid_search():
     grid = [{"alpha": [0.1, 10.0], "gradient_alpha": [1.0]}, {"gradient_layers": [2]}]
-    search = GridSearchCV(estimator(), grid, cv=2).fit(X, Y)
+    search = GridSearchCV(estimator(), grid, cv=2, scoring="neg_log_loss").fit(X, Y)
     assert len(set(search.cv_results_["mean_test_score"])) > 1
     alone = estimator(**search.best_params_).fit(X, Y)
     assert search.best_estimator_.backbone is NET
