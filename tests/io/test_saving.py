@@ -224,7 +224,7 @@ def test_path_of_a_store(path, tmp_path):
 
 
 def test_refit_of_a_factory_has_the_weights_that_were_passed(path):
-    options = {"alpha": 1e-3, "random_state": 0}
+    options = {"alpha": 1e-3, "gradient_alpha": 1e-3, "random_state": 0}
     model = GradientFeatureClassifier(random_net, **options).fit(X, Y)
     model.save(path)
     again = clone(load(path, random_net())).fit(X, Y)
