@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
-# Two test processes of one thread each; on a larger machine: make test PYTEST_FLAGS='-n 8'
-PYTEST_FLAGS ?= -n 2
+# Two test processes of one thread each; on a larger machine: make test PYTEST_FLAGS='-n 8'.
+# The tests of a file share their fixtures and captured networks, so they run in one process.
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 OMP_NUM_THREADS ?= 1
 
 BIN := $(VENV)/bin

@@ -4,12 +4,19 @@ import os
 
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # before scipy is imported, for check_estimator
 
+import gc
 import importlib
 
 import pytest
 import torch
 
 torch.set_warn_always(True)
+
+
+def pytest_collection_finish():
+    """Leave what the imports made out of garbage collections, each of which would take a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

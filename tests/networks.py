@@ -1,5 +1,7 @@
 """Tiny networks of every kind, in float64."""
 
+import functools
+
 import torch
 from torch import nn
 
@@ -91,8 +93,12 @@ NETWORKS = {
 }
 
 
+@functools.cache
 def build(kind, seed=0):
-    """Return a network in evaluation mode with trained-looking batch norms, and θ₂."""
+    """Return a network in evaluation mode with trained-looking batch norms, and θ₂.
+
+    All tests share it, and so its captured graph. Change a copy only.
+    """
     factory, names = NETWORKS[kind]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

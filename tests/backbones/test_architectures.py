@@ -5,6 +5,8 @@ import pathlib
 import pytest
 import torch
 import torchvision
+from torch import nn
+from torchvision.models import convnext, densenet, mobilenetv3, resnet, swin_transformer, vgg
 
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone
 from sklearn_gradfeat.backbones._sources import without_classifier
@@ -34,27 +36,32 @@ LAST = {
     "vit_b_16": "encoder.layers.encoder_layer_11",
     "wide_resnet50_2": "layer4.2",
 }
-FAST = ["resnet18", "vgg11_bn", "mobilenet_v3_small", "convnext_tiny", "densenet121", "swin_t"]
 SIZE = {"vit_l_16": 224, "vit_b_16": 224, "vit_b_32": 224, "vit_l_32": 224, "maxvit_t": 224,
         "inception_v3": 96, "vit_h_14": 224}  # fmt: skip
 
 
-def build(name):
+def prepared(make, size):
+    """Return a network without its classifier, and three images."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        options = {"aux_logits": False} if name == "googlenet" else {}
-        options |= {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-        network = torchvision.models.get_model(name, weights=None, **options)
+        network = make()
         for layer in network.modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
+            if isinstance(layer, nn.BatchNorm2d):
                 layer.running_mean.normal_(0, 0.1)
                 layer.running_var.uniform_(0.8, 1.2)
-        x = torch.randn(3, 3, SIZE.get(name, 64), SIZE.get(name, 64))
+        x = torch.randn(3, 3, size, size)
     return without_classifier(network).eval(), x
 
 
-def check(name):
-    module, x = build(name)
+def build(name):
+    options = {"aux_logits": False} if name == "googlenet" else {}
+    options |= {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return prepared(
+        lambda: torchvision.models.get_model(name, weights=None, **options), SIZE.get(name, 64)
+    )
+
+
+def check(module, x):
     backbone = FrozenBackbone(module, x[:2], torch.float32, None)
     names = backbone.choose("last")
     network = backbone.network(names)
@@ -80,11 +87,53 @@ def check(name):
     return names, numbers, x[0].numel()
 
 
-@pytest.mark.parametrize("name", FAST)
-def test_family(name):
-    names, numbers, _ = check(name)
+# --- small networks of the families ----------------------------------------------------------
+
+
+def small_vgg():
+    features = vgg.make_layers([8, "M", 16, "M", 16, "M"], batch_norm=True)
+    with torch.device("meta"):  # a classifier of 120 million weights
+        network = vgg.VGG(features, init_weights=False)
+    for i, sizes in {0: (16 * 49, 32), 3: (32, 32), 6: (32, 10)}.items():
+        network.classifier[i] = nn.Linear(*sizes)
+    return network
+
+
+def small_mobilenet():
+    rows = [(16, 3, 16, 16, True, "RE", 2, 1), (16, 5, 64, 24, True, "HS", 2, 1)]
+    return mobilenetv3.MobileNetV3(
+        [mobilenetv3.InvertedResidualConfig(*row, width_mult=1.0) for row in rows], 32
+    )
+
+
+def small_convnext():
+    return convnext.ConvNeXt(
+        [convnext.CNBlockConfig(16, 32, 1), convnext.CNBlockConfig(32, None, 2)]
+    )
+
+
+SMALL = {
+    "resnet": (lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 2]), "layer4.1"),
+    "vgg": (small_vgg, "features.8"),
+    "mobilenet": (small_mobilenet, "features.3"),
+    "convnext": (small_convnext, "features.3.1"),
+    "densenet": (lambda: densenet.DenseNet(8, (2, 2), 16), "features.denseblock2.denselayer2"),
+    "swin": (
+        lambda: swin_transformer.SwinTransformer([4, 4], 16, [1, 2], [2, 2], [4, 4]),
+        "features.3.1",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_family(family):
+    make, last = SMALL[family]
+    names, numbers, _ = check(*prepared(make, 64))
     assert names and numbers
-    assert all(n.startswith(LAST[name] + ".") for n in names)
+    assert all(n.startswith(last + ".") for n in names)
+
+
+# --- the networks themselves -----------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -92,7 +141,7 @@ def test_family(name):
 def test_every_architecture(name):
     if name == "vit_h_14" or name.startswith("regnet_y_128gf"):
         pytest.skip("2.5 GB of random weights: the same code as its smaller siblings")
-    names, _, _ = check(name)
+    names, _, _ = check(*build(name))
     if name in LAST and name not in ("mnasnet0_5", "shufflenet_v2_x0_5"):
         assert all(n.startswith(LAST[name] + ".") for n in names)
 
@@ -104,7 +153,7 @@ def write_table(path):
         "|---|---|---|---|",
     ]
     for name, where in LAST.items():
-        names, numbers, _ = check(name)
+        names, numbers, _ = check(*build(name))
         lines.append(f"| {name} | `{where}` | {len(names)} | {numbers:,} |")
         print(lines[-1], flush=True)
     pathlib.Path(path).write_text("\n".join(lines) + "\n")

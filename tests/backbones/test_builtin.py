@@ -151,9 +151,7 @@ def test_names_are_suggested():
 
 @pytest.fixture(scope="module")
 def fitted():
-    return model(features="full", gradient_layers=["conv1"], max_iter=3, tol=1.0).fit(
-        PIXELS, LABELS
-    )
+    return model().fit(PIXELS, LABELS)
 
 
 def test_file_holds_no_weights_and_keeps_the_choice(fitted, tmp_path, monkeypatch):
@@ -167,12 +165,14 @@ def test_file_holds_no_weights_and_keeps_the_choice(fitted, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "X", [PIXELS[:, 0, :20], np.float32(PIXELS / 255).transpose(0, 2, 3, 1)], ids=["grey", "float"]
+    ("X", "features"),
+    [(PIXELS[:, 0, :20], "full"), (np.float32(PIXELS / 255).transpose(0, 2, 3, 1), "activation")],
+    ids=["grey", "float"],
 )
-def test_exported_model_takes_the_images_themselves(X, tmp_path):
+def test_exported_model_takes_the_images_themselves(X, features, tmp_path):
     pytest.importorskip("onnx")
     few = {"gradient_layers": ["conv1"], "max_iter": 3, "tol": 1.0}
-    estimator = model(features="full", **few).fit(X, LABELS)
+    estimator = model(features=features, **few).fit(X, LABELS)
     run = in_onnx_runtime(estimator.to_torch(), X, tmp_path / "model.onnx")
     np.testing.assert_allclose(run(X[:5]), estimator.predict_proba(X[:5]), rtol=1e-3, atol=1e-5)
 

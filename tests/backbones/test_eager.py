@@ -27,7 +27,7 @@ def test_module_that_cannot_be_captured():
     with pytest.warns(UserWarning, match="cannot be captured as a graph") as caught:
         model = estimator(Branching(), precision="float64", tol=1e-10, max_iter=200).fit(X, Y)
     assert len(caught) == 1
-    plain = estimator(tiny_net(), precision="float64", tol=1e-10, max_iter=200).fit(X, Y)
+    plain = estimator(precision="float64", tol=1e-10, max_iter=200).fit(X, Y)
     assert model.gradient_layers_ == [f"net.{name}" for name in plain.gradient_layers_]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -59,7 +59,7 @@ def test_too_many_blocks_without_a_graph():
 
 def test_activation_alone_needs_no_graph():
     model = estimator(Branching(), features="activation").fit(X, Y)
-    plain = estimator(tiny_net(), features="activation").fit(X, Y)
+    plain = estimator(features="activation").fit(X, Y)
     np.testing.assert_allclose(model.predict_proba(X), plain.predict_proba(X), atol=1e-5)
 
 

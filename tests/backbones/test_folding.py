@@ -59,8 +59,10 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    ("kind", "bias"),
+    [*((kind, True) for kind in CONVOLUTIONS), ("grouped", False), ("linear", False)],
+)
 @torch.no_grad()
 def test_folded_layer_follows_the_formula(kind, bias):
     """The weight is s W and the bias s (b - μ) + β, with s = γ / √(σ² + ε)."""

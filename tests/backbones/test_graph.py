@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from tests.tiny import X, Y, estimator, tiny_net
+from tests.tiny import NET, X, Y, estimator, tiny_net
 
 
 # --- the activation --------------------------------------------------------------------------
 def test_activation_layer():
-    net = tiny_net()
-    chosen = estimator(net, activation_layer="3").fit(X, Y)
+    chosen = estimator(activation_layer="3").fit(X, Y)
     assert chosen.coef_.shape == (3, 6)
     np.testing.assert_allclose(  # the two differ by who takes the mean
-        chosen.predict_proba(X), estimator(net).fit(X, Y).predict_proba(X), atol=1e-3
+        chosen.predict_proba(X), estimator().fit(X, Y).predict_proba(X), atol=1e-3
     )
-    lower = estimator(net, activation_layer="1").fit(X, Y)
+    lower = estimator(activation_layer="1").fit(X, Y)
     assert lower.coef_.shape == (3, 4)
     assert lower.gradient_layers_ == ["0.weight", "0.bias"]
-    cut = estimator(tiny_net()[:2]).fit(X, Y)
+    cut = estimator(NET[:2]).fit(X, Y)
     np.testing.assert_allclose(lower.predict_proba(X), cut.predict_proba(X), atol=1e-5)
 
 
@@ -47,30 +47,26 @@ def test_activation_layer_that_is_not_used():
 
 @pytest.mark.parametrize("n_axes", [0, 1, 2])
 def test_activation_is_averaged_over_further_axes(n_axes):
-    net = tiny_net()[:4]
     tail = {0: [nn.AdaptiveAvgPool2d(1), nn.Flatten()], 1: [nn.Flatten(2)], 2: []}[n_axes]
-    model = estimator(nn.Sequential(*net, *tail)).fit(X, Y)
+    model = estimator(nn.Sequential(*NET[:4], *tail)).fit(X, Y)
     assert model.coef_.shape == (3, 6)
-    expected = estimator(tiny_net()).fit(X, Y).predict_proba(X)
+    expected = estimator().fit(X, Y).predict_proba(X)
     np.testing.assert_allclose(model.predict_proba(X), expected, atol=1e-3)
 
 
 def test_activation_layer_of_a_compiled_module():
-    network = tiny_net()
-    model = estimator(torch.compile(network, backend="eager"), activation_layer="3").fit(X, Y)
-    plain = estimator(network, activation_layer="3").fit(X, Y)
+    model = estimator(torch.compile(NET, backend="eager"), activation_layer="3").fit(X, Y)
+    plain = estimator(activation_layer="3").fit(X, Y)
     assert np.array_equal(model.coef_, plain.coef_)
 
 
 def test_full_classification_network_by_its_pooling():
-    from torchvision.models import resnet18
-
     torch.manual_seed(0)
-    whole = resnet18(num_classes=5)
+    whole = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
     headless = copy.deepcopy(whole)
     headless.fc = nn.Identity()
     images = np.random.default_rng(0).random((12, 3, 32, 32)).astype(np.float32)
-    options = {"gradient_layers": "layer2.1.conv2", "alpha": 0.1, "gradient_alpha": 0.1}
+    options = {"gradient_layers": "layer2.0.downsample.0", "alpha": 0.1, "gradient_alpha": 0.1}
     by_name = estimator(whole, activation_layer="avgpool", **options).fit(images, Y[:12])
     cut = estimator(headless, **options).fit(images, Y[:12])
     assert by_name.gradient_layers_ == cut.gradient_layers_
@@ -129,11 +125,12 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("pattern", ["first.weight", "third.weight"])
 def test_tied_parameters_have_the_name_of_named_parameters(pattern):
-    model = estimator(Tied(), gradient_layers=pattern).fit(X, Y)
+    net = Tied()
+    model = estimator(net, gradient_layers=pattern).fit(X, Y)
     assert model.gradient_layers_ == ["first.weight"]
-    every = estimator(Tied(), gradient_layers="all").fit(X, Y).gradient_layers_
-    assert sorted(every) == sorted(name for name, _ in Tied().named_parameters())
-    assert set(estimator(Tied(), gradient_layers="third").fit(X, Y).gradient_layers_) == {
+    every = estimator(net, gradient_layers="all").fit(X, Y).gradient_layers_
+    assert sorted(every) == sorted(name for name, _ in net.named_parameters())
+    assert set(estimator(net, gradient_layers="third").fit(X, Y).gradient_layers_) == {
         "first.weight",
         "third.bias",
     }

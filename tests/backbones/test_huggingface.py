@@ -58,6 +58,7 @@ def activations(name, batch):
 
 PIXELS = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 IMAGES, SOUNDS, TEXTS = images(), sounds(), texts()
+TOKENS = torch.ones(3, 2, 32, dtype=torch.int64)  # as many as of the texts
 
 
 # --- what the activation is ------------------------------------------------------------------
@@ -213,9 +214,9 @@ def test_image_transform(processor, exported, size):
         ("vit", PIXELS, r"model\.(encoder\.)?layers?\.1\."),
         ("dinov2", PIXELS, r"model\.encoder\.layer\.1\."),
         ("clip", PIXELS, r"model\.encoder\.layers\.1\."),
-        ("bert", torch.ones(3, 2, 7, dtype=torch.int64), r"model\.encoder\.layer\.1\."),
-        ("gpt2", torch.ones(3, 2, 7, dtype=torch.int64), r"model\.h\.1\."),
-        ("wav2vec2", torch.rand(3, 800), r"model\.encoder\.layers\.1\."),
+        ("bert", TOKENS, r"model\.encoder\.layer\.1\."),
+        ("gpt2", TOKENS[..., :7], r"model\.h\.1\."),
+        ("wav2vec2", torch.from_numpy(SOUNDS[:3]), r"model\.encoder\.layers\.1\."),
         ("ast", torch.rand(3, 64, 32), r"model\.(encoder\.)?layers?\.1\."),
     ],
 )
@@ -230,13 +231,15 @@ def test_the_last_gradient_layers_are_the_last_block(named, model, batch, last):
     assert frozen.fingerprint.portable
 
 
-KINDS = [("dinov2", IMAGES), ("bert", TEXTS), ("wav2vec2", SOUNDS)]
+KINDS = {"dinov2": IMAGES, "bert": TEXTS, "wav2vec2": SOUNDS}
+# A loaded model captures the network again.
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("dinov2", "wav2vec2")]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=[model for model, _ in KINDS])
+@pytest.fixture(scope="module", params=KINDS)
 def fitted(request, named):
-    model, X = request.param
-    return estimator(named(model), alpha=1e-2, gradient_alpha=1.0).fit(X, LABELS), X
+    X = KINDS[request.param]
+    return estimator(named(request.param), alpha=1e-2, gradient_alpha=1.0).fit(X, LABELS), X
 
 
 def test_fit_learns(fitted):
@@ -257,6 +260,7 @@ def test_contributions(fitted):
     assert np.isfinite(display.activation).all()
 
 
+@pytest.mark.parametrize("fitted", ["dinov2", "bert", SLOW[1]], indirect=True)
 def test_save_and_load(fitted, tmp_path):
     model, X = fitted
     model.save(tmp_path / "model")
@@ -264,6 +268,7 @@ def test_save_and_load(fitted, tmp_path):
     assert np.array_equal(load(tmp_path / "model").predict_proba(X), model.predict_proba(X))
 
 
+@pytest.mark.parametrize("fitted", ["bert", *SLOW], indirect=True)
 def test_pickle(fitted):
     model, X = fitted
     again = pickle.loads(pickle.dumps(model))

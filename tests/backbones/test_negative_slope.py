@@ -1,5 +1,6 @@
 """``negative_slope``: ReLUs of the head with a slope, against networks written with it."""
 
+import functools
 import pickle
 
 import numpy as np
@@ -56,12 +57,18 @@ class Net(nn.Module):
         return self.relu(self.top(x))
 
 
+@functools.cache
+def net(kind="relu", slope=None):
+    """Return a network that all tests share, and so its captured graph."""
+    return Net(kind, slope)
+
+
 @pytest.mark.parametrize("kind", ["relu", "relu6", "hardtanh", "leaky"])
 def test_classifier_is_that_of_the_leaky_network(kind):
     """ReLUs below and beside the gradient layer stay as they are."""
-    model = GradientFeatureClassifier(Net(kind), negative_slope=SLOPE, **OPTIONS).fit(X, Y)
-    expected = GradientFeatureClassifier(Net(kind, SLOPE), **OPTIONS).fit(X, Y)
-    plain = GradientFeatureClassifier(Net(kind), **OPTIONS).fit(X, Y)
+    model = GradientFeatureClassifier(net(kind), negative_slope=SLOPE, **OPTIONS).fit(X, Y)
+    expected = GradientFeatureClassifier(net(kind, SLOPE), **OPTIONS).fit(X, Y)
+    plain = GradientFeatureClassifier(net(kind), **OPTIONS).fit(X, Y)
     found = model.decision_function(X)
     np.testing.assert_allclose(found, expected.decision_function(X), atol=1e-6)
     assert abs(found - plain.decision_function(X)).max() > 1e-2
@@ -72,27 +79,26 @@ def test_classifier_is_that_of_the_leaky_network(kind):
 
 def test_regressor():
     y = np.random.default_rng(1).normal(size=(N, 2))
-    model = GradientFeatureRegressor(Net(), negative_slope=SLOPE, **OPTIONS).fit(X, y)
-    expected = GradientFeatureRegressor(Net(slope=SLOPE), **OPTIONS).fit(X, y)
+    model = GradientFeatureRegressor(net("relu"), negative_slope=SLOPE, **OPTIONS).fit(X, y)
+    expected = GradientFeatureRegressor(net("relu", SLOPE), **OPTIONS).fit(X, y)
     np.testing.assert_allclose(model.predict(X), expected.predict(X), atol=1e-6)
 
 
 def test_slope_of_zero_is_a_plain_relu():
-    model = GradientFeatureClassifier(Net("leaky"), negative_slope=0, **OPTIONS).fit(X, Y)
-    expected = GradientFeatureClassifier(Net("relu"), **OPTIONS).fit(X, Y)
+    model = GradientFeatureClassifier(net("leaky"), negative_slope=0, **OPTIONS).fit(X, Y)
+    expected = GradientFeatureClassifier(net("relu"), **OPTIONS).fit(X, Y)
     np.testing.assert_allclose(model.decision_function(X), expected.decision_function(X), atol=1e-6)
 
 
 def test_without_gradients_there_is_no_head():
     options = {**OPTIONS, "features": "activation"}
-    model = GradientFeatureClassifier(Net(), negative_slope=SLOPE, **options).fit(X, Y)
-    plain = GradientFeatureClassifier(Net(), **options).fit(X, Y)
+    model = GradientFeatureClassifier(net("relu"), negative_slope=SLOPE, **options).fit(X, Y)
+    plain = GradientFeatureClassifier(net("relu"), **options).fit(X, Y)
     assert np.array_equal(model.coef_, plain.coef_)
 
 
 def test_round_trips(tmp_path):
-    net = Net()
-    model = GradientFeatureClassifier(net, negative_slope=SLOPE, **OPTIONS).fit(X, Y)
+    model = GradientFeatureClassifier(net("relu"), negative_slope=SLOPE, **OPTIONS).fit(X, Y)
     expected = model.predict_proba(X)
     model.save(tmp_path / "model.gf")
     stored = load(tmp_path / "model.gf", backbone=Net())
@@ -106,15 +112,15 @@ def test_round_trips(tmp_path):
 def test_searched():
     """The slopes of a grid share what the frozen layers compute."""
     grid = {"negative_slope": [None, 0.1, 0.5]}
-    model = GradientFeatureClassifier(Net(), **{**OPTIONS, "tol": 1e-4})
+    model = GradientFeatureClassifier(net("relu"), **{**OPTIONS, "tol": 1e-4})
     search = GridSearchCV(model, grid, cv=2, error_score="raise").fit(X, Y)
     scores = search.cv_results_["mean_test_score"]
     for slope, score in zip(grid["negative_slope"][1:], scores[1:], strict=True):
-        alone = GridSearchCV(model.set_params(backbone=Net(slope=slope)), {"tol": [1e-4]}, cv=2)
+        alone = GridSearchCV(model.set_params(backbone=net("relu", slope)), {"tol": [1e-4]}, cv=2)
         assert alone.fit(X, Y).best_score_ == score
     options = {"alphas": [0.02], "gradient_alphas": [0.01], "cv": 2, "gradient_layers": "middle"}
     options |= {"scoring": "accuracy", "precision": "float64"}
-    own = GradientFeatureClassifierCV(Net(), negative_slope=0.5, **options)
+    own = GradientFeatureClassifierCV(net("relu"), negative_slope=0.5, **options)
     assert own.fit(X, Y).best_score_ == scores[2]
 
 
@@ -151,4 +157,4 @@ def test_network_without_a_graph():
 @pytest.mark.parametrize("slope", [-0.1, 1, "relu"])
 def test_slopes_out_of_range(slope):
     with pytest.raises(ValueError, match="negative_slope"):
-        GradientFeatureClassifier(Net(), negative_slope=slope, **OPTIONS).fit(X, Y)
+        GradientFeatureClassifier(net("relu"), negative_slope=slope, **OPTIONS).fit(X, Y)

@@ -34,7 +34,7 @@ from tests.cache.stores import (
     passes,
 )
 from tests.counting import Halved
-from tests.tiny import X, Y, data, estimator, tiny_net
+from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
 GRID = {"alpha": np.geomspace(1, 100, 8)}
 
@@ -57,8 +57,14 @@ def test_grid_search_passes_every_sample_once(counted, path, monkeypatch, kind, 
 
 def test_workers_share_among_their_tasks(counted):
     with joblib.parallel_config("loky", inner_max_num_threads=1):
-        GridSearchCV(model(counted), GRID, cv=5, n_jobs=2).fit(X, Y)
+        parallel = GridSearchCV(model(counted), GRID, cv=5, n_jobs=2).fit(X, Y)
     assert passes(counted) <= 3 * len(X)  # two workers, and the fit at the end
+    alone = GridSearchCV(model(counted), GRID, cv=5).fit(X, Y)
+    assert alone.best_params_ == parallel.best_params_
+    for i in range(5):
+        split = f"split{i}_test_score"
+        assert np.array_equal(alone.cv_results_[split], parallel.cv_results_[split])
+    assert np.array_equal(alone.predict_proba(X), parallel.predict_proba(X))
 
 
 def test_store_does_not_change_results(counted, path):
@@ -181,7 +187,8 @@ SAMENESS = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_change_is_computed_again(counted, path, change):
-    features = model(counted, tiny_net(), feature_store=path).fit(X, Y)
+    network = copy.deepcopy(NET) if "weights" in change else NET
+    features = model(counted, network, feature_store=path).fit(X, Y)
     changed = CHANGES[change](features).fit(X, Y)
     assert passes(counted) == 48
     alone = clone(changed).set_params(feature_store=None).fit(X, Y)
@@ -317,7 +324,7 @@ def test_equal_networks_keep_what_they_share():
 
 def test_pickle_has_no_stored_tensors():
     images, y = data(300)
-    small, large = (estimator(tiny_net()).fit(images[:n], y[:n]) for n in (30, 300))
+    small, large = (estimator().fit(images[:n], y[:n]) for n in (30, 300))
     assert abs(len(pickle.dumps(small)) - len(pickle.dumps(large))) < 2000
 
 

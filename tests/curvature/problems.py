@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from sklearn_gradfeat.backbones._frozen import FrozenBackbone
+from sklearn_gradfeat.backbones import freeze
 from sklearn_gradfeat.linearized import (
     LinearizedHead,
     Multinomial,
@@ -51,7 +51,7 @@ def image_term(kind, n=40, n_outputs=3, alpha=1e-4, batch_size=16):
     """Return the gradient term of one of the networks of tests.networks, and its boundary."""
     module, names = build(kind)
     images = normal(n, 2, 5, 5)
-    network = FrozenBackbone(module, images[:2], torch.float64, None).network(names)
+    network = freeze(module, images[:2], torch.float64, None).network(names)
     boundary = network.trunk(images)
     head = LinearizedHead(network.head, network.parameters, "ntk")
     width = head.activation(boundary).shape[1]

@@ -31,7 +31,7 @@ def data():
 X, y = data()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def network():
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -295,7 +295,7 @@ def test_search_decodes_only_the_files_it_uses(folder, decoded):
     assert sorted(decoded) == sorted(X_test.paths)
 
 
-@pytest.mark.parametrize("n_jobs", [1, 2])
+@pytest.mark.parametrize("n_jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_pipelines_and_cross_validation(folder, n_jobs):
     X, y = tiny_images(folder)
     pipeline = Pipeline([("model", estimator())])

@@ -229,6 +229,14 @@ def test_clone_and_pickle(fitted):
 
 def test_grid_search():
     model, grid = pipeline(features="activation"), {"tokens__max_length": [3, 8]}
+    search = GridSearchCV(model, grid, cv=2).fit(pd.Series(TEXTS), LABELS)
+    alone = model.set_params(**search.best_params_).fit(TEXTS, LABELS)
+    assert np.array_equal(search.predict_proba(TEXTS), alone.predict_proba(TEXTS))
+
+
+@pytest.mark.slow
+def test_grid_search_in_processes():
+    model, grid = pipeline(features="activation"), {"tokens__max_length": [3, 8]}
     alone, parallel = (
         GridSearchCV(model, grid, cv=2, n_jobs=n).fit(pd.Series(TEXTS), LABELS) for n in (1, 2)
     )

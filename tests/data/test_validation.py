@@ -122,7 +122,7 @@ def test_columns_that_are_not_numeric_are_named(bad, names):
     match = rf"Columns of X are not numeric: {re.escape(names)}\. .*OneHotEncoder.*TextTokenizer"
     with pytest.raises(ValueError, match=match):
         GradientFeatureClassifier(alpha=1e-4, gradient_alpha=1e-4).fit(bad, Y)
-    numeric = GradientFeatureClassifier(features="activation", alpha=1.0)
+    numeric = GradientFeatureClassifier(nn.Identity(), features="activation", alpha=1.0)
     numeric.fit(np.random.default_rng(0).normal(size=bad.shape), Y)
     with pytest.raises(ValueError, match=match), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the names of the columns were not known in fit

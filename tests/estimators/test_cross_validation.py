@@ -36,7 +36,7 @@ from sklearn_gradfeat import (
 )
 from sklearn_gradfeat.data import Rows
 from sklearn_gradfeat.estimators import _cross_validation
-from tests.tiny import NET, X, Y, data, tiny_net
+from tests.tiny import NET, X, Y, data
 
 pytestmark = pytest.mark.filterwarnings("ignore:The best of .* at an end of the list:UserWarning")
 
@@ -96,8 +96,21 @@ def assert_same(model, search, scores, rtol=1e-4):
         assert np.array_equal(model.gradient_coef_[name], value), name
 
 
-@pytest.mark.parametrize("features", ["full", "gradient"])
-@pytest.mark.parametrize("y", [CLASSES, CLASSES > 0, LABELS], ids=["many", "two", "labels"])
+@pytest.mark.parametrize(
+    ("features", "y"),
+    [
+        ("full", CLASSES),
+        ("full", LABELS),
+        ("gradient", CLASSES > 0),
+        pytest.param("full", CLASSES > 0, marks=pytest.mark.slow),
+        pytest.param("gradient", CLASSES, marks=pytest.mark.slow),
+        pytest.param("gradient", LABELS, marks=pytest.mark.slow),
+    ],
+    ids=[
+        *("full-many", "full-labels", "gradient-two"),
+        *("full-two", "gradient-many", "gradient-labels"),
+    ],
+)
 def test_classifier_against_grid_search(features, y):
     scoring = "neg_log_loss" if y.ndim == 1 else log_likelihood
     model = classifier(**GRID, features=features, scoring=scoring, **TIGHT).fit(IMAGES, y)
@@ -105,9 +118,24 @@ def test_classifier_against_grid_search(features, y):
     assert_same(model, *grid_search(model, IMAGES, y))
 
 
-@pytest.mark.parametrize("features", ["full", "gradient"])
-@pytest.mark.parametrize("loss", ["squared_error", "huber"])
-@pytest.mark.parametrize("y", [REAL, SEVERAL], ids=["one", "several"])
+@pytest.mark.parametrize(
+    ("features", "loss", "y"),
+    [
+        ("full", "squared_error", SEVERAL),
+        ("gradient", "squared_error", REAL),
+        ("full", "huber", REAL),
+        pytest.param("full", "squared_error", REAL, marks=pytest.mark.slow),
+        pytest.param("gradient", "squared_error", SEVERAL, marks=pytest.mark.slow),
+        pytest.param("full", "huber", SEVERAL, marks=pytest.mark.slow),
+        pytest.param("gradient", "huber", REAL, marks=pytest.mark.slow),
+        pytest.param("gradient", "huber", SEVERAL, marks=pytest.mark.slow),
+    ],
+    ids=[
+        *("full-squared-several", "gradient-squared-one", "full-huber-one", "full-squared-one"),
+        *("gradient-squared-several", "full-huber-several"),
+        *("gradient-huber-one", "gradient-huber-several"),
+    ],
+)
 def test_regressor_against_grid_search(features, loss, y):
     # Huber's loss is flat in places, so small gradients say less of the distance.
     options = {**TIGHT, "tol": 1e-12 if loss == "squared_error" else 1e-20}
@@ -211,12 +239,13 @@ class Counting:
         return batch
 
 
-@pytest.mark.parametrize("store", ["auto", None])
-@pytest.mark.parametrize("kind", [classifier, regressor])
+@pytest.mark.parametrize(
+    ("kind", "store"), [(classifier, "auto"), (classifier, None), (regressor, "auto")]
+)
 def test_trunk_sees_every_sample_once(kind, store):
     Counting.seen = 0
     grid = {"alphas": 3, "gradient_alphas": 2, "cv": 3, "tol": 0.1}
-    model = kind(tiny_net(), preprocess=Counting(), feature_store=store, batch_size=5, **grid)
+    model = kind(preprocess=Counting(), feature_store=store, batch_size=5, **grid)
     model.fit(X, Y if kind is classifier else TARGETS)
     assert Counting.seen == len(X) + 2  # two samples show the shape of a batch
 
@@ -224,7 +253,7 @@ def test_trunk_sees_every_sample_once(kind, store):
 def test_grid_search_without_store_passes_them_for_every_fit():
     Counting.seen = 0
     plain = GradientFeatureClassifier(
-        tiny_net(), preprocess=Counting(), feature_store=None, alpha=1e-4, gradient_alpha=1e-4
+        NET, preprocess=Counting(), feature_store=None, alpha=1e-4, gradient_alpha=1e-4
     )
     GridSearchCV(plain, {"alpha": [0.1, 1.0]}, cv=2).fit(X, Y)
     assert Counting.seen >= 3 * len(X)
@@ -242,7 +271,7 @@ def parts_without(rows, folds):
 @pytest.mark.parametrize("kind", [classifier, regressor])
 def test_weight_zero_is_absence(kind):
     y = Y if kind is classifier else TARGETS
-    folds = list(KFold(3, shuffle=True, random_state=0).split(X))
+    folds = list(KFold(2, shuffle=True, random_state=0).split(X))
     kept = WEIGHTS > 0
     for penalties in ((1, 1), ([1.0, 0.1], [0.3, 0.03])):
         grid = {"alphas": penalties[0], "gradient_alphas": penalties[1]}

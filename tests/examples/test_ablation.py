@@ -1,5 +1,6 @@
 """Random parts of the linear model in examples/benchmarks, against a dense Jacobian."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,13 @@ def y():
 def networks(scripts, kind):
     """Return the activations' network, the gradients' network, both in one, and θ₂."""
     (module, names), (other, _) = build(kind), build(kind, seed=1)
-    elsewhere = scripts("_ablation").GradientsElsewhere(module, other)
-    return module, other, elsewhere, names
+    return module, other, together(scripts("_ablation").GradientsElsewhere, kind), names
+
+
+@functools.cache
+def together(gradients_elsewhere, kind):
+    """Return both networks in one, which all tests share, and so its captured graph."""
+    return gradients_elsewhere(build(kind)[0], build(kind, seed=1)[0])
 
 
 def explicit(module, other, names, omega, X):

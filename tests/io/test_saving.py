@@ -121,9 +121,10 @@ def test_predictions_are_the_same_to_the_last_bit(features, path):
     ids=lambda y: f"{getattr(y, 'dtype', '')}-{np.ndim(y)}",
 )
 def test_every_kind_of_label(y, path):
-    model = estimator(features="activation").fit(X, y)
+    network = nn.Sequential(nn.Flatten())
+    model = estimator(network, features="activation").fit(X, y)
     model.save(path)
-    loaded = load(path, NET)
+    loaded = load(path, network)
     assert loaded.classes_.dtype == model.classes_.dtype
     assert np.array_equal(loaded.predict(X), model.predict(X))
     assert same(model, loaded)
@@ -243,7 +244,7 @@ def test_path_of_a_store(path, tmp_path):
 
 
 def test_refit_of_a_factory_has_the_weights_that_were_passed(path):
-    options = {"alpha": 1e-3, "random_state": 0}
+    options = {"alpha": 1e-3, "gradient_alpha": 1e-3, "random_state": 0}
     model = GradientFeatureClassifier(random_net, **options).fit(X, Y)
     model.save(path)
     again = clone(load(path, random_net())).fit(X, Y)

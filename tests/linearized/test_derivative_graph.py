@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from sklearn_gradfeat.backbones._frozen import FrozenBackbone
+from sklearn_gradfeat.backbones import freeze
 from sklearn_gradfeat.linearized import LinearizedHead, UntraceableError, linearized_graph
 from tests.backbones.test_architectures import LAST
 from tests.backbones.test_architectures import build as build_architecture
@@ -14,7 +14,7 @@ from tests.networks import NETWORKS, build
 
 def check_graph(module, x, names, sizes=(1, 2, 5), **tolerance):
     """Compare a linearised graph with forward mode, for batches of several sizes."""
-    backbone = FrozenBackbone(module.eval(), x[:2], x.dtype, None)
+    backbone = freeze(module.eval(), x[:2], x.dtype, None)
     network = backbone.network(names or backbone.choose("all"))
     values = tuple(network.parameters.values())
     generator = torch.Generator().manual_seed(0)
@@ -41,23 +41,22 @@ def test_graph_of_every_kind_of_network(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "options", "names"),
     [
-        ("Conv1d", {"padding": "same"}),
-        ("Conv2d", {"groups": 2, "dilation": 2, "bias": False}),
-        ("Conv3d", {"padding": 1, "stride": 2}),
-        ("ConvTranspose1d", {"stride": 2}),
-        ("ConvTranspose2d", {"output_padding": 1, "stride": 2}),
-        ("ConvTranspose3d", {}),
+        ("Conv1d", {"padding": "same"}, None),
+        ("Conv2d", {"groups": 2, "dilation": 2, "bias": False}, None),
+        ("Conv3d", {"padding": 1, "stride": 2}, None),
+        ("Conv3d", {"padding": 1, "stride": 2}, ["0.bias"]),
+        ("ConvTranspose1d", {"stride": 2}, None),
+        ("ConvTranspose2d", {"output_padding": 1, "stride": 2}, None),
+        ("ConvTranspose2d", {"output_padding": 1, "stride": 2}, ["0.bias"]),
+        ("ConvTranspose3d", {}, None),
     ],
 )
-@pytest.mark.parametrize("names", [None, ["0.bias"]], ids=["all", "bias"])
 def test_graph_of_convolutions(kind, options, names):
     torch.manual_seed(0)
     dims = int(kind[-2])
     layer = getattr(nn, kind)(2, 4, 3, **options)
-    if names and layer.bias is None:
-        pytest.skip("no bias")
     net = nn.Sequential(layer, nn.SiLU(), getattr(nn, f"Conv{dims}d")(4, 3, 1)).double()
     check_graph(net, torch.randn(5, 2, *[5] * dims, dtype=torch.float64), names)
 
@@ -114,7 +113,7 @@ class ChannelsLast(nn.Module):
         return self.pool(self.mix(x.permute(0, 2, 3, 1)).tanh().permute(0, 3, 1, 2)).flatten(1)
 
 
-@pytest.mark.parametrize("size", [1, 2, (1, 3)])
+@pytest.mark.parametrize("size", [1, (2, 3)])
 def test_graph_of_pooling(size):
     torch.manual_seed(0)
     x = torch.randn(5, 3, 4, 6, dtype=torch.float64)
@@ -157,6 +156,6 @@ def test_derivatives_of_one_batch_size(monkeypatch):
 @pytest.mark.parametrize("name", LAST)
 def test_graph_of_architectures(name):
     module, x = build_architecture(name)
-    backbone = FrozenBackbone(module, x[:2], torch.float32, None)
+    backbone = freeze(module, x[:2], torch.float32, None)
     names = backbone.choose("last")
     check_graph(module, x, names, (1, 3), rtol=1e-3, atol=1e-3)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sklearn_gradfeat.backbones import freeze
 from sklearn_gradfeat.backbones._eager import module_out_channels
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead
@@ -22,7 +23,7 @@ def images():
 def linearized(kind, images, parametrization="standard"):
     module, names = build(kind)
     x = torch.tensor(images)
-    network = FrozenBackbone(module, x[:2], torch.float64, None).network(names)
+    network = freeze(module, x[:2], torch.float64, None).network(names)
     head = LinearizedHead(network.head, network.parameters, parametrization)
     return head, network.trunk(x), module
 

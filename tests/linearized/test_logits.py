@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.backbones._frozen import FrozenBackbone
+from sklearn_gradfeat.backbones import freeze
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, linear_logits
 from tests.networks import NETWORKS, build
 from tests.oracles import dense_jacobian
@@ -30,7 +30,7 @@ def linearized(request):
     """Return a head, the inputs of it, and activations and Jacobians of all samples."""
     module, names = build(request.param)
     x = normal(5, 2, 5, 5, seed=4)
-    network = FrozenBackbone(module, x[:2], torch.float64, None).network(names)
+    network = freeze(module, x[:2], torch.float64, None).network(names)
     head = LinearizedHead(network.head, network.parameters, "standard")
     boundary = (x,) if network.trunk is None else network.trunk(x)
     if request.param == "residual":  # dense Jacobians are those of networks without batch norm
