@@ -49,19 +49,20 @@ N_POOL = 12_000
 
 
 class Problem(NamedTuple):
-    """A network, its gradient layers, and how many blocks "several layers" have."""
+    """A network, its gradient layers, and the layers of "several layers"."""
 
     network: str
     gradient_layers: int
     n_train: int
-    n_blocks: int
+    layers: int | list[str]
 
 
+EFFICIENTNET = [*(f"_blocks.{i}" for i in range(8, 16)), "_avg_pooling"]
 PROBLEMS = {
-    "efficientnet-head": Problem("efficientnet", 1, 1000, 8),
-    "efficientnet-1": Problem("efficientnet", 2, 1000, 8),
-    "efficientnet-3": Problem("efficientnet", 4, 1000, 8),
-    "efficientnet-6": Problem("efficientnet", 7, 1000, 8),
+    "efficientnet-head": Problem("efficientnet", 1, 1000, EFFICIENTNET),
+    "efficientnet-1": Problem("efficientnet", 2, 1000, EFFICIENTNET),
+    "efficientnet-3": Problem("efficientnet", 4, 1000, EFFICIENTNET),
+    "efficientnet-6": Problem("efficientnet", 7, 1000, EFFICIENTNET),
     "rotation-1": Problem("convnet-rotation", 1, 2000, 3),
     "rotation-2": Problem("convnet-rotation", 2, 2000, 3),
     "vae-1": Problem("convnet-vae", 1, 2000, 3),
@@ -143,7 +144,7 @@ def fine_tuned(start, z, codes, epochs, seed):
 def estimators(problem, network):
     """Return the estimators by name."""
     common = {**network, "gradient_layers": problem.gradient_layers}
-    several = {**common, "activation_layer": problem.n_blocks}
+    several = {**common, "activation_layer": problem.layers}
     found = {
         "activation": {**common, "features": "activation"},
         "activation of several layers": {**several, "features": "activation"},
@@ -258,7 +259,7 @@ def main(arguments=None):
     arguments = parser.parse_args(arguments)
     if arguments.table is not None:
         return print(table(json.loads(arguments.table.read_text())["rows"]))
-    arguments.models = {"activation", *arguments.models}
+    arguments.models = list(dict.fromkeys(["activation", *arguments.models]))
     rows = []
     for name in arguments.problems:
         images = PROBLEMS[name].network != "sentences"
@@ -270,10 +271,7 @@ def main(arguments=None):
             for row in compare(name, arguments, seed):
                 rows.append(row)
                 print({k: v for k, v in row.items() if not k.startswith("correct")}, flush=True)
-                save(
-                    rows,
-                    argparse.Namespace(**{**vars(arguments), "models": sorted(arguments.models)}),
-                )
+                save(rows, arguments)
     return print(table(rows) if rows else "There is nothing to measure.")
 
 
