@@ -30,7 +30,6 @@ from torch import Tensor
 from sklearn_gradfeat.curvature import leave_one_out, tangent_gram
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Squared, to_numpy
 from sklearn_gradfeat.solvers import newton
-from sklearn_gradfeat.training._penalties import FLAT
 from sklearn_gradfeat.training._problem import Problem
 from sklearn_gradfeat.training._relinearization import relinearized
 from sklearn_gradfeat.training._two_stage_fit import FirstStage, Prepared, TwoStageFit
@@ -49,6 +48,8 @@ _MAX_DENSE = 400
 # Models of a path that are kept, for later fits to start from.
 _KEPT = 4
 _MAX_LINEARIZATIONS = 10
+# A linearisation that lowers the loss by a smaller share is not worth its time.
+_GAIN = 5e-3
 
 Array = npt.NDArray[np.float64]
 
@@ -347,7 +348,7 @@ class Relinearized:
             mean = float(np.average(losses, weights=self.weights))
             if self._n_linearizations is not None and number < last - 1:
                 mean = math.inf  # this is not the number that was asked for
-            if not best.size or mean < (1 - FLAT) * smallest:
+            if not best.size or mean < (1 - _GAIN) * smallest:
                 best, smallest, number_of_best = losses, mean, number
             falls = self._n_linearizations is not None or number - number_of_best < 2
             if number == last or not falls:
