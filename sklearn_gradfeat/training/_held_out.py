@@ -17,6 +17,7 @@ matrix of the gradient term, the term has the rows of ``A``, and the penalty sta
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -342,19 +343,35 @@ class Relinearized:
         """Return the mean losses of the distinct held-out samples for the best model."""
         if math.isinf(gradient_alpha):
             return self._folds.losses(alpha, gradient_alpha)
-        last = 2 * (self._n_linearizations or _MAX_LINEARIZATIONS)
-        best, smallest, number_of_best = np.empty(0), math.inf, 1
-        for number, losses in enumerate(self._folds.relinearized(alpha, gradient_alpha), 1):
-            mean = float(np.average(losses, weights=self.weights))
-            if self._n_linearizations is not None and number < last - 1:
-                mean = math.inf  # this is not the number that was asked for
+        models = self._folds.relinearized(alpha, gradient_alpha)
+        asked = self._n_linearizations
+        losses, number = (
+            self._while_it_falls(models) if asked is None else self._last(models, asked)
+        )
+        self._best[gradient_alpha] = number
+        return losses
+
+    def _while_it_falls(self, models: Iterator[Array]) -> tuple[Array, int]:
+        """Return the losses and the number of the best model, until two in turn are no better."""
+        best, smallest, number_of_best = np.empty(0), math.inf, 0
+        for number, losses in enumerate(itertools.islice(models, 2 * _MAX_LINEARIZATIONS), 1):
+            mean = self._mean(losses)
             if not best.size or mean < (1 - _GAIN) * smallest:
                 best, smallest, number_of_best = losses, mean, number
-            falls = self._n_linearizations is not None or number - number_of_best < 2
-            if number == last or not falls:
+            elif number - number_of_best == 2:
                 break
-        self._best[gradient_alpha] = number_of_best
-        return best
+        return best, number_of_best
+
+    def _last(self, models: Iterator[Array], n_linearizations: int) -> tuple[Array, int]:
+        """Return the losses and the number of the last linear model or the last moved network."""
+        last = 2 * n_linearizations
+        found = list(enumerate(itertools.islice(models, last), 1))[-2:]
+        number, losses = min(found, key=lambda pair: self._mean(pair[1]))
+        # A fit to other samples may go on where this one ended early.
+        return losses, last if number % 2 == 0 or len(found) == 1 else last - 1
+
+    def _mean(self, losses: Array) -> float:
+        return float(np.average(losses, weights=self.weights))
 
     def n_models(self, gradient_alpha: float) -> int:
         """Return the number of linear models and moved networks up to the best one.
