@@ -344,10 +344,8 @@ class Relinearized:
         if math.isinf(gradient_alpha):
             return self._folds.losses(alpha, gradient_alpha)
         models = self._folds.relinearized(alpha, gradient_alpha)
-        asked = self._n_linearizations
-        losses, number = (
-            self._while_it_falls(models) if asked is None else self._last(models, asked)
-        )
+        n = self._n_linearizations
+        losses, number = self._while_it_falls(models) if n is None else self._last(models, n)
         self._best[gradient_alpha] = number
         return losses
 

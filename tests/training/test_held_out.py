@@ -10,7 +10,13 @@ from sklearn.base import clone
 
 from sklearn_gradfeat import GradientFeatureRegressor
 from sklearn_gradfeat.training import TwoStageFit
-from sklearn_gradfeat.training._held_out import N_FOLDS, Folds, LeftOut, assign_folds
+from sklearn_gradfeat.training._held_out import (
+    N_FOLDS,
+    Folds,
+    LeftOut,
+    Relinearized,
+    assign_folds,
+)
 from tests.tiny import NET, X, Y, estimator
 
 
@@ -142,3 +148,66 @@ def test_where_leaving_out_has_no_closed_form():
     assert LeftOut.where_cheap(*held_out(model, X, Y * 1.0)).gram(1.0) is None
     model, rows, y = regression(n=1100)
     assert LeftOut.where_cheap(*held_out(model, rows, y)) is None
+
+
+# --- several linearisations ---------------------------------------------------------------------
+
+
+class Losses:
+    """Folds of one sample; the losses of linear models and moved networks are given."""
+
+    weights = np.ones(1)
+
+    def __init__(self, *losses):
+        self.given, self.n_computed = losses, 0
+
+    def losses(self, alpha, gradient_alpha):
+        return np.array([0.5])
+
+    def relinearized(self, alpha, gradient_alpha):
+        for loss in self.given:
+            self.n_computed += 1
+            yield np.array([loss])
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "n_computed"),
+    [
+        ((1.0, 0.8, 0.7, 0.9, 0.9, 0.1), 3, 5),
+        ((1.0, 2.0, 2.0, 0.1), 1, 3),
+        ((1.0, 2.0, 0.5, 0.4), 4, 4),
+        ((1.0, 0.999, 0.998, 0.1), 1, 3),  # gains that are too small
+        ((1.0,), 1, 1),
+        ((np.inf, 1.0), 2, 2),
+    ],
+)
+def test_linearizations_go_on_while_the_loss_falls(losses, best, n_computed):
+    folds = Losses(*losses)
+    held = Relinearized(folds, None)
+    assert held.losses(1.0, 1.0) == [losses[best - 1]]
+    assert (held.n_models(1.0), folds.n_computed) == (best, n_computed)
+
+
+@pytest.mark.parametrize(
+    ("losses", "n", "found", "n_models"),
+    [
+        ((0.1, 0.1, 0.9, 0.8, 0.0), 2, 0.8, 4),
+        ((0.1, 0.1, 0.7, 0.8, 0.0), 2, 0.7, 3),
+        ((0.3, 0.2, 0.9), 5, 0.2, 10),  # no move decreases the objective any further
+        ((0.3,), 5, 0.3, 10),
+    ],
+)
+def test_of_a_given_number_the_last_two_models_compete(losses, n, found, n_models):
+    held = Relinearized(Losses(*losses), n)
+    assert held.losses(1.0, 1.0) == [found]
+    assert held.n_models(1.0) == n_models
+
+
+def test_number_of_models_is_that_of_the_nearest_penalty():
+    held = Relinearized(Losses(1.0, 0.5, 0.5, 0.5), None)
+    held.losses(1.0, 1.0)
+    held._folds = Losses(1.0, 2.0, 2.0)
+    held.losses(1.0, 1e-2)
+    assert [held.n_models(g) for g in (10.0, 0.2, 0.05, 1e-9)] == [2, 2, 1, 1]
+    assert held.losses(1.0, math.inf) == [0.5]
+    assert held.n_models(math.inf) == 1
