@@ -16,7 +16,8 @@ table has the differences "full" minus "LogisticRegressionCV" or "RidgeCV", with
 of paired test samples.
 
 ``--cost`` measures another ratio instead: the time of a fit that chooses the penalties, in units of
-that of a fit with the chosen ones.
+that of a fit with the chosen ones. ``--tolerance`` measures the loss of "full" in units of that of
+the same model with ``tol=1e-8``.
 
     python examples/benchmarks/defaults.py --data cifar10.zip --output defaults.json
     python examples/benchmarks/defaults.py --problems wine diabetes --splits 1
@@ -68,6 +69,7 @@ from sklearn_gradfeat.linearized import LinearizedHead, to_numpy
 
 N_POOL, N_TEST = 15_000, 1_000
 BASELINES = ("LogisticRegressionCV", "RidgeCV")
+EXACT = 1e-8
 
 
 class Problem(NamedTuple):
@@ -348,6 +350,26 @@ def compare(name, problem, arguments):
             yield row
 
 
+def tolerance(name, problem, arguments):
+    """Iterate over the rows of a problem: the losses with the default ``tol`` and a small one."""
+    for number, split in enumerate(splits(problem, arguments.splits)):
+        model = fitted(estimators(problem)[0](**problem.network), split.X, split.y)[0]
+        chosen = {key: value[0] for key, value in penalties(model).items()}
+        losses = []
+        for tol in (model.tol, EXACT):
+            exact = clone(model).set_params(**chosen, tol=tol, max_iter=1000)
+            fitted(exact, split.X, split.y)
+            losses.append(float(evaluate(exact, split.X_test, split.y_test)[0].mean()))
+        yield {
+            "problem": name,
+            "split": number,
+            "n_train": len(split.X),
+            "losses": losses,
+            "loss_ratio": losses[0] / losses[1],
+            "penalties": chosen,
+        }
+
+
 def cost(name, problem, arguments):
     """Iterate over the rows of a problem: with the frozen layers, and without them."""
     split = next(splits(problem, 1))
@@ -392,6 +414,8 @@ def table(rows):
     """Return two Markdown tables: all models by problem, and the differences to scikit-learn."""
     if "trunk" in rows[0]:
         return cost_table(rows)
+    if "loss_ratio" in rows[0]:
+        return tolerance_table(rows)
     lines = ["| problem | samples | model | accuracy or R², % | loss | seconds |"]
     lines.append("|---|---:|---|---:|---:|---:|")
     differences = {}
@@ -416,6 +440,16 @@ def table(rows):
         differences["mean"] = [pooled(found) for found in zip(*differences.values(), strict=True)]
     for problem, (loss, score) in differences.items():
         lines.append(f"| {problem} | {signed(loss)} | {signed(score, 100)} |")
+    return "\n".join(lines)
+
+
+def tolerance_table(rows):
+    """Return the ratios of losses as a Markdown table."""
+    lines = ["| problem | samples | loss ÷ loss with tol=1e-8, by split |", "|---|---:|---|"]
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        chosen = [row for row in rows if row["problem"] == problem]
+        ratios = ", ".join(f"{row['loss_ratio']:.4f}" for row in chosen)
+        lines.append(f"| {problem} | {chosen[0]['n_train']} | {ratios} |")
     return "\n".join(lines)
 
 
@@ -453,13 +487,15 @@ def main(arguments=None):
     add("--oracle-samples", type=int, default=2000, help="most training samples of the oracle")
     add("--grid", type=int, nargs=2, default=[5, 4], help="penalties of the oracle, by term")
     add("--cost", action="store_true", help="measure the time of automatic penalties")
+    add("--tolerance", action="store_true", help="measure the effect of tol on the loss")
     add("--repeats", type=int, default=5, help="repeats of --cost")
     add("--output", type=Path, default=Path("defaults.json"))
     add("--table", type=Path, help="print the tables of this file, and fit nothing")
     arguments = parser.parse_args(arguments)
     if arguments.table is not None:
         return print(table(json.loads(arguments.table.read_text())["rows"]))
-    rows, measure = [], cost if arguments.cost else compare
+    rows = []
+    measure = cost if arguments.cost else tolerance if arguments.tolerance else compare
     for name in arguments.problems:
         problem = load(name, arguments.data)
         empty_store()

@@ -26,8 +26,8 @@ class Factory:
 
 @parametrize_with_checks(
     [
-        GradientFeatureClassifier(alpha=0.01, gradient_alpha=0.01),
-        GradientFeatureRegressor(alpha=0.01, gradient_alpha=0.01),
+        GradientFeatureClassifier(),
+        GradientFeatureRegressor(),
         GradientFeatureClassifierCV(alphas=[1.0, 0.01], gradient_alphas=[0.1], cv=2),
         GradientFeatureRegressorCV(alphas=[1.0, 0.01], gradient_alphas=[0.1], cv=2),
     ]
@@ -36,13 +36,15 @@ def test_estimator_checks(estimator, check):
     check(estimator)
 
 
-# These differ from the others in the choice of the penalties, in the loss, in the terms of the
-# model, in its precision or in its network alone.
+# These differ from the others in the choice of the penalties, in the number of linearisations, in
+# the loss, in the terms of the model, in its precision or in its network alone.
 @pytest.mark.slow
 @parametrize_with_checks(
     [
-        GradientFeatureClassifier(),
-        GradientFeatureRegressor(),
+        GradientFeatureClassifier(alpha=0.01, gradient_alpha=0.01),
+        GradientFeatureRegressor(alpha=0.01, gradient_alpha=0.01),
+        GradientFeatureClassifier(alpha=0.01, gradient_alpha=0.01, n_linearizations=3),
+        GradientFeatureClassifier(n_linearizations="auto"),
         GradientFeatureClassifier(Factory(), alpha=1e-4, gradient_alpha=1e-4),
         GradientFeatureClassifier(loss="squared", alpha=1e-4, gradient_alpha=1e-4),
         GradientFeatureRegressor(loss="huber", alpha=1e-4, gradient_alpha=1e-4),
