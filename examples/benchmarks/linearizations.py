@@ -189,7 +189,7 @@ def compare(name, arguments, seed):
             "alpha": fitted[model].alpha_, "gradient_alpha": fitted[model].gradient_alpha_,
             "n_linearizations": fitted[model].n_linearizations_,
         }  # fmt: skip
-        yield row(model, lambda _, x, e=estimator: e.decision_function(x), seconds, **known)
+        yield row(model, lambda _, x, e=estimator: e.predict_log_proba(x), seconds, **known)
     start = fitted["activation"]
     if "LogisticRegressionCV" in arguments.models:
         probe = LogisticRegressionCV(
@@ -199,7 +199,7 @@ def compare(name, arguments, seed):
         _, seconds = timed(probe.fit, start.transform(X), codes)
         yield row(
             "LogisticRegressionCV",
-            lambda _, x: probe.decision_function(start.transform(x)),
+            lambda _, x: probe.predict_log_proba(start.transform(x)),
             seconds,
         )
     if "AdamW" in arguments.models:

@@ -328,10 +328,13 @@ class Relinearized:
         The folds.
     n_linearizations : int or None
         Their number. None goes on until the loss does not fall any more.
+    negligible : float
+        The largest fall of the loss that counts as none, however small the loss.
     """
 
-    def __init__(self, folds: Folds, n_linearizations: int | None) -> None:
+    def __init__(self, folds: Folds, n_linearizations: int | None, negligible: float = 0.0) -> None:
         self._folds, self._n_linearizations = folds, n_linearizations
+        self._negligible = negligible
         self._best: dict[float, int] = {}
 
     @property
@@ -354,7 +357,8 @@ class Relinearized:
         best, smallest, number_of_best = np.empty(0), math.inf, 0
         for number, losses in enumerate(itertools.islice(models, 2 * _MAX_LINEARIZATIONS), 1):
             mean = self._mean(losses)
-            if not best.size or mean < (1 - _GAIN) * smallest:
+            gains = mean < (1 - _GAIN) * smallest and smallest - mean > self._negligible
+            if not best.size or gains:
                 best, smallest, number_of_best = losses, mean, number
             elif number - number_of_best == 2:
                 break

@@ -4,10 +4,11 @@
 2. ``gradient_alpha`` with that ``alpha``. The model without a gradient term competes.
 
 A path goes from strong to weak by powers of ten, until the loss rises clearly, or has not fallen
-twice in a row. Every fit starts from the one with the next stronger penalty. The path of ``alpha``
-starts at the largest curvature of the loss, that of ``gradient_alpha`` at the curvature along the
-first step of the second stage. So penalties follow the scale of the data. A path whose best value
-is its first goes on to stronger ones.
+twice in a row; falls by a ten-thousandth of the loss of the zero model do not count. Every fit
+starts from the one with the next stronger penalty. The path of ``alpha`` starts at the largest
+curvature of the loss, that of ``gradient_alpha`` at the curvature along the first step of the
+second stage. So penalties follow the scale of the data. A path whose best value is its first goes
+on to stronger ones.
 
 The choice is the strongest penalty whose loss is within half a standard error of the smallest one;
 the standard error is that of the difference, sample by sample. If that is the penalty with the
@@ -49,6 +50,8 @@ _CLEAR = 0.02
 # Standard errors that a stronger penalty may be worse.
 _TOLERATED = 0.5
 _MAX_STEPS = 8  # down, and as many up
+# A fall of the loss by a smaller share of that of the zero model counts as none.
+_NEGLIGIBLE = 1e-4
 
 
 class Choice(NamedTuple):
@@ -94,6 +97,9 @@ def choose_penalties(
         gradient_alpha = math.inf
     if gradient_alpha == math.inf:
         n_linearizations = 1
+    loss = stages.loss
+    zero = loss.weights.new_zeros(len(loss.weights), loss.n_outputs)
+    negligible = _NEGLIGIBLE * loss.value(zero)
     if alpha is None or gradient_alpha is None or n_linearizations is None:
         if progress is not None:
             progress.search()
@@ -103,17 +109,17 @@ def choose_penalties(
         alpha = _alpha_by_scale(stages)
         if held_out is not None:
             objective = stages.objective(0.0, stages.samples.activation, None)
-            path = _Path(held_out, lambda a: (a, math.inf), progress)
+            path = _Path(held_out, lambda a: (a, math.inf), progress, negligible)
             alpha = path.best_from(largest_curvature(objective) or 1.0)
             rows += path.rows()
     n_models = 1 if n_linearizations == 1 else 2 * (n_linearizations or 1)
     if gradient_alpha is None or n_linearizations is None:
-        of_gradients = _held_out_of_gradients(folds, left_out, alpha, n_linearizations)
+        of_gradients = _held_out_of_gradients(folds, left_out, alpha, n_linearizations, negligible)
         if gradient_alpha is None:
             scale = stages.curvature_of_step(stages.fit_activation(alpha))
             gradient_alpha = math.inf if features == "full" else scale or 1.0
             if of_gradients is not None and scale > 0:
-                path = _Path(of_gradients, lambda g: (alpha, g), progress)
+                path = _Path(of_gradients, lambda g: (alpha, g), progress, negligible)
                 gradient_alpha = path.best_from(scale, infinite=features == "full")
                 rows += path.rows()
         elif of_gradients is not None:
@@ -126,7 +132,11 @@ def choose_penalties(
 
 
 def _held_out_of_gradients(
-    folds: Folds, left_out: LeftOut | None, alpha: float, n_linearizations: int | None
+    folds: Folds,
+    left_out: LeftOut | None,
+    alpha: float,
+    n_linearizations: int | None,
+    negligible: float,
 ) -> HeldOut | None:
     """Return the held-out samples of models with a gradient term, or None without any."""
     if n_linearizations == 1 and left_out is not None and left_out.gram(alpha) is not None:
@@ -136,7 +146,7 @@ def _held_out_of_gradients(
         enough = enough.typical_first(alpha).enough(ENOUGH_WITH_GRADIENTS)
     if enough is None or n_linearizations == 1:
         return enough
-    return Relinearized(enough, n_linearizations)
+    return Relinearized(enough, n_linearizations, negligible)
 
 
 class _Path:
@@ -150,6 +160,8 @@ class _Path:
         Maps a value of the penalty to ``(alpha, gradient_alpha)``.
     progress : Progress or None
         Shows the best value so far.
+    negligible : float, default=0.0
+        The largest fall of the loss that counts as none, however small the loss.
     """
 
     def __init__(
@@ -157,18 +169,23 @@ class _Path:
         held_out: HeldOut,
         pair_of: Callable[[float], tuple[float, float]],
         progress: Progress | None,
+        negligible: float = 0.0,
     ) -> None:
         self._held_out, self._pair_of, self._progress = held_out, pair_of, progress
+        self._negligible = negligible
         self._losses: dict[float, Array] = {}
         self._means: dict[float, float] = {}
 
     def best_from(self, start: float, infinite: bool = False) -> float:
         """Return the best penalty of a path that begins at ``start``.
 
-        ``infinite`` says whether an infinite penalty is a choice, too.
+        ``infinite`` says whether an infinite penalty is a choice, too; it is the choice if its loss
+        is negligible.
         """
         if infinite:
             self._try(math.inf)
+            if self._means[math.inf] <= self._negligible:
+                return math.inf
         failures, penalty = 0, start
         for _ in range(_MAX_STEPS):
             failures = 0 if self._try(penalty) else failures + 1
@@ -200,7 +217,8 @@ class _Path:
         if self._progress is not None:
             best = self._lowest()
             self._progress.tried(*self._pair_of(best), self._means[best])
-        return self._means[penalty] < (1 - FLAT) * former
+        mean = self._means[penalty]
+        return mean < (1 - FLAT) * former and former - mean > self._negligible
 
     def _lowest(self) -> float:
         """Return the strongest of the penalties with the smallest loss."""

@@ -365,6 +365,31 @@ def test_defaults(scripts, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out in printed
     defaults.main(["--cost", "--repeats", "1", "--problems", "wine", *options])
     assert [row["trunk"] for row in json.loads(output.read_text())["rows"]] == [False, True]
+    defaults.main(["--tolerance", "--splits", "1", "--problems", "wine", *options])
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["loss_ratio"] == row["losses"][0] / row["losses"][1] == pytest.approx(1, abs=0.1)
+
+
+def test_linearizations(scripts, tmp_path, monkeypatch, capsys):
+    """The gains by hand, the table from the file, images without --data."""
+    benchmark = scripts("linearizations")
+    monkeypatch.setattr(benchmark, "RATES", (1e-4, 1e-3))
+    monkeypatch.setattr(benchmark, "EPOCHS", (1,))
+    data, output = folder_of_classes(tmp_path / "images"), tmp_path / "o.json"
+    models = ["LogisticRegressionCV", "linearizations", "AdamW"]
+    options = ["--n-train", "16", "--seeds", "0", "--output", str(output), "--models", *models]
+    benchmark.main(["--problems", "rotation-1", "--data", str(data), *options])
+    printed = capsys.readouterr().out
+    rows = {row["model"]: row for row in json.loads(output.read_text())["rows"]}
+    assert set(rows) == {"activation", *models[:2], "AdamW, 1 epochs"}
+    for row in rows.values():
+        assert row["accuracy"] == 100 * benchmark.correct_of(row)[:24].mean()
+        assert {"loss blurred", "loss noisy", "loss low contrast"} < set(row)
+    assert rows["AdamW, 1 epochs"]["rate"] in (1e-4, 1e-3)
+    benchmark.main(["--table", str(output)])
+    assert capsys.readouterr().out in printed
+    benchmark.main(["--problems", "vae-1", *options])
+    assert "vae-1: skipped, --data" in capsys.readouterr().out
 
 
 def test_loss_and_accuracy_of_defaults(scripts):

@@ -65,6 +65,21 @@ def test_loss_that_falls_for_ever():
     assert len(tried) < 12
 
 
+def test_falls_of_a_negligible_loss_end_a_path():
+    """The loss of separable classes falls for ever by the same factor."""
+    given = Given(lambda a: a)
+    _Path(given, lambda a: (a, 0.0), None, negligible=1e-3).best_from(1.0)
+    assert min(given.tried) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(("loss", "n_tried"), [(1e-4, 1), (1e-2, 5)])
+def test_a_negligible_loss_needs_no_gradient_term(loss, n_tried):
+    given = Given(lambda a: loss if math.isinf(a) else loss / 2)
+    path = _Path(given, lambda a: (a, 0.0), None, negligible=1e-3)
+    assert math.isinf(path.best_from(1.0, infinite=True)) == (n_tried == 1)
+    assert len(given.tried) == n_tried
+
+
 @pytest.mark.parametrize("better", [True, False])
 def test_infinite_penalty_competes(better):
     best, tried = path(lambda a: 1.0 if math.isinf(a) else 1.1 - 0.2 * better, infinite=True)
