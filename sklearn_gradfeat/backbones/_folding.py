@@ -116,7 +116,8 @@ def _fold(captured: Captured, names: dict[fx.Node, str], norm: fx.Node, layer: f
     def name(node: fx.Node | None) -> str | None:
         return None if node is None else captured.names.get(node)
 
-    alone = all(n is None or len(n.users) == 1 for n in (scale, shift, mean, variance))
+    held = [node for node in (scale, shift, mean, variance) if node is not None]
+    alone = all(len(node.users) == 1 for node in held) and len(set(held)) == len(held)
     of_norm = name(scale), name(shift), name(mean), name(variance)
     captured.folds.append(
         Fold(names.get(weight), names.get(bias), name(original), *of_norm, eps, alone)

@@ -259,8 +259,22 @@ class FrozenBackbone:
             captured = self.captured
         folds = [] if isinstance(captured, CaptureError) else captured.folds
         module = self.module.module
-        state = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
-        state = unfold(folds, state, displacements)
+        state = {
+            name: value.detach().cpu() if isinstance(value, Tensor) else value
+            for name, value in copy.deepcopy(module.state_dict()).items()
+        }
+        apart = {
+            name: value.detach().cpu()
+            for name, value in module.named_buffers()
+            if name not in state
+        }
+        changed = unfold(folds, state | apart, displacements)
+        if any(changed[name] is not value for name, value in apart.items()):
+            raise ValueError(
+                "A displaced bias moves the mean of a batch norm that is not persistent. Give the "
+                "layer a bias, or choose other gradient_layers."
+            )
+        state = {name: changed[name] for name in state}
         return state | {alias: state[name] for alias, name in tied_names(module).items()}
 
     def choose(self, gradient_layers: str | int | Sequence[str]) -> list[str]:

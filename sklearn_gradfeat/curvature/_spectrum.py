@@ -141,7 +141,7 @@ class KroneckerInverse:
         curvature = output.values[..., :, None] * inputs.values[..., None, :]
         self.damping = damping(alpha, curvature)
         self.wide_range = False
-        if inputs.rest is not None:
+        if inputs.rest is not None and curvature.numel():
             smallest = float((output.values[..., 0] * inputs.rest).min()) + self.damping
             self.wide_range = float(curvature.max()) > _RANGE * smallest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -105,7 +106,12 @@ class BaseGradientFeature(
                 alpha, gradient_alpha = self._penalties()
                 choice = choose_penalties(prepared, stages, alpha, gradient_alpha, progress)
                 warm = self._warm_model(stages)
-                result = fit_in_turn(stages, *choice[:3], warm, progress)
+                fit = (
+                    stages.fit
+                    if choice.n_models == 1
+                    else partial(fit_in_turn, stages, n_models=choice.n_models)
+                )
+                result = fit(choice.alpha, choice.gradient_alpha, warm=warm, progress=progress)
             warn_unless_converged(result, prepared.settings)
         self.__dict__.update(prepared.attributes | problem.attributes | result.attributes())
         self.validation_scores_ = choice.scores
@@ -278,25 +284,45 @@ class BaseGradientFeature(
         self
             The estimator.
         """
+        tokens = self._new_tokens(X)
+        X, y = validate_new_samples(self, tokens), validate_samples(copy.copy(self), tokens, y)[1]
+        problem = self._problem(y, sample_weight)
+        self._check_same_targets(problem)
         extractor, model = self._extractor_and_model()
         if not model.moves:
             return self
-        tokens = self._new_tokens(X)
-        with restored_on_error(self, "n_features_in_", "feature_names_in_"):
-            X, y = validate_new_samples(self, tokens), validate_samples(self, tokens, y)[1]
-            problem = self._problem(y, sample_weight)
+        names = list(model.displacements)
+        prepared = self._prepared(X, extractor, names, self._pass(X, extractor, names))
+        stages = TwoStageFit(prepared, problem).moved(model.total)
+        if not bool(torch.isfinite(stages.samples.activation).all()):
+            raise ValueError(
+                "The moved network returns NaN or infinity: gradient_alpha_="
+                f"{self.gradient_alpha_:g} allows the parameters to move too far. Fit with a "
+                "larger gradient_alpha."
+            )
+        merged = stages.fit_activation(self.alpha_).model
+        self.__dict__.update(problem.restored(merged).attributes())
+        return self
+
+    def _check_same_targets(self, problem: Problem) -> None:
+        """Raise an error unless targets are of the kind of those in ``fit``."""
         classes = problem.attributes.get("classes_")
         if classes is not None and not np.array_equal(classes, self.classes_):
             raise ValueError(
                 f"y has the classes {classes}, but the estimator was fitted with {self.classes_}. "
                 "Pass targets of all these classes."
             )
-        names = list(model.displacements)
-        prepared = self._prepared(X, extractor, names, self._pass(X, extractor, names))
-        stages = TwoStageFit(prepared, problem).moved(model.total)
-        merged = stages.fit_activation(self.alpha_).model
-        self.__dict__.update(problem.restored(merged).attributes())
-        return self
+        kinds = ("_multilabel", "_single_output")
+        same = all(
+            value == getattr(self, name)
+            for name, value in problem.attributes.items()
+            if name in kinds
+        )
+        if not same or len(problem.offset) != len(self.intercept_):
+            raise ValueError(
+                "y has another shape than in fit: pass one column for each output or label of the "
+                f"fitted model, which has {len(self.intercept_)}."
+            )
 
     @neutral_state()
     def fine_tuned_state_dict(self) -> dict[str, torch.Tensor]:
@@ -304,8 +330,9 @@ class BaseGradientFeature(
 
         The displacements ``gradient_coef_`` are added to the pretrained weights, and batch norms
         are taken out of the layers that they were folded into. So the weights load into the
-        module that was passed as ``backbone``. In evaluation mode, the activations of this module
-        are then those of a merged estimator, see :meth:`transform` and :meth:`merge`.
+        module that was passed as ``backbone``, before :func:`torch.compile`. In evaluation mode,
+        the activations of this module are then those of a merged estimator, see :meth:`transform`
+        and :meth:`merge`.
 
         Returns
         -------
@@ -319,6 +346,7 @@ class BaseGradientFeature(
             with a ``negative_slope``, which no weight holds; or if layers share a batch norm
             that would have to change.
         """
+        check_is_fitted(self)
         extractor, model = self._extractor_and_model()
         if extractor.negative_slope is not None:
             raise ValueError(
@@ -421,6 +449,8 @@ class BaseGradientFeature(
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the state; the frozen network is independent of the backbone again."""
         super().__setstate__(state)
+        if "gradient_coef_" in state:  # pickles of older versions lack the point
+            self.__dict__.setdefault("linearization_point_", {})
         if isinstance(self.backbone, nn.Module) and hasattr(self, "_extractor"):
             self._extractor = self._extractor.apart()
 

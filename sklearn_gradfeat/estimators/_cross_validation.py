@@ -138,8 +138,9 @@ class CrossValidated(BaseGradientFeature):
                     # Without what the search learned: the plain estimator has the same bits.
                     stages = TwoStageFit(prepared, problem)
                     chosen = fitted["alpha_"], fitted["gradient_alpha_"]
-                    n_models = 1 if self.n_linearizations == 1 else 2 * self.n_linearizations
-                    result = fit_in_turn(stages, *chosen, n_models, progress=progress)
+                    n = self.n_linearizations
+                    fit = stages.fit if n == 1 else partial(fit_in_turn, stages, n_models=2 * n)
+                    result = fit(*chosen, progress=progress)
                     warn_unless_converged(result, prepared.settings)
                     fitted |= prepared.attributes | problem.attributes | result.attributes()
         self.__dict__.pop("coef_", None)  # without a refit there is no model any more

@@ -67,9 +67,10 @@ n_linearizations : int or "auto", default=1
     its optimum, the output weights are fitted again, and the next model is the linearisation
     there (the prox-linear method [2]_). A move is shortened until the training loss of the
     network plus the penalties falls. Of the last linear model and the network that moved once
-    more, the fit returns the one with the smaller loss of held-out samples, if it holds out
-    samples to choose penalties, and otherwise the moved network. ``"auto"`` goes on until the
-    loss of held-out samples does not fall any more. One is the model of the paper.
+    more, the fit returns the one with the smaller loss of held-out samples, if those choose
+    ``gradient_alpha``, and otherwise the moved network. ``"auto"`` goes on until the
+    loss of held-out samples does not fall any more; the CV estimators take numbers alone. One
+    is the model of the paper.
 parametrization : {"ntk", "standard"}, default="ntk"
     The scale of the displacements ``w₂`` under the penalty. The NTK parametrization divides
     weights by the square root of their number of output channels, and biases by √10.
@@ -201,7 +202,8 @@ n_passes_ : int
     The number of passes over the data of the last fit, or of all linearisations.
 objective_path_ : ndarray of shape (`n_iter_` + 1,) or (`n_linearizations_` + 1,)
     The objective at the start and after every iteration. With several linearisations, that of
-    the network at the start and after every move. It never increases.
+    the network at the start and after every move; the last linear model may have no move. It
+    never increases.
 """
 
 REFERENCES = """

@@ -151,7 +151,8 @@ class _Fold:
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""
-        for result in relinearized(self.stages, alpha, gradient_alpha):
+        exact = self._prepared.settings.n_linearizations  # the one that may be the result, or all
+        for result in relinearized(self.stages, alpha, gradient_alpha, exact=exact):
             model = self.stages.problem.reduced(result.model)
             yield self._losses(cached_logits(model, self._prepared.subset(self._test)))
 
@@ -382,6 +383,8 @@ class Relinearized:
         """
         if math.isinf(gradient_alpha):
             return 1
+        if gradient_alpha in self._best:
+            return self._best[gradient_alpha]
         nearest = min(self._best, key=lambda tried: abs(math.log(tried / gradient_alpha)))
         return self._best[nearest]
 

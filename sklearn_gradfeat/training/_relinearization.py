@@ -12,8 +12,8 @@ A linearisation is followed by
 2. a fit of the output weights at the new ``u``, which are the ``Ω`` of the next linearisation.
 
 If ``F`` does not fall by a share of what the linear model promises, the move is halved. So ``F``
-never increases, and the method stops at a stationary point. The first linear model is the
-one of the paper. The models in their order are: the linear model around the pretrained parameters;
+never increases, and the method stops at a stationary point. The first linear model is the one of
+the paper. The models in their order are: the linear model around the pretrained parameters;
 the network after the first move; the linear model around this point; and so on.
 
 References
@@ -36,14 +36,14 @@ from dataclasses import replace
 import torch
 
 from sklearn_gradfeat.linearized import LinearModel
-from sklearn_gradfeat.solvers import Solution
+from sklearn_gradfeat.solvers import Solution, penalised
 from sklearn_gradfeat.training._progress import Progress
 from sklearn_gradfeat.training._two_stage_fit import FirstStage, FitResult, TwoStageFit
 
 # Share of the promised decrease that a step must reach.
 _SUFFICIENT = 1e-4
 _HALVINGS = 12
-# The first steps of a method that linearises anew need no exact optima.
+# Least tolerance of a linear model: the next linearisation corrects the rest.
 _TOL = 0.2
 
 
@@ -69,10 +69,14 @@ def fit_in_turn(
     -------
     FitResult
     """
-    if n_models == 1:
-        return stages.fit(alpha, gradient_alpha, warm, progress)
-    models = relinearized(stages, alpha, gradient_alpha, warm, progress)
-    *_, result = itertools.islice(models, n_models)
+    linear = n_models % 2
+    models = relinearized(
+        stages, alpha, gradient_alpha, warm, progress, exact=(n_models + 1) // 2 if linear else 0
+    )
+    for number, found in enumerate(itertools.islice(models, n_models), 1):
+        # Where the method ends early, the model is of the kind that was asked for.
+        if number == 1 or number % 2 == linear or found.is_interrupted:
+            result = found
     return result
 
 
@@ -82,6 +86,7 @@ def relinearized(
     gradient_alpha: float,
     warm: LinearModel | None = None,
     progress: Progress | None = None,
+    exact: int | None = None,
 ) -> Iterator[FitResult]:
     """Iterate over the linear models and the moved networks, in turn.
 
@@ -95,36 +100,46 @@ def relinearized(
     alpha, gradient_alpha : float
         The penalties. With an infinite ``gradient_alpha`` the first model is the only one.
     warm : LinearModel or None
-        Where to start; None starts at the pretrained parameters.
+        Where to start, unless the pretrained parameters are better; None starts at these.
     progress : Progress or None
         Follows the iterations.
+    exact : int or None
+        The number of the linear model that is solved to ``tol``. None solves all, as models that
+        may be the result need. The others give a direction only.
 
     Yields
     ------
     FitResult
-        ``objective_path`` holds ``F`` before the first linearisation and after each.
+        Its ``network_path`` holds ``F`` before the first linearisation and after each move.
     """
     if math.isinf(gradient_alpha):
         yield stages.fit(alpha, gradient_alpha, warm, progress)
         return
     first = stages.fit_activation(alpha, progress=progress)
+    unmoved = _objective(stages, first, gradient_alpha)
+    path = [unmoved]
     if warm is not None and not first.is_zero:
         warm = stages.problem.reduced(warm)
-        stages = stages.moved(warm.total)
-        first = stages.fit_activation(alpha, warm, progress)
-    path = [_objective(stages, first, gradient_alpha)]
+        trial = stages.moved(warm.total)
+        if _is_finite(trial):
+            found = trial.fit_activation(alpha, warm, progress)
+            path = [_objective(trial, found, gradient_alpha)]
+        if path[0] < unmoved:
+            stages, first = trial, found
+        path = [min(path[0], unmoved)]
     solutions: list[Solution] = []
     while True:
         if progress is not None:
             progress.linearization(len(path))
-        tol = max(_TOL, stages.settings.tol)
-        start = first.model
+        number, tol, start = len(path), stages.settings.tol, first.model
+        if exact is not None and number != exact:
+            tol = max(_TOL, tol)
         model, solution = stages.fit_gradient(first, gradient_alpha, start, progress, tol)
         solutions.append(solution)
         yield _result(stages, first, model, gradient_alpha, solutions, path)
         end = solution.objective_path[-1]
         promised = path[-1] - end
-        if solution.status == "interrupted" or promised <= stages.settings.tol * (path[0] - end):
+        if solution.status == "interrupted" or promised <= stages.settings.tol * (unmoved - end):
             return
         moved = _move(stages, first, model, gradient_alpha, path[-1], promised, progress)
         if moved is None:
@@ -135,8 +150,16 @@ def relinearized(
 
 
 def _objective(stages: TwoStageFit, first: FirstStage, gradient_alpha: float) -> float:
-    """Return ``F`` with the output weights of a first stage."""
-    return first.solution.objective_path[-1] + _penalty(stages, gradient_alpha)
+    """Return ``F`` with the output weights of a first stage, from its logits."""
+    objective = stages.objective(first.alpha, stages.samples.activation, None)
+    x = first.solution.x
+    value = stages.loss.value(objective.forward(x)) + penalised(objective, x, x) / 2
+    return value + _penalty(stages, gradient_alpha)
+
+
+def _is_finite(stages: TwoStageFit) -> bool:
+    """Whether the activations and their squares are finite."""
+    return bool(torch.isfinite(stages.samples.activation.square().sum()))
 
 
 def _penalty(stages: TwoStageFit, gradient_alpha: float) -> float:
@@ -172,10 +195,12 @@ def _move(
         weights = torch.lerp(first.model.weights, model.weights, step)
         intercept = torch.lerp(first.model.intercept, model.intercept, step)
         trial, start = stages.moved(total), replace(model, omega=weights, intercept=intercept)
-        found = trial.fit_activation(first.alpha, start, progress)
-        if _objective(trial, found, gradient_alpha) < objective - _SUFFICIENT * step * promised:
-            found.inverses = first.inverses.of_next_point()
-            return trial, found
+        if _is_finite(trial):
+            found = trial.fit_activation(first.alpha, start, progress)
+            value = _objective(trial, found, gradient_alpha)
+            if value < objective - _SUFFICIENT * step * promised:
+                found.inverses = first.inverses.of_next_point()
+                return trial, found
         step /= 2
     return None
 

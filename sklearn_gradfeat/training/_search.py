@@ -112,7 +112,7 @@ def choose_penalties(
             path = _Path(held_out, lambda a: (a, math.inf), progress, negligible)
             alpha = path.best_from(largest_curvature(objective) or 1.0)
             rows += path.rows()
-    n_models = 1 if n_linearizations == 1 else 2 * (n_linearizations or 1)
+    n_models = 1 if n_linearizations in (1, None) else 2 * n_linearizations
     if gradient_alpha is None or n_linearizations is None:
         of_gradients = _held_out_of_gradients(folds, left_out, alpha, n_linearizations, negligible)
         if gradient_alpha is None:

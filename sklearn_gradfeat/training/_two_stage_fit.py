@@ -141,6 +141,11 @@ class FitResult(NamedTuple):
     linearizations: tuple[Solution, ...] = ()
     network_path: tuple[float, ...] = ()
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a callback ended the fit."""
+        return any(solution.status == "interrupted" for solution in self.solutions.values())
+
     def attributes(self) -> dict[str, Any]:
         """Return the attributes of a fitted estimator."""
         last = list(self.solutions.values())[-1]

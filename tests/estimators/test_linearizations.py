@@ -9,6 +9,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.datasets import make_classification, make_multilabel_classification, make_regression
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from torch import nn
 
@@ -102,9 +103,11 @@ def ended_with_a_linear_model(monkeypatch):
     from sklearn_gradfeat.estimators import _base
 
     fit = _base.fit_in_turn
-    monkeypatch.setattr(
-        _base, "fit_in_turn", lambda stages, a, g, _n, *rest: fit(stages, a, g, 3, *rest)
-    )
+
+    def odd(stages, *penalties, n_models, **options):
+        return fit(stages, *penalties, n_models=n_models - 1, **options)
+
+    monkeypatch.setattr(_base, "fit_in_turn", odd)
     return classifier(n_linearizations=2).fit(X, Y)
 
 
@@ -299,3 +302,72 @@ def test_number_alone_is_chosen_on_held_out_samples():
     model = classifier(n_linearizations="auto").fit(X, Y)
     assert model.n_linearizations_ >= 1
     assert len(model.validation_scores_["loss"]) == 0
+
+
+def test_merge_needs_targets_of_the_same_kind():
+    samples, y = make_regression(40, 6, n_targets=2, random_state=0)
+    model = GradientFeatureRegressor(SMOOTH, **NUMBERS)
+    for fitted, other in ((y[:, 0], y), (y, y[:, 0])):
+        with pytest.raises(ValueError, match="y has another shape than in fit"):
+            clone(model).fit(samples, fitted).merge(samples, other)
+    labels = np.eye(3, dtype=int)[Y]
+    with pytest.raises(ValueError, match="y has another shape than in fit"):
+        classifier().fit(X, Y).merge(X, labels)
+
+
+def test_merge_keeps_the_names_of_columns():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame(X, columns=list("abcdef"))
+    model = classifier().fit(frame, Y)
+    with pytest.raises(ValueError, match="y has the classes"):
+        model.merge(frame[Y < 2], Y[Y < 2])
+    model.merge(frame, Y)
+    assert list(model.feature_names_in_) == list("abcdef")
+
+
+def test_unfitted_estimators_have_nothing_to_merge():
+    with pytest.raises(NotFittedError):
+        classifier().merge(X, Y)
+    with pytest.raises(NotFittedError):
+        classifier().fine_tuned_state_dict()
+
+
+class WithExtras(nn.Module):
+    """A batch norm with statistics that are not in the state, and extra state."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(1, 3, 3, bias=bias), nn.BatchNorm2d(3, affine=False)
+        for name in ("running_mean", "running_var"):
+            value = getattr(self.norm, name)
+            delattr(self.norm, name)
+            self.norm.register_buffer(name, value, persistent=False)
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 1}
+
+    def forward(self, x):
+        return torch.tanh(self.norm(self.layer(x)))
+
+
+def test_state_that_is_no_tensor_or_not_persistent():
+    module = WithExtras(bias=True).eval()
+    model = classifier(module, n_linearizations=2).fit(IMAGES, CLASSES)
+    with torch.no_grad():
+        activation = loaded(model, module)(torch.from_numpy(IMAGES)).flatten(2).mean(2).numpy()
+    assert_allclose(model.transform(IMAGES), activation, rtol=1e-4, atol=1e-5)
+    refused = classifier(WithExtras(bias=False).eval(), n_linearizations=2).fit(IMAGES, CLASSES)
+    with pytest.raises(ValueError, match="not persistent"):
+        refused.fine_tuned_state_dict()
+
+
+@pytest.mark.parametrize("kind", [GradientFeatureClassifier, GradientFeatureRegressor])
+def test_number_is_chosen_without_a_penalty_or_samples_to_hold_out(kind):
+    y = Y if kind is GradientFeatureClassifier else X[:, 0]
+    kind(SMOOTH, n_linearizations="auto", alpha=0.01, gradient_alpha=0.0).fit(X, y)
+    few = kind(SMOOTH, n_linearizations="auto", alpha=0.01, gradient_alpha=0.1).fit(X[:2], [0, 1])
+    assert few.n_linearizations_ == 1
+    assert not few.linearization_point_ or kind is GradientFeatureRegressor

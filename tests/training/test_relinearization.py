@@ -152,3 +152,62 @@ def test_trunk_runs_once():
     with mock.patch.object(Trunk, "_pass", autospec=True, side_effect=passed) as passes:
         model.set_params(n_linearizations=3).fit(X, Y)
     assert sum(len(call.args[1]) for call in passes.call_args_list) == len(X)
+
+
+class Exponential(nn.Module):
+    """Features that grow so fast that a whole step leaves the range of numbers."""
+
+    def __init__(self, rate):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layer = nn.Linear(6, 4).double()
+        self.rate = rate
+
+    def forward(self, x):
+        return torch.exp(self.rate * self.layer(x))
+
+
+class Logarithm(nn.Module):
+    """Features that are not defined for all parameters."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layer = nn.Linear(6, 4).double()
+        nn.init.constant_(self.layer.bias, 8)
+
+    def forward(self, x):
+        return torch.log(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("network", "gradient_alpha"),
+    [(Exponential(1.0), 1e-6), (Exponential(5.0), 1e-3), (Logarithm(), 1e-3)],
+)
+def test_steps_out_of_range_are_shortened(network, gradient_alpha):
+    samples = 0.5 * X
+    y = 10 * samples[:, 0] * samples[:, 1]
+    model = GradientFeatureRegressor(
+        network, alpha=1e-3, gradient_alpha=gradient_alpha, n_linearizations=3
+    ).fit(samples, y)
+    loss = ((model.predict(samples) - y) ** 2).mean() / 2
+    assert 0 <= loss <= model.objective_path_[-1] * (1 + 1e-6)
+    assert model.objective_path_[-1] <= model.objective_path_[0]
+
+
+def test_warm_start_that_is_worse_than_the_pretrained_network_is_dropped():
+    model = classifier(n_linearizations=4, gradient_alpha=1e-6, warm_start=True).fit(X, Y)
+    warm = model.set_params(gradient_alpha=1e2).fit(X, Y)
+    cold = clone(warm).set_params(warm_start=False).fit(X, Y)
+    assert warm.objective_path_[-1] == pytest.approx(cold.objective_path_[-1], rel=1e-6)
+
+
+def test_a_linear_model_that_is_returned_is_solved_to_tol():
+    fits = stages(classifier(tol=1e-8))
+    found = next(relinearized(fits, 1e-2, 1e-4, exact=1))
+    expected = fits.fit(1e-2, 1e-4)
+    assert torch.equal(found.model.weights, expected.model.weights)
+    loose = next(relinearized(fits, 1e-2, 1e-4, exact=2))
+    assert not torch.equal(loose.model.weights, expected.model.weights)

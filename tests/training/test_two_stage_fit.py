@@ -60,14 +60,14 @@ def test_second_stage_moves_however_good_the_first_is(alpha):
 
 
 def test_model_of_activations_is_the_first_stage_of_the_full_model():
-    activation = estimator(features="activation").fit(X, Y)
-    full = estimator().fit(X, Y)
+    activation = estimator(features="activation", feature_store=None).fit(X, Y)
+    full = estimator(feature_store=None).fit(X, Y)
     np.testing.assert_array_equal(activation.omega_, full.omega_)
 
 
 def test_infinite_penalty_is_the_model_of_activations():
-    without = estimator(gradient_alpha=math.inf).fit(X, Y)
-    activation = estimator(features="activation").fit(X, Y)
+    without = estimator(gradient_alpha=math.inf, feature_store=None).fit(X, Y)
+    activation = estimator(features="activation", feature_store=None).fit(X, Y)
     np.testing.assert_array_equal(without.predict_proba(X), activation.predict_proba(X))
     assert without.gradient_coef_.keys() and not any(
         move.any() for move in without.gradient_coef_.values()
