@@ -106,11 +106,8 @@ class BaseGradientFeature(
                 alpha, gradient_alpha = self._penalties()
                 choice = choose_penalties(prepared, stages, alpha, gradient_alpha, progress)
                 warm = self._warm_model(stages)
-                fit = (
-                    stages.fit
-                    if choice.n_models == 1
-                    else partial(fit_in_turn, stages, n_models=choice.n_models)
-                )
+                one = self.n_linearizations == 1
+                fit = stages.fit if one else partial(fit_in_turn, stages, n_models=choice.n_models)
                 result = fit(choice.alpha, choice.gradient_alpha, warm=warm, progress=progress)
             warn_unless_converged(result, prepared.settings)
         self.__dict__.update(prepared.attributes | problem.attributes | result.attributes())

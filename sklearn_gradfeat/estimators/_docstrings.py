@@ -70,7 +70,7 @@ n_linearizations : int or "auto", default=1
     more, the fit returns the one with the smaller loss of held-out samples, if those choose
     ``gradient_alpha``, and otherwise the moved network. ``"auto"`` goes on until the
     loss of held-out samples does not fall any more; the CV estimators take numbers alone. One
-    is the model of the paper.
+    is the model of the paper, the only one that is solved to a ``tol`` below 0.2.
 parametrization : {"ntk", "standard"}, default="ntk"
     The scale of the displacements ``w₂`` under the penalty. The NTK parametrization divides
     weights by the square root of their number of output channels, and biases by √10.

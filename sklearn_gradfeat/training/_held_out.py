@@ -151,8 +151,7 @@ class _Fold:
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""
-        exact = self._prepared.settings.n_linearizations  # the one that may be the result, or all
-        for result in relinearized(self.stages, alpha, gradient_alpha, exact=exact):
+        for result in relinearized(self.stages, alpha, gradient_alpha):
             model = self.stages.problem.reduced(result.model)
             yield self._losses(cached_logits(model, self._prepared.subset(self._test)))
 

@@ -19,7 +19,7 @@ from sklearn_gradfeat import (
 )
 from sklearn_gradfeat.cache._runner import Trunk
 from sklearn_gradfeat.training import TwoStageFit
-from sklearn_gradfeat.training._relinearization import relinearized
+from sklearn_gradfeat.training._relinearization import fit_in_turn, relinearized
 
 
 def network(seed=0):
@@ -204,10 +204,13 @@ def test_warm_start_that_is_worse_than_the_pretrained_network_is_dropped():
     assert warm.objective_path_[-1] == pytest.approx(cold.objective_path_[-1], rel=1e-6)
 
 
-def test_a_linear_model_that_is_returned_is_solved_to_tol():
-    fits = stages(classifier(tol=1e-8))
-    found = next(relinearized(fits, 1e-2, 1e-4, exact=1))
-    expected = fits.fit(1e-2, 1e-4)
-    assert torch.equal(found.model.weights, expected.model.weights)
-    loose = next(relinearized(fits, 1e-2, 1e-4, exact=2))
-    assert not torch.equal(loose.model.weights, expected.model.weights)
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_the_model_of_a_number_is_the_one_that_held_out_samples_judge(number):
+    fits = stages(classifier())
+    *_, judged = itertools.islice(relinearized(fits, 1e-2, 1e-4), number)
+    found = fit_in_turn(stages(classifier()), 1e-2, 1e-4, number)
+    for name in ("weights", "intercept", "omega"):
+        assert torch.equal(getattr(found.model, name), getattr(judged.model, name))
+    assert all(
+        torch.equal(found.model.total[name], judged.model.total[name]) for name in found.model.total
+    )
