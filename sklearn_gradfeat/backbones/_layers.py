@@ -127,7 +127,7 @@ def _names(module: nn.Module) -> list[str]:
 
 
 def _run(module: nn.Module, paths: Collection[str], example: Tensor) -> dict[str, _Seen]:
-    """Run a network; return what it shows of submodules, in the order of their last calls."""
+    """Run a network, and return its submodules with their outputs, ordered by their last calls."""
     seen: dict[str, _Seen] = {}
     recorder = _Recorder(len(example))
 

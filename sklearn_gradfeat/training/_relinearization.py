@@ -112,16 +112,14 @@ def relinearized(
         return
     first = stages.fit_activation(alpha, progress=progress)
     unmoved = _objective(stages, first, gradient_alpha)
-    path = [unmoved]
     if warm is not None and not first.is_zero:
         warm = stages.problem.reduced(warm)
         trial = stages.moved(warm.total)
         if _is_finite(trial):
             found = trial.fit_activation(alpha, warm, progress)
-            path = [_objective(trial, found, gradient_alpha)]
-        if path[0] < unmoved:
-            stages, first = trial, found
-        path = [min(path[0], unmoved)]
+            if _objective(trial, found, gradient_alpha) < unmoved:
+                stages, first = trial, found
+    path = [_objective(stages, first, gradient_alpha)]
     solutions: list[Solution] = []
     while True:
         if progress is not None:
