@@ -335,7 +335,7 @@ class Relinearized:
     def __init__(self, folds: Folds, n_linearizations: int | None, negligible: float = 0.0) -> None:
         self._folds, self._n_linearizations = folds, n_linearizations
         self._negligible = negligible
-        self._best: dict[float, int] = {}
+        self._best: dict[tuple[float, float], int] = {}
 
     @property
     def weights(self) -> Array:
@@ -349,7 +349,7 @@ class Relinearized:
         models = self._folds.relinearized(alpha, gradient_alpha)
         n = self._n_linearizations
         losses, number = self._while_it_falls(models) if n is None else self._last(models, n)
-        self._best[gradient_alpha] = number
+        self._best[alpha, gradient_alpha] = number
         return losses
 
     def _while_it_falls(self, models: Iterator[Array]) -> tuple[Array, int]:
@@ -375,16 +375,18 @@ class Relinearized:
     def _mean(self, losses: Array) -> float:
         return float(np.average(losses, weights=self.weights))
 
-    def n_models(self, gradient_alpha: float) -> int:
+    def n_models(self, alpha: float, gradient_alpha: float) -> int:
         """Return the number of linear models and moved networks up to the best one.
 
-        That is for the ``gradient_alpha`` that was tried and is the nearest to the given one.
+        That is for the ``gradient_alpha`` that was tried with this ``alpha`` and is the nearest to
+        the given one.
         """
         if math.isinf(gradient_alpha):
             return 1
-        if gradient_alpha in self._best:
-            return self._best[gradient_alpha]
-        nearest = min(self._best, key=lambda tried: abs(math.log(tried / gradient_alpha)))
+        if (alpha, gradient_alpha) in self._best:
+            return self._best[alpha, gradient_alpha]
+        tried = [pair for pair in self._best if pair[0] == alpha]
+        nearest = min(tried, key=lambda pair: abs(math.log(pair[1] / gradient_alpha)))
         return self._best[nearest]
 
 

@@ -16,7 +16,8 @@ smallest loss itself, the choice is the minimum of a parabola through it and its
 logarithm of the penalty.
 
 With several linearisations, the loss of a ``gradient_alpha`` is that of the best of the linear
-models and moved networks that the fit may return, see :class:`Relinearized`.
+models and moved networks that the fit may return, see :class:`Relinearized`. A moved network fits
+the training samples closely, so a ten times larger ``alpha`` competes.
 
 Without samples to hold out, as with one sample of each class, a rule by scale takes their place:
 ``alpha`` is the mean variance of the activations, divided by the number of samples, as in a
@@ -52,6 +53,10 @@ _TOLERATED = 0.5
 _MAX_STEPS = 8  # down, and as many up
 # A fall of the loss by a smaller share of that of the zero model counts as none.
 _NEGLIGIBLE = 1e-4
+
+
+# alpha, gradient_alpha, mean loss, standard error
+Row = tuple[float, float, float, float]
 
 
 class Choice(NamedTuple):
@@ -104,6 +109,7 @@ def choose_penalties(
         if progress is not None:
             progress.search()
         folds, left_out = Folds.of(prepared, stages), LeftOut.where_cheap(prepared, stages)
+    any_alpha = alpha is None and n_linearizations != 1
     if alpha is None:
         held_out = left_out or folds.enough(ENOUGH)
         alpha = _alpha_by_scale(stages)
@@ -119,16 +125,41 @@ def choose_penalties(
             scale = stages.curvature_of_step(stages.fit_activation(alpha))
             gradient_alpha = math.inf if features == "full" else scale or 1.0
             if of_gradients is not None and scale > 0:
-                path = _Path(of_gradients, lambda g: (alpha, g), progress, negligible)
-                gradient_alpha = path.best_from(scale, infinite=features == "full")
-                rows += path.rows()
+                alpha, gradient_alpha, tried = _best_pair(
+                    of_gradients, alpha, scale, features == "full", any_alpha, progress, negligible
+                )
+                rows += tried
         elif of_gradients is not None:
             of_gradients.losses(alpha, gradient_alpha)
         if isinstance(of_gradients, Relinearized):
-            n_models = of_gradients.n_models(gradient_alpha)
+            n_models = of_gradients.n_models(alpha, gradient_alpha)
     names = "alpha", "gradient_alpha", "loss", "standard_error"
     columns = np.array(rows, dtype=np.float64).reshape(-1, len(names)).T
     return Choice(alpha, gradient_alpha, n_models, dict(zip(names, columns, strict=True)))
+
+
+def _best_pair(
+    held_out: HeldOut,
+    alpha: float,
+    scale: float,
+    infinite: bool,
+    any_alpha: bool,
+    progress: Progress | None,
+    negligible: float,
+) -> tuple[float, float, list[Row]]:
+    """Return both penalties of the best model with a gradient term, and all that were tried.
+
+    ``any_alpha`` lets a stronger ``alpha`` compete.
+    """
+    path = _Path(held_out, lambda g: (alpha, g), progress, negligible)
+    best = path.best_from(scale, infinite)
+    if not any_alpha:
+        return alpha, best, path.rows()
+    stronger = STEP * alpha
+    other = _Path(held_out, lambda g: (stronger, g), progress, negligible)
+    found = other.best_from(min(scale, best))
+    rows = path.rows() + other.rows()
+    return (stronger, found, rows) if other.smallest < path.smallest else (alpha, best, rows)
 
 
 def _held_out_of_gradients(
@@ -201,7 +232,12 @@ class _Path:
                 break
         return self._chosen()
 
-    def rows(self) -> list[tuple[float, float, float, float]]:
+    @property
+    def smallest(self) -> float:
+        """The smallest loss."""
+        return min(self._means.values())
+
+    def rows(self) -> list[Row]:
         """Return penalties, mean loss, and the standard error of its difference to the best."""
         return [
             (*self._pair_of(penalty), mean, self._error(penalty))

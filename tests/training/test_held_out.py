@@ -185,7 +185,7 @@ def test_linearizations_go_on_while_the_loss_falls(losses, best, n_computed):
     folds = Losses(*losses)
     held = Relinearized(folds, None)
     assert held.losses(1.0, 1.0) == [losses[best - 1]]
-    assert (held.n_models(1.0), folds.n_computed) == (best, n_computed)
+    assert (held.n_models(1.0, 1.0), folds.n_computed) == (best, n_computed)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_linearizations_go_on_while_the_loss_falls(losses, best, n_computed):
 def test_of_a_given_number_the_last_two_models_compete(losses, n, found, n_models):
     held = Relinearized(Losses(*losses), n)
     assert held.losses(1.0, 1.0) == [found]
-    assert held.n_models(1.0) == n_models
+    assert held.n_models(1.0, 1.0) == n_models
 
 
 def test_number_of_models_is_that_of_the_nearest_penalty():
@@ -208,6 +208,6 @@ def test_number_of_models_is_that_of_the_nearest_penalty():
     held.losses(1.0, 1.0)
     held._folds = Losses(1.0, 2.0, 2.0)
     held.losses(1.0, 1e-2)
-    assert [held.n_models(g) for g in (10.0, 0.2, 0.05, 1e-9)] == [2, 2, 1, 1]
+    assert [held.n_models(1.0, g) for g in (10.0, 0.2, 0.05, 1e-9)] == [2, 2, 1, 1]
     assert held.losses(1.0, math.inf) == [0.5]
-    assert held.n_models(math.inf) == 1
+    assert held.n_models(1.0, math.inf) == 1
