@@ -41,7 +41,7 @@ class Fold(NamedTuple):
     scale, shift, mean, variance : str or None
         Those of the batch norm.
     eps : float
-        What the batch norm adds to the variance.
+        The number that the batch norm adds to the variance.
     is_alone : bool
         Whether nothing else uses the tensors of the batch norm.
     """

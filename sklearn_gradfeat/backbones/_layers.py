@@ -43,7 +43,7 @@ _ROUNDING = 1e-4
 
 
 class _Seen(NamedTuple):
-    """What a run shows of one submodule: its output as a layer, or why it cannot be one."""
+    """A submodule in a run: its output as a layer, or the reason why it cannot be a layer."""
 
     layer: Layer
     rows: Tensor
@@ -141,7 +141,7 @@ def _run(module: nn.Module, paths: Collection[str], example: Tensor) -> dict[str
 
 
 def _described(path: str, output: Any, n_samples: int, latest: tuple[int, int]) -> _Seen:
-    """Return an output as a layer, with its averages; or why it cannot be one."""
+    """Return an output as a layer with its averages, or the reason why it cannot be a layer."""
     fault = ""
     if not isinstance(output, Tensor):
         fault = f"returns {type(output).__name__}"
@@ -158,7 +158,7 @@ def _described(path: str, output: Any, n_samples: int, latest: tuple[int, int]) 
 
 
 def _channel_axis(output: Tensor, axis: int, n_channels: int) -> int:
-    """Return the axis of the channels, given that and their number one operation earlier."""
+    """Return the axis of the channels; the operation before had ``n_channels`` on ``axis``."""
     if output.ndim == 2:
         return 1
     return next((i for i in (axis, -axis) if output.shape[i] == n_channels), 1)
