@@ -15,6 +15,7 @@ from torch import SymInt, Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._advice import layout_advice
 from sklearn_gradfeat.backbones._attention import plain_attention
+from sklearn_gradfeat.backbones._functional import functional
 
 MATRIX = {"linear", "addmm", "matmul", "mm", "bmm"}
 WEIGHTED = MATRIX | {
@@ -279,8 +280,7 @@ def capture(module: ActivationModule, example: Tensor) -> Captured:
     try:
         with torch.no_grad(), plain_attention(), _quiet():
             program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-            # Functional form: no operator writes into its input. Nothing is decomposed.
-            program = program.run_decompositions({})
+            program = functional(program)
     except Exception as error:
         raise CaptureError(str(error).strip().split("\n")[0] or type(error).__name__) from error
     return _read(program, module)

@@ -1,0 +1,138 @@
+"""An exported graph in which no operator writes into its input.
+
+torch removes such writes by running every operator again (``run_decompositions``), which takes
+longer than the export itself. Most networks need less: ``relu_`` may become ``relu`` if nothing
+else that shares the memory of its input is read afterwards.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.export import ExportedProgram
+
+_aten = torch.ops.aten
+_IDENTITIES = {_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
+
+
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """Return a program without writes and dropout, in which batch norms use their statistics.
+
+    Parameters
+    ----------
+    program : ExportedProgram
+        What ``torch.export.export`` returned. It may be changed.
+
+    Returns
+    -------
+    ExportedProgram
+        The same one, or a new one where torch's own pass is needed.
+    """
+    nodes: list[fx.Node] = list(program.graph_module.graph.nodes)
+    if not all(map(_is_plain, nodes)) or not _are_replaceable(nodes):
+        return program.run_decompositions({})
+    place = {node: i for i, node in enumerate(nodes)}
+    for node in nodes:
+        if node.target in _IDENTITIES:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+        elif node.target is _aten.batch_norm.default:
+            _replace_batch_norm(node, place)
+        elif _writes(node):
+            _replace_write(node, place)
+    return program
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether a node is a value, or one operator in the form of evaluation mode."""
+    if node.target in _IDENTITIES:
+        return node.args[2:] == (False,)
+    if node.target is _aten.batch_norm.default:
+        return node.args[5:6] == (False,)
+    return node.op != "get_attr" and not isinstance(node.target, HigherOrderOperator)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _are_replaceable(nodes: list[fx.Node]) -> bool:
+    """Whether every write can be replaced by an operator that returns the new value.
+
+    Whatever shares the memory of the input, as the views of one tensor do, must not be read after
+    the write, other than the input itself.
+    """
+    place = {node: i for i, node in enumerate(nodes)}
+    sharing = defaultdict(list)
+    for node in nodes:
+        for memory in _memories(node):
+            sharing[memory].append(node)
+    for node in filter(_writes, nodes):
+        target: Any = node.args[0] if node.args else None
+        if _counterpart(node) is None or not isinstance(target, fx.Node):
+            return False
+        for other in (other for memory in _memories(node) for other in sharing[memory]):
+            earlier = place[other] < place[node] and other is not target
+            if other.op == "placeholder" or (
+                earlier and any(place[user] > place[node] for user in other.users)
+            ):
+                return False
+    return True
+
+
+def _memories(node: fx.Node) -> Iterator[int]:
+    """Yield what identifies the memory of each tensor of a node's value."""
+    value = node.meta.get("val")
+    for tensor in value if isinstance(value, (tuple, list)) else [value]:
+        if isinstance(tensor, Tensor):
+            yield tensor.untyped_storage()._cdata
+
+
+def _counterpart(node: fx.Node) -> OpOverload | None:
+    """Return the operator that returns what a node writes, None if there is none for certain."""
+    target: Any = node.target
+    namespace, name = target._schema.name.split("::")
+    found = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    overload = getattr(found, target._overloadname, None)
+    written = [a for a in target._schema.arguments if a.alias_info and a.alias_info.is_write]
+    if not name.endswith("_") or written != target._schema.arguments[:1]:
+        return None
+    # A sum of tensors of two dtypes has the larger one, where a write keeps that of its input.
+    values = [input_.meta.get("val") for input_ in node.all_input_nodes]
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and not _is_integral(v)}
+    return overload if dtypes <= {node.meta["val"].dtype} else None
+
+
+def _is_integral(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _replace_write(node: fx.Node, place: dict[fx.Node, int]) -> None:
+    """Replace a write and all later reads of its input by the new value."""
+    counterpart = _counterpart(node)
+    assert counterpart is not None
+    with node.graph.inserting_before(node):
+        value = node.graph.call_function(counterpart, node.args, node.kwargs)
+    value.meta = dict(node.meta)
+    place[value] = place[node]
+    target = node.all_input_nodes[0]
+    node.replace_all_uses_with(value)
+    target.replace_all_uses_with(value, lambda user: place[user] > place[value])
+    node.graph.erase_node(node)
+
+
+def _replace_batch_norm(node: fx.Node, place: dict[fx.Node, int]) -> None:
+    """Replace a batch norm by the operator that has no training mode."""
+    norm = _aten._native_batch_norm_legit_no_training.default
+    with node.graph.inserting_before(node):
+        results = node.graph.call_function(norm, (*node.args[:5], *node.args[6:8]))
+        value = node.graph.call_function(operator.getitem, (results, 0))
+    results.meta, value.meta = {**node.meta, "val": None}, dict(node.meta)
+    place |= dict.fromkeys((results, value), place[node])
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
