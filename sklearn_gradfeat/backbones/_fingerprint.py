@@ -13,6 +13,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _OWN = __name__.partition(".")[0]
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
 _KNOWN_BY_REPR = (torch.dtype, torch.layout, torch.memory_format)
 _WELL_KNOWN = ("aten.", "prims.")
+_HASHED_APART = {"training", "_parameters", "_buffers", "_modules"}
 
 
 class UndigestibleError(TypeError):
@@ -69,6 +71,27 @@ def digest(*values: Any) -> bytes:
     return xxhash.xxh3_128_digest(stream.getbuffer())
 
 
+def _tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a dense tensor, a view where it lies in host memory already."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _described_tensor(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what a dense tensor is, with a digest of its values."""
+    kind = (type(tensor).__qualname__, str(tensor.dtype), tuple(tensor.shape))
+    return ("tensor", *kind, xxhash.xxh3_128_digest(_tensor_bytes(tensor)))
+
+
+class _TensorPickler(pickle.Pickler):
+    """Writes the same bytes for equal tensors, which torch's own pickles do not."""
+
+    def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
+        """Return a description of a dense tensor."""
+        dense = isinstance(value, Tensor) and value.layout is torch.strided
+        return _described_tensor(value) if dense else None
+
+
 class _ValuePickler(pickle.Pickler):
     """Writes the same bytes for equal values, and refuses code of the user."""
 
@@ -76,9 +99,7 @@ class _ValuePickler(pickle.Pickler):
         """Return a description of a value whose pickle would depend on more than the value."""
         _version(type(value).__module__)
         if isinstance(value, Tensor) and value.layout is torch.strided:
-            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            kind = (type(value).__qualname__, str(value.dtype), tuple(value.shape))
-            return ("tensor", *kind, xxhash.xxh3_128_digest(flat.data))
+            return _described_tensor(value)
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             content = xxhash.xxh3_128_digest(value.tobytes())
             return ("array", repr(value.dtype), value.shape, content)
@@ -193,3 +214,48 @@ def _is_known(node: fx.Node) -> bool:
     """Whether an operator belongs to torch or Python, so that its name determines its code."""
     module = getattr(node.target, "__module__", None) or ""
     return str(node.target).startswith(_WELL_KNOWN) or module in ("_operator", "math", "builtins")
+
+
+def module_digest(module: nn.Module) -> str:
+    """Return a hash of everything that the function of a module depends on, in this process.
+
+    It covers parameters, buffers, and the attributes of every submodule, hooks included, but
+    not the training mode. If an attribute cannot be pickled, the hash is a new one every time.
+    """
+    state = _hashed_structure(module)
+    for value in chain(module.parameters(), module.buffers()):
+        state.update(_tensor_bytes(value))
+    return str(state.hexdigest())
+
+
+def architecture_digest(module: nn.Module, example: Tensor) -> str:
+    """Return a hash of a module and the kind of its input, but not of the values of its tensors.
+
+    It holds in this process only, as :func:`module_digest` does.
+    """
+    state = _hashed_structure(module)
+    first: dict[int, str] = {}
+    named = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
+    tied = [(name, first.setdefault(id(value), name)) for name, value in named]
+    kind = (tuple(example.shape), example.dtype, example.device)
+    state.update(repr((kind, [pair for pair in tied if pair[0] != pair[1]])).encode())
+    return str(state.hexdigest())
+
+
+def _hashed_structure(module: nn.Module) -> Any:
+    """Return a hash of the attributes of every submodule, and of the kinds of all tensors."""
+    state = xxhash.xxh3_128()
+    for name, layer in module.named_modules():
+        held = sorted((k, v) for k, v in vars(layer).items() if k not in _HASHED_APART)
+        try:
+            stream = io.BytesIO()
+            _TensorPickler(stream, protocol=4).dump((name, id(type(layer)), held))
+            state.update(stream.getbuffer())
+        except Exception:  # whatever an attribute's own pickling may raise
+            state.update(uuid.uuid4().bytes)
+    for name, value in chain(module.named_parameters(), module.named_buffers()):
+        state.update(f"{name} {value.dtype} {value.device} {tuple(value.shape)}".encode())
+    return state

@@ -5,22 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import multiprocessing
-import pickle
 import threading
-import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any, Self
 
 import torch
-import xxhash
 from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._attention import differentiable_attention
 from sklearn_gradfeat.backbones._blocks import blocks, choose_parameters, differentiable
+from sklearn_gradfeat.backbones._capture import capture
 from sklearn_gradfeat.backbones._copies import (
     check_module,
     converted,
@@ -36,14 +33,18 @@ from sklearn_gradfeat.backbones._eager import (
     module_out_channels,
     parameter_names,
 )
-from sklearn_gradfeat.backbones._fingerprint import Fingerprint, cut_places, fingerprint
+from sklearn_gradfeat.backbones._fingerprint import (
+    Fingerprint,
+    cut_places,
+    fingerprint,
+    module_digest,
+)
 from sklearn_gradfeat.backbones._folding import fold_batch_norms, unfold
 from sklearn_gradfeat.backbones._graph import (
     ActivationModule,
     Captured,
     CaptureError,
     Layer,
-    capture,
     out_channels,
     tied_names,
 )
@@ -462,7 +463,6 @@ _CACHE_LOCK = threading.RLock()
 _DIFFERENCE = 0.05
 # Gradients below this share of the largest one count as if they had that size.
 _ROUNDING = 1e-2
-_HASHED_APART = {"training", "_parameters", "_buffers", "_modules"}
 
 
 def freeze(
@@ -501,23 +501,3 @@ def _cache_owner(module: nn.Module, owner: object) -> object:
         return module if owner is None else next(iter(weakref.WeakSet([owner])))
     except TypeError:  # the owner cannot be hashed or weakly referenced
         return module
-
-
-def module_digest(module: nn.Module) -> str:
-    """Return a hash of everything that the function of a module depends on, in this process.
-
-    It covers parameters, buffers, and the attributes of every submodule, hooks included, but
-    not the training mode. If an attribute cannot be pickled, the hash is a new one every time.
-    """
-    state = xxhash.xxh3_128()
-    for name, layer in module.named_modules():
-        held = sorted((k, v) for k, v in vars(layer).items() if k not in _HASHED_APART)
-        try:
-            state.update(pickle.dumps((name, id(type(layer)), held)))
-        except Exception:  # whatever an attribute's own pickling may raise
-            return uuid.uuid4().hex
-    for name, value in chain(module.named_parameters(), module.named_buffers()):
-        state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        state.update(flat.view(torch.uint8).numpy().data)
-    return state.hexdigest()

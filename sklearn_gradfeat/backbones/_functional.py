@@ -36,7 +36,8 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     """
     nodes: list[fx.Node] = list(program.graph_module.graph.nodes)
     if not all(map(_is_plain, nodes)) or not _are_replaceable(nodes):
-        return program.run_decompositions({})
+        rewritten: ExportedProgram = program.run_decompositions({})
+        return rewritten
     place = {node: i for i, node in enumerate(nodes)}
     for node in nodes:
         if node.target in _IDENTITIES:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +12,6 @@ from torch import SymInt, Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._advice import layout_advice
 from sklearn_gradfeat.backbones._attention import plain_attention
-from sklearn_gradfeat.backbones._functional import functional
 
 MATRIX = {"linear", "addmm", "matmul", "mm", "bmm"}
 WEIGHTED = MATRIX | {
@@ -255,89 +251,6 @@ def run_once(module: Callable[[Tensor], Tensor], example: Tensor) -> Tensor:
             "preprocess, so that the batch has the shape, dtype and range of values that the "
             "network expects. If the network itself casts to float32, set precision='float32'."
         ) from error
-
-
-def capture(module: ActivationModule, example: Tensor) -> Captured:
-    """Export a module to a graph with a free batch size.
-
-    Parameters
-    ----------
-    module : ActivationModule
-        The network, in evaluation mode.
-    example : tensor of shape (2 or more, ...)
-        A batch that the network accepts.
-
-    Returns
-    -------
-    Captured
-
-    Raises
-    ------
-    CaptureError
-        If ``torch.export`` refuses the module.
-    """
-    batch = torch.export.Dim("batch", min=2)
-    try:
-        with torch.no_grad(), plain_attention(), _quiet():
-            program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-            program = functional(program)
-    except Exception as error:
-        raise CaptureError(str(error).strip().split("\n")[0] or type(error).__name__) from error
-    return _read(program, module)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from printing the graph that it refuses."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Captured:
-    """Return the nodes, tensors and names of an exported program."""
-    signature = program.graph_signature
-    graph = program.graph_module.graph
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    names |= signature.inputs_to_lifted_tensor_constants
-    values = {**program.constants, **program.state_dict}
-    tensors: dict[fx.Node, Tensor] = {}
-    parameters: dict[str, fx.Node] = {}
-    entry: list[fx.Node] = []
-    aliases = tied_names(module.module)
-    own_names: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.name in names:
-            tensors[node] = values[names[node.name]].detach()
-            own_names[node] = names[node.name].removeprefix("module.")
-            if node.name in signature.inputs_to_parameters and tensors[node].is_floating_point():
-                name = own_names[node]
-                parameters[aliases.get(name, name)] = node
-        elif node.op == "placeholder":
-            entry.append(node)
-        elif node.target is torch.ops.aten.embedding.default:
-            node.args = node.args[:3]  # without sparse gradients, or gradients by frequency
-        elif node.op == "get_attr":
-            raise CaptureError(f"the graph holds a subgraph, {node.target}")
-    (outputs,) = next(iter(reversed(graph.nodes))).args
-    classes = {name: type(layer) for name, layer in module.module.named_modules()}
-    captured = Captured(
-        graph, tensors, parameters, entry[0], outputs[-1], classes, aliases=aliases, names=own_names
-    )
-    used = set(captured.used())
-    captured.parameters = {n: node for n, node in parameters.items() if node in used}
-    if captured.input not in used:
-        raise ValueError(
-            "The output of backbone does not depend on its input. Pass a module whose activation "
-            "is computed from the samples, or another activation_layer."
-        )
-    return captured
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

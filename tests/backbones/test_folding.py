@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from sklearn_gradfeat.backbones._capture import capture
 from sklearn_gradfeat.backbones._folding import fold_batch_norms
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone
-from sklearn_gradfeat.backbones._graph import ActivationModule, capture
+from sklearn_gradfeat.backbones._graph import ActivationModule
 from sklearn_gradfeat.backbones._split import extract
 
 

@@ -1,0 +1,185 @@
+"""A module captured as a graph by ``torch.export``, once for every architecture."""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from sklearn_gradfeat.backbones._attention import plain_attention
+from sklearn_gradfeat.backbones._fingerprint import architecture_digest
+from sklearn_gradfeat.backbones._functional import functional
+from sklearn_gradfeat.backbones._graph import ActivationModule, Captured, CaptureError, tied_names
+from sklearn_gradfeat.backbones._split import extract
+
+
+class _Exported(NamedTuple):
+    """The graph of an architecture, without the weights of a network.
+
+    Attributes
+    ----------
+    graph : torch.fx.Graph
+        ATen operators, without mutation.
+    names : dict of str to str
+        The names of parameters, buffers and constants by placeholder.
+    parameters : set of str
+        The placeholders of parameters.
+    constants : dict of str to tensor
+        The tensors that the code of the network creates, by name.
+    """
+
+    graph: fx.Graph
+    names: dict[str, str]
+    parameters: set[str]
+    constants: dict[str, Tensor]
+
+
+# The outputs of one function in two forms differ by no more than this many units of rounding.
+_ROUNDINGS = 100
+_KEPT = 16
+_exported: OrderedDict[str, _Exported] = OrderedDict()
+_LOCK = threading.Lock()
+
+
+def capture(module: ActivationModule, example: Tensor) -> Captured:
+    """Return a module as a graph with a free batch size.
+
+    The graph of another network of the same architecture is used again if it gives the output of
+    this one.
+
+    Parameters
+    ----------
+    module : ActivationModule
+        The network, in evaluation mode.
+    example : tensor of shape (2 or more, ...)
+        A batch that the network accepts.
+
+    Returns
+    -------
+    Captured
+
+    Raises
+    ------
+    CaptureError
+        If ``torch.export`` refuses the module.
+    """
+    key = architecture_digest(module, example)
+    with _LOCK:
+        known = _exported.get(key)
+    if known is not None:
+        captured = _with_tensors(known, module)
+        if _agrees(captured, module, example):
+            return captured
+    exported = _export(module, example)
+    captured = _with_tensors(exported, module)
+    with _LOCK:
+        _exported[key] = exported
+        _exported.move_to_end(key)
+        while len(_exported) > _KEPT:
+            _exported.popitem(last=False)
+    return captured
+
+
+def _export(module: ActivationModule, example: Tensor) -> _Exported:
+    """Return the graph of a module."""
+    batch = torch.export.Dim("batch", min=2)
+    try:
+        with torch.no_grad(), plain_attention(), _quiet():
+            program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+            program = functional(program)
+    except Exception as error:
+        raise CaptureError(str(error).strip().split("\n")[0] or type(error).__name__) from error
+    graph = program.graph_module.graph
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            raise CaptureError(f"the graph holds a subgraph, {node.target}")
+        if node.target is torch.ops.aten.embedding.default:
+            node.args = node.args[:3]  # without sparse gradients, or gradients by frequency
+    signature = program.graph_signature
+    constants = signature.inputs_to_lifted_tensor_constants
+    return _Exported(
+        graph,
+        {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **constants},
+        set(signature.inputs_to_parameters),
+        {name: program.constants[name].detach() for name in constants.values()},
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing the graph that it refuses."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _with_tensors(exported: _Exported, module: ActivationModule) -> Captured:
+    """Return a copy of a graph with the tensors of a module."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    outputs = graph.graph_copy(exported.graph, copies)
+    assert isinstance(outputs, tuple)
+    named = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
+    values = {**exported.constants, **dict(named)}
+    tensors: dict[fx.Node, Tensor] = {}
+    parameters: dict[str, fx.Node] = {}
+    names: dict[fx.Node, str] = {}
+    entry: list[fx.Node] = []
+    aliases = tied_names(module.module)
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name not in exported.names:
+            entry.append(node)
+            continue
+        tensors[node] = values[exported.names[node.name]].detach()
+        names[node] = exported.names[node.name].removeprefix("module.")
+        if node.name in exported.parameters and tensors[node].is_floating_point():
+            parameters[aliases.get(names[node], names[node])] = node
+    classes = {name: type(layer) for name, layer in module.module.named_modules()}
+    captured = Captured(
+        graph, tensors, parameters, entry[0], outputs[-1], classes, aliases=aliases, names=names
+    )
+    used = set(captured.used())
+    captured.parameters = {n: node for n, node in parameters.items() if node in used}
+    if captured.input not in used:
+        raise ValueError(
+            "The output of backbone does not depend on its input. Pass a module whose activation "
+            "is computed from the samples, or another activation_layer."
+        )
+    return captured
+
+
+def _agrees(captured: Captured, module: ActivationModule, example: Tensor) -> bool:
+    """Whether a graph gives the output of a module.
+
+    It does not if the code of the module has changed under the same names, as in a notebook.
+    """
+    if example.is_floating_point():
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randn(example.shape, generator=generator).to(example)
+    graph = extract(captured, [captured.input], [captured.output])
+    try:
+        with torch.no_grad(), plain_attention():
+            expected, found = module(example), graph(example)[0]
+    except Exception:  # whatever the module may raise for these values
+        return False
+    bound = _ROUNDINGS * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    same_shape = expected.shape == found.shape
+    return same_shape and float((found - expected).abs().max()) <= bound
