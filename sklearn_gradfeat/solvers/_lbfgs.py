@@ -29,8 +29,10 @@ from sklearn_gradfeat.solvers._steps import (
     start,
 )
 
-# Number of curvature pairs that are kept.
-_MEMORY = 30
+# The smallest and the largest number of curvature pairs that are kept. In between, all pairs
+# together have no more elements than this.
+_FEWEST, _MOST = 3, 30
+_ELEMENTS = 2**26
 # A change of the total curvature of the loss by this factor rebuilds the preconditioner. The
 # older curvature pairs are dropped with it: their rounding errors would remain.
 _CHANGE = 2.0
@@ -83,11 +85,13 @@ class Solution:
 class _Memory:
     """A preconditioner and the curvature pairs collected since it was built."""
 
-    def __init__(self, precondition: Callable[[Tensor], Inverse], loss: Loss, logits: Tensor):
+    def __init__(
+        self, precondition: Callable[[Tensor], Inverse], loss: Loss, logits: Tensor, size: int
+    ) -> None:
         self.inverse = precondition(logits)
         self.curvature = float(loss.curvatures(logits).sum())
         self.scale = 1.0
-        self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
+        self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_n_pairs(size))
 
     def add(self, step: Tensor, change: Tensor, preconditioned: Tensor) -> None:
         """Store a step ``s``, the change ``y`` of the gradient, and ``1 / sᵀy``; ``Py`` is given.
@@ -146,8 +150,9 @@ def minimize(
        It predicts the decrease of ``F`` over a Newton step, and does not depend on the units
        of the unknowns.
     2. *Direction.* The two-loop recursion returns ``d = -H g``. ``H`` starts from ``γ P`` and
-       satisfies the secant equations of the last 30 curvature pairs: steps ``s`` and changes
-       ``y`` of the gradient. The last pair gives ``γ = sᵀy / yᵀPy``.
+       satisfies the secant equations of the last curvature pairs: steps ``s`` and changes ``y``
+       of the gradient, at most 30 of them, and fewer of more than a million unknowns. The last
+       pair gives ``γ = sᵀy / yᵀPy``.
     3. *Exact line search.* The logits along ``x + t d`` are ``Z + t D`` with ``D = A d``.
        Once ``D`` is known, the search for ``t`` needs no pass.
     4. *Passes.* One pass returns both ``D`` and the gradient at ``t = 1``. The unit step is
@@ -199,7 +204,7 @@ def minimize(
     """
     loss, penalty = objective.loss, objective.penalty
     point = start(objective, x)
-    memory = _Memory(precondition, loss, point.logits)
+    memory = _Memory(precondition, loss, point.logits, len(x))
     memory.recall(curvature_pairs, penalty)
     preconditioned = memory.inverse(point.gradient)
     norm = _norm(point.gradient, preconditioned)
@@ -236,12 +241,17 @@ def minimize(
             status = "converged" if decrement <= wanted else "interrupted"
             break
         if not same_curvature(memory.curvature, loss, point.logits):
-            memory = _Memory(precondition, loss, point.logits)
+            memory = _Memory(precondition, loss, point.logits, len(x))
             preconditioned = memory.inverse(point.gradient)
             norm = _norm(point.gradient, preconditioned)
             solve = coarse(memory.inverse) if coarse and solve else None
     learned = CurvaturePairs([(step, change) for step, change, _ in memory.pairs], penalty)
     return Solution(point.x, path, n_iter, passes, status, norm, learned)
+
+
+def _n_pairs(size: int) -> int:
+    """Return how many curvature pairs are kept for ``size`` unknowns."""
+    return max(_FEWEST, min(_MOST, _ELEMENTS // (2 * size)))
 
 
 def same_curvature(former: float, loss: Loss, logits: Tensor) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sklearn_gradfeat.solvers import minimize, preconditioned_norm
+from sklearn_gradfeat.solvers import _lbfgs, minimize, preconditioned_norm
 from tests.solvers.dense import LOSSES, Dense, normal, problem
 
 
@@ -140,6 +140,20 @@ def coarse_of(objective, size):
         return moved, objective.matrix @ moved, gain
 
     return solve
+
+
+def test_few_curvature_pairs_for_many_unknowns(monkeypatch):
+    objective = problem("multinomial")
+    full = solve(objective)
+    monkeypatch.setattr(_lbfgs, "_ELEMENTS", 2 * len(objective.penalty) * 4)
+    some = solve(objective)
+    monkeypatch.setattr(_lbfgs, "_ELEMENTS", 1)
+    fewest = solve(objective)
+    assert [len(s.curvature_pairs.pairs) for s in (some, fewest)] == [4, 3]
+    assert len(full.curvature_pairs.pairs) > 4
+    for solution in (some, fewest):
+        assert solution.status == "converged"
+        torch.testing.assert_close(solution.x, full.x, rtol=1e-6, atol=1e-8)
 
 
 def test_coarse_space_solves():
