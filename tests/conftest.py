@@ -19,6 +19,12 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_runtest_setup(item):
+    """Skip the tests marked ``cuda`` without such a device."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def scripts(request, monkeypatch):
     """Import the scripts in SCRIPTS of the module by name, as Python does for their own folder."""

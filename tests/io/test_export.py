@@ -136,7 +136,7 @@ def test_network_without_a_graph():
         model.to_torch()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_module_on_another_device():
     model = estimator(device="cpu").fit(X, Y)
     found = model.to_torch("cuda")(torch.from_numpy(X).cuda())

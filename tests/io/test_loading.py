@@ -153,10 +153,7 @@ def test_device_that_is_not_here(saved):
         load(saved, NET, device="nonsense")
 
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize(("source", "target"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_from_device_to_device(source, target, path):
     model = estimator(device=source).fit(X, Y)

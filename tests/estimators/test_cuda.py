@@ -1,0 +1,110 @@
+"""Fits on a CUDA device, against those on the CPU."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    GradientFeatureClassifierCV,
+    GradientFeatureRegressor,
+)
+from tests.tiny import NET, X, Y, estimator
+
+pytestmark = pytest.mark.cuda
+DEVICE = "cuda"
+
+
+def both(make, X=X, y=Y, **options):
+    """Return the same estimator fitted on the CPU and on the device."""
+    return [make(device=device).fit(X, y, **options) for device in ("cpu", DEVICE)]
+
+
+def assert_alike(cpu, device, atol=1e-4):
+    assert device.objective_path_[-1] == pytest.approx(cpu.objective_path_[-1], rel=1e-4)
+    np.testing.assert_allclose(device.decision_function(X), cpu.decision_function(X), atol=atol)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"n_linearizations": 3},
+        {"activation_layer": ["1", "3"]},
+        {"gradient_layers": "all"},
+        {"alpha": "auto", "gradient_alpha": "auto"},
+        {"gradient_alpha": math.inf},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_classifier(options):
+    assert_alike(*both(lambda **o: estimator(tol=1e-8, max_iter=300, **options, **o)), atol=1e-2)
+
+
+def test_sample_weight():
+    weights = np.random.default_rng(0).random(len(Y))
+    models = both(lambda **o: estimator(tol=1e-8, max_iter=300, **o), sample_weight=weights)
+    assert_alike(*models, atol=1e-2)
+
+
+def test_multilabel():
+    labels = np.stack([Y == 0, Y > 0], 1).astype(int)
+    assert_alike(*both(lambda **o: estimator(tol=1e-8, max_iter=300, **o), y=labels), atol=1e-2)
+
+
+def test_huber():
+    options = {"loss": "huber", "alpha": 0.1, "gradient_alpha": 0.1, "tol": 1e-8}
+    cpu, device = both(lambda **o: GradientFeatureRegressor(NET, **options, **o), y=Y * 1.0)
+    np.testing.assert_allclose(device.predict(X), cpu.predict(X), atol=1e-2)
+
+
+def test_search():
+    grid = {"alphas": [1e-2, 1e-1], "gradient_alphas": [1e-2, 1e-1], "cv": 3}
+    cpu, device = both(lambda **o: GradientFeatureClassifierCV(NET, **grid, **o))
+    np.testing.assert_allclose(device.scores_, cpu.scores_, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_parameters", [2, 4])
+def test_batch_norms_and_attention(n_parameters):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    stem = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(2), nn.Linear(36, 8)]
+    net = nn.Sequential(*stem, layer, nn.Flatten())
+    options = {"alpha": 0.1, "gradient_alpha": 0.1, "tol": 1e-7, "max_iter": 200}
+    layers = [name for name, _ in net.named_parameters()][-n_parameters:]
+    assert_alike(
+        *both(lambda **o: GradientFeatureClassifier(net, gradient_layers=layers, **options, **o)),
+        atol=1e-2,
+    )
+
+
+def test_device_is_that_of_the_products():
+    model = estimator(device="auto").fit(X, Y)
+    probabilities = model.to_torch(DEVICE)(torch.from_numpy(X).to(DEVICE))
+    assert probabilities.device.type == DEVICE
+    np.testing.assert_allclose(probabilities.cpu(), model.predict_proba(X), atol=1e-4)
+
+
+def test_little_memory():
+    net = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), *NET[4:])
+    images = np.random.default_rng(0).normal(size=(2048, 1, 32, 32)).astype(np.float32)
+    labels = np.arange(2048) % 2
+    options = {"alpha": 0.1, "gradient_alpha": 0.1, "max_iter": 2, "tol": 1e-2, "device": DEVICE}
+    expected = GradientFeatureClassifier(net, batch_size=64, **options).fit(images, labels)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (total - free + 2**28) / total))
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            found = GradientFeatureClassifier(net, batch_size=2048, **options).fit(images, labels)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert any("Memory ran out" in str(w.message) for w in seen)
+    np.testing.assert_allclose(
+        found.decision_function(images), expected.decision_function(images), atol=1e-2
+    )
