@@ -125,8 +125,8 @@ class FitResult(NamedTuple):
     """A fitted model, and the result of the solver in each stage.
 
     ``solutions`` has the key ``"activation"`` and, unless that is the whole model, the value of
-    the parameter ``features``. ``separated`` says that a model without penalties separates the
-    classes, so that its loss has no minimum; ``unmoved``, that the gradient term is zero although
+    the parameter ``features``. ``separated`` names the penalties of zero without which the loss has
+    no minimum, because their terms separate the classes; ``unmoved`` says that the gradient term is zero although
     its penalty is finite and other terms are not zero. With several linearisations,
     ``linearizations`` has the result of each, and ``network_path`` the objective of the network
     before the first one and after each move.
@@ -136,7 +136,7 @@ class FitResult(NamedTuple):
     solutions: dict[str, Solution]
     alpha: float
     gradient_alpha: float
-    separated: bool = False
+    separated: tuple[str, ...] = ()
     unmoved: bool = False
     linearizations: tuple[Solution, ...] = ()
     network_path: tuple[float, ...] = ()
@@ -245,25 +245,41 @@ class TwoStageFit:
         # A second stage goes on where it ended only with the same Ω: a first stage starts at zero.
         first = self.fit_activation(alpha, warm if last else None, progress, last)
         model, solutions = first.model, {"activation": first.solution}
-        separated, unmoved = alpha == 0 and self.separates(first.solution), False
+        separated, unmoved = self.separated(first), False
         if not last:
             # Where the zero model is the optimum, a warm start must not take its place.
             start = model if warm is None or first.is_zero else warm
             model, solutions[features] = self.fit_gradient(first, gradient_alpha, start, progress)
-            separated |= alpha == gradient_alpha == 0 and self.separates(solutions[features])
+            separated += self.separated(first, gradient_alpha, solutions[features])
             unmoved = not model.moves and not first.is_zero
         restored = self.problem.restored(model)
         return FitResult(restored, solutions, alpha, gradient_alpha, separated, unmoved)
 
-    def separates(self, solution: Solution) -> bool:
-        """Whether a solution without penalties gives every sample its class.
+    def separated(
+        self,
+        first: FirstStage,
+        gradient_alpha: float = math.inf,
+        second: Solution | None = None,
+    ) -> tuple[str, ...]:
+        """Return the penalty of a stage that is zero, if its terms separate the classes.
 
-        Then the loss of no sample exceeds ``log 2``, and it falls for ever along the solution.
+        The stage is the first one, or the ``second``. If the terms without a penalty give every
+        sample its class, the loss of no sample exceeds ``log 2``. It falls for ever along them.
         """
-        if not isinstance(self.loss, (Bernoulli, Multinomial)):
-            return False
+        if second is None:
+            name, penalty, solution = "alpha", first.alpha, first.solution
+        else:
+            name, penalty, solution = "gradient_alpha", gradient_alpha, second
+        if penalty != 0 or not isinstance(self.loss, (Bernoulli, Multinomial)):
+            return ()
+        if second is None:
+            objective = self.objective(0.0, self.samples.activation, None)
+        else:
+            objective = self.second_objective(first, 0.0)
+        free = torch.where(objective.penalty == 0, solution.x, 0.0)
         weights = self.loss.weights[self.loss.weights > 0]
-        return solution.objective_path[-1] < math.log(2) * float(weights.min())
+        loss = objective.loss.value(objective.forward(free))
+        return (name,) if loss < math.log(2) * float(weights.min()) else ()
 
     def fit_activation(
         self,
@@ -499,7 +515,7 @@ def warn_unless_converged(result: FitResult, settings: FitSettings) -> None:
     if result.separated:
         warnings.warn(
             "The classes are separable, so without a penalty the loss has no minimum: the weights "
-            "grow until the fit stops. Increase alpha=0.",
+            f"grow until the fit stops. Increase {'=0 and '.join(result.separated)}=0.",
             ConvergenceWarning,
             stacklevel=2,
         )

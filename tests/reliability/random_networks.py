@@ -161,12 +161,16 @@ class Builder:
     def token_stage(self):
         c, draw = self.channels, self.rng.random()
         if draw < 0.3:
-            return [Skip(nn.Sequential(nn.LayerNorm(c), Attention(c, int(self.rng.choice([1, 2])))))]
+            return [
+                Skip(nn.Sequential(nn.LayerNorm(c), Attention(c, int(self.rng.choice([1, 2])))))
+            ]
         if draw < 0.6:
             inner = nn.Linear(c, 7, bias=self.chance(0.7)), self.activation(), nn.Linear(7, c)
             return [Skip(nn.Sequential(nn.LayerNorm(c), *inner))]
         if draw < 0.7:
-            return [nn.TransformerEncoderLayer(c, 2, 8, batch_first=True, norm_first=self.chance(0.5))]
+            return [
+                nn.TransformerEncoderLayer(c, 2, 8, batch_first=True, norm_first=self.chance(0.5))
+            ]
         if draw < 0.8:
             return [Tied(nn.Linear(c, c), nn.Linear(c, c, bias=False))]
         self.channels = int(self.rng.choice([4, 6, 8]))

@@ -40,7 +40,10 @@ class Case:
             self.network.double()
         self.n = int(rng.integers(8, 25))
         self.X, self.new = self.samples(self.n), self.samples(5)
-        self.options = {"max_iter": 3000, "batch_size": int(rng.choice([1, 3, 7, 256]))}
+        self.options = {
+            "max_iter": 3000,
+            "batch_size": int(rng.choice([1, 7, 256], p=[0.1, 0.2, 0.7])),
+        }
         self.options["precision"] = str(rng.choice(["auto", "float64", "float64", "float32"]))
         rows = self.builder.kind == "rows"
         self.exact = self.options["precision"] == "float64" or (
@@ -284,7 +287,9 @@ def evaluate(case, model):
             found["f"][part] = dense.activation(at, samples).numpy()
         if linear:
             J = dense.jacobian(theta, samples, model.omega_)
-            by_column = np.concatenate([np.full(v.numel(), s) for v, s in zip(theta.values(), scales, strict=True)])
+            by_column = np.concatenate(
+                [np.full(v.numel(), s) for v, s in zip(theta.values(), scales, strict=True)]
+            )
             found["g"][part] = J * by_column
         else:
             found["g"][part] = np.zeros((len(samples), len(model.coef_), len(found["u"])))
@@ -342,7 +347,7 @@ def check_optimum(case, model, found):
     of_omega = best_intercept(loss, f @ fixed.T, logits, intercept)
     of_omega += case.alpha / 2 * (fixed**2).sum()
     close(case, of_omega, activation_alone, constant)
-    moved, value = (found["u"]**2).sum(), model.objective_path_[-1]
+    moved, value = (found["u"] ** 2).sum(), model.objective_path_[-1]
     finite = np.isfinite(case.gradient_alpha) and case.options["features"] != "activation"
     penalty = case.alpha / 2 * (model.coef_**2).sum()
     penalty += case.gradient_alpha / 2 * moved if finite else 0.0
