@@ -8,7 +8,8 @@ from the pretrained parameters. Constants ``-Ω J point`` then belong to the los
 
 Both problems are convex. A stage stops when the Newton decrement ``½ gᵀ P g`` (gradient ``g``,
 preconditioner ``P``), which predicts how far the objective can still fall, is below ``tol`` times
-its fall so far: from the zero model in stage 1, from the result of stage 1 in stage 2.
+its fall so far: from the zero model in stage 1, and in a stage 2 without activations; from the result of
+stage 1 otherwise.
 """
 
 from __future__ import annotations
@@ -396,9 +397,12 @@ class TwoStageFit:
 
     def _second_unknowns(self, model: LinearModel) -> Tensor:
         """Return the flat vector of the unknowns of the second stage."""
-        weights = model.weights if self.settings.features == "full" else model.weights[:, :0]
-        moves = tuple(model.total[name] for name in self.parameters)
-        return self._unknowns(weights, model.intercept, self.head.flatten(moves))
+        moves = self.head.flatten(tuple(model.total[name] for name in self.parameters))
+        if self.settings.features == "full":
+            return self._unknowns(model.weights, model.intercept, moves)
+        # The intercept of the first stage goes with weights that the model does not have.
+        intercept = model.intercept if model.moves else torch.zeros_like(model.intercept)
+        return self._unknowns(model.weights[:, :0], intercept, moves)
 
     def _first_model(self, objective: TangentObjective, x: Tensor) -> LinearModel:
         parts = objective.split(x)

@@ -1,5 +1,6 @@
 """Random small networks with what the estimators should find in them."""
 
+import copy
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
@@ -53,12 +54,12 @@ class Twice(nn.Module):
 
 
 class Tied(nn.Module):
-    """Two layers with one weight."""
+    """Two layers with the same parameters."""
 
     def __init__(self, first, second):
         super().__init__()
         self.first, self.second = first, second
-        self.second.weight = self.first.weight
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
 
     def forward(self, x):
         return self.second(torch.sin(self.first(x)))
@@ -155,7 +156,8 @@ class Builder:
         if draw < 0.43:
             return [Twice(self.same_size(True))]
         if draw < 0.5:
-            return [Tied(self.same_size(True), self.same_size(False))]
+            layer = self.same_size(True)
+            return [Tied(layer, copy.deepcopy(layer))]
         return self.moving()
 
     def token_stage(self):
@@ -172,7 +174,7 @@ class Builder:
                 nn.TransformerEncoderLayer(c, 2, 8, batch_first=True, norm_first=self.chance(0.5))
             ]
         if draw < 0.8:
-            return [Tied(nn.Linear(c, c), nn.Linear(c, c, bias=False))]
+            return [Tied(nn.Linear(c, c), nn.Linear(c, c))]
         self.channels = int(self.rng.choice([4, 6, 8]))
         return [nn.Linear(c, self.channels), self.activation()]
 

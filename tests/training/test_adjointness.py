@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 from torch.nn import functional as F
 
@@ -93,6 +94,18 @@ def test_derivatives_that_disagree_are_refused_by_name():
     match = r"backward derivative of the backbone disagree in 'a\.weight', 'a\.bias', so"
     with pytest.raises(ValueError, match=match):
         estimator(WithFunction(Doubled.apply, graph=False), gradient_layers="all").fit(X, Y)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_derivatives_of_zero_up_to_rounding_errors(precision):
+    """Of an output that is the same everywhere, the norm of its channels leaves nothing."""
+    ones = np.ones_like(X) * np.random.default_rng(0).normal(size=(len(X), 1, 1, 1))
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"), nn.GroupNorm(4, 4), nn.Sigmoid()
+    )
+    model = estimator(network, gradient_layers="0", precision=precision)
+    with pytest.warns(ConvergenceWarning, match="The gradient term is zero"):
+        model.fit(ones.astype(np.float32), Y)
 
 
 def test_infinite_derivatives_are_refused_by_name():
