@@ -8,8 +8,8 @@ from the pretrained parameters. Constants ``-Ω J point`` then belong to the los
 
 Both problems are convex. A stage stops when the Newton decrement ``½ gᵀ P g`` (gradient ``g``,
 preconditioner ``P``), which predicts how far the objective can still fall, is below ``tol`` times
-its fall so far: from the zero model in stage 1, and in a stage 2 without activations; from the result of
-stage 1 otherwise.
+its fall so far. It counts from the zero model in stage 1 and in a stage 2 without activations, and
+from the result of stage 1 in any other stage 2.
 """
 
 from __future__ import annotations
@@ -126,11 +126,11 @@ class FitResult(NamedTuple):
     """A fitted model, and the result of the solver in each stage.
 
     ``solutions`` has the key ``"activation"`` and, unless that is the whole model, the value of
-    the parameter ``features``. ``separated`` names the penalties of zero without which the loss has
-    no minimum, because their terms separate the classes; ``unmoved`` says that the gradient term is zero although
-    its penalty is finite and other terms are not zero. With several linearisations,
-    ``linearizations`` has the result of each, and ``network_path`` the objective of the network
-    before the first one and after each move.
+    the parameter ``features``. ``separated`` names the penalties that are zero while the terms
+    without a penalty separate the classes, so that the loss has no minimum. ``unmoved`` says that
+    the gradient term is zero although its penalty is finite and other terms are not zero. With
+    several linearisations, ``linearizations`` has the result of each, and ``network_path`` the
+    objective of the network before the first one and after each move.
     """
 
     model: LinearModel

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.special import expit, log_expit, logsumexp, softmax
 from torch import nn
-from torch.func import functional_call, jacrev
+from torch.func import jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.reliability.random_networks import NORMS, called
@@ -87,7 +87,7 @@ class DenseNetwork:
     def _parts(self, theta, X):
         replaced = dict(theta)
         for layer, norm in self.folded.items():
-            s, own, mean, shift = self._constants(layer, norm)
+            s, own, mean, _ = self._constants(layer, norm)
             weight = replaced.pop(f"{layer}.weight", None)
             if weight is not None:
                 replaced[f"{layer}.weight"] = weight / s.view(-1, *[1] * (weight.ndim - 1))

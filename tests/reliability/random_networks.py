@@ -4,7 +4,6 @@ import copy
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -274,7 +273,7 @@ def trained_looking(network, rng):
                     value.normal_(0, 1.3 / fan_in**0.5, generator=generator)
                 elif name == "weight":
                     value.uniform_(0.5, 2, generator=generator)
-                    value *= torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+                    value.mul_(torch.randint(0, 2, value.shape, generator=generator) * 2 - 1)
                 else:
                     value.normal_(0, 0.3, generator=generator)
             if isinstance(module, NORMS):
@@ -357,9 +356,14 @@ def blocks(network, outputs, used):
         module = network.get_submodule(path)
         if isinstance(module, LAYERS) and path.split(".")[0] in used:
             parent = path.rpartition(".")[0]
-            if isinstance(network.get_submodule(parent), Tied):  # known by the name of its weight
-                path = f"{parent}.first"
-            layers.append((path, isinstance(module, nn.Linear) and output.ndim == 2))
+            # Layers are known by the names of their weights.
+            tied = isinstance(network.get_submodule(parent), Tied)
+            layers.append(
+                (
+                    f"{parent}.first" if tied else path,
+                    isinstance(module, nn.Linear) and output.ndim == 2,
+                )
+            )
     above = [path for path, dense in layers if not dense] or [path for path, _ in layers]
     joined = {path for path in outputs if _joins(network.get_submodule(path))}
     kinds = {type(network.get_submodule(path)) for path in joined if path.split(".")[0] in used}
