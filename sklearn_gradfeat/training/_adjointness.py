@@ -73,8 +73,8 @@ def check_adjointness(network: Network, samples: CachedSamples) -> None:
 
 def _noise(samples: CachedSamples, v: Tensor) -> float:
     """Return a change of ``⟨f, v⟩`` of the size of rounding errors."""
-    activation = samples.activation[: len(v)]
-    return torch.finfo(v.dtype).eps ** (1 - _ROUNDING) * float((activation * v).abs().sum())
+    size = float((samples.activation[: len(v)] * v).abs().sum())
+    return float(torch.finfo(v.dtype).eps ** (1 - _ROUNDING)) * size
 
 
 def _derivatives_agree(head: LinearizedHead, boundary: Tensors, v: Tensor, noise: float) -> bool:
