@@ -57,7 +57,7 @@ class Case:
         self.n = int(rng.integers(8, 25))
         self.X, self.new = self.samples(self.n), self.samples(5)
         self.exact = precision == "float64" or (precision == "auto" and self.builder.kind == "rows")
-        self.options["tol"] = 1e-10 if self.exact else 1e-6
+        self.options["tol"] = 1e-10 if self.exact else 1e-7
         self.options["batch_size"] = int(rng.choice([3, 7, 256], p=[0.1, 0.2, 0.7]))
         self.options["feature_store"] = [None, "auto", store][rng.choice(3, p=[0.4, 0.5, 0.1])]
         self.gradient_layers()
@@ -393,8 +393,12 @@ class ShiftedLoss:
 
 
 def close(case, value, best, start):
-    """Check that the objective is within the tolerance of the optimum."""
-    tol = 1e3 * case.options["tol"]
+    """Check that the objective is within the tolerance of the optimum.
+
+    The Newton decrement takes an approximate Hessian. For such small and ill-conditioned problems,
+    what is left to gain can be thousands of times larger.
+    """
+    tol = 1e4 * case.options["tol"]
     rounding = (1e-9 if case.exact else 1e-4) * start
     assert -rounding <= value - best <= tol * (start - best) + rounding, (value, best, start)
 
