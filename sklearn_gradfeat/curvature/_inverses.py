@@ -130,7 +130,7 @@ def largest_curvature(objective: TangentObjective) -> float:
     weights = objective.loss.curvatures(logits)
     size = 1.0
     for _ in range(_POWER_ITERATIONS):
-        norm = float(x.norm())
+        norm = _norm(x)
         if norm == 0:
             return 0.0
         seen = objective.forward(x / norm)
@@ -139,7 +139,13 @@ def largest_curvature(objective: TangentObjective) -> float:
             seen -= mean
             seen[seen.abs() <= 4 * torch.finfo(x.dtype).eps * mean.abs()] = 0  # rounding errors
         x = objective.adjoint(weights * seen)
-        size = float(x.norm())
+        size = _norm(x)
         if not math.isfinite(size):
             raise ValueError(NOT_FINITE)
     return size
+
+
+def _norm(x: Tensor) -> float:
+    """Return the norm of a vector whose squares may leave the range of float64."""
+    largest = float(x.abs().max())
+    return largest * float((x / largest).norm()) if 0 < largest < math.inf else largest

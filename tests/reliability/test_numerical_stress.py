@@ -179,14 +179,12 @@ def test_weights(name, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", [1e-300, 1e-150, 1e-12, 1e12, 1e100, 1e150])
+@pytest.mark.parametrize("scale", [1e-300, 1e-150, 1e-12, 1e12, 1e100])
 @pytest.mark.parametrize("kind", [C, R, *SEARCHES])
 def test_networks_with_extreme_weights(kind, scale):
     backbone = network(scale)
-    search = kind in SEARCHES
-    allowed = "[0-9]+ of [0-9]+ fits of the search stopped" if search and scale >= 1e100 else ""
-    fitted(kind(backbone), rows(), targets(kind), allowed=allowed)
-    if not search:
+    fitted(kind(backbone), rows(), targets(kind))
+    if kind not in SEARCHES:
         for n in (1, 2):
             options = {"alpha": 1e-4, "gradient_alpha": 1e-4, "n_linearizations": n}
             fitted(kind(backbone, **options), rows(), targets(kind), allowed=UNMOVED)
