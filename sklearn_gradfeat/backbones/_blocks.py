@@ -26,7 +26,7 @@ from itertools import pairwise
 from types import MappingProxyType
 
 import torch
-from torch import fx
+from torch import SymInt, fx
 
 from sklearn_gradfeat.backbones._graph import (
     MATRIX,
@@ -90,7 +90,8 @@ def _residual_regions(captured: Captured) -> list[tuple[set[fx.Node], str]]:
             continue
         sources = [s for s in node.all_input_nodes if captured.input in ancestors[s]]
         for first, second in pairwise(sources):
-            region = {n for n in ancestors[first] ^ ancestors[second] if n.op == "call_function"}
+            apart = ancestors[first] ^ ancestors[second]
+            region = {n for n in apart if n.op == "call_function" and not _is_size(n)}
             if not region:
                 continue
             if node.target is _ADD:
@@ -99,6 +100,11 @@ def _residual_regions(captured: Captured) -> list[tuple[set[fx.Node], str]]:
             if path:
                 regions.append((region, path))
     return regions
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node is a size of a tensor. It may be read outside of the block that needs it."""
+    return isinstance(node.meta.get("val"), (int, SymInt))
 
 
 def _common_path(paths: Sequence[str]) -> str:

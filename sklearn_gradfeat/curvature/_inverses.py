@@ -20,6 +20,7 @@ None of the expensive parts depends on the penalties, so all penalties share the
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from sklearn_gradfeat.curvature._coarse_solve import CoarseSolve
 from sklearn_gradfeat.curvature._coarse_space import Subspace, leading_subspace
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Preconditioner
 from sklearn_gradfeat.curvature._sample_space import SampleInverse, tangent_gram
+from sklearn_gradfeat.curvature._spectrum import NOT_FINITE
 from sklearn_gradfeat.linearized import TangentObjective
 from sklearn_gradfeat.solvers import CurvaturePairs, Solution, same_curvature
 
@@ -115,6 +117,11 @@ def largest_curvature(objective: TangentObjective) -> float:
     Power iteration approaches it from below. The curvature between outputs is left out. A free
     intercept follows the other unknowns, so the weighted mean over the samples is subtracted,
     and constant columns do not count.
+
+    Raises
+    ------
+    ValueError
+        If it is not finite.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(objective.penalty.shape, generator=generator, dtype=torch.float64)
@@ -123,7 +130,7 @@ def largest_curvature(objective: TangentObjective) -> float:
     weights = objective.loss.curvatures(logits)
     size = 1.0
     for _ in range(_POWER_ITERATIONS):
-        norm = float(x.norm())
+        norm = _norm(x)
         if norm == 0:
             return 0.0
         seen = objective.forward(x / norm)
@@ -132,5 +139,13 @@ def largest_curvature(objective: TangentObjective) -> float:
             seen -= mean
             seen[seen.abs() <= 4 * torch.finfo(x.dtype).eps * mean.abs()] = 0  # rounding errors
         x = objective.adjoint(weights * seen)
-        size = float(x.norm())
+        size = _norm(x)
+        if not math.isfinite(size):
+            raise ValueError(NOT_FINITE)
     return size
+
+
+def _norm(x: Tensor) -> float:
+    """Return the norm of a vector whose squares may leave the range of float64."""
+    largest = float(x.abs().max())
+    return largest * float((x / largest).norm()) if 0 < largest < math.inf else largest

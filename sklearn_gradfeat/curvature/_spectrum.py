@@ -29,6 +29,13 @@ _RANGE = 1e5
 # have this many times the multiplications of a product.
 STEPS = 8
 
+NOT_FINITE = (
+    "The squares of the activations, or of their derivatives in the gradient layers, are "
+    "NaN or infinite. If the activations are huge, scale X. If a derivative is infinite, "
+    "as that of a square root at zero, choose other gradient_layers, or set "
+    "features='activation'."
+)
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -104,12 +111,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     torch uses divide and conquer, which is fast but may fail to converge; QR iterations follow.
     """
     if not torch.isfinite(matrix).all():
-        raise ValueError(
-            "The squares of the activations, or of their derivatives in the gradient layers, are "
-            "NaN or infinite. If the activations are huge, scale X. If a derivative is infinite, "
-            "as that of a square root at zero, choose other gradient_layers, or set "
-            "features='activation'."
-        )
+        raise ValueError(NOT_FINITE)
     try:
         with threads_for(matrix.shape[-1] ** 3 / STEPS):
             values, vectors = torch.linalg.eigh(matrix)

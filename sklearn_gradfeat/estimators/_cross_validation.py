@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -76,6 +77,18 @@ class FoldModel(BaseGradientFeature):
                 "sample has a model of its own. Set cv to a number of folds."
             )
         return super()._logits(X)
+
+
+class _FoldScores(NamedTuple):
+    """The scores of a fold, and its fits without an optimum.
+
+    ``unfinished`` counts those that did not converge. ``separated`` has the penalties to increase
+    for each of those that separate the classes.
+    """
+
+    scores: dict[Pair, float]
+    unfinished: int
+    separated: list[tuple[str, ...]]
 
 
 class _Data(NamedTuple):
@@ -190,15 +203,16 @@ class CrossValidated(BaseGradientFeature):
         numbered: list[Any] = [None] if folds is None else list(enumerate(folds))
         scores: dict[Pair, list[float]] = {}
         unfinished = 0
+        separated: list[tuple[str, ...]] = []
         stages = TwoStageFit(data.prepared, data.problem)
         stop, running = threading.Event(), [threading.RLock() for _ in numbered]
 
-        def score_fold(i: int, pairs: Sequence[Pair], bar: Any) -> tuple[dict[Pair, float], int]:
+        def score_fold(i: int, pairs: Sequence[Pair], bar: Any) -> _FoldScores:
             with running[i]:
                 return self._score_fold(numbered[i], pairs, data, bar, stop)
 
         def evaluate(pairs: Sequence[Pair]) -> dict[Pair, float]:
-            nonlocal unfinished
+            nonlocal unfinished, separated
             new = [pair for pair in dict.fromkeys(pairs) if pair not in scores]
             if new:
                 bar.total = (bar.total or 0) + len(new) * len(numbered)
@@ -212,8 +226,9 @@ class CrossValidated(BaseGradientFeature):
                         with lock:
                             pass
                     raise
-                scores.update((pair, [of_fold[pair] for of_fold, _ in found]) for pair in new)
-                unfinished += sum(number for _, number in found)
+                scores.update((pair, [fold.scores[pair] for fold in found]) for pair in new)
+                unfinished += sum(fold.unfinished for fold in found)
+                separated += [names for fold in found for names in fold.separated]
             # Averaged as in GridSearchCV, so that ties are the same.
             means = np.average(np.array(list(scores.values())), axis=1)
             return dict(zip(scores, means.tolist(), strict=True))
@@ -224,7 +239,7 @@ class CrossValidated(BaseGradientFeature):
         for i, alpha in enumerate(tried.alphas):
             for j, gradient_alpha in enumerate(tried.gradient_alphas):
                 table[:, i, j] = scores.get((alpha, gradient_alpha), np.nan)
-        _warn_of_search(unfinished, list(scores.values()), data.prepared.settings)
+        _warn_of_search(unfinished, separated, list(scores.values()), data.prepared.settings)
         for name, best in zip(("alphas", "gradient_alphas"), tried.best, strict=True):
             _warn_at_edge(name, getattr(self, name), best)
         return {
@@ -239,8 +254,8 @@ class CrossValidated(BaseGradientFeature):
     @neutral_state()
     def _score_fold(
         self, fold: Any, pairs: Sequence[Pair], data: _Data, bar: Any, stop: threading.Event
-    ) -> tuple[dict[Pair, float], int]:
-        """Return the scores of one fold, and how many fits did not converge."""
+    ) -> _FoldScores:
+        """Return the scores of one fold, and the fits without an optimum."""
         if fold is None:
             stages, rows, samples = (
                 TwoStageFit(data.prepared, data.problem), np.arange(len(data.y)), data.X
@@ -249,18 +264,27 @@ class CrossValidated(BaseGradientFeature):
         else:
             number, (train, rows) = fold
             problem = self._fold_problem(data, train, number)
+            scored = (
+                data.problem.weights if self.scoring is None else data.to_score.get("sample_weight")
+            )
+            if scored is not None:
+                _check_weights(f"Held-out samples of fold {number}", np.asarray(scored)[rows])
             stages = TwoStageFit(data.prepared.subset(train), problem, stop.is_set)
             samples = data.X[rows] if isinstance(data.X, np.ndarray) else Rows(data.X, rows)
             candidates = penalty_path(stages, pairs)
         score = self._scorer_of_fold(stages.problem, rows, samples, data)
-        scores, unfinished = {}, 0
+        scores: dict[Pair, float] = {}
+        unfinished, separated = 0, []
         for candidate in candidates:
             if stop.is_set():
                 break
             scores[candidate.pair] = score(candidate)
-            unfinished += not candidate.converged
+            if candidate.separated:
+                separated.append(candidate.separated)
+            else:
+                unfinished += not candidate.converged
             bar.update()
-        return scores, unfinished
+        return _FoldScores(scores, unfinished, separated)
 
     def _fold_problem(self, data: _Data, train: npt.NDArray[np.intp], number: int) -> Problem:
         """Return the problem of the training samples of a fold."""
@@ -269,8 +293,10 @@ class CrossValidated(BaseGradientFeature):
             found = self._problem(data.y[train], weights)
         except ValueError as error:
             raise ValueError(f"Training samples of fold {number}: {error}") from error
-        # The default score takes all classes, those too that the fold lacks.
-        return data.problem.subset(train) if self.scoring is None else found
+        if self.scoring is not None:
+            return found
+        _check_weights(f"Training samples of fold {number}", data.problem.weights[train])
+        return data.problem.subset(train)  # with all classes, those too that the fold lacks
 
     def _scorer_of_fold(
         self, problem: Problem, rows: npt.NDArray[np.intp], samples: Any, data: _Data
@@ -382,6 +408,15 @@ class CrossValidated(BaseGradientFeature):
         return hasattr(self, "coef_")
 
 
+def _check_weights(samples: str, weights: npt.NDArray[np.float64]) -> None:
+    """Raise an error if the weights of some samples add up to zero."""
+    if not weights.sum() > 0:
+        raise ValueError(
+            f"{samples}: sample_weight adds up to zero, or to nothing beside the largest weight. "
+            "Leave out samples without a weight, or set cv to folds that all have some."
+        )
+
+
 def _negative_loss(stages: TwoStageFit, held: Prepared, candidate: Candidate) -> float:
     """Return the negative mean loss of held-out samples."""
     logits = candidate.logits
@@ -406,8 +441,22 @@ def _warn_at_edge(name: str, given: Any, best: float) -> None:
         )
 
 
-def _warn_of_search(unfinished: int, scores: list[list[float]], settings: FitSettings) -> None:
-    """Warn once of all fits that did not converge, and of scores that are not finite."""
+def _warn_of_search(
+    unfinished: int,
+    separated: list[tuple[str, ...]],
+    scores: list[list[float]],
+    settings: FitSettings,
+) -> None:
+    """Warn once of all fits without an optimum, and of scores that are not finite."""
+    if separated:
+        names = " and ".join(f"{name}s" for name in sorted(set(itertools.chain(*separated))))
+        warnings.warn(
+            f"In {len(separated)} of {np.size(scores)} fits of the search, the classes are "
+            "separable, so without a penalty the loss has no minimum, and the score depends on "
+            f"where the fit stopped. Leave 0 out of {names}.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
     if unfinished:
         warnings.warn(
             f"{unfinished} of {np.size(scores)} fits of the search stopped before they met "

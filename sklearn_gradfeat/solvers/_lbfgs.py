@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.linearized import Loss
 from sklearn_gradfeat.solvers._steps import (
+    NOT_FINITE,
     CoarseSolver,
     LinearObjective,
     coarse_step,
@@ -268,9 +269,5 @@ def _norm(gradient: Tensor, preconditioned: Tensor) -> float:
     """Return ``sqrt(gᵀPg)`` from ``g`` and ``Pg``."""
     square = float(gradient @ preconditioned)
     if not math.isfinite(square):
-        raise FloatingPointError(
-            "The gradient of the objective is not finite. Scale X so that the activations of "
-            "the backbone are of moderate size, scale the targets of a regression, or increase "
-            "alpha."
-        )
+        raise FloatingPointError(NOT_FINITE)
     return math.sqrt(abs(square))

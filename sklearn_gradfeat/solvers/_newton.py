@@ -7,11 +7,14 @@ a network and their bookkeeping would take more time than the arithmetic.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from sklearn_gradfeat.linearized import Loss
 from sklearn_gradfeat.solvers._line_search import Line, search
+from sklearn_gradfeat.solvers._steps import NOT_FINITE
 
 _MAX_ITER = 50
 # The Newton decrement at the end, as a share of the objective.
@@ -40,6 +43,11 @@ def newton(loss: Loss, rows: Tensor, penalty: Tensor, x: Tensor) -> Tensor:
     Returns
     -------
     tensor of shape (n,), float64
+
+    Raises
+    ------
+    FloatingPointError
+        If the Hessian is not finite.
     """
     matrix, logits = rows.flatten(0, 1), rows @ x
     value = loss.value(logits) + float(penalty * x @ x) / 2
@@ -48,6 +56,8 @@ def newton(loss: Loss, rows: Tensor, penalty: Tensor, x: Tensor) -> Tensor:
         curved = (loss.hessians(logits) @ rows).flatten(0, 1)
         hessian = matrix.T @ curved
         largest = float(hessian.diagonal().max())
+        if not math.isfinite(largest):
+            raise FloatingPointError(NOT_FINITE)
         hessian.diagonal().add_(penalty.clamp(min=_FLOOR * largest))
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if failed:

@@ -15,6 +15,13 @@ from sklearn_gradfeat.solvers._line_search import Line, search
 CoarseSolver: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]
 
 
+NOT_FINITE = (
+    "The gradient or the curvature of the objective is not finite. Scale X so that the "
+    "activations of the backbone are of moderate size, scale the targets of a regression, or "
+    "increase alpha."
+)
+
+
 class LinearObjective(Protocol):
     """``loss(A x) + Σ penalty x² / 2`` for a linear map ``A`` from x to logits."""
 

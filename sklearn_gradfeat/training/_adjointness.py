@@ -6,7 +6,9 @@ derivative may be missing, be infinite, or be scaled on purpose. With ``u = Jᵀ
 
     ⟨J u, v⟩ = ⟨u, Jᵀ v⟩
 
-which takes one backward and one forward pass. The direction ``u`` is in the range of ``Jᵀ``, as are
+which takes one backward and one forward pass. A derivative that changes the activations by less
+than rounding errors, such as that of a layer before a norm that removes its output, may be noise
+in one of both. The direction ``u`` is in the range of ``Jᵀ``, as are
 those of the solver, because some operators keep entries constant in ``Jᵀ`` alone, such as the row
 of a padding index.
 """
@@ -50,8 +52,9 @@ def check_adjointness(network: Network, samples: CachedSamples) -> None:
     v = torch.randn(shape, generator=generator, dtype=torch.float64).to(samples.activation)
     try:
         head = LinearizedHead.from_network(network)
-        if not _derivatives_agree(head, boundary, v):
-            names = _disagreeing(network, boundary, v) or head.names
+        noise = _noise(samples, v)
+        if not _derivatives_agree(head, boundary, v, noise):
+            names = _disagreeing(network, boundary, v, noise) or head.names
             raise ValueError(
                 "The forward and the backward derivative of the backbone disagree in "
                 f"{', '.join(map(repr, names))}, so there is no gradient term to fit. An operator "
@@ -60,7 +63,7 @@ def check_adjointness(network: Network, samples: CachedSamples) -> None:
     except torch.OutOfMemoryError:  # training can do with fewer samples at once
         return
     except RuntimeError as error:  # NotImplementedError is one
-        names = _disagreeing(network, boundary, v) or head.names
+        names = _disagreeing(network, boundary, v, 0.0) or head.names
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"An operator that reads {', '.join(map(repr, names))} has no derivative that "
@@ -68,7 +71,13 @@ def check_adjointness(network: Network, samples: CachedSamples) -> None:
         ) from error
 
 
-def _derivatives_agree(head: LinearizedHead, boundary: Tensors, v: Tensor) -> bool:
+def _noise(samples: CachedSamples, v: Tensor) -> float:
+    """Return a change of ``⟨f, v⟩`` of the size of rounding errors."""
+    size = float((samples.activation[: len(v)] * v).abs().sum())
+    return float(torch.finfo(v.dtype).eps ** (1 - _ROUNDING)) * size
+
+
+def _derivatives_agree(head: LinearizedHead, boundary: Tensors, v: Tensor, noise: float) -> bool:
     """Whether ``⟨J u, v⟩ = ⟨u, Jᵀ v⟩`` up to rounding, for ``u = Jᵀ v`` of unit size."""
     gradient = head.vjp(boundary, v)
     _check_finite(head, gradient)
@@ -76,10 +85,10 @@ def _derivatives_agree(head: LinearizedHead, boundary: Tensors, v: Tensor) -> bo
     products = head.jvp(boundary, u) * v
     forward, backward = float(products.sum()), float(u @ gradient)
     bound = torch.finfo(u.dtype).eps ** _ROUNDING * max(backward, float(products.abs().sum()))
-    return abs(forward - backward) <= bound or not math.isfinite(bound)
+    return abs(forward - backward) <= max(bound, noise) or not math.isfinite(bound)
 
 
-def _disagreeing(network: Network, boundary: Tensors, v: Tensor) -> list[str]:
+def _disagreeing(network: Network, boundary: Tensors, v: Tensor, noise: float) -> list[str]:
     """Return the parameters whose own derivatives disagree or are missing."""
     found, values = [], tuple(network.parameters.values())
     for i, name in enumerate(network.parameters):
@@ -88,7 +97,8 @@ def _disagreeing(network: Network, boundary: Tensors, v: Tensor) -> list[str]:
             return network.head((*values[:i], *free, *values[i + 1 :]), z)
 
         try:
-            if _derivatives_agree(LinearizedHead(one, {name: values[i]}, "standard"), boundary, v):
+            own = LinearizedHead(one, {name: values[i]}, "standard")
+            if _derivatives_agree(own, boundary, v, noise):
                 continue
         except RuntimeError:
             pass

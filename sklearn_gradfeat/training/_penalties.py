@@ -56,12 +56,15 @@ class Candidate(NamedTuple):
         Whether the fit met the tolerance.
     logits : tensor of shape (n_samples, n_outputs) or None
         Leave-one-out predictions of the training samples.
+    separated : tuple of str
+        The penalties of zero without which the loss has no minimum, see :class:`FitResult`.
     """
 
     pair: Pair
     model: LinearModel
     converged: bool
     logits: Tensor | None = None
+    separated: tuple[str, ...] = ()
 
 
 class Tried(NamedTuple):
@@ -198,12 +201,15 @@ def penalty_path(stages: TwoStageFit, pairs: Sequence[Pair]) -> Iterator[Candida
         n_linearizations = stages.settings.n_linearizations or 1
         if math.isfinite(gradient_alpha) and n_linearizations > 1:
             result = fit_in_turn(stages, alpha, gradient_alpha, 2 * n_linearizations)
-            yield Candidate(pair, result.model, _converged(*result.solutions.values()))
+            converged = _converged(*result.solutions.values())
+            yield Candidate(pair, result.model, converged, separated=result.separated)
             continue
+        separated = stages.separated(first)
         if math.isfinite(gradient_alpha):
             model, solution = stages.fit_gradient(first, gradient_alpha, model)
             solutions.append(solution)
-        yield Candidate(pair, restored(model), _converged(*solutions))
+            separated += stages.separated(first, gradient_alpha, solution)
+        yield Candidate(pair, restored(model), _converged(*solutions), separated=separated)
 
 
 def leave_one_out_path(stages: TwoStageFit, pairs: Sequence[Pair]) -> Iterator[Candidate]:

@@ -210,7 +210,7 @@ def _result(
         {"activation": first.solution, stages.settings.features: solutions[-1]},
         first.alpha,
         gradient_alpha,
-        separated=first.alpha == 0 and stages.separates(first.solution),
+        separated=stages.separated(first),
         unmoved=not any(bool(move.any()) for move in model.total.values()) and not first.is_zero,
         linearizations=tuple(solutions),
         network_path=tuple(path),

@@ -31,6 +31,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from sklearn_gradfeat.curvature import largest_curvature
 from sklearn_gradfeat.training._held_out import (
@@ -50,6 +51,8 @@ from sklearn_gradfeat.training._two_stage_fit import Prepared, TwoStageFit
 _CLEAR = 0.02
 # Standard errors that a stronger penalty may be worse.
 _TOLERATED = 0.5
+# Losses that differ by a smaller share are equal up to rounding errors.
+_ROUNDING = 1e-9
 _MAX_STEPS = 8  # down, and as many up
 # A fall of the loss by a smaller share of that of the zero model counts as none.
 _NEGLIGIBLE = 1e-4
@@ -247,13 +250,13 @@ class _Path:
     def _try(self, penalty: float) -> bool:
         """Try a penalty, and return whether its loss is below all others."""
         former = min(self._means.values(), default=math.inf)
-        self._losses[penalty] = self._held_out.losses(*self._pair_of(penalty))
-        mean = float(np.average(self._losses[penalty], weights=self._held_out.weights))
-        self._means[penalty] = mean if math.isfinite(mean) else math.inf
+        self._losses[penalty] = losses = self._held_out.losses(*self._pair_of(penalty))
+        finite = bool(np.isfinite(losses).all())
+        mean = float(np.average(losses, weights=self._held_out.weights)) if finite else math.inf
+        self._means[penalty] = mean
         if self._progress is not None:
             best = self._lowest()
             self._progress.tried(*self._pair_of(best), self._means[best])
-        mean = self._means[penalty]
         return mean < (1 - FLAT) * former and former - mean > self._negligible
 
     def _lowest(self) -> float:
@@ -282,7 +285,9 @@ class _Path:
     def _chosen(self) -> float:
         """Return the choice, see the top of this module."""
         best = self._lowest()
-        limit = {p: self._means[best] + _TOLERATED * self._error(p) for p in self._means}
+        rounding = _ROUNDING * abs(self._means[best])
+        tolerated = {p: max(_TOLERATED * self._error(p), rounding) for p in self._means}
+        limit = {p: self._means[best] + tolerated[p] for p in self._means}
         strongest = max(p for p in self._means if self._means[p] <= limit[p] or p == best)
         if strongest != best:
             return strongest
@@ -297,6 +302,10 @@ def _alpha_by_scale(stages: TwoStageFit) -> float:
     """Return the mean variance of the activations, divided by the number of samples."""
     weights = stages.loss.weights
     activation = stages.samples.activation.to(weights)
-    variance = float((weights @ (activation - weights @ activation).square()).mean())
+    mean = weights @ activation
+    deviation = activation - mean
+    rounding = 4 * torch.finfo(stages.samples.activation.dtype).eps * mean.abs()
+    deviation[deviation.abs() <= rounding] = 0
+    variance = float((weights @ deviation.square()).mean())
     n_used = int((weights > 0).sum())
     return variance / n_used if variance > 0 else 1.0

@@ -8,7 +8,8 @@ from the pretrained parameters. Constants ``-Ω J point`` then belong to the los
 
 Both problems are convex. A stage stops when the Newton decrement ``½ gᵀ P g`` (gradient ``g``,
 preconditioner ``P``), which predicts how far the objective can still fall, is below ``tol`` times
-its fall so far: from the zero model in stage 1, from the result of stage 1 in stage 2.
+its fall so far. It counts from the zero model in stage 1 and in a stage 2 without activations, and
+from the result of stage 1 in any other stage 2.
 """
 
 from __future__ import annotations
@@ -125,18 +126,18 @@ class FitResult(NamedTuple):
     """A fitted model, and the result of the solver in each stage.
 
     ``solutions`` has the key ``"activation"`` and, unless that is the whole model, the value of
-    the parameter ``features``. ``separated`` says that a model without penalties separates the
-    classes, so that its loss has no minimum; ``unmoved``, that the gradient term is zero although
-    its penalty is finite and other terms are not zero. With several linearisations,
-    ``linearizations`` has the result of each, and ``network_path`` the objective of the network
-    before the first one and after each move.
+    the parameter ``features``. ``separated`` names the penalties that are zero while the terms
+    without a penalty separate the classes, so that the loss has no minimum. ``unmoved`` says that
+    the gradient term is zero although its penalty is finite and other terms are not zero. With
+    several linearisations, ``linearizations`` has the result of each, and ``network_path`` the
+    objective of the network before the first one and after each move.
     """
 
     model: LinearModel
     solutions: dict[str, Solution]
     alpha: float
     gradient_alpha: float
-    separated: bool = False
+    separated: tuple[str, ...] = ()
     unmoved: bool = False
     linearizations: tuple[Solution, ...] = ()
     network_path: tuple[float, ...] = ()
@@ -245,25 +246,41 @@ class TwoStageFit:
         # A second stage goes on where it ended only with the same Ω: a first stage starts at zero.
         first = self.fit_activation(alpha, warm if last else None, progress, last)
         model, solutions = first.model, {"activation": first.solution}
-        separated, unmoved = alpha == 0 and self.separates(first.solution), False
+        separated, unmoved = self.separated(first), False
         if not last:
             # Where the zero model is the optimum, a warm start must not take its place.
             start = model if warm is None or first.is_zero else warm
             model, solutions[features] = self.fit_gradient(first, gradient_alpha, start, progress)
-            separated |= alpha == gradient_alpha == 0 and self.separates(solutions[features])
+            separated += self.separated(first, gradient_alpha, solutions[features])
             unmoved = not model.moves and not first.is_zero
         restored = self.problem.restored(model)
         return FitResult(restored, solutions, alpha, gradient_alpha, separated, unmoved)
 
-    def separates(self, solution: Solution) -> bool:
-        """Whether a solution without penalties gives every sample its class.
+    def separated(
+        self,
+        first: FirstStage,
+        gradient_alpha: float = math.inf,
+        second: Solution | None = None,
+    ) -> tuple[str, ...]:
+        """Return the penalty of a stage that is zero, if its terms separate the classes.
 
-        Then the loss of no sample exceeds ``log 2``, and it falls for ever along the solution.
+        The stage is the first one, or the ``second``. If the terms without a penalty give every
+        sample its class, the loss of no sample exceeds ``log 2``. It falls for ever along them.
         """
-        if not isinstance(self.loss, (Bernoulli, Multinomial)):
-            return False
+        if second is None:
+            name, penalty, solution = "alpha", first.alpha, first.solution
+        else:
+            name, penalty, solution = "gradient_alpha", gradient_alpha, second
+        if penalty != 0 or not isinstance(self.loss, (Bernoulli, Multinomial)):
+            return ()
+        if second is None:
+            objective = self.objective(0.0, self.samples.activation, None)
+        else:
+            objective = self.second_objective(first, 0.0)
+        free = torch.where(objective.penalty == 0, solution.x, 0.0)
         weights = self.loss.weights[self.loss.weights > 0]
-        return solution.objective_path[-1] < math.log(2) * float(weights.min())
+        loss = objective.loss.value(objective.forward(free))
+        return (name,) if loss < math.log(2) * float(weights.min()) else ()
 
     def fit_activation(
         self,
@@ -380,9 +397,12 @@ class TwoStageFit:
 
     def _second_unknowns(self, model: LinearModel) -> Tensor:
         """Return the flat vector of the unknowns of the second stage."""
-        weights = model.weights if self.settings.features == "full" else model.weights[:, :0]
-        moves = tuple(model.total[name] for name in self.parameters)
-        return self._unknowns(weights, model.intercept, self.head.flatten(moves))
+        moves = self.head.flatten(tuple(model.total[name] for name in self.parameters))
+        if self.settings.features == "full":
+            return self._unknowns(model.weights, model.intercept, moves)
+        # The intercept of the first stage goes with weights that the model does not have.
+        intercept = model.intercept if model.moves else torch.zeros_like(model.intercept)
+        return self._unknowns(model.weights[:, :0], intercept, moves)
 
     def _first_model(self, objective: TangentObjective, x: Tensor) -> LinearModel:
         parts = objective.split(x)
@@ -499,7 +519,7 @@ def warn_unless_converged(result: FitResult, settings: FitSettings) -> None:
     if result.separated:
         warnings.warn(
             "The classes are separable, so without a penalty the loss has no minimum: the weights "
-            "grow until the fit stops. Increase alpha=0.",
+            f"grow until the fit stops. Increase {'=0 and '.join(result.separated)}=0.",
             ConvergenceWarning,
             stacklevel=2,
         )

@@ -106,6 +106,26 @@ def test_layers_of_a_transformer_are_blocks():
     assert {"norm1.weight", "linear2.bias"} <= {n.removeprefix("encoder.layers.1.") for n in names}
 
 
+class Attending(nn.Module):
+    """A block that reads the number of samples, which nothing below it has read."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.attention(y, y, y, need_weights=False)[0]
+
+
+def test_sizes_belong_to_no_block():
+    backbone = frozen(nn.Sequential(nn.Linear(6, 4), Attending()), 5, 6)
+    assert list(blocks(backbone.captured)) == ["0", "1"]
+    assert all(name.startswith("1.") for name in backbone.choose("last"))
+    assert len(backbone.choose("last")) == 6
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [

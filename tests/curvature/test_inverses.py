@@ -105,3 +105,7 @@ def test_largest_curvature_against_the_dense_hessian(fit_intercept):
     found = largest_curvature(problem)
     assert 0.9 * expected < found < 1.0001 * expected
     assert largest_curvature(objective(loss, torch.zeros(N, 4).double(), None)) == 0
+    large = replace(problem, activation=1e90 * problem.activation)
+    assert largest_curvature(large) == pytest.approx(1e180 * found)
+    with pytest.raises(ValueError, match=r"squares of the activations, .* scale X"):
+        largest_curvature(objective(loss, 1e200 * normal(N, 4), None))

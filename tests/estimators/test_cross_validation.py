@@ -221,6 +221,18 @@ def test_fold_of_one_class_is_named():
         classifier(cv=folds).fit(IMAGES, CLASSES)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("weights", "scoring"), [((1.0, 0.0), None), ((1e200, 1e-200), None), ((1.0, 0.0), "accuracy")]
+)
+def test_fold_without_a_weight_is_named(weights, scoring):
+    """Also if its weights are nothing beside the largest one."""
+    folds = [(np.arange(12), np.arange(12, 24)), (np.arange(12, 24), np.arange(12))]
+    model = classifier(scoring=scoring, cv=folds)
+    with pytest.raises(ValueError, match=r"Held-out samples of fold 0: sample_weight adds up to z"):
+        model.fit(X, Y, sample_weight=np.repeat(weights, 12))
+
+
 def test_ties_go_to_the_first():
     model = classifier(**GRID, scoring=lambda *_: 1.0, refit=False).fit(IMAGES, CLASSES)
     assert (model.alpha_, model.gradient_alpha_) == (ALPHAS[0], GRADIENT_ALPHAS[0])

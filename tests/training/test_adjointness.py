@@ -95,6 +95,22 @@ def test_derivatives_that_disagree_are_refused_by_name():
         estimator(WithFunction(Doubled.apply, graph=False), gradient_layers="all").fit(X, Y)
 
 
+@pytest.mark.filterwarnings("ignore:The gradient term is zero")
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_derivatives_of_zero_up_to_rounding_errors(precision):
+    """A norm leaves nothing of channels that are the same everywhere."""
+    flat = np.random.default_rng(0).normal(size=(len(X), 1, 1, 1)) * np.ones_like(X)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular")
+    network = nn.Sequential(layer, nn.GroupNorm(4, 4), nn.Sigmoid())
+    model = estimator(network, gradient_layers="0", precision=precision).fit(flat, Y)
+    expected = estimator(network, features="activation", precision=precision).fit(flat, Y)
+    np.testing.assert_allclose(
+        model.decision_function(flat), expected.decision_function(flat), atol=1e-4
+    )
+
+
 def test_infinite_derivatives_are_refused_by_name():
     samples = X.copy()
     samples[0] = 0

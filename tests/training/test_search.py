@@ -99,6 +99,19 @@ def test_losses_that_are_not_finite():
     assert best == pytest.approx(1e-2)
 
 
+@pytest.mark.filterwarnings("error")
+def test_infinite_losses_of_samples_without_a_weight():
+    """Leave-one-out losses are infinite where rounding errors dominate."""
+    given = Given(lambda a: math.inf if a < 1 else 1.0)
+    given.weights = np.arange(400) / 400
+    assert _Path(given, lambda a: (a, 0.0), None).best_from(10.0) >= 1
+
+
+def test_losses_that_differ_by_rounding_errors_are_equal():
+    best, _ = path(lambda a: 1.0 if math.isinf(a) else 1 - 1e-15, infinite=True)
+    assert math.isinf(best)
+
+
 # --- estimators -------------------------------------------------------------------------------
 
 
@@ -244,3 +257,16 @@ def test_zero_gradients_fall_back_to_the_activations():
         nn.init.constant_(network[1].bias, -1e3)
     model = GradientFeatureClassifier(network).fit(X, Y)
     assert model.gradient_alpha_ == math.inf
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [GradientFeatureClassifier, GradientFeatureRegressor])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_samples_that_are_all_equal(kind, dtype):
+    """Their activations differ by rounding errors at most, which are no scale for a penalty."""
+    rows = np.full((24, 6), 0.3, dtype)
+    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh())
+    for backbone in (network, None):
+        model = kind(backbone, random_state=0).fit(rows, np.arange(24) % 3)
+        assert model.alpha_ == 1
+        np.testing.assert_allclose(model.coef_, 0, atol=1e-6)

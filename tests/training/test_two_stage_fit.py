@@ -11,6 +11,7 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
+from sklearn_gradfeat import GradientFeatureRegressor
 from sklearn_gradfeat.training import (
     FitSettings,
     TwoStageFit,
@@ -40,11 +41,22 @@ def test_a_stage_stops_relative_to_its_own_fall(solves, features):
     for (solution, tolerance), share in zip(solves, (1e-6, 1e-4), strict=True):
         assert solution.status == "converged"
         end = solution.objective_path[-1]
-        # The first stage starts at the zero model, the second one at the result of the first.
+        # The first stage starts at the zero model, and so does the second one without activations;
+        # with them, it starts at the result of the first.
         start = solution.objective_path[0]
         assert tolerance(end) == pytest.approx(share * (start - end), rel=1e-3)
         assert solution.norm**2 / 2 <= tolerance(end)
         assert tolerance(start) == pytest.approx(100 * np.finfo(np.float32).eps ** 2 * start)
+
+
+def test_a_model_of_gradients_starts_at_the_zero_model():
+    """The intercept of the first stage may be far from zero, where it has large weights."""
+    rows = np.random.default_rng(0).normal(size=(30, 4)) + 100
+    y = rows @ [1.0, -2.0, 3.0, 0.5]
+    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+    options = {"features": "gradient", "alpha": 1e-9, "gradient_alpha": 1e-3}
+    model = GradientFeatureRegressor(network, **options).fit(rows, y)
+    assert model.objective_path_[0] == pytest.approx(y.var() / 2)
 
 
 @pytest.mark.parametrize("alpha", [1e-2, 1e-5])
