@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -279,8 +280,8 @@ def capture(module: ActivationModule, example: Tensor) -> Captured:
     try:
         with torch.no_grad(), plain_attention(), _quiet():
             program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-            # Functional form: no operator writes into its input. Nothing is decomposed.
-            program = program.run_decompositions({})
+            # Functional form: no operator writes into its input.
+            program = program.run_decompositions(_DECOMPOSED)
     except Exception as error:
         raise CaptureError(str(error).strip().split("\n")[0] or type(error).__name__) from error
     return _read(program, module)
@@ -298,6 +299,50 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+def _embedding_bags(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    _scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    _sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what ``torch.ops.aten.embedding_bag`` does, by operators with all derivatives.
+
+    Only the first of its four results, one row per bag, is filled.
+    """
+    n_bags = offsets.shape[0] - int(include_last_offset)
+    positions = torch.arange(indices.shape[0], device=indices.device, dtype=offsets.dtype)
+    bag = torch.searchsorted(offsets, positions, right=True) - 1
+    rows = torch.ops.aten.embedding.default(weight, indices)
+    kept = (indices != (-1 if padding_idx is None else padding_idx))[:, None]
+    zeros = rows.new_zeros(n_bags, rows.shape[1])
+    counts = rows.new_zeros(n_bags, 1).index_add(0, bag, kept.to(rows.dtype))
+    if mode == _MAX:
+        lowest = torch.where(kept, rows, -math.inf)
+        places = bag[:, None].expand(-1, rows.shape[1])
+        largest = zeros.scatter_reduce(0, places, lowest, "amax", include_self=False)
+        found = torch.where(counts > 0, largest, 0.0)
+    else:
+        factors = kept.to(rows.dtype)
+        if per_sample_weights is not None:
+            factors = factors * per_sample_weights[:, None]
+        found = zeros.index_add(0, bag, rows * factors)
+        if mode == _MEAN:
+            found = found / counts.clamp(min=1)
+    return found, bag, offsets, offsets
+
+
+_MEAN, _MAX = 1, 2  # the modes of embedding bags; the sum is 0
+_DECOMPOSED = {
+    torch.ops.aten.embedding_bag.default: _embedding_bags,
+    torch.ops.aten.embedding_bag.padding_idx: _embedding_bags,
+}
 
 
 def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Captured:
@@ -361,7 +406,7 @@ def out_channels(captured: Captured, names: Iterable[str]) -> dict[str, int]:
             operator, arguments = operator_name(user), user.args
             if operator.startswith("conv_transpose") and arguments[1] is weight:
                 found[name] = int(user.meta["val"].shape[1 - len(shape)])
-            elif operator.startswith(("embedding", "_embedding_bag")) and arguments[0] is weight:
+            elif operator == "embedding" and arguments[0] is weight:
                 found[name] = shape[1]
             elif operator in ("matmul", "mm", "bmm", "addmm") and arguments[-1] is weight:
                 found[name] = shape[-1]
