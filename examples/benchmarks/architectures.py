@@ -37,6 +37,8 @@ import sklearn_gradfeat
 from sklearn_gradfeat import GradientFeatureClassifier
 
 N_TRAIN = 5
+SETTINGS = {"precision": "float64", "parametrization": "standard", "feature_store": None}
+SETTINGS |= {"tol": 1e-8, "max_iter": 300}
 _MARKS = "<!-- table of architectures.py -->", "<!-- end of the table -->"
 # Steps of central differences, relative to the parameters, tried until the error is small enough.
 # The short one is for a ReLU that changes sign within a step, the long one for networks that
@@ -114,19 +116,19 @@ def digest(network):
 
 def fit(network, x, y):
     """Return a fitted classifier with penalties at which both terms matter."""
-    settings = {"precision": "float64", "parametrization": "standard", "feature_store": None}
-    settings |= {"tol": 1e-10, "max_iter": 300}
     with torch.no_grad():
         output = network(x)
     f = output.flatten(2).mean(2) if output.ndim > 2 else output
     alpha = 0.03 * float(f.var(0).sum())
-    first = GradientFeatureClassifier(network, alpha=alpha, gradient_alpha=np.inf, **settings)
+    first = GradientFeatureClassifier(network, alpha=alpha, gradient_alpha=np.inf, **SETTINGS)
     first.fit(x, y)
     residual = (softmax(first.decision_function(x), 1) - np.eye(3)[y]) / len(y)
     gradient = Original(network, first).gradient(x, torch.from_numpy(residual @ first.omega_))
     gradient_alpha = 3 * _norm(gradient.values()) ** 2
-    settings |= {"alpha": alpha, "gradient_alpha": gradient_alpha}
-    return GradientFeatureClassifier(network, **settings).fit(x, y)
+    model = GradientFeatureClassifier(
+        network, alpha=alpha, gradient_alpha=gradient_alpha, **SETTINGS
+    )
+    return model.fit(x, y)
 
 
 def measure(network, x):

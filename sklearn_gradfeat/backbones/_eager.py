@@ -86,8 +86,9 @@ def parameter_names(module: ActivationModule, example: Tensor) -> list[str]:
             ) from error
         if not output.requires_grad:
             raise ValueError(
-                "The activation has no derivative in any parameter of backbone, as after detach. "
-                "Take that out of its forward pass, or set features='activation'."
+                "The activation has no derivative in any parameter of backbone, as after detach or "
+                "under torch.inference_mode. Take these out of its forward pass, or set "
+                "features='activation'."
             )
         found = torch.autograd.grad(output.sum(), list(candidates.values()), allow_unused=True)
     pairs = zip(candidates, found, strict=True)
