@@ -207,7 +207,9 @@ _TEXTS = {
     "deberta-v2": (
         "DebertaV2",
         {
-            "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 4,
             **_TEXT,
         },
     ),
@@ -219,7 +221,11 @@ _TEXTS = {
     "funnel": (
         "FunnelBase",
         {
-            "vocab_size": 20, "block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8,
+            "vocab_size": 20,
+            "block_sizes": [1, 1],
+            "d_model": 16,
+            "n_head": 2,
+            "d_head": 8,
             "d_inner": 24,
         },
     ),
@@ -239,8 +245,13 @@ _TEXTS = {
     "opt": (
         "OPT",
         {
-            "vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "ffn_dim": 24,
-            "num_attention_heads": 2, "word_embed_proj_dim": 16, "max_position_embeddings": 32,
+            "vocab_size": 20,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "ffn_dim": 24,
+            "num_attention_heads": 2,
+            "word_embed_proj_dim": 16,
+            "max_position_embeddings": 32,
         },
     ),
     "qwen2": ("Qwen2", _DECODER),
@@ -258,19 +269,34 @@ _TEXTS = {
 }
 _IMAGES = {
     "beit": ("Beit", {"use_relative_position_bias": True, **_IMAGE}),
-    "bit": ("Bit", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_groups": 4}),
+    "bit": (
+        "Bit",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_groups": 4},
+    ),
     "clip-vision": ("CLIPVision", _IMAGE),
     "convnext": ("ConvNext", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}),
     "convnextv2": ("ConvNextV2", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}),
     "cvt": (
         "Cvt",
         {
-            "embed_dim": [8, 16], "num_heads": [1, 2], "depth": [1, 1], "patch_sizes": [3, 3],
-            "patch_stride": [2, 2], "patch_padding": [1, 1], "mlp_ratio": [2.0, 2.0],
-            "attention_drop_rate": [0.0, 0.0], "drop_rate": [0.0, 0.0],
-            "drop_path_rate": [0.0, 0.0], "qkv_bias": [True, True], "cls_token": [False, True],
-            "qkv_projection_method": ["dw_bn", "dw_bn"], "kernel_qkv": [3, 3],
-            "padding_kv": [1, 1], "stride_kv": [2, 2], "padding_q": [1, 1], "stride_q": [1, 1],
+            "embed_dim": [8, 16],
+            "num_heads": [1, 2],
+            "depth": [1, 1],
+            "patch_sizes": [3, 3],
+            "patch_stride": [2, 2],
+            "patch_padding": [1, 1],
+            "mlp_ratio": [2.0, 2.0],
+            "attention_drop_rate": [0.0, 0.0],
+            "drop_rate": [0.0, 0.0],
+            "drop_path_rate": [0.0, 0.0],
+            "qkv_bias": [True, True],
+            "cls_token": [False, True],
+            "qkv_projection_method": ["dw_bn", "dw_bn"],
+            "kernel_qkv": [3, 3],
+            "padding_kv": [1, 1],
+            "stride_kv": [2, 2],
+            "padding_q": [1, 1],
+            "stride_q": [1, 1],
         },
     ),
     "data2vec-vision": ("Data2VecVision", {"use_relative_position_bias": True, **_IMAGE}),
@@ -281,32 +307,49 @@ _IMAGES = {
     "mobilevit": (
         "MobileViT",
         {
-            "image_size": 32, "hidden_sizes": [8, 12, 16], "neck_hidden_sizes": [4, 8, 8, 8, 8, 8, 16],
+            "image_size": 32,
+            "hidden_sizes": [8, 12, 16],
+            "neck_hidden_sizes": [4, 8, 8, 8, 8, 8, 16],
             "num_attention_heads": 2,
         },
     ),
     "poolformer": (
         "PoolFormer",
         {
-            "hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2,
-            "patch_sizes": [7, 3], "strides": [4, 2], "padding": [2, 1],
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+            "num_encoder_blocks": 2,
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "padding": [2, 1],
         },
     ),
     "pvt": (
         "Pvt",
         {
-            "image_size": 32, "hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2,
-            "num_attention_heads": [1, 2], "sequence_reduction_ratios": [2, 1],
-            "patch_sizes": [4, 2], "strides": [4, 2], "mlp_ratios": [2, 2],
+            "image_size": 32,
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+            "num_encoder_blocks": 2,
+            "num_attention_heads": [1, 2],
+            "sequence_reduction_ratios": [2, 1],
+            "patch_sizes": [4, 2],
+            "strides": [4, 2],
+            "mlp_ratios": [2, 2],
         },
     ),
     "resnet": ("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}),
     "segformer": (
         "Segformer",
         {
-            "hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2,
-            "num_attention_heads": [1, 2], "sr_ratios": [2, 1], "patch_sizes": [7, 3],
-            "strides": [4, 2], "mlp_ratios": [2, 2],
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+            "num_encoder_blocks": 2,
+            "num_attention_heads": [1, 2],
+            "sr_ratios": [2, 1],
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "mlp_ratios": [2, 2],
         },
     ),
     "siglip-vision": ("SiglipVision", _IMAGE),
@@ -362,9 +405,7 @@ def _sound(kind, settings):
 
 
 _TORCHVISION = [
-    name
-    for name in torchvision.models.list_models(module=torchvision.models)
-    if name not in _HUGE
+    name for name in torchvision.models.list_models(module=torchvision.models) if name not in _HUGE
 ]
 NETWORKS = {
     **{f"torchvision/{name}": functools.partial(_torchvision, name) for name in _TORCHVISION},

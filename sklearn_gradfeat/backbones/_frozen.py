@@ -20,8 +20,8 @@ import xxhash
 from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._attention import differentiable_attention
-from sklearn_gradfeat.backbones._casts import first_cast, warn_of_cast
 from sklearn_gradfeat.backbones._blocks import blocks, choose_parameters, differentiable
+from sklearn_gradfeat.backbones._casts import first_cast, warn_of_cast
 from sklearn_gradfeat.backbones._copies import (
     check_module,
     converted,

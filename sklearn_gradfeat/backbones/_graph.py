@@ -371,7 +371,8 @@ def _read(program: torch.export.ExportedProgram, module: ActivationModule) -> Ca
         elif node.op == "get_attr":
             raise CaptureError(f"the graph holds a subgraph, {node.target}")
     (outputs,) = next(iter(reversed(graph.nodes))).args
-    classes = {name: type(layer) for name, layer in module.module.named_modules()}
+    every = module.module.named_modules(remove_duplicate=False)
+    classes = {name: type(layer) for name, layer in every}
     captured = Captured(
         graph, tensors, parameters, entry[0], outputs[-1], classes, aliases=aliases, names=own_names
     )

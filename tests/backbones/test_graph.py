@@ -190,10 +190,8 @@ class Bags(nn.Module):
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ("mean",), ("mean", 3), ("sum", 3, "weights"), ("max",), ("max", 3), ("sum", None, "offsets"),
-    ],
-)  # fmt: skip
+    [("mean",), ("mean", 3), ("sum", 3, "weights"), ("max", 3), ("sum", None, "offsets")],
+)
 def test_embedding_bags_have_both_derivatives(arguments):
     network = Bags(*arguments).double()
     ids = torch.randint(0, 9, (6, 5), generator=torch.Generator().manual_seed(0))
