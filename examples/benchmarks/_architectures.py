@@ -115,7 +115,7 @@ _TIMM = {
     "cs3darknet_m": (48, {}),
     "davit_tiny": (48, {}),
     "deit_tiny_distilled_patch16_224": (32, {"depth": 2, "img_size": 32}),
-    "dla34": (48, {}),
+    "dla34": (64, {}),
     "dpn48b": (48, {}),
     "edgenext_xx_small": (48, {}),
     "efficientformerv2_s0": (64, {"img_size": 64}),

@@ -39,7 +39,7 @@ import sklearn_gradfeat
 from sklearn_gradfeat import GradientFeatureClassifier
 
 N_TRAIN = 5
-_MARKS = "<!-- table of architectures.py -->", "<!-- end of the table -->"
+MARKS = "<!-- table of architectures.py -->", "<!-- end of the table -->"
 # Steps of central differences, relative to the parameters, tried until the error is small enough.
 # The short one is for a ReLU that changes sign within a step, the long one for networks that
 # compute in float32 inside.
@@ -245,9 +245,9 @@ def table(rows):
 
 def write_page(path, rows):
     """Replace the table between the two comments of a page."""
-    start, end = map(re.escape, _MARKS)
+    start, end = map(re.escape, MARKS)
     text = path.read_text("utf-8")
-    made = f"{_MARKS[0]}\n\n{table(rows)}\n\n{_MARKS[1]}"
+    made = f"{MARKS[0]}\n\n{table(rows)}\n\n{MARKS[1]}"
     path.write_text(re.sub(f"{start}.*{end}", lambda _: made, text, flags=re.S), "utf-8")
 
 

@@ -51,21 +51,37 @@ class Branching(nn.Module):
         return self.net(x) if float(x.sum()) < 1e9 else x
 
 
-def images():
-    return torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", ["residual", "transformer", "branching", "text"])
+@pytest.mark.parametrize("kind", ["residual", "normed", "branching"])
 def test_tiny_network(kind, scripts):
-    module, _ = build("transformer" if kind == "transformer" else "residual")
-    x = images()
-    if kind == "text":
-        module, x = copy.deepcopy(NET).double(), scripts("_architectures").tokens()
+    module, _ = build("normed" if kind == "normed" else "residual")
     if kind == "branching":
         module = Branching(copy.deepcopy(module)).eval()
-    row = scripts("architectures").measure(module, x)
+    derivatives_only = kind == "residual"
+    row = scripts("architectures").measure(module, IMAGES, derivatives_only)
     assert row["status"] == ("eager" if kind == "branching" else "captured")
-    check(row)
+    check(row, derivatives_only)
+
+
+def test_tiny_text_encoder(scripts):
+    tokens = scripts("_architectures").tokens()
+    row = scripts("architectures").measure(copy.deepcopy(NET).double(), tokens, True)
+    assert row["status"] == "captured"
+    check(row, True)
+
+
+def test_table(scripts, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("Before\n" + "\n".join(scripts("architectures").MARKS) + "\nafter")
+    row = scripts("architectures").measure(build("residual")[0], IMAGES, True)
+    refused = {"network": "b", "parameters": 2_000_000, "status": "refused", "reason": "Too odd."}
+    scripts("architectures").write_page(page, [{"network": "a", **row}, refused])
+    lines = page.read_text().split("\n")
+    assert lines[0] == "Before" and lines[-1] == "after"
+    assert lines[5].startswith("| a | 0.000684 | `block.1` | 4 | 100 | captured | ")
+    assert lines[6] == "| b | 2 | | | | refused: Too odd. | |"
 
 
 def test_network_that_is_refused(scripts):
