@@ -198,7 +198,7 @@ _SOUND = {
 }  # fmt: skip
 _STAGES = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 
-# Class of the model, class of its configuration, settings. The first two get a suffix.
+# The classes without "Model" and "Config", and the settings.
 _TEXTS = {
     "albert": ("Albert", {"embedding_size": 8, **_TEXT}),
     "bert": ("Bert", _TEXT),
@@ -218,17 +218,6 @@ _TEXTS = {
         {"vocab_size": 20, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
     ),
     "electra": ("Electra", {"embedding_size": 8, **_TEXT}),
-    "funnel": (
-        "FunnelBase",
-        {
-            "vocab_size": 20,
-            "block_sizes": [1, 1],
-            "d_model": 16,
-            "n_head": 2,
-            "d_head": 8,
-            "d_inner": 24,
-        },
-    ),
     "gpt-neox": ("GPTNeoX", _TEXT),
     "gpt2": ("GPT2", {"vocab_size": 20, "n_embd": 16, "n_layer": 2, "n_head": 2}),
     "llama": ("Llama", _DECODER),
@@ -241,7 +230,6 @@ _TEXTS = {
         {"cls_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "bos_token_id": 2, **_TEXT},
     ),
     "mpnet": ("MPNet", _TEXT),
-    "nystromformer": ("Nystromformer", {"num_landmarks": 2, "segment_means_seq_len": 6, **_TEXT}),
     "opt": (
         "OPT",
         {
@@ -387,7 +375,7 @@ class Mean(nn.Module):
 def _transformer(kind, settings):
     import transformers
 
-    config = getattr(transformers, f"{kind.removesuffix('Base')}Config".replace("Encoder", ""))
+    config = getattr(transformers, f"{kind.removesuffix('Encoder')}Config")
     return getattr(transformers, f"{kind}Model")(config(**settings))
 
 

@@ -132,7 +132,7 @@ def _place(one: _Calls, other: _Calls, rows: list[int] | None) -> str:
 
 def call_name(function: Callable[..., Any], path: str) -> str:
     """Return the name of a torch function with the layer that calls it."""
-    name = resolve_name(function) or getattr(function, "__name__", str(function))
+    name: str = resolve_name(function) or getattr(function, "__name__", str(function))
     return name + (f" in the layer {path!r}" if path else "")
 
 

@@ -9,6 +9,7 @@ from sklearn_gradfeat.backbones._frozen import FrozenBackbone
 from sklearn_gradfeat.backbones._sources import without_classifier
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead
 
+
 def prepared(make):
     """Return a network without its classifier, and three images."""
     with torch.random.fork_rng():
