@@ -135,7 +135,10 @@ def _of_known_class(name: str, captured: Captured, known: set[type]) -> str | No
 
 def _members(captured: Captured, path: str) -> list[str]:
     """Return the differentiable parameters of a block, with the biases folded into it."""
-    inside = [n for n in differentiable(captured) if n.startswith(f"{path}.") or not path]
+    tied = {own for alias, own in captured.aliases.items() if alias.startswith(f"{path}.")}
+    inside = [
+        n for n in differentiable(captured) if n in tied or n.startswith(f"{path}.") or not path
+    ]
     nodes = {captured.parameters[n] for n in inside}
     for name in differentiable(captured):
         layers = captured.parameters[name].users

@@ -152,7 +152,8 @@ def _with_tensors(exported: _Exported, module: ActivationModule) -> Captured:
         names[node] = exported.names[node.name].removeprefix("module.")
         if node.name in exported.parameters and tensors[node].is_floating_point():
             parameters[aliases.get(names[node], names[node])] = node
-    classes = {name: type(layer) for name, layer in module.module.named_modules()}
+    every = module.module.named_modules(remove_duplicate=False)
+    classes = {name: type(layer) for name, layer in every}
     captured = Captured(
         graph, tensors, parameters, entry[0], outputs[-1], classes, aliases=aliases, names=names
     )

@@ -81,14 +81,20 @@ _PLAIN = (
 def _check_signature(module: nn.Module) -> None:
     """Raise an error unless ``forward`` takes the batch as its one positional argument."""
     try:
-        inspect.signature(module.forward).bind(None)
-    except TypeError as error:
-        raise TypeError(
-            "backbone.forward must take the batch as its only required argument, by position: "
-            f"{error}. Wrap the module in one whose forward(self, x) calls it."
-        ) from error
+        signature = inspect.signature(module.forward)
     except ValueError:  # a builtin without a signature
         return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        parameters = signature.parameters.values()
+        names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        only = f"; it takes {', '.join(map(repr, names))} by keyword only" if names else ""
+        call = f"returns module({names[0]}=x)" if names else "calls it"
+        raise TypeError(
+            "backbone.forward must take the batch as its only required argument, by position: "
+            f"{error}{only}. Wrap the module in one whose forward(self, x) {call}."
+        ) from error
 
 
 def check_module(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
 
 from sklearn_gradfeat.backbones._attention import plain_attention
 from sklearn_gradfeat.backbones._graph import ActivationModule
@@ -23,18 +25,42 @@ _LAYERS = (
 _LOCK = threading.RLock()
 
 
-class EagerHead:
-    """A module as a function of some of its parameters and a batch."""
+class _GradientsStayOn(TorchFunctionMode):
+    """Ignores ``torch.no_grad`` where gradients are on."""
 
-    def __init__(self, module: ActivationModule, names: list[str]) -> None:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, unless it turns gradients off."""
+        if func is torch._C._set_grad_enabled and not args[0]:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+class EagerHead:
+    """A module as a function of some of its parameters and a batch.
+
+    Parameters
+    ----------
+    module : ActivationModule
+        The network.
+    names : list of str
+        The parameters.
+    as_written : bool, default=False
+        Whether ``torch.no_grad`` in the module stops derivatives. By default it does not, as in a
+        graph. Forward mode does not know it either.
+    """
+
+    def __init__(
+        self, module: ActivationModule, names: list[str], *, as_written: bool = False
+    ) -> None:
         self.module = module
         self.names = [f"module.{name}" for name in names]
+        self.mode = nullcontext if as_written else _GradientsStayOn
 
     def __call__(self, *values: Tensor) -> tuple[Tensor]:
         """Take the parameters, then the batch."""
         *parameters, x = values
         replaced = dict(zip(self.names, parameters, strict=True))
-        with plain_attention(), _LOCK:
+        with plain_attention(), _LOCK, self.mode():
             return (functional_call(self.module, replaced, (x,)),)
 
 
@@ -51,11 +77,17 @@ def parameter_names(module: ActivationModule, example: Tensor) -> list[str]:
         if value.is_floating_point() and name.rpartition(".")[0] not in norms
     }
     with torch.enable_grad():
-        (output,) = EagerHead(module, list(candidates))(*candidates.values(), example)
+        try:
+            (output,) = EagerHead(module, list(candidates))(*candidates.values(), example)
+        except RuntimeError as error:
+            raise ValueError(
+                f"backbone cannot be differentiated: {error}\nTake the cause, such as "
+                "torch.inference_mode, out of its forward pass, or set features='activation'."
+            ) from error
         if not output.requires_grad:
             raise ValueError(
-                "The activation has no derivative in any parameter of backbone, as under "
-                "torch.no_grad or after detach. Take these out of its forward pass, or set "
+                "The activation has no derivative in any parameter of backbone, as after detach or "
+                "under torch.inference_mode. Take these out of its forward pass, or set "
                 "features='activation'."
             )
         found = torch.autograd.grad(output.sum(), list(candidates.values()), allow_unused=True)

@@ -248,7 +248,7 @@ def architecture_digest(module: nn.Module, example: Tensor) -> str:
 def _hashed_structure(module: nn.Module) -> Any:
     """Return a hash of the attributes of every submodule, and of the kinds of all tensors."""
     state = xxhash.xxh3_128()
-    for name, layer in module.named_modules():
+    for name, layer in module.named_modules(remove_duplicate=False):
         held = sorted((k, v) for k, v in vars(layer).items() if k not in _HASHED_APART)
         try:
             stream = io.BytesIO()

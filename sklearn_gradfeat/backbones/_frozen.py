@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from sklearn_gradfeat.backbones._attention import differentiable_attention
 from sklearn_gradfeat.backbones._blocks import blocks, choose_parameters, differentiable
 from sklearn_gradfeat.backbones._capture import capture
+from sklearn_gradfeat.backbones._casts import first_cast, warn_of_cast
 from sklearn_gradfeat.backbones._copies import (
     check_module,
     converted,
@@ -171,6 +172,8 @@ class FrozenBackbone:
         self._probe: Tensor | None = example.clone()
         self._compared: dict[tuple[str, ...], list[str]] = {}
         self.dtype = dtype
+        # The first call that casts float64 numbers to lower precision.
+        self.cast = first_cast(self.module, example) if dtype == torch.float64 else None
         self._networks: dict[tuple[tuple[str, ...], float | None], Network] = {}
         self._others: dict[tuple[torch.device, torch.dtype], FrozenBackbone] = {}
 
@@ -188,7 +191,7 @@ class FrozenBackbone:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the module without a graph."""
-        self.__dict__.update(state, _networks={}, _others={}, _probe=None, _compared={})
+        self.__dict__.update(state, _networks={}, _others={}, _probe=None, _compared={}, cast=None)
 
     @property
     def layers(self) -> tuple[Layer, ...] | None:
@@ -280,6 +283,22 @@ class FrozenBackbone:
 
     def choose(self, gradient_layers: str | int | Sequence[str]) -> list[str]:
         """Return the names of the parameters that ``gradient_layers`` chooses."""
+        chosen = self._chosen(gradient_layers)
+        differing = self._differing(tuple(chosen))
+        if differing:
+            warnings.warn(
+                f"The derivative of the backbone in {differing[0]!r} is that of its forward "
+                "operators, and not the one that autograd returns. The backbone calls a "
+                "torch.autograd.Function with a backward of its own, such as a straight-through "
+                "estimator, scales gradients, or works under torch.no_grad. A straight-through "
+                "estimator of the form x + (f(x) - x).detach() keeps its derivative.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return chosen
+
+    def _chosen(self, gradient_layers: str | int | Sequence[str]) -> list[str]:
+        """Return the chosen parameters, from the graph if there is one."""
         with _LOCK:
             captured = self.captured
         if isinstance(captured, CaptureError):
@@ -317,28 +336,16 @@ class FrozenBackbone:
         )
         gone |= {n: f"was folded into {into!r}" for n, into in captured.absorbed.items()}
         names = differentiable(captured)
-        chosen = choose_parameters(
+        return choose_parameters(
             gradient_layers,
             names,
             lambda: list(blocks(captured).values()),
             gone,
             captured.aliases,
         )
-        differing = self._differing(tuple(chosen))
-        if differing:
-            warnings.warn(
-                f"The derivative of the backbone in {differing[0]!r} is that of its forward "
-                "operators, and not the one that autograd returns. The backbone calls a "
-                "torch.autograd.Function with a backward of its own, such as a straight-through "
-                "estimator, scales gradients, or works under torch.no_grad. A straight-through "
-                "estimator of the form x + (f(x) - x).detach() keeps its derivative.",
-                UserWarning,
-                stacklevel=2,
-            )
-        return chosen
 
     def _differing(self, names: tuple[str, ...]) -> list[str]:
-        """Return the parameters in which the derivatives of graph and module differ.
+        """Return the parameters in which the derivatives of head and module differ.
 
         Parameters that a batch norm was folded into are not compared. Gradients far below the
         largest one are rounding errors, such as that of a bias of keys in attention.
@@ -351,7 +358,7 @@ class FrozenBackbone:
         values = tuple(held[name] for name in common)
         with torch.no_grad():
             boundary = (probe,) if network.trunk is None else network.trunk(probe)
-        whole = EagerHead(self.module, common)
+        whole = EagerHead(self.module, common, as_written=True)
         expected = _gradients(lambda leaves: whole(*leaves, probe)[0], values)
         graph = tuple(network.parameters.values())
         found = _gradients(lambda leaves: network.head(leaves, boundary), graph)
@@ -481,16 +488,20 @@ def freeze(
     check_module(unwrapped(module))
     layer = hashable(activation_layer)
     if has_lazy_parameters(module):
-        return FrozenBackbone(module, example, dtype, layer)
-    kind = (tuple(example.shape[1:]), example.dtype, dtype, example.device, layer)
-    with _CACHE_LOCK:
-        stamp = module_digest(module)
-        known = _CACHE.setdefault(_cache_owner(module, owner), {})
-        for key in [key for key in known if key[-1] != stamp]:
-            del known[key]
-        if (*kind, stamp) not in known:
-            known[*kind, stamp] = FrozenBackbone(module, example, dtype, layer)
-        return known[*kind, stamp]
+        frozen = FrozenBackbone(module, example, dtype, layer)
+    else:
+        kind = (tuple(example.shape[1:]), example.dtype, dtype, example.device, layer)
+        with _CACHE_LOCK:
+            stamp = module_digest(module)
+            known = _CACHE.setdefault(_cache_owner(module, owner), {})
+            for key in [key for key in known if key[-1] != stamp]:
+                del known[key]
+            if (*kind, stamp) not in known:
+                known[*kind, stamp] = FrozenBackbone(module, example, dtype, layer)
+            frozen = known[*kind, stamp]
+    if frozen.cast is not None:
+        warn_of_cast(frozen.cast)
+    return frozen
 
 
 def _cache_owner(module: nn.Module, owner: object) -> object:

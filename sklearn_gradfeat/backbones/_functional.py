@@ -7,6 +7,7 @@ else that shares the memory of its input is read afterwards.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +20,50 @@ from torch.export import ExportedProgram
 
 _aten = torch.ops.aten
 _IDENTITIES = {_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
+
+
+def _embedding_bags(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    _scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    _sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what ``torch.ops.aten.embedding_bag`` does, by operators with all derivatives.
+
+    Only the first of its four results, one row per bag, is filled.
+    """
+    n_bags = offsets.shape[0] - int(include_last_offset)
+    positions = torch.arange(indices.shape[0], device=indices.device, dtype=offsets.dtype)
+    bag = torch.searchsorted(offsets, positions, right=True) - 1
+    rows = torch.ops.aten.embedding.default(weight, indices)
+    kept = (indices != (-1 if padding_idx is None else padding_idx))[:, None]
+    zeros = rows.new_zeros(n_bags, rows.shape[1])
+    counts = rows.new_zeros(n_bags, 1).index_add(0, bag, kept.to(rows.dtype))
+    if mode == _MAX:
+        lowest = torch.where(kept, rows, -math.inf)
+        places = bag[:, None].expand(-1, rows.shape[1])
+        largest = zeros.scatter_reduce(0, places, lowest, "amax", include_self=False)
+        found = torch.where(counts > 0, largest, 0.0)
+    else:
+        factors = kept.to(rows.dtype)
+        if per_sample_weights is not None:
+            factors = factors * per_sample_weights[:, None]
+        found = zeros.index_add(0, bag, rows * factors)
+        if mode == _MEAN:
+            found = found / counts.clamp(min=1)
+    return found, bag, offsets, offsets
+
+
+_MEAN, _MAX = 1, 2  # the modes of embedding bags; the sum is 0
+_DECOMPOSED = {
+    torch.ops.aten.embedding_bag.default: _embedding_bags,
+    torch.ops.aten.embedding_bag.padding_idx: _embedding_bags,
+}
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
@@ -36,7 +81,7 @@ def functional(program: ExportedProgram) -> ExportedProgram:
     """
     nodes: list[fx.Node] = list(program.graph_module.graph.nodes)
     if not all(map(_is_plain, nodes)) or not _are_replaceable(nodes):
-        rewritten: ExportedProgram = program.run_decompositions({})
+        rewritten: ExportedProgram = program.run_decompositions(_DECOMPOSED)
         return rewritten
     place = {node: i for i, node in enumerate(nodes)}
     for node in nodes:
@@ -55,6 +100,8 @@ def _is_plain(node: fx.Node) -> bool:
         return node.args[2:] == (False,)
     if node.target is _aten.batch_norm.default:
         return node.args[5:6] == (False,)
+    if node.target in _DECOMPOSED:
+        return False
     return node.op != "get_attr" and not isinstance(node.target, HigherOrderOperator)
 
 

@@ -274,7 +274,7 @@ def out_channels(captured: Captured, names: Iterable[str]) -> dict[str, int]:
             operator, arguments = operator_name(user), user.args
             if operator.startswith("conv_transpose") and arguments[1] is weight:
                 found[name] = int(user.meta["val"].shape[1 - len(shape)])
-            elif operator.startswith(("embedding", "_embedding_bag")) and arguments[0] is weight:
+            elif operator == "embedding" and arguments[0] is weight:
                 found[name] = shape[1]
             elif operator in ("matmul", "mm", "bmm", "addmm") and arguments[-1] is weight:
                 found[name] = shape[-1]

@@ -126,9 +126,14 @@ def _place(one: _Calls, other: _Calls, rows: list[int] | None) -> str:
             break
         expected = first if first.shape == second.shape else _selected(first, second, rows)
         if expected is not None and not _agree(second, expected):
-            name = resolve_name(function) or getattr(function, "__name__", str(function))
-            return f". The cause is {name}" + (f" in the layer {path!r}" if path else "")
+            return f". The cause is {call_name(function, path)}"
     return ""
+
+
+def call_name(function: Callable[..., Any], path: str) -> str:
+    """Return the name of a torch function with the layer that calls it."""
+    name: str = resolve_name(function) or getattr(function, "__name__", str(function))
+    return name + (f" in the layer {path!r}" if path else "")
 
 
 def _selected(first: Tensor, second: Tensor, rows: list[int] | None) -> Tensor | None:
@@ -141,7 +146,7 @@ def _selected(first: Tensor, second: Tensor, rows: list[int] | None) -> Tensor |
 def _recorded(module: nn.Module, example: Tensor) -> _Calls:
     """Return the torch functions that a run calls, with the layer and the result of each."""
     recorder = _Recorder()
-    with _paths(module, recorder.path), recorder:
+    with layer_paths(module, recorder.path), recorder:
         run_once(module, example)
     return recorder.calls
 
@@ -164,7 +169,7 @@ class _Recorder(TorchFunctionMode):
 
 
 @contextmanager
-def _paths(module: nn.Module, path: list[str]) -> Iterator[None]:
+def layer_paths(module: nn.Module, path: list[str]) -> Iterator[None]:
     """Keep the path of the layer that runs at the end of a list."""
 
     def enter(name: str) -> Any:

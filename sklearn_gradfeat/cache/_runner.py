@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -311,7 +312,7 @@ def cache_samples(
     Raises
     ------
     ValueError
-        If some activations are not finite.
+        If some activations are not finite, or their squares are not.
     """
     n_samples, whole_is_head = len(trunk.samples), trunk.function is None
     places: list[Place] = []
@@ -331,6 +332,11 @@ def cache_samples(
     assert activations is not None
     if not torch.isfinite(activations).all():
         raise ValueError(NOT_FINITE)
+    if (activations.abs() > math.sqrt(sys.float_info.max / max(activations.numel(), 1))).any():
+        raise ValueError(
+            "The activations are huge: their squares are infinite in float64. Scale X, or "
+            "normalise the output of the backbone."
+        )
     boundary = trunk.samples if whole_is_head else Boundary(places)
     hashes = np.frombuffer(b"".join(names), dtype="<u8")[::2].astype(np.uint64)
     return CachedSamples(activations, boundary, trunk.batch_size, hashes)

@@ -1,6 +1,8 @@
 """Modules that cannot be captured as a graph."""
 
+import re
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -97,13 +99,58 @@ def test_activation_layer_without_a_graph(gradient_layers):
         estimator(Upper(), activation_layer="net", gradient_layers="head").fit(X, Y)
 
 
-class Gradientless(Branching):
+class Within(Branching):
+    """The network of :class:`Branching`, called in a context or changed by a function."""
+
+    def __init__(self, context, change=torch.clone):
+        super().__init__()
+        self.context, self.change = context, change
+
     def forward(self, x):
-        with torch.no_grad():
-            return super().forward(x)
+        with self.context():
+            return self.change(super().forward(x))
 
 
 @pytest.mark.filterwarnings("ignore:The backbone cannot be captured:UserWarning")
-def test_activation_without_a_derivative():
-    with pytest.raises(ValueError, match=r"no derivative in any parameter.* under torch.no_grad"):
-        estimator(Gradientless()).fit(X, Y)
+def test_no_grad_is_ignored_with_a_warning():
+    expected = estimator(Branching(), precision="float64").fit(X, Y)
+    with pytest.warns(UserWarning, match=r"backbone in 'net\.2\.weight' .* under torch\.no_grad"):
+        model = estimator(Within(torch.no_grad), precision="float64").fit(X, Y)
+    assert model.gradient_layers_ == expected.gradient_layers_
+    np.testing.assert_array_equal(model.decision_function(X), expected.decision_function(X))
+
+
+class Gated(Branching):
+    """A network with all parameters on two paths, one of them in a context."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.context = context
+
+    def forward(self, x):
+        hidden = super().forward(x)
+        with self.context():
+            gate = super().forward(x).sigmoid()
+        return hidden * gate
+
+
+@pytest.mark.filterwarnings("ignore:The (backbone cannot|derivative of):UserWarning")
+def test_no_grad_on_one_of_two_paths():
+    settings = {"precision": "float64", "gradient_layers": "all", "tol": 1e-14}
+    model = estimator(Gated(torch.no_grad), **settings).fit(X, Y)
+    plain = estimator(Gated(nullcontext), **settings).fit(X, Y)
+    np.testing.assert_array_equal(model.decision_function(X), plain.decision_function(X))
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured:UserWarning")
+@pytest.mark.parametrize(
+    ("backbone", "match"),
+    [
+        (Within(nullcontext, torch.detach), r"no derivative in any parameter.* after detach"),
+        (Within(torch.inference_mode), r"in any parameter.* under torch.inference_mode\. Take"),
+        (Gated(torch.inference_mode), r"cannot be differentiated: Inference.*inference_mode, out"),
+    ],
+)
+def test_activation_without_a_derivative(backbone, match):
+    with pytest.raises(ValueError, match=re.compile(match, re.S)):
+        estimator(backbone).fit(X, Y)

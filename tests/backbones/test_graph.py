@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torchvision.models import resnet
 
 from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.backbones._frozen import FrozenBackbone
+from sklearn_gradfeat.linearized._jacobian import LinearizedHead
 from tests.tiny import NET, X, Y, estimator, tiny_net
 
 
@@ -142,7 +145,8 @@ class Keyword(nn.Module):
 
 
 def test_forward_that_takes_no_batch():
-    with pytest.raises(TypeError, match=r"backbone.forward must take the batch.* Wrap the module"):
+    match = r"backbone.forward must take the batch.*'pixels' by keyword only.* module\(pixels=x\)"
+    with pytest.raises(TypeError, match=match):
         estimator(Keyword()).fit(X, Y)
 
 
@@ -160,3 +164,52 @@ def test_network_that_casts_to_single_precision():
     with pytest.raises(ValueError, match=r"itself casts to float32, set precision='float32'"):
         estimator(Casting()).fit(rows, Y)
     estimator(Casting(), features="activation", precision="float32").fit(rows, Y)
+
+
+class Bags(nn.Module):
+    """A mean, sum or maximum of rows of a table, by bags of the same size."""
+
+    def __init__(self, mode, padding_idx=None, form="matrix"):
+        super().__init__()
+        torch.manual_seed(0)
+        last = form == "offsets"
+        self.table = nn.EmbeddingBag(
+            9, 6, mode=mode, padding_idx=padding_idx, include_last_offset=last
+        )
+        self.form, self.top = form, nn.Linear(6, 4)
+
+    def forward(self, ids):
+        if self.form == "offsets":
+            n, length = ids.shape
+            hidden = self.table(ids.flatten(), torch.arange(0, n * length + length, length))
+        else:
+            weights = (ids / 9.0).to(self.top.weight) if self.form == "weights" else None
+            hidden = self.table(ids, per_sample_weights=weights)
+        return self.top(hidden.tanh())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("mean",), ("mean", 3), ("sum", 3, "weights"), ("max", 3), ("sum", None, "offsets")],
+)
+def test_embedding_bags_have_both_derivatives(arguments):
+    network = Bags(*arguments).double()
+    ids = torch.randint(0, 9, (6, 5), generator=torch.Generator().manual_seed(0))
+    ids[0, :2] = ids[1] = 3  # repeated, and in the second bag nothing but padding
+    backbone = FrozenBackbone(network, ids[2:4], torch.float64, None)
+    names = backbone.choose("table")
+    parts = backbone.network(names)
+    head, boundary = LinearizedHead(parts.head, parts.parameters, "standard"), parts.boundary(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(head.activation(boundary), network(ids))
+    weight = network.table.weight.detach()
+
+    def activation(table):
+        return functional_call(network, {"table.weight": table}, (ids,))
+
+    J = torch.autograd.functional.jacobian(activation, weight).flatten(2)
+    generator = torch.Generator().manual_seed(1)
+    u = torch.randn(weight.numel(), generator=generator, dtype=torch.float64)
+    v = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(head.jvp(boundary, u), J @ u)
+    torch.testing.assert_close(head.vjp(boundary, v), torch.einsum("no,nop->p", v, J))
