@@ -20,7 +20,12 @@ import xxhash
 from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._attention import differentiable_attention
-from sklearn_gradfeat.backbones._blocks import blocks, choose_parameters, differentiable
+from sklearn_gradfeat.backbones._blocks import (
+    after_attention,
+    blocks,
+    choose_parameters,
+    differentiable,
+)
 from sklearn_gradfeat.backbones._copies import (
     check_module,
     converted,
@@ -308,6 +313,7 @@ class FrozenBackbone:
                 gradient_layers,
                 names,
                 lambda: list(module_blocks(module, example, names).values()),
+                _no_attention,
                 gone,
                 tied_names(module.module),
             )
@@ -327,6 +333,7 @@ class FrozenBackbone:
             gradient_layers,
             names,
             lambda: list(blocks(captured).values()),
+            lambda: after_attention(captured),
             gone,
             captured.aliases,
         )
@@ -380,6 +387,14 @@ def _captured(module: ActivationModule, example: Tensor) -> Captured | CaptureEr
     except CaptureError as refusal:
         return refusal
     return captured
+
+
+def _no_attention() -> list[str]:
+    """Raise the error of a module that has no graph."""
+    raise ValueError(
+        "gradient_layers='after_attention' needs a backbone that torch.export can capture as a "
+        "graph, which it cannot for this one. Pass 'last', or names of layers."
+    )
 
 
 def _block_paths(module: nn.Module, example: Tensor) -> list[str]:
