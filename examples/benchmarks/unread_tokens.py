@@ -9,6 +9,7 @@ layers. The networks have random weights. The runs of a repeat follow one anothe
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -102,7 +103,7 @@ def compare(name, gradient_layers, arguments):
 def table(rows):
     """Return the rows as a Markdown table."""
     lines = [
-        "| network | `gradient_layers` | stored of a sample, kB | before | frozen layers | a pass |",
+        "| network | `gradient_layers` | kB of a sample | before | frozen layers | a pass |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -124,9 +125,8 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("unread_tokens.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [
-        compare(n, layers, arguments) for n in arguments.networks for layers in arguments.layers
-    ]
+    pairs = itertools.product(arguments.networks, arguments.layers)
+    rows = [compare(*pair, arguments) for pair in pairs]
     save(rows, arguments)
     print("Time in units of that of the whole graph:\n")
     print(table(rows))
