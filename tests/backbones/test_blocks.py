@@ -117,11 +117,14 @@ def test_layers_of_a_transformer_are_blocks():
         (("b",), ["b.weight"]),
         (1, ["b.weight"]),
         (2, ["a.0.weight", "b.weight"]),
+        ("after_attention", ["a.0.bias"]),
     ],
 )
 def test_names_and_patterns(pattern, expected):
     names = ["a.0.weight", "a.0.bias", "a.1.weight", "b.weight"]
-    found = choose_parameters(pattern, names, lambda: [["a.0.weight"], [], ["b.weight"]], {})
+    found = choose_parameters(
+        pattern, names, lambda: [["a.0.weight"], [], ["b.weight"]], lambda: {"a.0.bias"}, {}
+    )
     assert found == expected
 
 
@@ -139,9 +142,9 @@ def test_choices_that_are_refused(pattern, match):
     names = ["a.0.weight", "b.weight"]
     gone = {"old.weight": "is gone"}
     with pytest.raises(ValueError, match=match):
-        choose_parameters(pattern, names, lambda: [["a.0.weight"], ["b.weight"]], gone)
+        choose_parameters(pattern, names, lambda: [["a.0.weight"], ["b.weight"]], set, gone)
 
 
 def test_network_without_parameters():
     with pytest.raises(ValueError, match=r"backbone has no parameters.* Pass"):
-        choose_parameters("all", [], list, {})
+        choose_parameters("all", [], list, set, {})

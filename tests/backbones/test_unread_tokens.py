@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
+from sklearn_gradfeat import GradientFeatureClassifier, load
+from sklearn_gradfeat.backbones import _frozen
 from sklearn_gradfeat.backbones._blocks import after_attention
 from sklearn_gradfeat.backbones._fingerprint import fingerprint
 from sklearn_gradfeat.backbones._folding import fold_batch_norms
@@ -320,3 +323,21 @@ def test_networks_that_read_everything_keep_their_graph(kind):
 def test_mean_pooling_of_tokens_keeps_the_graph():
     old, new = graphs(trained(timm_vit(global_pool="avg")), IMAGES)
     assert new is old
+
+
+# --- estimators --------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_models_predict_as_with_the_whole_graph(monkeypatch, tmp_path):
+    X = normal(12, 3, 16, 16).numpy()
+    model = GradientFeatureClassifier(
+        trained(timm_vit()), precision="float64", alpha=0.1, gradient_alpha=0.1, max_iter=5
+    ).fit(X, np.arange(12) % 3)
+    expected = model.predict_proba(X)
+    found = model.to_torch()(torch.from_numpy(X)).detach()
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+    model.save(tmp_path / "model")
+    monkeypatch.setattr(_frozen, "without_unread_tokens", lambda captured: captured)
+    whole = load(tmp_path / "model", timm_vit)
+    np.testing.assert_allclose(whole.predict_proba(X), expected, atol=1e-10)
