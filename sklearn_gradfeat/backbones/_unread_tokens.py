@@ -261,8 +261,14 @@ def _chosen(
     read = _Read(x, (*box[:axis], wanted, *box[axis + 1 :]), axis if dropped else None)
     if tuple(index) == ordered:
         return read
-    places = torch.tensor([ordered.index(i) for i in index])
+    places = torch.tensor(_places(index, ordered))
     return _Call(_aten.index_select.default, (read, axis, places), {})
+
+
+def _places(rows: Sequence[int], held: Sequence[int]) -> tuple[int, ...]:
+    """Return the places of some rows among those that are held."""
+    place = {row: i for i, row in enumerate(held)}
+    return tuple(place[row] for row in rows)
 
 
 def _select(node: fx.Node, box: Box, sizes: Sizes) -> _Source | None:
@@ -366,9 +372,11 @@ def _elementwise(node: fx.Node, box: Box, sizes: Sizes) -> _Source | None:
     return _mapped(node, lambda operand: _Read(operand, _broadcast(box, sizes[operand])))
 
 
-def _type_as(node: fx.Node, box: Box, sizes: Sizes) -> _Source | None:
-    """Leave the second operand unread: only its dtype counts."""
+def _cast(node: fx.Node, box: Box, sizes: Sizes) -> _Source | None:
+    """Leave a second operand unread: only its dtype counts."""
     x: Any = node.args[0]
+    if len(node.all_input_nodes) == 1:
+        return _elementwise(node, box, sizes)
     return _Call(_aten.to.dtype, (_Read(x, box), node.meta["val"].dtype), {})
 
 
@@ -539,14 +547,14 @@ _RULES: dict[str, _Rule] = {
         [*_COPIES, "feature_dropout", "hardswish", "hardsigmoid", "log_sigmoid",
          "zeros_like", "ones_like", "full_like"], _elementwise),
     **dict.fromkeys(
-        ["softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "cumsum", "flip", "glu",
-         "mean", "sum", "prod", "var", "std", "amax", "amin", "any", "all", "linalg_vector_norm"],
-        _along),
+        ["softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp", "glu",
+         "cumsum", "flip", "mean", "sum", "prod", "var", "std", "norm", "linalg_vector_norm",
+         "amax", "amin", "argmax", "argmin", "any", "all"], _along),
     **dict.fromkeys(["layer_norm", "rms_norm"], _norm),
     **dict.fromkeys(["matmul", "mm", "bmm", "addmm", "baddbmm"], _product),
     **dict.fromkeys(["permute", "transpose", "t"], _permute),
     **dict.fromkeys(["view", "reshape", "_unsafe_view", "squeeze", "unsqueeze"], _reshape),
-    "type_as": _type_as, "linear": _linear, "einsum": _einsum, "embedding": _embedding,
+    "type_as": _cast, "to": _cast, "linear": _linear, "einsum": _einsum, "embedding": _embedding,
     "scaled_dot_product_attention": _attention, "expand": _expand, "cat": _cat, "stack": _stack,
 }  # fmt: skip
 
@@ -632,7 +640,7 @@ class _Writer:
             n, places = (
                 (rows.n, rows.kept)
                 if have is None
-                else (len(have.kept), tuple(map(have.kept.index, rows.kept)))
+                else (len(have.kept), _places(rows.kept, have.kept))
             )
             if axis == read.dropped:
                 (dropped,) = places
