@@ -101,9 +101,20 @@ def test_blocks(network, expected):
 
 
 def test_layers_of_a_transformer_are_blocks():
-    names = frozen(Tokens(), 2, 5, 5).choose("last")
-    assert all(name.startswith("encoder.layers.1.") for name in names)
+    backbone, last = frozen(Tokens(), 2, 5, 5), "encoder.layers.1"
+    names = backbone.choose("last")
+    assert all(name.startswith(f"{last}.") for name in names)
     assert {"norm1.weight", "linear2.bias"} <= {n.removeprefix("encoder.layers.1.") for n in names}
+    after = both(*(f"{last}.{name}" for name in ("self_attn.out_proj", "linear1", "linear2")))
+    assert backbone.choose("after_attention") == [name for name in names if name in after]
+    assert set(after) < set(names)
+
+
+def test_block_without_attention():
+    with pytest.raises(
+        ValueError, match=r"needs a transformer.* 'block\.1', has none\. Pass 'last'"
+    ):
+        frozen(Residual(), 2, 5, 5).choose("after_attention")
 
 
 @pytest.mark.parametrize(
