@@ -52,7 +52,7 @@ def frozen(module, images, whole):
     backbone = _frozen.FrozenBackbone(module, images[:2], torch.float32, None)
     if whole:
         with mock.patch.object(_frozen, "without_unread_tokens", lambda captured: captured):
-            backbone.computed  # noqa: B018
+            backbone.computed
     return backbone
 
 
