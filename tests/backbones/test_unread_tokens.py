@@ -158,7 +158,7 @@ class Random(nn.Module):
     def forward(self, x):
         outputs = []
         for operators, reader in self.branches:
-            values = [x]
+            values = [x * self.weights[0][0]]
             for weight, (name, skip) in zip(self.weights, operators, strict=False):
                 value = OPERATORS[name](values[-1], weight)
                 values.append(value + values[-1 - skip % len(values)] if skip else value)
