@@ -20,7 +20,7 @@ the block left in its layers.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from types import MappingProxyType
@@ -36,9 +36,11 @@ from sklearn_gradfeat.backbones._graph import (
     module_path,
     operator_name,
 )
+from sklearn_gradfeat.backbones._split import downstream
 
 _aten = torch.ops.aten
 _ADD, _CAT = _aten.add.Tensor, _aten.cat.default
+_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
 
 
 def blocks(captured: Captured) -> dict[str, list[str]]:
@@ -152,6 +154,33 @@ def _members(captured: Captured, path: str) -> list[str]:
     return inside
 
 
+def after_attention(captured: Captured) -> set[str]:
+    """Return the parameters of the layers that follow the attention of the last block.
+
+    Attention is the last product of two matrices that both depend on the samples.
+    """
+    path, members = next(reversed(blocks(captured).items()), ("", []))
+    used = captured.used()
+    samples = downstream(used, [captured.input])
+    attention = [
+        node
+        for node in used
+        if f"{module_path(node)}.".startswith(f"{path}." if path else "")
+        and operator_name(node) in _PRODUCTS
+        and len(samples.intersection(node.all_input_nodes)) > 1
+    ]
+    above = downstream(used, attention[-1:])
+    layers = [node for node, name in _layers(captured) if node in above and name in members]
+    if not layers:
+        raise ValueError(
+            "gradient_layers='after_attention' needs a transformer: a last block with attention "
+            f"and layers after it. The last block of the backbone, {path!r}, has none. Pass "
+            "'last', or names of layers."
+        )
+    inputs = {source for node in layers for source in node.all_input_nodes}
+    return {name for name in members if captured.parameters[name] in inputs}
+
+
 def differentiable(captured: Captured) -> list[str]:
     """Return the names of the parameters that may be chosen, in graph order."""
     order = {node: i for i, node in enumerate(captured.graph.nodes)}
@@ -163,6 +192,7 @@ def choose_parameters(
     gradient_layers: str | int | Sequence[str],
     names: Sequence[str],
     blocks: Callable[[], list[list[str]]],
+    after_attention: Callable[[], Collection[str]],
     gone: dict[str, str],
     aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
@@ -171,12 +201,14 @@ def choose_parameters(
     Parameters
     ----------
     gradient_layers : str, int or list of str
-        ``"last"``, ``"all"``, a number of blocks, or names and glob patterns of
-        submodules or parameters.
+        ``"last"``, ``"after_attention"``, ``"all"``, a number of blocks, or names and glob
+        patterns of submodules or parameters.
     names : sequence of str
         The parameters to choose from.
     blocks : callable
         Returns the parameter names of every block, from bottom to top.
+    after_attention : callable
+        Returns the parameters of the last block after its attention.
     gone : dict of str to str
         Parameters that cannot be chosen, and why.
     aliases : mapping of str to str, default={}
@@ -201,7 +233,10 @@ def choose_parameters(
         return list(names)
     if isinstance(gradient_layers, str) and gradient_layers == "last":
         gradient_layers = 1
-    if isinstance(gradient_layers, (str, Sequence)):
+    chosen: Collection[str]
+    if isinstance(gradient_layers, str) and gradient_layers == "after_attention":
+        chosen = after_attention()
+    elif isinstance(gradient_layers, (str, Sequence)):
         patterns = [gradient_layers] if isinstance(gradient_layers, str) else gradient_layers
         if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(

@@ -39,8 +39,8 @@ def warn_of_cast(call: str) -> None:
     """Warn of a network that computes partly in lower precision."""
     warnings.warn(
         "The backbone runs in float64, but it casts to lower precision inside. Its results have "
-        f"the accuracy of that precision. The first cast is {call}. Take it out of the backbone, or "
-        "set precision='float32'.",
+        f"the accuracy of that precision. The first cast is {call}. Take it out of the backbone, "
+        "or set precision='float32'.",
         UserWarning,
         stacklevel=2,
     )

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._attention import differentiable_attention
-from sklearn_gradfeat.backbones._blocks import blocks, choose_parameters, differentiable
+from sklearn_gradfeat.backbones._blocks import (
+    after_attention,
+    blocks,
+    choose_parameters,
+    differentiable,
+)
 from sklearn_gradfeat.backbones._capture import capture
 from sklearn_gradfeat.backbones._casts import first_cast, warn_of_cast
 from sklearn_gradfeat.backbones._copies import (
@@ -58,6 +63,7 @@ from sklearn_gradfeat.backbones._layers import (
     is_pattern,
 )
 from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_relu
+from sklearn_gradfeat.backbones._unread_tokens import without_unread_tokens
 
 _LOCK = threading.RLock()
 # Gradients of graph and module agree if they differ by no more than this share.
@@ -233,9 +239,15 @@ class FrozenBackbone:
         return _captured(self.module, self.example)
 
     @functools.cached_property
+    def computed(self) -> Captured | CaptureError:
+        """The graph that is computed: the folded one without the tokens that nobody reads."""
+        captured = self.captured
+        return captured if isinstance(captured, CaptureError) else without_unread_tokens(captured)
+
+    @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """The identity of the function of the network."""
-        return fingerprint(self.captured)
+        return fingerprint(self.computed)
 
     def network(self, names: Sequence[str], negative_slope: float | None = None) -> Network:
         """Return the network split below the parameters ``names``.
@@ -246,11 +258,11 @@ class FrozenBackbone:
         with _LOCK:
             key = (tuple(names), negative_slope if names else None)
             if key not in self._networks:
-                captured = self.captured
+                captured, computed = self.captured, self.computed
                 self._networks[key] = (
                     _eager_network(self.module, *key)
-                    if isinstance(captured, CaptureError)
-                    else _split_network(captured, *key)
+                    if isinstance(captured, CaptureError) or isinstance(computed, CaptureError)
+                    else _split_network(captured, computed, *key)
                 )
             return self._networks[key]
 
@@ -321,6 +333,7 @@ class FrozenBackbone:
                 gradient_layers,
                 names,
                 lambda: list(module_blocks(module, example, names).values()),
+                _no_attention,
                 gone,
                 tied_names(module.module),
             )
@@ -340,6 +353,7 @@ class FrozenBackbone:
             gradient_layers,
             names,
             lambda: list(blocks(captured).values()),
+            lambda: after_attention(captured),
             gone,
             captured.aliases,
         )
@@ -383,6 +397,14 @@ def _captured(module: ActivationModule, example: Tensor) -> Captured | CaptureEr
     return captured
 
 
+def _no_attention() -> list[str]:
+    """Raise the error of a module that has no graph."""
+    raise ValueError(
+        "gradient_layers='after_attention' needs a backbone that torch.export can capture as a "
+        "graph, which it cannot for this one. Pass 'last', or names of layers."
+    )
+
+
 def _block_paths(module: nn.Module, example: Tensor) -> list[str]:
     """Return the paths of the blocks of a network, from bottom to top."""
     whole = ActivationModule(module, None)
@@ -422,14 +444,14 @@ def _gradients(
 
 
 def _split_network(
-    captured: Captured, names: tuple[str, ...], negative_slope: float | None
+    captured: Captured, computed: Captured, names: tuple[str, ...], negative_slope: float | None
 ) -> Network:
-    """Cut a graph below the chosen parameters."""
-    nodes = {n: captured.parameters[captured.aliases.get(n, n)] for n in names}
+    """Cut the graph that is computed below the chosen parameters."""
+    nodes = {n: computed.parameters[computed.aliases.get(n, n)] for n in names}
     chosen = list(nodes.values())
     negative_slopes = {}
     if negative_slope is not None:
-        above = downstream(captured.used(), chosen)
+        above = downstream(computed.used(), chosen)
         negative_slopes = {node: negative_slope for node in above if is_relu(node)}
         if not negative_slopes:
             raise ValueError(
@@ -437,11 +459,11 @@ def _split_network(
                 "leaky ReLU or hardtanh from zero between the gradient layers and the activation. "
                 "Set negative_slope=None, or choose lower gradient_layers."
             )
-    cut = boundary(captured, chosen) if chosen else [captured.output]
-    trunk = None if cut == [captured.input] else extract(captured, [captured.input], cut)
-    head = extract(captured, cut, [captured.output], chosen, negative_slopes)
-    values = {name: captured.tensors[node] for name, node in nodes.items()}
-    return Network(trunk, values, head, cut_places(captured, cut), out_channels(captured, names))
+    cut = boundary(computed, chosen) if chosen else [computed.output]
+    trunk = None if cut == [computed.input] else extract(computed, [computed.input], cut)
+    head = extract(computed, cut, [computed.output], chosen, negative_slopes)
+    values = {name: computed.tensors[node] for name, node in nodes.items()}
+    return Network(trunk, values, head, cut_places(computed, cut), out_channels(captured, names))
 
 
 def _eager_network(

@@ -2,7 +2,9 @@
 
 torch removes such writes by running every operator again (``run_decompositions``), which takes
 longer than the export itself. Most networks need less: ``relu_`` may become ``relu`` if nothing
-else that shares the memory of its input is read afterwards.
+else that shares the memory of its input is read afterwards. That pass also replaces operators that
+are made of views, such as ``movedim`` by ``permute``; a few of them are known to the rest of the
+package, and stay.
 """
 
 from __future__ import annotations
@@ -20,6 +22,16 @@ from torch.export import ExportedProgram
 
 _aten = torch.ops.aten
 _IDENTITIES = {_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
+# The operators made of views that may stay as they are.
+_VIEWS = {
+    _aten.reshape.default,
+    _aten.flatten.using_ints,
+    _aten.unflatten.int,
+    _aten.view_as.default,
+    _aten.contiguous.default,
+    _aten.chunk.default,
+    _aten.to.dtype,
+}
 
 
 def _embedding_bags(
@@ -100,8 +112,12 @@ def _is_plain(node: fx.Node) -> bool:
         return node.args[2:] == (False,)
     if node.target is _aten.batch_norm.default:
         return node.args[5:6] == (False,)
-    if node.target in _DECOMPOSED:
-        return False
+    if isinstance(node.target, OpOverload):
+        kinds = torch._C._dispatch_has_kernel_for_dispatch_key
+        composite = kinds(node.target.name(), "CompositeImplicitAutograd")
+        is_view = any(result.alias_info for result in node.target._schema.returns)
+        made_of_views = composite and is_view and not node.target._schema.is_mutable
+        return node.target not in _DECOMPOSED and (not made_of_views or node.target in _VIEWS)
     return node.op != "get_attr" and not isinstance(node.target, HigherOrderOperator)
 
 

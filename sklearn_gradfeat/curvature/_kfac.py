@@ -212,7 +212,8 @@ def _add_inputs(
     factor = found.get(call.weight)
     if factor is None:
         factor = found[call.weight] = Factor(value, call.bias, call.groups)
-    factor.add_inputs(call.scaled_rows(head.values, head.scales, len(w), positions), w)
+    rows = call.scaled_rows(head.values, head.scales, len(w), positions)
+    factor.add_inputs(rows, call.share * w)
 
 
 def enough_samples(head: LinearizedHead, boundary: Tensors) -> int:

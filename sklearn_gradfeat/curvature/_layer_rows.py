@@ -21,6 +21,7 @@ from sklearn_gradfeat.backbones import differentiable_attention
 from sklearn_gradfeat.linearized import LinearizedHead, Tensors
 
 _LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
+_VIEWS = {"flatten", "slice", "index_select"}
 _ALL = slice(None)
 
 
@@ -40,6 +41,9 @@ class LayerCall:
         Its first argument and its result.
     options : tuple
         Its arguments after the bias: stride, padding, dilation and groups of a convolution.
+    part : (tensor, int) or None
+        The numbers of the output channels of the weight that it computes, and the number of all
+        of them; None where it computes all.
     """
 
     weight: int
@@ -48,6 +52,12 @@ class LayerCall:
     inputs: Tensor
     output: Tensor
     options: tuple[Any, ...]
+    part: tuple[Tensor, int] | None = None
+
+    @property
+    def share(self) -> float:
+        """The share of the output channels of the weight that it computes."""
+        return 1.0 if self.part is None else len(self.part[0]) / self.part[1]
 
     @property
     def groups(self) -> int:
@@ -88,11 +98,18 @@ class LayerCall:
         return torch.cat([rows, torch.full_like(rows[..., :1], scales[self.bias])], -1)
 
     def output_rows(self, like_output: Tensor, n_samples: int) -> Tensor:
-        """Return a tensor of the shape of the output, such as its gradient, as rows."""
+        """Return a tensor of the shape of the output, such as its gradient, as rows.
+
+        The columns of output channels that the call does not compute are zero.
+        """
         if self.kind == "linear":
-            return _by_sample(like_output, n_samples)
-        rows: Tensor = like_output.flatten(2).unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2)
-        return rows
+            rows = _by_sample(like_output, n_samples)
+            if self.part is None:
+                return rows
+            channels, width = self.part
+            return rows.new_zeros(*rows.shape[:-1], width).index_copy(-1, channels, rows)
+        flat: Tensor = like_output.flatten(2).unflatten(1, (self.groups, -1))
+        return flat.permute(1, 0, 3, 2)
 
 
 class LayerRecorder(TorchFunctionMode):
@@ -101,29 +118,49 @@ class LayerRecorder(TorchFunctionMode):
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self.positions = {id(p): i for i, p in enumerate(parameters)}
+        self.parts: dict[int, tuple[Tensor, int]] = {}
         self.calls: list[LayerCall] = []
-        self.matrices: list[Tensor] = []  # flattened weights, kept alive for their ids
+        self.derived: list[Tensor] = []  # from parameters, kept alive for their ids
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         kind = getattr(func, "__name__", "").split(".")[0]
-        if kind == "flatten" and args and id(args[0]) in self.positions and output.ndim == 2:
-            self._note_matrix(args[0], output)
+        if kind in _VIEWS and args and id(args[0]) in self.positions:
+            self._note_derived(kind, args, output)
         if kind in _LAYERS and not kwargs and id(args[1]) in self.positions:
+            weight, part = self.positions[id(args[1])], self.parts.get(id(args[1]))
             bias = self.positions.get(id(args[2])) if len(args) > 2 else None
-            weight = self.positions[id(args[1])]
-            self.calls.append(LayerCall(weight, bias, kind, args[0].detach(), output, args[3:]))
+            if bias is not None and not _same(part, self.parts.get(id(args[2]))):
+                bias = None
+            inputs, options = args[0].detach(), args[3:]
+            self.calls.append(LayerCall(weight, bias, kind, inputs, output, options, part))
             # An operator that works in place must not change the recorded output.
             return output.clone()
         return output
 
-    def _note_matrix(self, weight: Tensor, flat: Tensor) -> None:
-        """Treat a weight flattened to (n_outputs, n_inputs) as the weight."""
-        if len(flat) == len(weight):
-            self.positions[id(flat)] = self.positions[id(weight)]
-            self.matrices.append(flat)
+    def _note_derived(self, kind: str, args: tuple[Any, ...], output: Tensor) -> None:
+        """Note a weight flattened to (n_outputs, n_inputs), or some rows of a weight or bias."""
+        given, *rest = args
+        if kind == "flatten":
+            if output.ndim != 2 or len(output) != len(given):
+                return
+        elif len(args) > 2 and rest[0] == 0 and id(given) not in self.parts:
+            numbers = torch.arange(len(given), device=given.device)
+            rows = numbers[slice(*rest[1:])] if kind == "slice" else rest[1]
+            self.parts[id(output)] = rows, len(given)
+        else:
+            return
+        self.positions[id(output)] = self.positions[id(given)]
+        self.derived.append(output)
+
+
+def _same(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:
+    """Whether two parts are the same rows."""
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one[0], other[0])
 
 
 def record(

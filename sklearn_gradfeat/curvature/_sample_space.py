@@ -157,7 +157,10 @@ def _layer_rows(
     activation, calls = record(head, boundary, differentiable=True)
     if not _all_linear(calls, len(head.values), n_samples):
         return None
-    gradients = output_gradients(activation, calls, omega)
+    gradients = [
+        [call.output_rows(g, n_samples)[0, :, 0] for call, g in zip(calls, pulled, strict=True)]
+        for pulled in output_gradients(activation, calls, omega)
+    ]
     inputs = [call.scaled_rows(head.values, head.scales, n_samples)[0, :, 0] for call in calls]
     return [(a, torch.stack(g, 1)) for a, *g in zip(inputs, *gradients, strict=True)]
 
@@ -166,7 +169,7 @@ def _all_linear(calls: list[LayerCall], n_parameters: int, n_samples: int) -> bo
     """Return whether every parameter belongs to a linear layer that sees each sample once."""
     covered = [call.weight for call in calls] + [c.bias for c in calls if c.bias is not None]
     return sorted(covered) == list(range(n_parameters)) and all(
-        call.kind == "linear" and call.inputs.shape[:-1] == (n_samples,) for call in calls
+        call.kind == "linear" and call.inputs.shape[:-1].numel() == n_samples for call in calls
     )
 
 

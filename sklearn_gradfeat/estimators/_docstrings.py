@@ -27,10 +27,12 @@ backbone : None, str, torch.nn.Module or callable, default=None
       (n_samples, n_features, ...). The axes after the second are averaged.
     - callable: returns a module. It is called once in every fit, under ``random_state``.
 
-gradient_layers : {"last", "all"}, int, str or list of str, default="last"
+gradient_layers : {"last", "after_attention", "all"}, int, str or list of str, default="last"
     The layers whose parameters are θ₂. ``"last"`` is the topmost residual or transformer
-    block; in a network without such blocks, the topmost convolution or linear layer. An
-    integer k is the k topmost of these. Any other value holds names or glob patterns of
+    block; in a network without such blocks, the topmost convolution or linear layer.
+    ``"after_attention"`` is the part of the last transformer block that follows its
+    attention: the output projection and the multi-layer perceptron, without norms. An
+    integer k is the k topmost blocks. Any other value holds names or glob patterns of
     submodules or parameters.
 activation_layer : str, int or list of str, default=None
     The layers whose outputs are the activation.

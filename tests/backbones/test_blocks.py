@@ -116,9 +116,20 @@ def test_blocks(network, expected):
 
 
 def test_layers_of_a_transformer_are_blocks():
-    names = frozen(Tokens(), 2, 5, 5).choose("last")
-    assert all(name.startswith("encoder.layers.1.") for name in names)
+    backbone, last = frozen(Tokens(), 2, 5, 5), "encoder.layers.1"
+    names = backbone.choose("last")
+    assert all(name.startswith(f"{last}.") for name in names)
     assert {"norm1.weight", "linear2.bias"} <= {n.removeprefix("encoder.layers.1.") for n in names}
+    after = both(*(f"{last}.{name}" for name in ("self_attn.out_proj", "linear1", "linear2")))
+    assert backbone.choose("after_attention") == [name for name in names if name in after]
+    assert set(after) < set(names)
+
+
+def test_block_without_attention():
+    with pytest.raises(
+        ValueError, match=r"needs a transformer.* 'block\.1', has none\. Pass 'last'"
+    ):
+        frozen(Residual(), 2, 5, 5).choose("after_attention")
 
 
 class Attending(nn.Module):
@@ -152,11 +163,14 @@ def test_sizes_belong_to_no_block():
         (("b",), ["b.weight"]),
         (1, ["b.weight"]),
         (2, ["a.0.weight", "b.weight"]),
+        ("after_attention", ["a.0.bias"]),
     ],
 )
 def test_names_and_patterns(pattern, expected):
     names = ["a.0.weight", "a.0.bias", "a.1.weight", "b.weight"]
-    found = choose_parameters(pattern, names, lambda: [["a.0.weight"], [], ["b.weight"]], {})
+    found = choose_parameters(
+        pattern, names, lambda: [["a.0.weight"], [], ["b.weight"]], lambda: {"a.0.bias"}, {}
+    )
     assert found == expected
 
 
@@ -174,9 +188,9 @@ def test_choices_that_are_refused(pattern, match):
     names = ["a.0.weight", "b.weight"]
     gone = {"old.weight": "is gone"}
     with pytest.raises(ValueError, match=match):
-        choose_parameters(pattern, names, lambda: [["a.0.weight"], ["b.weight"]], gone)
+        choose_parameters(pattern, names, lambda: [["a.0.weight"], ["b.weight"]], set, gone)
 
 
 def test_network_without_parameters():
     with pytest.raises(ValueError, match=r"backbone has no parameters.* Pass"):
-        choose_parameters("all", [], list, {})
+        choose_parameters("all", [], list, set, {})

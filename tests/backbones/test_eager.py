@@ -59,6 +59,12 @@ def test_too_many_blocks_without_a_graph():
         estimator(Branching(), gradient_layers=3).fit(X, Y)
 
 
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured:UserWarning")
+def test_attention_is_found_in_a_graph_alone():
+    with pytest.raises(ValueError, match=r"needs a backbone that torch\.export can capture"):
+        estimator(Branching(), gradient_layers="after_attention").fit(X, Y)
+
+
 def test_activation_alone_needs_no_graph():
     model = estimator(Branching(), features="activation").fit(X, Y)
     plain = estimator(features="activation").fit(X, Y)

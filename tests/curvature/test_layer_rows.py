@@ -33,3 +33,30 @@ def test_flattened_weights_are_layers_only_where_they_are_matrices():
         linear(x, w.flatten(0, 1))
         linear(torch.randn(7, 15), w.flatten(1))
     assert [call.inputs.shape[1] for call in recorder.calls] == [15]
+
+
+def test_calls_on_parts_of_a_weight_add_up_to_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    w, b, x = (torch.randn(s, generator=generator) for s in ((6, 3), (6,), (4, 5, 3)))
+    w, b, some = w.requires_grad_(), b.requires_grad_(), torch.tensor([0, 3, 5])
+    aten, parts = torch.ops.aten, [torch.ops.aten.slice.Tensor, torch.ops.aten.index_select.default]
+    rows = [(0, 0, 6, 2), (0, some)]
+    with LayerRecorder([w, b]) as recorder:
+        pieces = [
+            aten.linear.default(x[:, :n], part(w, *r), part(b, *r))
+            for part, r, n in zip(parts, rows, (1, 5), strict=True)
+        ]
+        aten.linear.default(x, w, aten.slice.Tensor(b.repeat(2), 0, 0, 6))
+    *calls, last = recorder.calls
+    assert last.bias is None
+    assert [call.bias for call in calls] == [1, 1]
+    assert [call.share for call in calls] == [0.5, 0.5]
+    outputs = [call.output for call in calls]
+    total = sum(piece.sin().sum() for piece in pieces)
+    *gradients, of_w, of_b = torch.autograd.grad(total, [*outputs, w, b])
+    found = sum(
+        call.output_rows(g, 4).flatten(0, 2).T
+        @ call.scaled_rows((w, b), (1.0, 1.0), 4).flatten(0, 2)
+        for call, g in zip(calls, gradients, strict=True)
+    )
+    torch.testing.assert_close(found, torch.cat([of_w, of_b[:, None]], 1))

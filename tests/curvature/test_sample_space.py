@@ -44,6 +44,15 @@ def test_gram_is_that_of_the_dense_jacobian(x, n_outputs, names):
     np.testing.assert_allclose(tangent_gram(tangent, N), rows @ rows.T, atol=1e-12)
 
 
+def test_gram_of_layers_that_see_one_token_of_each_sample(x):
+    module = nn.Sequential(nn.Unflatten(1, (1, 3)), *mlp(), nn.Flatten())
+    names = ["1.weight", "1.bias", "3.weight", "3.bias"]
+    tangent = module_term(module, names, x, 2)
+    J = dense_jacobian(module, names, x) * ntk_scales(module, names)
+    rows = np.einsum("cd,ndp->ncp", tangent.omega, J).reshape(N * 2, -1)
+    np.testing.assert_allclose(tangent_gram(tangent, N), rows @ rows.T, atol=1e-12)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(N)), st.integers(1, N))
 def test_gram_does_not_depend_on_batches_and_order(x, order, size):
