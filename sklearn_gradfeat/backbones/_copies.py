@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 import types
@@ -65,12 +66,27 @@ def converted(module: Module, device: torch.device, dtype: torch.dtype) -> Modul
     """Move a module to a device and a floating dtype, in place; complex tensors stay complex."""
 
     def convert(tensor: Tensor) -> Tensor:
-        if tensor.is_complex():
-            return tensor.to(device, dtype.to_complex())
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+        kind = dtype.to_complex() if tensor.is_complex() else dtype
+        is_number = tensor.is_complex() or tensor.is_floating_point()
+        moved = tensor.to(device, kind if is_number else None)
+        if nn.parameter.is_lazy(moved):
+            return moved
+        # Bytes and arrays refuse tensors that are only marked as conjugated or negated.
+        plain = moved.resolve_conj().resolve_neg()
+        return plain.contiguous() if _may_overlap(plain) else plain
 
     module._apply(convert)
     return module
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether elements may share memory, as in an expanded tensor, which cannot be written to."""
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return True
+        reach += step * (size - 1)
+    return False
 
 
 _PLAIN = (
@@ -124,11 +140,21 @@ def _refusal(tensor: Tensor) -> str | None:
         return "is a nested tensor"
     if tensor.layout is not torch.strided:
         return f"has the layout {tensor.layout}"
-    if tensor.is_quantized:
+    if tensor.is_quantized or not _is_number(tensor.dtype):
         return f"is quantised ({tensor.dtype})"
     if tensor.is_meta and not nn.parameter.is_lazy(tensor):
         return "is on the meta device, so it has no values"
     return None
+
+
+@functools.cache
+def _is_number(dtype: torch.dtype) -> bool:
+    """Whether tensors of a dtype can be copied and read as numbers; packed bits cannot."""
+    try:
+        torch.empty(1, dtype=dtype).to(torch.complex128)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -269,8 +295,14 @@ def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_weights(module: nn.Module) -> dict[str, npt.NDArray[Any]]:
-    """Return the parameters and buffers of a module by name, as arrays."""
-    return {name: tensor.detach().cpu().numpy() for name, tensor in _named_tensors(module).items()}
+    """Return the parameters and buffers of a module by name, as arrays of real numbers."""
+    return {name: _real(t).cpu().numpy() for name, t in _named_tensors(module).items()}
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor in which a complex number is a last axis of two real ones."""
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def with_weights(
@@ -301,11 +333,10 @@ def with_weights(
     copied = frozen_copy(module, example.device, dtype)
     if has_lazy_parameters(copied):
         run_once(copied, example)
-    tensors = _named_tensors(copied)
+    tensors = {name: _real(tensor) for name, tensor in _named_tensors(copied).items()}
     _compare(tensors, weights)
-    with torch.no_grad():
-        for name, array in weights.items():
-            tensors[name].copy_(torch.from_numpy(array))
+    for name, array in weights.items():
+        tensors[name].copy_(torch.from_numpy(array))
     return copied
 
 

@@ -76,9 +76,8 @@ class _ValuePickler(pickle.Pickler):
         """Return a description of a value whose pickle would depend on more than the value."""
         _version(type(value).__module__)
         if isinstance(value, Tensor) and value.layout is torch.strided:
-            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             kind = (type(value).__qualname__, str(value.dtype), tuple(value.shape))
-            return ("tensor", *kind, xxhash.xxh3_128_digest(flat.data))
+            return ("tensor", *kind, xxhash.xxh3_128_digest(tensor_bytes(value)))
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             content = xxhash.xxh3_128_digest(value.tobytes())
             return ("array", repr(value.dtype), value.shape, content)
@@ -96,6 +95,13 @@ class _ValuePickler(pickle.Pickler):
         if isinstance(value.__reduce_ex__(4), str):
             raise UndigestibleError(f"no digest of {value!r}: it is pickled by its name alone")
         return NotImplemented
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of the elements of a dense tensor, in order."""
+    # A tensor may only be marked as conjugated or negated, and then has no bytes of its own.
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    return plain.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _unordered(value: Any) -> tuple[Any, ...]:

@@ -36,7 +36,12 @@ from sklearn_gradfeat.backbones._eager import (
     module_out_channels,
     parameter_names,
 )
-from sklearn_gradfeat.backbones._fingerprint import Fingerprint, cut_places, fingerprint
+from sklearn_gradfeat.backbones._fingerprint import (
+    Fingerprint,
+    cut_places,
+    fingerprint,
+    tensor_bytes,
+)
 from sklearn_gradfeat.backbones._folding import fold_batch_norms, unfold
 from sklearn_gradfeat.backbones._graph import (
     ActivationModule,
@@ -518,6 +523,5 @@ def module_digest(module: nn.Module) -> str:
             return uuid.uuid4().hex
     for name, value in chain(module.named_parameters(), module.named_buffers()):
         state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        state.update(flat.view(torch.uint8).numpy().data)
+        state.update(tensor_bytes(value))
     return state.hexdigest()

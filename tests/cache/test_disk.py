@@ -19,6 +19,7 @@ import sklearn_gradfeat
 from sklearn_gradfeat import config_context, set_config
 from sklearn_gradfeat.cache import _disk, _disk_file
 from sklearn_gradfeat.cache._disk import disk_store
+from sklearn_gradfeat.cache._disk_record import decode, encode, read_layout
 from sklearn_gradfeat.cache._store import Boundary, HeldChunk
 from tests.cache.stores import FORKS, Owner, chunk, fork, in_child, key, model, names, passes
 from tests.tiny import X, Y
@@ -132,6 +133,13 @@ def test_lmdb_not_installed(counted, path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(ImportError, match=r"pip install 'sklearn-gradfeat\[disk\]'"):
         model(counted, feature_store=path).fit(X, Y)
+
+
+@pytest.mark.parametrize("mark", [torch.Tensor.conj, torch._neg_view])
+def test_record_of_a_tensor_that_is_only_marked(mark):
+    tensor = mark(torch.view_as_complex(torch.arange(8.0).reshape(2, 2, 2)))
+    record = memoryview(encode(names(0, 2), (tensor,)))
+    assert torch.equal(decode(record, read_layout(record))[0], tensor)
 
 
 def test_full_store_warns_once_and_computes(counted, path):
