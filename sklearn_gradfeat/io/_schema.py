@@ -220,6 +220,9 @@ def check_attributes(attributes: Mapping[str, Any], kind: Any) -> None:
         classes = attributes.get("classes_", ())
         if len(classes) != n_outputs and (n_outputs, len(classes)) != (1, 2):
             raise ValueError("classes_ and coef_ have shapes that do not fit")
+        values = np.asarray(classes).tolist()
+        if len(set(values)) < len(values) or any(value != value for value in values):
+            raise ValueError("classes_ are not distinct")
 
 
 def check_parameters(parameters: Mapping[str, Any], kind: Any) -> None:

@@ -211,6 +211,11 @@ def test_file_has_no_path_or_device_of_the_writer(path, tmp_path):
         (set_in("attributes", "coef_", value={"array": "probe"}), "shapes that do not fit"),
         (set_in("attributes", "classes_", value={"strings": ["a"], "dtype": "O"}), "do not fit"),
         (set_in("attributes", "classes_", value={"array": "none"}), "an unknown kind"),
+        (set_in("attributes", "classes_", value={"array": "attributes.intercept_"}), "a wrong"),
+        (
+            set_in("attributes", "classes_", value={"strings": ["a", "b", "a"], "dtype": "O"}),
+            "classes_ are not distinct",
+        ),
         (set_in("attributes", "n_iter_", value={"dict": [[[], 1]]}), "keys that cannot be hashed"),
         (set_in("attributes", "n_iter_", value={"dict": [1]}), "without pairs"),
         (set_in("attributes", "n_iter_", value={"device": "nonsense"}), "name of a device"),
