@@ -150,9 +150,11 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
     try:
         _check_cost(text, status.st_size)
         document = json.loads(text)
+        _check_cost(text, status.st_size, _string_bytes(document))
         written = document["format"]
         if not isinstance(written, int) or isinstance(written, bool):
             raise TypeError
+        found = digest(arrays, text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header cannot be read.") from error
     if written > FORMAT:
@@ -160,7 +162,7 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
             f"{path} has format {written}, written by {str(document.get('versions'))[:200]}. This "
             f"version of sklearn-gradfeat reads formats up to {FORMAT}: upgrade it."
         )
-    if metadata.get(_DIGEST) != digest(arrays, text):
+    if metadata.get(_DIGEST) != found:
         raise ValueError(f"{path} is damaged: its contents do not match their digest.")
     return document, arrays
 
@@ -178,18 +180,36 @@ _SMALL = 2**20  # bytes that a header may cost in a file of any size
 _VALUE_BYTES = 100
 
 
-def _check_cost(text: bytes | str, size: int) -> None:
-    """Raise an error if a JSON text would become more than three times the file in memory.
+def _check_cost(text: bytes | str, size: int, n_bytes: int = 0) -> None:
+    """Raise an error if a JSON text could take more than three times the file in memory.
 
-    Every value follows one of four characters, and takes about 100 bytes as an object of Python.
+    The text is there twice: whole, and as the strings in it. Every value follows one of four
+    characters, and takes about 100 bytes as an object of Python. ``n_bytes`` are those of arrays
+    that will be made from it.
     """
     if isinstance(text, bytes):
         n_values = sum(map(text.count, (b",", b":", b"[", b"{")))
     else:
         n_values = sum(map(text.count, ",:[{"))
-    cost = len(text) * (1 if text.isascii() else 4) + _VALUE_BYTES * n_values
-    if cost > 3 * size + _SMALL:
+    n_bytes += len(text) * (2 if text.isascii() else 8) + _VALUE_BYTES * n_values
+    if n_bytes > 3 * size + _SMALL:
         raise ValueError("its header has too many values for its size")
+
+
+def _string_bytes(value: Any) -> int:
+    """Return the bytes of all arrays of strings in a document."""
+    match value:
+        case {"strings": list(strings), "dtype": str(dtype)}:
+            kind = _STRINGS.fullmatch(dtype)
+            return 4 * int((kind and kind.group(1)) or 0) * _n_leaves(strings)
+        case list() | dict():
+            return sum(map(_string_bytes, value.values() if isinstance(value, dict) else value))
+    return 0
+
+
+def _n_leaves(value: Any) -> int:
+    """Return the number of values in nested lists that are no lists."""
+    return sum(map(_n_leaves, value)) if isinstance(value, list) else 1
 
 
 def _read_header(stream: BinaryIO, size: int) -> dict[str, Any]:
@@ -342,7 +362,7 @@ def _unpack_dict(pairs: list[Any], arrays: Arrays) -> dict[Any, Any]:
 
 
 def _unpack_strings(strings: list[Any], dtype: str) -> npt.NDArray[Any]:
-    """Return an array of strings; no dtype makes it much longer than its texts."""
+    """Return an array of strings."""
     kind = _STRINGS.fullmatch(dtype)
     try:
         texts = np.array(strings, dtype=object)
@@ -350,9 +370,6 @@ def _unpack_strings(strings: list[Any], dtype: str) -> npt.NDArray[Any]:
         raise ValueError("it has an array of strings of no shape") from error
     if kind is None or not all(isinstance(text, str) for text in texts.flat):
         raise ValueError("it has an array of strings with other values")
-    length = int(kind.group(1) or 0)
-    if 4 * length * texts.size > 16 * sum(map(len, texts.flat)) + _SMALL:
-        raise ValueError(f"it has an array of strings with the long dtype {dtype}")
     return texts.astype(np.dtypes.StringDType() if dtype == "T" else dtype)
 
 

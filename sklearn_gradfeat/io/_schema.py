@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.base import ClassifierMixin
 
 from sklearn_gradfeat.io._archive import Arrays, unpack
@@ -62,6 +63,10 @@ def _is_floats(n_dimensions: int | None) -> Check:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.ndim == 1
+
+
+def _is_finite(array: npt.NDArray[Any]) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def _is_flag(value: Any) -> bool:
@@ -217,12 +222,11 @@ def check_attributes(attributes: Mapping[str, Any], kind: Any) -> None:
     if role not in attributes:
         raise ValueError(f"attributes lacks {role!r}")
     if role == "_multilabel":
-        classes = attributes.get("classes_", ())
+        classes = attributes.get("classes_", np.empty(0))
         if len(classes) != n_outputs and (n_outputs, len(classes)) != (1, 2):
             raise ValueError("classes_ and coef_ have shapes that do not fit")
-        values = np.asarray(classes).tolist()
-        if len(set(values)) < len(values) or any(value != value for value in values):
-            raise ValueError("classes_ are not distinct")
+        if len(set(classes.tolist())) < len(classes) or not _is_finite(classes):
+            raise ValueError("classes_ are not distinct numbers or texts")
 
 
 def check_parameters(parameters: Mapping[str, Any], kind: Any) -> None:
