@@ -234,7 +234,7 @@ def test_file_has_no_path_or_device_of_the_writer(path, tmp_path):
         (set_in("attributes", "sample_shape_", value=[2**40]), "sample_shape_=.* is too large"),
         (
             set_in("attributes", "classes_", value={"strings": ["a"] * 3, "dtype": "<U250000000"}),
-            "the long dtype <U250000000",
+            "its header cannot be read",
         ),
         (
             set_in("attributes", "classes_", value={"strings": [["a"], "b"], "dtype": "O"}),

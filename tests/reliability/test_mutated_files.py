@@ -168,8 +168,8 @@ def other_header(content, rng):
             header = json.loads(text)
             size = max(entry.get("data_offsets", [0, 0])[1] for entry in header.values())
             n = int(rng.integers(1, 100))
-            header |= {f"more{i}": {"dtype": "U8", "shape": [n], "data_offsets": [size + i * n] * 2}
-                       for i in range(n)}  # fmt: skip
+            entry = {"dtype": "U8", "shape": [0], "data_offsets": [size, size]}
+            header |= {f"more{i}": entry for i in range(n)}
             header["__metadata__"] |= {"more": "x" * n}
             text = json.dumps(header)
     header = text.encode(errors="surrogatepass")
