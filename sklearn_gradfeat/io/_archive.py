@@ -5,6 +5,7 @@ Nothing in such a file can be executed, so reading one from a stranger is safe.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import stat
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +34,8 @@ Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 FORMAT = 2
 _DOCUMENT, _DIGEST = "sklearn_gradfeat", "digest"
 _LENGTH_BYTES = 8
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.unfinished")
+_DAY = 24 * 60 * 60
 _STRINGS = re.compile(r"\|?O|T|[<>=]?U(\d{1,9})", re.ASCII)
 
 
@@ -43,7 +47,8 @@ def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays
     """Write a file, read it back, and only then give it its name.
 
     A file of that name is replaced; a symbolic link keeps pointing to its target, which is
-    replaced.
+    replaced. A process that is killed leaves a hidden file, which the first call a day later
+    removes.
 
     Parameters
     ----------
@@ -67,6 +72,7 @@ def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays
         raise OSError(
             errno.EINVAL, "The model cannot replace this: it is not a regular file", str(target)
         )
+    _remove_abandoned(target.parent)
     unfinished = target.with_name(f".{uuid.uuid4().hex}.unfinished")
     try:
         with unfinished.open("xb") as stream:
@@ -81,6 +87,14 @@ def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays
         _sync_folder(target.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the unfinished files of processes that were killed a day ago or earlier."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if _UNFINISHED.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _DAY:
+                os.unlink(entry)
 
 
 def _verify(path: Path, text: str) -> None:

@@ -59,18 +59,13 @@ def flips(folder, seed, n_flips):
     return found
 
 
-def check(folder, seed, n_flips):
-    found = run(flips, folder, seed, n_flips, timeout=60 + n_flips)
-    assert sum(found.values()) == n_flips
-    assert set(found) == {"the same bits", "an error"}
-    return found
-
-
 def test_flipped_bits(tmp_path):
-    check(tmp_path, 0, 20)
+    assert set(flips(tmp_path, 0, 20)) == {"the same bits", "an error"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_many_flipped_bits(tmp_path, seed):
-    assert min(check(tmp_path, seed, 500).values()) > 50
+    found = run(flips, tmp_path, seed, 500, timeout=600)  # a fault of memory ends the process
+    assert set(found) == {"the same bits", "an error"}
+    assert min(found.values()) > 50
