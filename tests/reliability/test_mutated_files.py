@@ -27,6 +27,7 @@ from sklearn_gradfeat import (
 from sklearn_gradfeat.backbones import _frozen
 from sklearn_gradfeat.backbones._graph import CaptureError
 from sklearn_gradfeat.io._archive import digest, read_archive
+from tests.reliability.mutations import damaged
 from tests.tiny import NET, X, Y, estimator, tiny_net
 
 ROWS = X.reshape(len(X), -1)[:, :5].astype(np.float64)
@@ -110,36 +111,6 @@ def traced():
 # --- mutations --------------------------------------------------------------------------------
 
 
-def damaged(content, rng):
-    """Change, cut, repeat, move or add bytes."""
-    content = bytearray(content)
-    start, stop = sorted(rng.integers(0, len(content) + 1, 2).tolist())
-    stop = min(stop, start + 2 ** int(rng.integers(13)))
-    match rng.integers(9):
-        case 0:
-            for place in rng.integers(0, len(content), rng.integers(1, 5)):
-                content[place] ^= 1 << int(rng.integers(8))
-        case 1:
-            for place in rng.integers(0, min(len(content), 4000), rng.integers(1, 5)):
-                content[place] = rng.integers(256)
-        case 2:
-            del content[start:]
-        case 3:
-            del content[start:stop]
-        case 4:
-            content[start:start] = content[start:stop]
-        case 5:
-            content += rng.bytes(int(rng.integers(1, 100)))
-        case 6:
-            content[start:stop] = bytes(stop - start)
-        case 7:
-            content[:] = content[:start] + content[stop:] + content[start:stop]
-        case 8:
-            length = [0, 1, len(content), len(content) - 8, 2**31, 2**63, 2**64 - 1, start]
-            content[:8] = struct.pack("<Q", length[rng.integers(len(length))])
-    return bytes(content)
-
-
 NUMBERS = ["-1", "0", "1e400", "-0", "NaN", "Infinity", "1.5", "9" * 5000, str(2**63), "true"]
 PIECES = ["[" * 5000, '{"a":' * 5000, '"\\ud800"', '"\\u0000"', '"' + "é" * 500 + '"', "null", "{}"]
 
@@ -147,6 +118,9 @@ PIECES = ["[" * 5000, '{"a":' * 5000, '"\\ud800"', '"\\u0000"', '"' + "é" * 500
 def other_header(content, rng):
     """Change the text of the header, or the entries in it."""
     length = int.from_bytes(content[:8], "little")
+    if rng.random() < 0.1:
+        length = [0, 1, len(content), len(content) - 8, 2**31, 2**63, 2**64 - 1][rng.integers(7)]
+        return struct.pack("<Q", length) + content[8:]
     text, body = content[8 : 8 + length].decode(), content[8 + length :]
     match rng.integers(5):
         case 0:  # a value in the text
