@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.base import ClassifierMixin
 
 from sklearn_gradfeat.io._archive import Arrays, unpack
@@ -63,10 +62,6 @@ def _is_floats(n_dimensions: int | None) -> Check:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.ndim == 1
-
-
-def _is_finite(array: npt.NDArray[Any]) -> bool:
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
 
 
 def _is_flag(value: Any) -> bool:
@@ -225,7 +220,8 @@ def check_attributes(attributes: Mapping[str, Any], kind: Any) -> None:
         classes = attributes.get("classes_", np.empty(0))
         if len(classes) != n_outputs and (n_outputs, len(classes)) != (1, 2):
             raise ValueError("classes_ and coef_ have shapes that do not fit")
-        if len(set(classes.tolist())) < len(classes) or not _is_finite(classes):
+        finite = classes.dtype.kind != "f" or np.isfinite(classes).all()
+        if len(set(classes.tolist())) < len(classes) or not finite:
             raise ValueError("classes_ are not distinct numbers or texts")
 
 

@@ -214,7 +214,7 @@ def test_file_has_no_path_or_device_of_the_writer(path, tmp_path):
         (lambda d, a: a.update({"attributes.classes_": np.full(3, np.nan)}), "are not distinct"),
         (
             set_in("attributes", "classes_", value={"strings": ["a", "b", "a"], "dtype": "O"}),
-            "classes_ are not distinct",
+            "classes_ are not distinct numbers",
         ),
         (set_in("attributes", "n_iter_", value={"dict": [[[], 1]]}), "keys that cannot be hashed"),
         (set_in("attributes", "n_iter_", value={"dict": [1]}), "without pairs"),
