@@ -193,7 +193,7 @@ def forged(content, rng, path):
         with np.errstate(all="ignore"):
             arrays[name] = np.ascontiguousarray([
                 lambda: np.zeros(3), lambda: np.zeros((0, 2**40)), lambda: array.astype("f2"),
-                lambda: array * 1e300, lambda: array * np.nan, lambda: -array, lambda: array[:0],
+                lambda: array * 1e300, lambda: array * np.nan, lambda: 0 - array, lambda: array[:0],
                 lambda: array[..., None], lambda: arrays[other], lambda: array.astype("i8"),
                 array.ravel, lambda: np.full_like(array, 1),
             ][rng.integers(12)]())  # fmt: skip
