@@ -4,7 +4,7 @@ from sklearn_gradfeat.backbones._advice import warn_of_class_scores
 from sklearn_gradfeat.backbones._ambient import neutral_state
 from sklearn_gradfeat.backbones._attention import differentiable_attention
 from sklearn_gradfeat.backbones._copies import on_host, stored_weights, unwrapped, with_weights
-from sklearn_gradfeat.backbones._fingerprint import UndigestibleError, digest
+from sklearn_gradfeat.backbones._fingerprint import UndigestibleError, digest, tensor_bytes
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, Network, freeze
 from sklearn_gradfeat.backbones._layers import ActivationLayer
 from sklearn_gradfeat.backbones._sources import (
@@ -34,6 +34,7 @@ __all__ = [
     "resolve_tokenizer",
     "seeded",
     "stored_weights",
+    "tensor_bytes",
     "threads_for",
     "threads_for_head",
     "unwrapped",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 import types
@@ -58,19 +59,50 @@ def frozen_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
                 "so the activation of a sample would depend on the rest of its batch. Build the "
                 "layer with track_running_stats=True, or use another normalisation."
             )
-    return converted(copied, device, dtype)
+    copied._apply(lambda tensor: converted(tensor, device, dtype))
+    return copied
 
 
-def converted(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
-    """Move a module to a device and a floating dtype, in place; complex tensors stay complex."""
+def converted(
+    tensor: Tensor, device: torch.device, dtype: torch.dtype | None, copy: bool = False
+) -> Tensor:
+    """Return a tensor on a device and, if it has one, in a floating dtype or its complex one."""
+    kind = None
+    if dtype is not None and tensor.is_complex():
+        kind = dtype.to_complex()
+    elif dtype is not None and tensor.is_floating_point():
+        kind = dtype
+    moved = tensor.to(device, kind, copy=copy)
+    if nn.parameter.is_lazy(moved):
+        return moved
+    # Bytes and arrays refuse tensors that are only marked as conjugated or negated.
+    plain = moved.resolve_conj().resolve_neg()
+    return plain.contiguous() if _may_overlap(plain) else plain
 
-    def convert(tensor: Tensor) -> Tensor:
-        if tensor.is_complex():
-            return tensor.to(device, dtype.to_complex())
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    module._apply(convert)
-    return module
+def converted_copy(
+    module: Module, device: torch.device, dtype: torch.dtype | None = None
+) -> Module:
+    """Return a copy of a module on a device and in a floating dtype, None for those it has.
+
+    Each tensor is converted on its way, so no other copy takes memory.
+    """
+    copies = {}
+    for tensor in chain(module.parameters(), module.buffers()):
+        moved = converted(tensor.detach(), device, dtype, copy=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        copies[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
+    return copy.deepcopy(module, copies)
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether elements may share memory, as in an expanded tensor, which cannot be written to."""
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return True
+        reach += step * (size - 1)
+    return False
 
 
 _PLAIN = (
@@ -130,11 +162,21 @@ def _refusal(tensor: Tensor) -> str | None:
         return "is a nested tensor"
     if tensor.layout is not torch.strided:
         return f"has the layout {tensor.layout}"
-    if tensor.is_quantized:
+    if tensor.is_quantized or not _is_number(tensor.dtype):
         return f"is quantised ({tensor.dtype})"
     if tensor.is_meta and not nn.parameter.is_lazy(tensor):
         return "is on the meta device, so it has no values"
     return None
+
+
+@functools.cache
+def _is_number(dtype: torch.dtype) -> bool:
+    """Whether tensors of a dtype can be copied and read as numbers; packed bits cannot."""
+    try:
+        torch.empty(1, dtype=dtype).to(torch.complex128)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -243,14 +285,10 @@ def _remove_parametrizations(layer: nn.Module) -> None:
 
 def on_host(module: Module) -> Module:
     """Return a module with its tensors in host memory: itself if they are there already."""
-    tensors = [*module.parameters(), *module.buffers()]
+    tensors = chain(module.parameters(), module.buffers())
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return module
-    copies = {id(t): t.detach().cpu() for t in tensors}
-    for tensor in tensors:
-        if isinstance(tensor, nn.Parameter):
-            copies[id(tensor)] = nn.Parameter(copies[id(tensor)], tensor.requires_grad)
-    return copy.deepcopy(module, copies)
+    return converted_copy(module, torch.device("cpu"))
 
 
 def equal_tensors(module: nn.Module, other: nn.Module) -> dict[int, Any]:
@@ -275,8 +313,14 @@ def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_weights(module: nn.Module) -> dict[str, npt.NDArray[Any]]:
-    """Return the parameters and buffers of a module by name, as arrays."""
-    return {name: tensor.detach().cpu().numpy() for name, tensor in _named_tensors(module).items()}
+    """Return the parameters and buffers of a module by name, as arrays of real numbers."""
+    return {name: _real(t).cpu().numpy() for name, t in _named_tensors(module).items()}
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor in which a complex number is a last axis of two real ones."""
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def with_weights(
@@ -307,25 +351,27 @@ def with_weights(
     copied = frozen_copy(module, example.device, dtype)
     if has_lazy_parameters(copied):
         run_once(copied, example)
-    tensors = _named_tensors(copied)
+    tensors = {name: _real(tensor) for name, tensor in _named_tensors(copied).items()}
     _compare(tensors, weights)
-    with torch.no_grad():
-        for name, array in weights.items():
-            tensors[name].copy_(torch.from_numpy(array))
+    for name, array in weights.items():
+        tensors[name].copy_(torch.from_numpy(array))
     return copied
 
 
 def _compare(tensors: dict[str, Tensor], weights: dict[str, npt.NDArray[Any]]) -> None:
-    """Raise an error unless tensors and weights agree in names and shapes."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    other = [
-        f"{name!r} has shape {shapes[name]} instead of {array.shape}"
-        for name, array in weights.items()
-        if shapes.get(name, array.shape) != array.shape
-    ]
+    """Raise an error unless tensors and weights agree in names, shapes and dtypes."""
+    other = []
+    for name, tensor in tensors.items():
+        array = weights.get(name)
+        if array is None:
+            continue
+        if tuple(tensor.shape) != array.shape:
+            other.append(f"{name!r} has shape {tuple(tensor.shape)} instead of {array.shape}")
+        elif str(tensor.dtype) != f"torch.{array.dtype}":
+            other.append(f"{name!r} has dtype {tensor.dtype} instead of torch.{array.dtype}")
     differences = [
-        *_listed("lacks", [repr(name) for name in weights if name not in shapes]),
-        *_listed("has, beyond those weights,", [repr(n) for n in shapes if n not in weights]),
+        *_listed("lacks", [repr(name) for name in weights if name not in tensors]),
+        *_listed("has, beyond those weights,", [repr(n) for n in tensors if n not in weights]),
         *_listed("", other),
     ]
     if differences:

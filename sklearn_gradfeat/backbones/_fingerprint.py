@@ -71,16 +71,10 @@ def digest(*values: Any) -> bytes:
     return xxhash.xxh3_128_digest(stream.getbuffer())
 
 
-def _tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a dense tensor, a view where it lies in host memory already."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
 def _described_tensor(tensor: Tensor) -> tuple[Any, ...]:
     """Return what a dense tensor is, with a digest of its values."""
     kind = (type(tensor).__qualname__, str(tensor.dtype), tuple(tensor.shape))
-    return ("tensor", *kind, xxhash.xxh3_128_digest(_tensor_bytes(tensor)))
+    return ("tensor", *kind, xxhash.xxh3_128_digest(tensor_bytes(tensor)))
 
 
 class _TensorPickler(pickle.Pickler):
@@ -117,6 +111,13 @@ class _ValuePickler(pickle.Pickler):
         if isinstance(value.__reduce_ex__(4), str):
             raise UndigestibleError(f"no digest of {value!r}: it is pickled by its name alone")
         return NotImplemented
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of the elements of a dense tensor, in order."""
+    # A tensor may only be marked as conjugated or negated, and then has no bytes of its own.
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+    return plain.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _unordered(value: Any) -> tuple[Any, ...]:
@@ -224,7 +225,7 @@ def module_digest(module: nn.Module) -> str:
     """
     state = _hashed_structure(module)
     for value in chain(module.parameters(), module.buffers()):
-        state.update(_tensor_bytes(value))
+        state.update(tensor_bytes(value))
     return str(state.hexdigest())
 
 

@@ -26,7 +26,7 @@ from sklearn_gradfeat.backbones._capture import capture
 from sklearn_gradfeat.backbones._casts import first_cast, warn_of_cast
 from sklearn_gradfeat.backbones._copies import (
     check_module,
-    converted,
+    converted_copy,
     equal_tensors,
     frozen_copy,
     has_lazy_parameters,
@@ -211,7 +211,7 @@ class FrozenBackbone:
             return self
         with _LOCK:
             if (device, dtype) not in self._others:
-                module = converted(copy.deepcopy(self.module), device, dtype)
+                module = converted_copy(self.module, device, dtype)
                 example = self.example.to(device)
                 if example.is_floating_point():
                     example = example.to(dtype)

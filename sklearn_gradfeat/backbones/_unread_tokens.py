@@ -553,8 +553,8 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(["layer_norm", "rms_norm"], _norm),
     **dict.fromkeys(["matmul", "mm", "bmm", "addmm", "baddbmm"], _product),
     **dict.fromkeys(["permute", "transpose", "t"], _permute),
-    **dict.fromkeys(["view", "reshape", "_unsafe_view", "view_as", "flatten", "unflatten", "squeeze",
-         "unsqueeze"], _reshape),
+    **dict.fromkeys(["view", "reshape", "_unsafe_view", "view_as", "flatten", "unflatten",
+         "squeeze", "unsqueeze"], _reshape),
     "type_as": _cast, "to": _cast, "linear": _linear, "einsum": _einsum, "embedding": _embedding,
     "scaled_dot_product_attention": _attention, "expand": _expand, "cat": _cat, "stack": _stack,
 }  # fmt: skip

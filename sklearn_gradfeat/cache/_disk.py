@@ -65,7 +65,10 @@ class DiskChunk:
     def opened(self) -> Iterator[Tensors]:
         """Return views of the file, valid in the context."""
         with self.store.reading() as transaction:
-            yield decode(transaction.get(self.number), self.layout)
+            record = transaction.get(self.number)
+            if record is None:  # LMDB follows damaged keys to another place
+                raise unusable(self.store.directory, "it is damaged: a record is missing")
+            yield decode(record, self.layout)
 
 
 class DiskStore:

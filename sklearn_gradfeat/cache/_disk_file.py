@@ -11,6 +11,7 @@ No other file is written, and these only if they are what they should be: a data
 package by its format, a table of readers by LMDB's mark. Links in the place of locks are refused.
 
 A new database gets its name when it is complete, so a full disk or a kill leaves no part of one.
+A kill may leave a draft with another name, which is removed before the next one is written.
 
 Every database is verified before it is opened. LMDB maps the file into memory and follows the page
 numbers in it without a check, so a truncated or damaged file can end the process with a
@@ -168,6 +169,7 @@ def _open(directory: Path, readonly: bool) -> lmdb.Environment:
     )  # fmt: skip
     try:
         _check_format(directory, environment)
+        environment.reader_check()  # frees the entries of killed processes in the table of readers
     except BaseException:
         environment.close()
         raise
@@ -188,6 +190,8 @@ def _create(file: Path) -> None:
     """Write a database that holds the format alone, and then give it its name."""
     import lmdb
 
+    for abandoned in file.parent.glob(f"{file.name}.{'[0-9a-f]' * 32}"):
+        abandoned.unlink(missing_ok=True)
     draft = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     try:
         with (

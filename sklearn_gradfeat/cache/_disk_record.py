@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import xxhash
 
+from sklearn_gradfeat.backbones import tensor_bytes
 from sklearn_gradfeat.cache._store import Tensors
 
 _HEAD = struct.Struct("<16sII")
@@ -61,8 +62,7 @@ def encode(names: Sequence[bytes], tensors: Tensors) -> bytearray:
     _HEAD.pack_into(record, 0, bytes(16), len(kinds_json), len(names))
     record[_HEAD.size : _HEAD.size + len(body)] = body
     for tensor, offset in zip(tensors, offsets, strict=True):
-        flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        record[offset : offset + tensor.nbytes] = flat.data
+        record[offset : offset + tensor.nbytes] = tensor_bytes(tensor)
     record[:16] = _checksum(record)
     return record
 

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, TiffImagePlugin
 
 MODES = {"rgb": "RGB", "grey": "L"}
+_PROGRAMS = ("EPS", "WMF")
 
 # ImageOps.exif_transpose also rewrites the other EXIF tags, which fails if a camera wrote some of
 # them incorrectly.
@@ -48,7 +49,7 @@ def decode(path: str, color: str, size: tuple[int, int] | None) -> npt.NDArray[n
     Parameters
     ----------
     path : str
-        A file in any format that Pillow reads.
+        A file in any format of pixels that Pillow reads.
     color : {"rgb", "grey"}
         Colour space of the result.
     size : (int, int) or None
@@ -67,6 +68,11 @@ def decode(path: str, color: str, size: tuple[int, int] | None) -> npt.NDArray[n
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block, and a device never end
             raise ValueError("it is not a regular file")
         with Image.open(path) as image:
+            if image.format in _PROGRAMS:
+                raise ValueError(
+                    f"its format {image.format} is a program that draws, which Pillow would run. "
+                    "Save it as PNG"
+                )
             _check_number_of_pixels(image.width, image.height)
             if size is not None:
                 _check_resized(image, size)

@@ -46,7 +46,7 @@ class ImageFiles:
     Parameters
     ----------
     paths : iterable of str or path-like
-        The files, in any format that Pillow reads. Relative paths are made absolute.
+        The files, in any format of pixels that Pillow reads. Relative paths are made absolute.
     size : int, (int, int) or None, default=None
         Height and width of the images, in pixels; an integer is both. Images are resized
         (bilinear, antialiased) to cover this size with their aspect ratio, and cropped around the

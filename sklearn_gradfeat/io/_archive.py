@@ -5,6 +5,7 @@ Nothing in such a file can be executed, so reading one from a stranger is safe.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import stat
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +34,8 @@ Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 FORMAT = 2
 _DOCUMENT, _DIGEST = "sklearn_gradfeat", "digest"
 _LENGTH_BYTES = 8
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.unfinished")
+_DAY = 24 * 60 * 60
 _STRINGS = re.compile(r"\|?O|T|[<>=]?U(\d{1,9})", re.ASCII)
 
 
@@ -43,7 +47,8 @@ def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays
     """Write a file, read it back, and only then give it its name.
 
     A file of that name is replaced; a symbolic link keeps pointing to its target, which is
-    replaced.
+    replaced. A process that is killed leaves a hidden file, which the first call a day later
+    removes.
 
     Parameters
     ----------
@@ -67,6 +72,7 @@ def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays
         raise OSError(
             errno.EINVAL, "The model cannot replace this: it is not a regular file", str(target)
         )
+    _remove_abandoned(target.parent)
     unfinished = target.with_name(f".{uuid.uuid4().hex}.unfinished")
     try:
         with unfinished.open("xb") as stream:
@@ -81,6 +87,14 @@ def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays
         _sync_folder(target.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the unfinished files of processes that were killed a day ago or earlier."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if _UNFINISHED.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _DAY:
+                os.unlink(entry)
 
 
 def _verify(path: Path, text: str) -> None:
@@ -150,9 +164,11 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
     try:
         _check_cost(text, status.st_size)
         document = json.loads(text)
+        _check_cost(text, status.st_size, _string_bytes(document))
         written = document["format"]
         if not isinstance(written, int) or isinstance(written, bool):
             raise TypeError
+        found = digest(arrays, text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header cannot be read.") from error
     if written > FORMAT:
@@ -160,7 +176,7 @@ def read_archive(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Arrays]:
             f"{path} has format {written}, written by {str(document.get('versions'))[:200]}. This "
             f"version of sklearn-gradfeat reads formats up to {FORMAT}: upgrade it."
         )
-    if metadata.get(_DIGEST) != digest(arrays, text):
+    if metadata.get(_DIGEST) != found:
         raise ValueError(f"{path} is damaged: its contents do not match their digest.")
     return document, arrays
 
@@ -178,18 +194,36 @@ _SMALL = 2**20  # bytes that a header may cost in a file of any size
 _VALUE_BYTES = 100
 
 
-def _check_cost(text: bytes | str, size: int) -> None:
-    """Raise an error if a JSON text would become more than three times the file in memory.
+def _check_cost(text: bytes | str, size: int, n_bytes: int = 0) -> None:
+    """Raise an error if a JSON text could take more than three times the file in memory.
 
-    Every value follows one of four characters, and takes about 100 bytes as an object of Python.
+    The text is there twice: whole, and as the strings in it. Every value follows one of four
+    characters, and takes about 100 bytes as an object of Python. ``n_bytes`` are those of arrays
+    that will be made from it.
     """
     if isinstance(text, bytes):
         n_values = sum(map(text.count, (b",", b":", b"[", b"{")))
     else:
         n_values = sum(map(text.count, ",:[{"))
-    cost = len(text) * (1 if text.isascii() else 4) + _VALUE_BYTES * n_values
-    if cost > 3 * size + _SMALL:
+    n_bytes += len(text) * (2 if text.isascii() else 8) + _VALUE_BYTES * n_values
+    if n_bytes > 3 * size + _SMALL:
         raise ValueError("its header has too many values for its size")
+
+
+def _string_bytes(value: Any) -> int:
+    """Return the bytes of all arrays of strings in a document."""
+    match value:
+        case {"strings": list(strings), "dtype": str(dtype)}:
+            kind = _STRINGS.fullmatch(dtype)
+            return 4 * int((kind and kind.group(1)) or 0) * _n_leaves(strings)
+        case list() | dict():
+            return sum(map(_string_bytes, value.values() if isinstance(value, dict) else value))
+    return 0
+
+
+def _n_leaves(value: Any) -> int:
+    """Return the number of values in nested lists that are no lists."""
+    return sum(map(_n_leaves, value)) if isinstance(value, list) else 1
 
 
 def _read_header(stream: BinaryIO, size: int) -> dict[str, Any]:
@@ -342,7 +376,7 @@ def _unpack_dict(pairs: list[Any], arrays: Arrays) -> dict[Any, Any]:
 
 
 def _unpack_strings(strings: list[Any], dtype: str) -> npt.NDArray[Any]:
-    """Return an array of strings; no dtype makes it much longer than its texts."""
+    """Return an array of strings."""
     kind = _STRINGS.fullmatch(dtype)
     try:
         texts = np.array(strings, dtype=object)
@@ -350,9 +384,6 @@ def _unpack_strings(strings: list[Any], dtype: str) -> npt.NDArray[Any]:
         raise ValueError("it has an array of strings of no shape") from error
     if kind is None or not all(isinstance(text, str) for text in texts.flat):
         raise ValueError("it has an array of strings with other values")
-    length = int(kind.group(1) or 0)
-    if 4 * length * texts.size > 16 * sum(map(len, texts.flat)) + _SMALL:
-        raise ValueError(f"it has an array of strings with the long dtype {dtype}")
     return texts.astype(np.dtypes.StringDType() if dtype == "T" else dtype)
 
 

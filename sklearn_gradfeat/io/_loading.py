@@ -113,11 +113,13 @@ class _Saved:
             parameters = unpacked(stored, self.arrays)
             attributes = unpacked(self.document["attributes"], self.arrays)
             _complete(parameters, attributes)
+            kind(**parameters)._validate_params()
             check_attributes(attributes, kind)
             self.check_probe(attributes["coef_"].shape[0])
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{self.path} is damaged, or was not written by sklearn-gradfeat: {error}."
+                f"{self.path} is damaged, or was not written by sklearn-gradfeat: "
+                f"{str(error)[:500].rstrip('.')}."
             ) from error
         return parameters, attributes
 

@@ -217,9 +217,12 @@ def check_attributes(attributes: Mapping[str, Any], kind: Any) -> None:
     if role not in attributes:
         raise ValueError(f"attributes lacks {role!r}")
     if role == "_multilabel":
-        classes = attributes.get("classes_", ())
+        classes = attributes.get("classes_", np.empty(0))
         if len(classes) != n_outputs and (n_outputs, len(classes)) != (1, 2):
             raise ValueError("classes_ and coef_ have shapes that do not fit")
+        finite = classes.dtype.kind != "f" or np.isfinite(classes).all()
+        if len(set(classes.tolist())) < len(classes) or not finite:
+            raise ValueError("classes_ are not distinct numbers or texts")
 
 
 def check_parameters(parameters: Mapping[str, Any], kind: Any) -> None:

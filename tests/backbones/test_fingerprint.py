@@ -276,3 +276,10 @@ def test_outputs_behind_code_of_the_user_are_computed_anew(computed, tmp_path, t
     assert sum(computed) == 2 * len(X)
     plain = estimator(preprocess=transform, feature_store=None).fit(X, Y)
     assert np.array_equal(model.coef_, plain.coef_)
+
+
+@pytest.mark.parametrize("mark", [torch.Tensor.conj, torch._neg_view])
+def test_tensor_that_is_only_marked(mark):
+    tensor = torch.view_as_complex(torch.arange(4.0).reshape(2, 2))
+    marked = mark(tensor)
+    assert digest(marked) == digest(marked.resolve_conj().resolve_neg()) != digest(tensor)

@@ -18,7 +18,8 @@ from sklearn.base import clone
 import sklearn_gradfeat
 from sklearn_gradfeat import config_context, set_config
 from sklearn_gradfeat.cache import _disk, _disk_file
-from sklearn_gradfeat.cache._disk import disk_store
+from sklearn_gradfeat.cache._disk import DiskStore, disk_store
+from sklearn_gradfeat.cache._disk_record import decode, encode, read_layout
 from sklearn_gradfeat.cache._store import Boundary, HeldChunk
 from tests.cache.stores import FORKS, Owner, chunk, fork, in_child, key, model, names, passes
 from tests.tiny import X, Y
@@ -132,6 +133,13 @@ def test_lmdb_not_installed(counted, path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(ImportError, match=r"pip install 'sklearn-gradfeat\[disk\]'"):
         model(counted, feature_store=path).fit(X, Y)
+
+
+@pytest.mark.parametrize("mark", [torch.Tensor.conj, torch._neg_view])
+def test_record_of_a_tensor_that_is_only_marked(mark):
+    tensor = mark(torch.view_as_complex(torch.arange(8.0).reshape(2, 2, 2)))
+    record = memoryview(encode(names(0, 2), (tensor,)))
+    assert torch.equal(decode(record, read_layout(record))[0], tensor)
 
 
 def test_full_store_warns_once_and_computes(counted, path):
@@ -264,3 +272,36 @@ def test_killed_writer_leaves_a_valid_store(path, tmp_path):
         with store.computing(key(owner)):  # its locks are free
             store.add(key(owner), names(seed * 4), chunk(400), ())
         assert None not in store.find(key(owner), names(seed * 4))
+
+
+def test_draft_that_a_kill_left_is_removed(path):
+    path.mkdir()
+    for name in ("a" * 32, "b"):
+        (path / f"features.mdb.{name}").touch()
+    disk_store(path)
+    assert {file.name for file in path.glob("features.mdb.*")} == {"features.mdb.b"}
+
+
+@fork
+@FORKS
+def test_killed_readers_leave_room_for_others(path):
+    def read_and_die():
+        with DiskStore(path).reading():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def read_for_ever():
+        with DiskStore(path).reading():
+            (path / "reads").touch()
+            time.sleep(60)
+
+    reader = in_child(read_for_ever)
+    while not (path / "reads").exists():
+        time.sleep(0.01)
+    try:
+        for _ in range(4):
+            os.waitpid(in_child(read_and_die), 0)
+        lines = DiskStore(path)._environment.readers().splitlines()
+        assert [int(line.split()[0]) for line in lines[1:]] == [reader]
+    finally:
+        os.kill(reader, signal.SIGKILL)
+        os.waitpid(reader, 0)

@@ -213,3 +213,15 @@ def test_flips_that_keep_size_and_time(counted, path, seed):
         else:
             close(path)
             np.testing.assert_allclose(features.coef_, expected.coef_, rtol=1e-3, atol=1e-5)
+
+
+def test_record_that_is_gone(path):
+    store, owner = disk_store(path), Owner()
+    kept = store.add(key(owner), names(0), chunk(400), ())
+    with store._environment.begin(write=True) as transaction:
+        transaction.delete(kept.number)
+    with (
+        pytest.raises(ValueError, match=r"damaged: a record is missing.* Delete the file"),
+        kept.opened(),
+    ):
+        pass

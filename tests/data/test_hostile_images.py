@@ -125,6 +125,17 @@ def test_pipes_and_devices_are_not_opened(root):
     assert ImageFiles([pipe, pipe], size=8).duplicates().tolist() == [0, 0]
 
 
+def test_programs_that_draw_are_not_run(root, monkeypatch):
+    Image.new("RGB", (6, 9)).save(root / "drawing.png", "EPS")
+
+    def fail(*_arguments, **_options):
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", fail)
+    with pytest.raises(OSError, match=r"drawing\.png cannot be read .*EPS is a program.*as PNG"):
+        ImageFiles([root / "drawing.png"])
+
+
 @pytest.mark.parametrize("shape", [(1, 10**6), (10**6, 1)])
 def test_thin_image_is_refused_before_it_is_decoded(tmp_path, shape, monkeypatch):
     Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / "thin.png")

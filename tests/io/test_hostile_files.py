@@ -211,6 +211,11 @@ def test_file_has_no_path_or_device_of_the_writer(path, tmp_path):
         (set_in("attributes", "coef_", value={"array": "probe"}), "shapes that do not fit"),
         (set_in("attributes", "classes_", value={"strings": ["a"], "dtype": "O"}), "do not fit"),
         (set_in("attributes", "classes_", value={"array": "none"}), "an unknown kind"),
+        (lambda d, a: a.update({"attributes.classes_": np.full(3, np.nan)}), "are not distinct"),
+        (
+            set_in("attributes", "classes_", value={"strings": ["a", "b", "a"], "dtype": "O"}),
+            "classes_ are not distinct numbers",
+        ),
         (set_in("attributes", "n_iter_", value={"dict": [[[], 1]]}), "keys that cannot be hashed"),
         (set_in("attributes", "n_iter_", value={"dict": [1]}), "without pairs"),
         (set_in("attributes", "n_iter_", value={"device": "nonsense"}), "name of a device"),
@@ -229,7 +234,7 @@ def test_file_has_no_path_or_device_of_the_writer(path, tmp_path):
         (set_in("attributes", "sample_shape_", value=[2**40]), "sample_shape_=.* is too large"),
         (
             set_in("attributes", "classes_", value={"strings": ["a"] * 3, "dtype": "<U250000000"}),
-            "the long dtype <U250000000",
+            "its header cannot be read",
         ),
         (
             set_in("attributes", "classes_", value={"strings": [["a"], "b"], "dtype": "O"}),
@@ -320,71 +325,3 @@ def test_pipes_and_folders_are_not_read(tmp_path):
     for path in (tmp_path, tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(OSError, match="must be a regular file"):
             load(path)
-
-
-JUNK = [None, True, -1, 2**70, 1e300, float("nan"), "", "x", [], {}, [[]], {"array": "probe"}]
-JUNK += [{"tuple": []}, {"dict": []}, {"strings": [], "dtype": "O"}, {"device": "meta"}]
-
-
-def places(value, path=()):
-    """Yield the keys that lead to each value in a document."""
-    yield path
-    for key, item in (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value if isinstance(value, list) else ())
-    ):
-        yield from places(item, (*path, key))
-
-
-def mutated(document, arrays, rng):
-    """Change one to three values of a document, or an array."""
-    for _ in range(rng.integers(1, 4)):
-        found = [path for path in places(document) if path]
-        *parents, last = found[rng.integers(len(found))]
-        parent = document
-        for key in parents:
-            parent = parent[key]
-        if rng.random() < 0.2:
-            del parent[last]
-        else:
-            parent[last] = JUNK[rng.integers(len(JUNK))]
-    if rng.random() < 0.2:
-        name = list(arrays)[rng.integers(len(arrays))]
-        arrays[name] = [np.zeros(3), np.zeros((0, 2**40)), arrays[name].astype("f2")][
-            rng.integers(3)
-        ]
-
-
-def fuzz(saved, n_files, seed):
-    """Load mutated files; return how many were accepted. Other errors than the two fail."""
-    rng, accepted, contents = np.random.default_rng(seed), 0, saved.read_bytes()
-    for i in range(n_files):
-        saved.write_bytes(contents)
-        if i % 3:
-            forge(saved, lambda document, arrays: mutated(document, arrays, rng))
-        else:
-            damaged = bytearray(contents)
-            for place in rng.integers(0, min(len(contents), 4000), rng.integers(1, 5)):
-                damaged[place] = rng.integers(256)
-            saved.write_bytes(damaged[: rng.integers(1, len(damaged))] if i % 2 else damaged)
-        try:
-            load(saved, NET)
-        except (ValueError, OSError) as error:
-            assert len(str(error)) > 20, (seed, i)
-        except Exception as error:
-            raise AssertionError(f"{seed=} {i=}") from error
-        else:
-            accepted += 1
-    return accepted
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_mutated_files(saved):
-    assert fuzz(saved, 100, seed=0) < 50
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_many_mutated_files(saved):
-    assert fuzz(saved, 30_000, seed=1) < 15_000

@@ -382,3 +382,13 @@ def test_permissions_are_those_of_any_new_file(saved):
     plain = saved.with_name("plain")
     plain.touch()
     assert stat.S_IMODE(saved.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_files_that_a_kill_left_are_removed_a_day_later(saved, fitted):
+    old, new, other = (saved.with_name(f".{name}.unfinished") for name in ("a" * 32, "b" * 32, "c"))
+    for file in (old, new, other):
+        file.touch()
+    for file in (old, other):
+        os.utime(file, (0, 0))
+    fitted.save(saved)
+    assert set(saved.parent.iterdir()) == {saved, new, other}
