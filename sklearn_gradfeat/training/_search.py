@@ -31,8 +31,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from sklearn_gradfeat.curvature import largest_curvature
+from sklearn_gradfeat.data import row_blocks
 from sklearn_gradfeat.training._held_out import (
     ENOUGH,
     ENOUGH_WITH_GRADIENTS,
@@ -296,7 +298,13 @@ class _Path:
 def _alpha_by_scale(stages: TwoStageFit) -> float:
     """Return the mean variance of the activations, divided by the number of samples."""
     weights = stages.loss.weights
-    activation = stages.samples.activation.to(weights)
-    variance = float((weights @ (activation - weights @ activation).square()).mean())
+    activation = stages.samples.activation
+    mean = weights.new_zeros(activation.shape[1])
+    for rows in row_blocks(*activation.shape):
+        mean += weights[rows] @ activation[rows].to(weights)
+    variances = torch.zeros_like(mean)
+    for rows in row_blocks(*activation.shape):
+        variances += weights[rows] @ (activation[rows].to(weights) - mean).square()
+    variance = float(variances.mean())
     n_used = int((weights > 0).sum())
     return variance / n_used if variance > 0 else 1.0
