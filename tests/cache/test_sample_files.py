@@ -124,7 +124,8 @@ FIXED = {"alpha": 0.1, "gradient_alpha": 0.1}
         (GradientFeatureClassifier, {**FIXED, "gradient_layers": ["0", "2"]}),  # no trunk
         (GradientFeatureClassifier, {**FIXED, "n_linearizations": 2}),
         (GradientFeatureClassifier, {**FIXED, "activation_layer": ["1", "3"]}),
-        (GradientFeatureClassifier, {}),
+        (GradientFeatureClassifier, {"gradient_alpha": 0.1}),
+        pytest.param(GradientFeatureClassifier, {}, marks=pytest.mark.slow),
         (GradientFeatureRegressor, FIXED),
         (GradientFeatureRegressor, {"n_linearizations": 2, "gradient_alpha": 0.1}),
         (GradientFeatureClassifierCV, {"alphas": [0.1, 1], "gradient_alphas": [0.1], "cv": 2}),
