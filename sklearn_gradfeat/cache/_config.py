@@ -1,4 +1,4 @@
-"""Settings of the process: the bound of the feature stores."""
+"""Settings of the process: the bounds of the feature stores and of the memory of a fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 _UNKNOWN_MEMORY = 2**33
-_settings: dict[str, Any] = {"store_bytes": "auto"}
+_settings: dict[str, Any] = {"store_bytes": "auto", "memory_bytes": "auto"}
+# "auto" divides the memory of the machine by these numbers.
+_SHARES = {"store_bytes": 4, "memory_bytes": 2}
 _listeners: list[Callable[[], None]] = []
 
 
@@ -31,12 +33,16 @@ def get_config() -> dict[str, Any]:
     --------
     >>> from sklearn_gradfeat import get_config
     >>> get_config()
-    {'store_bytes': 'auto'}
+    {'store_bytes': 'auto', 'memory_bytes': 'auto'}
     """
     return dict(_settings)
 
 
-def set_config(*, store_bytes: int | Literal["auto"] | None = None) -> None:
+def set_config(
+    *,
+    store_bytes: int | Literal["auto"] | None = None,
+    memory_bytes: int | Literal["auto"] | None = None,
+) -> None:
     """Change the settings of the process, for all its threads.
 
     Parameters
@@ -47,11 +53,16 @@ def set_config(*, store_bytes: int | Literal["auto"] | None = None) -> None:
         memory of the machine, or of the container. In a worker process, such as those of joblib,
         ``"auto"`` divides the bound of the store in memory by the number of CPUs. None does not
         change the setting.
+    memory_bytes : int, "auto" or None, default=None
+        Largest size of the trunk output and the activations that a fit keeps in memory, in bytes.
+        If they are larger, the fit keeps them in temporary files and reads them batch by batch.
+        ``"auto"`` is half of the memory of the machine, or of the container, and in a worker
+        process this half divided by the number of CPUs. None does not change the setting.
 
     Raises
     ------
     ValueError
-        If ``store_bytes`` is not an integer of at least 0, ``"auto"`` or None.
+        If a size is not an integer of at least 0, ``"auto"`` or None.
 
     See Also
     --------
@@ -64,34 +75,39 @@ def set_config(*, store_bytes: int | Literal["auto"] | None = None) -> None:
     >>> set_config(store_bytes=2 * 2**30)  # 2 GiB
     >>> set_config(store_bytes="auto")
     """
-    if store_bytes is None:
-        return
-    is_size = isinstance(store_bytes, int) and not isinstance(store_bytes, bool)
-    if store_bytes != "auto" and not (is_size and int(store_bytes) >= 0):
-        raise ValueError(
-            f"store_bytes must be an integer of at least 0, 'auto' or None, got {store_bytes!r}. "
-            "Pass the largest size of the feature store in bytes."
-        )
-    _settings["store_bytes"] = store_bytes
+    given = {"store_bytes": store_bytes, "memory_bytes": memory_bytes}
+    sizes = {name: size for name, size in given.items() if size is not None}
+    for name, size in sizes.items():
+        is_size = isinstance(size, int) and not isinstance(size, bool)
+        if size != "auto" and not (is_size and int(size) >= 0):
+            raise ValueError(
+                f"{name} must be an integer of at least 0, 'auto' or None, got {size!r}. Pass a "
+                "size in bytes."
+            )
+    _settings.update(sizes)
     for listener in _listeners:
         listener()
 
 
 @contextmanager
-def config_context(*, store_bytes: int | Literal["auto"] | None = None) -> Iterator[None]:
+def config_context(
+    *,
+    store_bytes: int | Literal["auto"] | None = None,
+    memory_bytes: int | Literal["auto"] | None = None,
+) -> Iterator[None]:
     """Change the settings in a ``with`` block, and restore them after it.
 
     The settings belong to the process: during the block, all its threads see the change.
 
     Parameters
     ----------
-    store_bytes : int, "auto" or None, default=None
-        Largest size of a feature store, in bytes, as in :func:`set_config`.
+    store_bytes, memory_bytes : int, "auto" or None, default=None
+        Sizes in bytes, as in :func:`set_config`.
 
     Raises
     ------
     ValueError
-        If ``store_bytes`` is not an integer of at least 0, ``"auto"`` or None.
+        If a size is not an integer of at least 0, ``"auto"`` or None.
 
     See Also
     --------
@@ -106,7 +122,7 @@ def config_context(*, store_bytes: int | Literal["auto"] | None = None) -> Itera
     0
     """
     before = get_config()
-    set_config(store_bytes=store_bytes)
+    set_config(store_bytes=store_bytes, memory_bytes=memory_bytes)
     try:
         yield
     finally:
@@ -120,15 +136,30 @@ def on_change(listener: Callable[[], None]) -> None:
 
 def store_bytes() -> int:
     """Return the bound of a store on disk."""
-    size = get_config()["store_bytes"]
-    return _total_memory() // 4 if size == "auto" else int(size)
+    return _size("store_bytes")
 
 
 def memory_store_bytes() -> int:
     """Return the bound of the store in memory."""
+    return _own_share("store_bytes")
+
+
+def memory_bytes() -> int:
+    """Return the bound of the trunk output and the activations that a fit keeps in memory."""
+    return _own_share("memory_bytes")
+
+
+def _size(name: str) -> int:
+    """Return the value of a setting; ``"auto"`` is a share of the memory."""
+    size = get_config()[name]
+    return _total_memory() // _SHARES[name] if size == "auto" else int(size)
+
+
+def _own_share(name: str) -> int:
+    """Return the value of a setting for this process; worker processes divide ``"auto"``."""
     is_worker = multiprocessing.parent_process() is not None
-    shared = is_worker and get_config()["store_bytes"] == "auto"
-    return store_bytes() // (os.cpu_count() or 1) if shared else store_bytes()
+    shared = is_worker and get_config()[name] == "auto"
+    return _size(name) // (os.cpu_count() or 1) if shared else _size(name)
 
 
 def _total_memory() -> int:

@@ -131,7 +131,8 @@ class Extractor:
             squares = part.norm(dim=1).cpu().double() ** 2 / part.shape[1]
             size = float((w @ squares).sqrt())
             scales += (1 / size if size > torch.finfo(self.dtype).tiny else 1.0,)
-        balanced = activation * self._by_column(scales, activation.device)
+        scale = self._by_column(scales, activation.device)
+        balanced = torch.mul(activation, scale, out=samples.empty(*activation.shape))
         return replace(self, scales=scales), replace(samples, activation=balanced)
 
     def batches(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, MutableSet, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,12 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from sklearn_gradfeat.backbones import threads_for
+from sklearn_gradfeat.cache._sample_files import (
+    FileBoundary,
+    SampleFile,
+    folder_for,
+    mapped_tensor,
+)
 from sklearn_gradfeat.cache._store import (
     Boundary,
     Chunk,
@@ -31,6 +39,7 @@ from sklearn_gradfeat.cache._store import (
 from sklearn_gradfeat.data import (
     MIN_ROWS,
     BatchSize,
+    Result,
     Samples,
     free_bytes,
     is_lazy,
@@ -55,7 +64,7 @@ class CachedSamples:
     ----------
     activation : tensor of shape (n_samples, n_features)
         The activations, on the computing device.
-    boundary : Boundary or Samples
+    boundary : Boundary, FileBoundary or Samples
         The inputs of the head. If the head is the whole network, they are the samples
         themselves, and nothing is kept.
     batch_size : BatchSize
@@ -64,13 +73,21 @@ class CachedSamples:
         A hash of the content of every sample.
     part_of : (CachedSamples, tensor or None) or None
         The samples of which these are some rows, and the numbers of these rows, or None for all.
+    folder : Path or None
+        The folder with the files of arrays with one row for each sample, or None where these are
+        in memory.
     """
 
     activation: Tensor
-    boundary: Boundary | Samples
+    boundary: Boundary | FileBoundary | Samples
     batch_size: BatchSize
     names: npt.NDArray[np.uint64]
     part_of: tuple[CachedSamples, Tensor | None] | None = None
+    folder: Path | None = None
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return an uninitialised tensor with one row for each sample, like the activations."""
+        return _empty(shape, self.activation, self.folder)
 
     def with_activation(self, activation: Tensor) -> CachedSamples:
         """Return the samples with the activations of another head."""
@@ -80,12 +97,14 @@ class CachedSamples:
         """Return some of the samples, without a copy of the inputs of the head."""
         chosen = torch.from_numpy(rows).to(self.activation.device)
         whole, of = self.part_of or (self, None)
+        activation = self.empty(len(rows), self.activation.shape[1])
         return CachedSamples(
-            self.activation[chosen],
+            torch.index_select(self.activation, 0, chosen, out=activation),
             self.boundary.subset(rows),
             self.batch_size,
             self.names[rows],
             (whole, chosen if of is None else of[chosen]),
+            self.folder,
         )
 
     def first(self, n: int) -> Tensors:
@@ -99,12 +118,16 @@ class CachedSamples:
         """Iterate over (rows, boundary tensors on the device) of every ``stride``-th sample."""
         spans = slices(len(self.activation), self.batch_size.size, stride)
         if isinstance(self.boundary, Samples):
-            for rows, raw in _read_ahead(self.boundary, spans):
+            for rows, raw in _read_samples(self.boundary, spans):
                 yield rows, (self.boundary.prepare(raw),)
             return
         whole, chosen = self.part_of or (self, None)
         if self.batch_size.reduced:  # free the memory of the copy on the device
             vars(whole).pop("kept", None)
+        if isinstance(self.boundary, FileBoundary) and whole.kept is None:
+            for rows, boundary in _read_ahead(self.boundary.take, spans):
+                yield rows, tuple(to_device(z, self.activation.device) for z in boundary)
+            return
         for rows in spans:
             if self.batch_size.reduced or whole.kept is None:
                 yield rows, self._moved(rows)
@@ -114,7 +137,7 @@ class CachedSamples:
     @functools.cached_property
     def kept(self) -> Tensors | None:
         """All inputs of the head in a device's own memory, if they take at most half of it."""
-        assert isinstance(self.boundary, Boundary)
+        assert not isinstance(self.boundary, Samples)
         n_samples, device = len(self.activation), self.activation.device
         room = free_bytes(device) // 2
         if not room or sum(z.nbytes for z in self.boundary.take(slice(1))) * n_samples > room:
@@ -129,7 +152,7 @@ class CachedSamples:
 
     def _moved(self, rows: slice) -> Tensors:
         """Return the inputs of the head for some samples, on the device."""
-        assert isinstance(self.boundary, Boundary)
+        assert not isinstance(self.boundary, Samples)
         return tuple(to_device(z, self.activation.device) for z in self.boundary.take(rows))
 
 
@@ -211,10 +234,10 @@ class Trunk:
         keep : bool
             Whether to keep all boundary tensors, and to return their places.
         """
-        used: set[Chunk] = set()
+        used: weakref.WeakSet[Chunk] = weakref.WeakSet()
         with _Bar(len(self.samples), verbose) as bar, torch.no_grad():
             spans = slices(len(self.samples), self.batch_size.size)
-            for rows, raw in _read_ahead(self.samples, spans):
+            for rows, raw in _read_samples(self.samples, spans):
                 names = sample_names(raw)
                 boundary, places, n_computed = self._look_up(raw, names, used, keep, bar)
                 if keep:
@@ -223,7 +246,7 @@ class Trunk:
                 yield Batch(rows, boundary, names, places)
 
     def _look_up(
-        self, raw: Tensor, names: Sequence[bytes], used: set[Chunk], keep: bool, bar: _Bar
+        self, raw: Tensor, names: Sequence[bytes], used: MutableSet[Chunk], keep: bool, bar: _Bar
     ) -> tuple[Tensors, Sequence[Place], int]:
         """Return a batch, where it is kept, and how many of its samples were computed."""
         if self.store is None or self.key is None:
@@ -315,54 +338,85 @@ def cache_samples(
         If some activations are not finite, or their squares are not.
     """
     n_samples, whole_is_head = len(trunk.samples), trunk.function is None
+    keep = keep_boundary and not whole_is_head
     places: list[Place] = []
-    names: list[bytes] = []
+    names = np.empty(n_samples, np.uint64)
     activations: Tensor | None = None
-    for batch in trunk.batches(verbose=verbose, keep=keep_boundary and not whole_is_head):
+    file = folder = None
+    for batch in trunk.batches(verbose=verbose, keep=keep):
 
         def part(rows: slice, boundary: Tensors = batch.boundary) -> Tensor:
             return activation(tuple(z[rows] for z in boundary))
 
         found = torch.cat(trunk.batch_size.run(part, batch.rows.stop - batch.rows.start))
         if activations is None:
-            activations = found.new_empty((n_samples, *found.shape[1:]))
+            kept = batch.boundary if keep else ()
+            if found.device.type == "cpu":
+                kept = (*kept, found)
+            size = n_samples * sum(z[0].nbytes for z in kept)
+            folder = folder_for(size, trunk.store.directory if trunk.store else None)
+            activations = _empty((n_samples, *found.shape[1:]), found, folder)
+            if keep and folder is not None:
+                file = SampleFile(n_samples, batch.boundary, folder)
+        if not torch.isfinite(found).all():
+            raise ValueError(NOT_FINITE)
+        if (found.abs() > math.sqrt(sys.float_info.max / activations.numel())).any():
+            raise ValueError(
+                "The activations are huge: their squares are infinite in float64. Scale X, or "
+                "normalise the output of the backbone."
+            )
         activations[batch.rows] = found
-        names += batch.names
-        places += batch.places if keep_boundary else ()
+        names[batch.rows] = np.frombuffer(b"".join(batch.names), dtype="<u8")[::2]
+        if file is not None:
+            file.write(batch.rows.start, batch.boundary)
+        elif keep:
+            places += batch.places
     assert activations is not None
-    if not torch.isfinite(activations).all():
-        raise ValueError(NOT_FINITE)
-    if (activations.abs() > math.sqrt(sys.float_info.max / max(activations.numel(), 1))).any():
-        raise ValueError(
-            "The activations are huge: their squares are infinite in float64. Scale X, or "
-            "normalise the output of the backbone."
-        )
-    boundary = trunk.samples if whole_is_head else Boundary(places)
-    hashes = np.frombuffer(b"".join(names), dtype="<u8")[::2].astype(np.uint64)
-    return CachedSamples(activations, boundary, trunk.batch_size, hashes)
+    boundary: Boundary | FileBoundary | Samples = Boundary(places)
+    if file is not None:
+        boundary = FileBoundary(file, np.arange(n_samples))
+    elif whole_is_head:
+        boundary = trunk.samples
+    return CachedSamples(activations, boundary, trunk.batch_size, names, folder=folder)
 
 
-def _read_ahead(samples: Samples, spans: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:
-    """Iterate over (rows, batch); for a lazy X, a thread reads the next batch ahead."""
-    if not is_lazy(samples.X):
+def _empty(shape: Sequence[int], like: Tensor, folder: Path | None) -> Tensor:
+    """Return an uninitialised tensor on the device of another; on the host, in a file."""
+    if folder is None or like.device.type != "cpu":
+        return like.new_empty(shape)
+    return mapped_tensor(shape, like.dtype, folder)
+
+
+def _read_samples(samples: Samples, spans: Iterator[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """Iterate over (rows, batch); of a lazy X, the next batch is read ahead."""
+    if is_lazy(samples.X):
+        yield from _read_ahead(samples.read, spans)
+    else:
         yield from ((rows, samples.read(rows)) for rows in spans)
-        return
+
+
+def _read_ahead(
+    read: Callable[[slice], Result], spans: Iterator[slice]
+) -> Iterator[tuple[slice, Result]]:
+    """Iterate over (rows, batch); a thread reads the next batch ahead."""
     todo = list(spans)
-    thread, ahead = _read_in_thread(samples, todo[0])
+    thread, ahead = _read_in_thread(read, todo[0])
     try:
         for number, rows in enumerate(todo, 1):
-            raw = ahead.result()
+            batch = ahead.result()
             if number < len(todo):
-                thread, ahead = _read_in_thread(samples, todo[number])
-            yield rows, raw
+                thread, ahead = _read_in_thread(read, todo[number])
+            yield rows, batch
     finally:
         thread.shutdown()  # waits, so that no thread outlives a fit that fails
 
 
-def _read_in_thread(samples: Samples, rows: slice) -> tuple[ThreadPoolExecutor, Future[Tensor]]:
+def _read_in_thread(
+    read: Callable[[slice], Result], rows: slice
+) -> tuple[ThreadPoolExecutor, Future[Result]]:
     """Read a batch in a thread of its own, which ends with it."""
     thread = ThreadPoolExecutor(1, "read-ahead")
-    future = thread.submit(samples.read, rows)
+    future = thread.submit(read, rows)
     thread.shutdown(wait=False)
     return thread, future
 

@@ -36,6 +36,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -172,6 +173,10 @@ def sample_names(raw: Tensor) -> list[bytes]:
 class Store(Protocol):
     """Keeps boundary tensors between fits and predictions."""
 
+    @property
+    def directory(self) -> Path | None:
+        """The directory that the user chose, or None."""
+
     def find(self, key: TrunkKey, names: Sequence[bytes]) -> list[Place | None]:
         """Return the place of each sample, None for samples that are not stored."""
 
@@ -186,6 +191,8 @@ class Store(Protocol):
 
 class MemoryStore:
     """Chunks in host memory, evicted by the rules at the top of this module."""
+
+    directory = None
 
     def __init__(self) -> None:
         self._places: defaultdict[bytes, dict[bytes, Place]] = defaultdict(dict)

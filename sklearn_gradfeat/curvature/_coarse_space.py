@@ -29,7 +29,7 @@ take at most 2 GiB.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.curvature._layer_rows import LayerCall, output_gradients, record
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Layer
+from sklearn_gradfeat.data import row_blocks
 from sklearn_gradfeat.linearized import TangentObjective, TangentTerm, Tensors, agrees
 
 # Cost of an evaluation in the subspace, as a share of the cost of the layers in a pass.
@@ -114,13 +115,17 @@ class Block:
         bias, curvature = layer.factor.bias, g[:, None] * a
         return cls(layer.weight, bias, outputs, inputs, curvature, n_positions, summed)
 
-    def empty(self, like: Tensor, n_samples: int, n_outputs: int) -> Tensors:
-        """Return uninitialised tensors for the rows of all samples."""
+    def empty(self, empty: Callable[..., Tensor], n_samples: int, n_outputs: int) -> Tensors:
+        """Return uninitialised tensors for the rows of all samples, from ``empty(*shape)``."""
         n_leading, n_inputs = self.curvature.shape
         if self.summed:
-            return (like.new_empty(n_samples, n_outputs, n_leading * n_inputs),)
-        inputs = like.new_empty(n_samples, self.n_positions, n_inputs)
-        return inputs, like.new_empty(n_samples, n_outputs, self.n_positions * n_leading)
+            return (empty(n_samples, n_outputs, n_leading * n_inputs),)
+        inputs = empty(n_samples, self.n_positions, n_inputs)
+        return inputs, empty(n_samples, n_outputs, self.n_positions * n_leading)
+
+    def row_blocks(self, n_samples: int) -> Iterator[slice]:
+        """Iterate over blocks of samples."""
+        return row_blocks(n_samples, self.n_positions * sum(self.curvature.shape))
 
     def rows(self, inputs: Tensor, gradients: Sequence[Tensor]) -> Tensors:
         """Return the rows to keep, from inputs and from projected gradients of every output."""
@@ -183,7 +188,8 @@ class Subspace:
         self.affine = replace(objective, tangent=None)
         self.sizes = [sum(self.affine.sizes), *(block.curvature.numel() for block in blocks)]
         n_outputs = objective.loss.n_outputs
-        self.rows = [b.empty(objective.like, objective.n_samples, n_outputs) for b in blocks]
+        empty = objective.tangent.empty or objective.like.new_empty
+        self.rows = [block.empty(empty, objective.n_samples, n_outputs) for block in blocks]
         for rows, boundary in objective.tangent.batches():
             projected = _project(objective.tangent, blocks, boundary, rows.stop - rows.start)
             for places, parts in zip(self.rows, projected, strict=True):
@@ -214,16 +220,21 @@ class Subspace:
         """Return the logits, of shape (n_samples, n_outputs), float64."""
         affine, *coordinates = x.split(self.sizes)
         logits = self.affine.forward(affine)
-        for block, r, rows in zip(self.blocks, coordinates, self.rows, strict=True):
-            logits += block.forward(rows, r).to(logits)
+        for block, r, kept in zip(self.blocks, coordinates, self.rows, strict=True):
+            for rows in block.row_blocks(len(logits)):
+                logits[rows] += block.forward(tuple(z[rows] for z in kept), r).to(logits)
         return logits
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """Return the transpose of :meth:`forward`, applied to ``cotangent``."""
         parts = [self.affine.adjoint(cotangent)]
         narrow = cotangent.to(parts[0])
-        pairs = zip(self.blocks, self.rows, strict=True)
-        return torch.cat([*parts, *(block.adjoint(rows, narrow) for block, rows in pairs)])
+        for block, kept in zip(self.blocks, self.rows, strict=True):
+            total = narrow.new_zeros(block.curvature.numel())
+            for rows in block.row_blocks(len(narrow)):
+                total += block.adjoint(tuple(z[rows] for z in kept), narrow[rows])
+            parts.append(total)
+        return torch.cat(parts)
 
     def extend(self, x: Tensor) -> Tensor:
         """Return the unknowns of the objective from coordinates."""

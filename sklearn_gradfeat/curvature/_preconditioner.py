@@ -33,6 +33,7 @@ from sklearn_gradfeat.curvature._kfac import (
     loss_columns,
 )
 from sklearn_gradfeat.curvature._spectrum import MAX_EXACT, KroneckerInverse, Spectrum, damping
+from sklearn_gradfeat.data import row_blocks
 from sklearn_gradfeat.linearized import TangentObjective, TangentTerm
 
 # Curvatures of the intercept below this share of the largest one count as zero.
@@ -153,14 +154,17 @@ def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spec
     rows = objective.like.new_empty(objective.n_samples, 0)
     if objective.activation is not None:
         rows = objective.activation
-    mean = weights @ rows if objective.fit_intercept else rows.new_zeros(rows.shape[1])
-    rows = rows - mean
-    if len(rows) < rows.shape[1] and len(rows) <= MAX_EXACT:
-        return mean, Spectrum.from_rows(weights.sqrt()[:, None] * rows)
-    weighted = weights[:, None] * rows
-    if rows.shape[1] > MAX_WIDTH:
-        return mean, Spectrum((weighted * rows).sum(0), None)
-    return mean, Spectrum.from_matrix(weighted.T @ rows)
+    n_features = rows.shape[1]
+    mean = weights @ rows if objective.fit_intercept else rows.new_zeros(n_features)
+    if len(rows) < n_features and len(rows) <= MAX_EXACT:
+        return mean, Spectrum.from_rows(weights.sqrt()[:, None] * (rows - mean))
+    diagonal = n_features > MAX_WIDTH
+    total = rows.new_zeros(n_features if diagonal else (n_features, n_features))
+    for some in row_blocks(*rows.shape):
+        centred = rows[some] - mean
+        weighted = weights[some, None] * centred
+        total += (weighted * centred).sum(0) if diagonal else weighted.T @ centred
+    return mean, Spectrum(total, None) if diagonal else Spectrum.from_matrix(total)
 
 
 def _layer_factors(

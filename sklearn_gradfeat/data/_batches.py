@@ -20,6 +20,9 @@ Preprocess: TypeAlias = Callable[[Tensor], Tensor]
 # CPU matrix products round a row differently in a batch with fewer rows than this.
 MIN_ROWS = 16
 
+# Numbers in a block of rows.
+_BLOCK = 2**22
+
 _PRECISIONS = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -233,6 +236,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def row_blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
+    """Iterate over blocks of rows for computations whose temporary arrays are as large as a block.
+
+    The blocks depend on the shape alone, so sums over them do, too.
+    """
+    return slices(n_rows, max(1, _BLOCK // max(1, n_columns)))
 
 
 def slices(n_samples: int, batch_size: int, stride: int = 1) -> Iterator[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -29,7 +30,8 @@ def to_numpy_input(X: Any) -> Any:
     Tensors become arrays, without a copy if possible. Images of Pillow become an array of shape
     (n_samples, height, width, 3) with the values that ``ImageFiles`` decodes. Paths become
     ``ImageFiles``. A data set of images becomes a lazy array, a data set of tabular data becomes
-    an array. Arrays, data frames and lists of numbers are returned unchanged.
+    an array. Memory maps of images become lazy arrays. Other arrays, data frames and lists of
+    numbers are returned unchanged.
 
     Parameters
     ----------
@@ -54,7 +56,7 @@ def to_numpy_input(X: Any) -> Any:
         return dataset if is_lazy(dataset) else to_numpy_input(dataset[:])
     items = _items(X)
     if not items:
-        return X
+        return _MappedArray(X) if isinstance(X, np.memmap) and X.ndim > 2 else X
     if any(isinstance(item, Image.Image) for item in items):
         return _images(items)
     if all(map(_is_path, items)):
@@ -186,6 +188,35 @@ def _check_one_shape(items: list[Any]) -> None:
             raise ValueError(
                 f"Item {row} of X has shape {shape}, but item 0 has shape {shapes[0]}. {_ONE_SHAPE}"
             )
+
+
+class _MappedArray:
+    """A memory map as a lazy array, which does not keep the pages that it has read."""
+
+    def __init__(self, array: np.memmap[Any, Any]) -> None:
+        self._array = array
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[Any]:
+        view = self._array[rows]
+        part = np.array(view)
+        # The pages of copy-on-write maps may hold changes that are nowhere else.
+        if view.flags.c_contiguous and self._array.mode != "c":
+            _release_pages(view)
+        return part
+
+
+def _release_pages(view: npt.NDArray[Any]) -> None:
+    """Return the pages of a part of a memory map to the system, which can read them again."""
+    mapped: Any = view
+    while isinstance(mapped, np.ndarray):
+        mapped = mapped.base
+    if not hasattr(mapped, "madvise"):
+        return
+    start = view.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    if start + view.nbytes > first:
+        mapped.madvise(mmap.MADV_DONTNEED, first, start + view.nbytes - first)
 
 
 class _DatasetItems:

@@ -35,6 +35,7 @@ from sklearn_gradfeat.data import (
     BatchSize,
     resolve_device,
     restored_on_error,
+    row_blocks,
     validate_new_samples,
     validate_samples,
     warn_of_tabular,
@@ -291,7 +292,9 @@ class BaseGradientFeature(
         names = list(model.displacements)
         prepared = self._prepared(X, extractor, names, self._pass(X, extractor, names))
         stages = TwoStageFit(prepared, problem).moved(model.total)
-        if not bool(torch.isfinite(stages.samples.activation).all()):
+        activation = stages.samples.activation
+        finite = (torch.isfinite(activation[rows]).all() for rows in row_blocks(*activation.shape))
+        if not all(map(bool, finite)):
             raise ValueError(
                 "The moved network returns NaN or infinity: gradient_alpha_="
                 f"{self.gradient_alpha_:g} allows the parameters to move too far. Fit with a "

@@ -196,7 +196,8 @@ class CrossValidated(BaseGradientFeature):
                 )
             return None
         cv, rows = check_cv(self.cv, y, classifier=is_classifier(self)), np.arange(len(y))
-        return [(rows[train], rows[test]) for train, test in cv.split(X, y, **to_split)]
+        # Passes read the samples of a fold in the order of their file.
+        return [(np.sort(rows[train]), rows[test]) for train, test in cv.split(X, y, **to_split)]
 
     def _search(self, data: _Data, folds: Folds | None) -> dict[str, Any]:
         """Score pairs of penalties on all folds; return the attributes with scores and choice."""

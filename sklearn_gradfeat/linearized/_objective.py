@@ -64,6 +64,9 @@ class TangentTerm:
         L2 penalty on ``u``.
     batch_size : BatchSize or None
         The size of the batches. It is halved, and a pass repeated, where memory runs out.
+    empty : callable or None
+        Returns an uninitialised tensor of a shape with one row for each sample, where such tensors
+        may not be in memory. None creates them like ``omega``.
     """
 
     head: LinearizedHead
@@ -71,6 +74,7 @@ class TangentTerm:
     omega: Tensor
     alpha: float
     batch_size: BatchSize | None = None
+    empty: Callable[..., Tensor] | None = None
 
     def add_forward(self, u: Tensor, logits: Tensor) -> Tensor:
         """Return ``logits + Ω J u``."""

@@ -136,8 +136,9 @@ class _Fold:
 
     @functools.cached_property
     def _rows(self) -> _Rows | None:
-        both = np.concatenate([self._train, self._test])
-        return _Rows.where_few(self._fits(both), self.stages)
+        if len(self._train) * self.stages.loss.n_outputs > _MAX_DENSE:
+            return None
+        return _Rows(self._fits(np.concatenate([self._train, self._test])), self.stages)
 
     def _fits(self, rows: npt.NDArray[np.intp]) -> TwoStageFit:
         return TwoStageFit(self._prepared.subset(rows), self._problem.subset(rows))
@@ -210,12 +211,6 @@ class _Rows:
             self._intercept = self._intercept[..., :0]
         self._roots: dict[float, Tensor | None] = {}
         self._last: dict[tuple[int, ...], Tensor] = {}
-
-    @classmethod
-    def where_few(cls, both: TwoStageFit, train: TwoStageFit) -> _Rows | None:
-        """Return the rows, or None if there are many."""
-        few = len(train.samples.activation) * train.loss.n_outputs <= _MAX_DENSE
-        return cls(both, train) if few else None
 
     def logits(self, alpha: float, gradient_alpha: float) -> Tensor | None:
         """Return the logits, or None if the gradient term has no cheap Gram matrix."""
@@ -415,9 +410,10 @@ class LeftOut:
         """Return the losses where they have a closed form that takes less time than fits."""
         if not isinstance(stages.loss, Squared):
             return None
+        if len(np.unique(prepared.samples.names)) * stages.loss.n_outputs > _MAX_LEFT_OUT:
+            return None
         found = cls(prepared, stages)
-        few = found._loss.targets.numel() <= _MAX_LEFT_OUT
-        return found if few and int((found.weights > 0).sum()) > 1 else None
+        return found if int((found.weights > 0).sum()) > 1 else None
 
     @property
     def weights(self) -> Array:

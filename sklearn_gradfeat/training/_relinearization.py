@@ -35,6 +35,7 @@ from dataclasses import replace
 
 import torch
 
+from sklearn_gradfeat.data import row_blocks
 from sklearn_gradfeat.linearized import LinearModel
 from sklearn_gradfeat.solvers import Solution, penalised
 from sklearn_gradfeat.training._progress import Progress
@@ -150,7 +151,9 @@ def _objective(stages: TwoStageFit, first: FirstStage, gradient_alpha: float) ->
 
 def _is_finite(stages: TwoStageFit) -> bool:
     """Whether the activations and their squares are finite."""
-    return bool(torch.isfinite(stages.samples.activation.square().sum()))
+    activation = stages.samples.activation
+    squares = (activation[rows].square().sum() for rows in row_blocks(*activation.shape))
+    return all(bool(torch.isfinite(square)) for square in squares)
 
 
 def _penalty(stages: TwoStageFit, gradient_alpha: float) -> float:

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from sklearn_gradfeat.curvature import largest_curvature
+from sklearn_gradfeat.data import row_blocks
 from sklearn_gradfeat.training._held_out import (
     ENOUGH,
     ENOUGH_WITH_GRADIENTS,
@@ -301,11 +302,16 @@ class _Path:
 def _alpha_by_scale(stages: TwoStageFit) -> float:
     """Return the mean variance of the activations, divided by the number of samples."""
     weights = stages.loss.weights
-    activation = stages.samples.activation.to(weights)
-    mean = weights @ activation
-    deviation = activation - mean
-    rounding = 4 * torch.finfo(stages.samples.activation.dtype).eps * mean.abs()
-    deviation[deviation.abs() <= rounding] = 0
-    variance = float((weights @ deviation.square()).mean())
+    activation = stages.samples.activation
+    mean = weights.new_zeros(activation.shape[1])
+    for rows in row_blocks(*activation.shape):
+        mean += weights[rows] @ activation[rows].to(weights)
+    rounding = 4 * torch.finfo(activation.dtype).eps * mean.abs()
+    variances = torch.zeros_like(mean)
+    for rows in row_blocks(*activation.shape):
+        deviation = activation[rows].to(weights) - mean
+        deviation[deviation.abs() <= rounding] = 0
+        variances += weights[rows] @ deviation.square()
+    variance = float(variances.mean())
     n_used = int((weights > 0).sum())
     return variance / n_used if variance > 0 else 1.0

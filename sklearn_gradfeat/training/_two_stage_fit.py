@@ -206,7 +206,7 @@ class TwoStageFit:
         head = LinearizedHead.from_network(self._prepared.network.moved(point))
 
         def forward_pass() -> Tensor:
-            activation = torch.empty_like(self.samples.activation)
+            activation = self.samples.empty(*self.samples.activation.shape)
             for rows, boundary in self.samples.batches():
                 activation[rows] = head.activation(boundary)
             return activation
@@ -382,8 +382,10 @@ class TwoStageFit:
 
     def tangent(self, omega: Tensor, gradient_alpha: float) -> TangentTerm:
         """Return the gradient term with the output weights of the first stage."""
-        batches, size = self.samples.batches, self.samples.batch_size
-        return TangentTerm(self.head, batches, omega, gradient_alpha, size)
+        samples = self.samples
+        return TangentTerm(
+            self.head, samples.batches, omega, gradient_alpha, samples.batch_size, samples.empty
+        )
 
     def second_objective(self, first: FirstStage, gradient_alpha: float) -> TangentObjective:
         """Return the objective of the second stage."""

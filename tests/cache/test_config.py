@@ -8,12 +8,16 @@ import pytest
 from sklearn_gradfeat import config_context, get_config, set_config
 from sklearn_gradfeat.cache import _config
 
+DEFAULTS = {"store_bytes": "auto", "memory_bytes": "auto"}
 
-def test_auto_is_a_quarter_of_the_memory(monkeypatch):
+
+def test_auto_is_a_share_of_the_memory(monkeypatch):
     monkeypatch.setattr(_config, "_total_memory", lambda: 4000)
     assert (_config.store_bytes(), _config.memory_store_bytes()) == (1000, 1000)
-    with config_context(store_bytes=7):
+    assert _config.memory_bytes() == 2000
+    with config_context(store_bytes=7, memory_bytes=5):
         assert (_config.store_bytes(), _config.memory_store_bytes()) == (7, 7)
+        assert _config.memory_bytes() == 5
 
 
 def test_auto_is_shared_among_worker_processes(monkeypatch):
@@ -21,24 +25,26 @@ def test_auto_is_shared_among_worker_processes(monkeypatch):
     monkeypatch.setattr(multiprocessing, "parent_process", object)
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     assert (_config.store_bytes(), _config.memory_store_bytes()) == (1000, 200)
-    with config_context(store_bytes=7):
-        assert _config.memory_store_bytes() == 7
+    assert _config.memory_bytes() == 400
+    with config_context(store_bytes=7, memory_bytes=5):
+        assert (_config.memory_store_bytes(), _config.memory_bytes()) == (7, 5)
 
 
+@pytest.mark.parametrize("name", DEFAULTS)
 @pytest.mark.parametrize("value", [-1, 1.5, True, "all"])
-def test_invalid_store_bytes(value):
-    with pytest.raises(ValueError, match=f"store_bytes must be an integer .*got {value!r}"):
-        set_config(store_bytes=value)
-    assert get_config() == {"store_bytes": "auto"}
+def test_invalid_sizes(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be an integer .*got {value!r}"):
+        set_config(**{name: value})
+    assert get_config() == DEFAULTS
 
 
 def test_context_restores_settings_after_an_error():
     with pytest.raises(KeyError, match="inside"), config_context(store_bytes=7):
-        assert get_config() == {"store_bytes": 7}
+        assert get_config() == {**DEFAULTS, "store_bytes": 7}
         raise KeyError("inside")
-    assert get_config() == {"store_bytes": "auto"}
+    assert get_config() == DEFAULTS
 
 
 def test_settings_are_a_copy():
     get_config()["store_bytes"] = 7
-    assert get_config() == {"store_bytes": "auto"}
+    assert get_config() == DEFAULTS

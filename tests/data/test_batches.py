@@ -11,7 +11,8 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.data import warn_unless_picklable
+from sklearn_gradfeat.data import row_blocks, warn_unless_picklable
+from sklearn_gradfeat.data._containers import to_numpy_input
 from tests.data.arrays import Items, Lazy, memory_map, with_value
 from tests.tiny import X, Y, estimator
 
@@ -53,6 +54,41 @@ def test_read_only_memory_map(fitted, tmp_path):
     model = estimator().fit(mapped, Y)
     assert np.array_equal(model.predict_proba(mapped), fitted.predict_proba(X))
     assert np.array_equal(mapped, before)
+
+
+@pytest.mark.parametrize("rows", [slice(3, 9), slice(0, 200, 3), slice(150, 200)])
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_memory_map_of_any_mode_and_offset(mode, rows, tmp_path):
+    array = np.random.default_rng(0).standard_normal((200, 5, 9))  # 360 bytes, no part of a page
+    np.save(tmp_path / "array.npy", array)
+    mapped = np.load(tmp_path / "array.npy", mmap_mode=mode)
+    if mode != "r":
+        mapped[7] = array[7] = 3.0
+    for part, expected in (
+        (mapped, array),
+        (mapped[20:], array[20:]),
+        (mapped[:, 1:], array[:, 1:]),
+    ):
+        lazy = to_numpy_input(part)
+        for _ in range(2):  # the second time from the file
+            assert np.array_equal(lazy[rows], expected[rows])
+    if mode == "r+":
+        mapped.flush()
+        assert np.array_equal(np.load(tmp_path / "array.npy"), array)
+
+
+def test_copies_of_memory_maps(fitted, tmp_path):
+    copied = memory_map(tmp_path, X).copy()
+    assert isinstance(copied, np.memmap)
+    assert np.array_equal(fitted.predict_proba(copied), fitted.predict_proba(X))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2**13, 2**10), (5, 2**23), (10**5, 3), (3, 0)])
+def test_blocks_of_rows(shape):
+    found = list(row_blocks(*shape))
+    assert [i for block in found for i in range(block.start, block.stop)] == list(range(shape[0]))
+    largest = max(block.stop - block.start for block in found)
+    assert largest == 1 or largest * shape[1] <= 2**22
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64, np.uint64, bool])
