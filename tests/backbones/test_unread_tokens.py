@@ -17,9 +17,10 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from sklearn_gradfeat import GradientFeatureClassifier, load
 from sklearn_gradfeat.backbones import _frozen
 from sklearn_gradfeat.backbones._blocks import after_attention
+from sklearn_gradfeat.backbones._capture import capture
 from sklearn_gradfeat.backbones._fingerprint import fingerprint
 from sklearn_gradfeat.backbones._folding import fold_batch_norms
-from sklearn_gradfeat.backbones._graph import ActivationModule, capture
+from sklearn_gradfeat.backbones._graph import ActivationModule
 from sklearn_gradfeat.backbones._split import extract
 from sklearn_gradfeat.backbones._unread_tokens import without_unread_tokens
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead
