@@ -39,6 +39,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.curvature._layer_rows import LayerCall, output_gradients, record
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Layer
+from sklearn_gradfeat.data import gather_over_ranks, on_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import TangentObjective, TangentTerm, Tensors, agrees
 
 # Cost of an evaluation in the subspace, as a share of the cost of the layers in a pass.
@@ -182,13 +183,7 @@ class Subspace:
         self.head, self.blocks = objective.tangent.head, blocks
         self.affine = replace(objective, tangent=None)
         self.sizes = [sum(self.affine.sizes), *(block.curvature.numel() for block in blocks)]
-        n_outputs = objective.loss.n_outputs
-        self.rows = [b.empty(objective.like, objective.n_samples, n_outputs) for b in blocks]
-        for rows, boundary in objective.tangent.batches():
-            projected = _project(objective.tangent, blocks, boundary, rows.stop - rows.start)
-            for places, parts in zip(self.rows, projected, strict=True):
-                for place, part in zip(places, parts, strict=True):
-                    place[rows] = part
+        self.rows = objective.tangent.retry(lambda: _rows(objective, blocks))
 
     def exact(self, objective: TangentObjective) -> bool:
         """Return whether the map agrees with the objective on a random vector.
@@ -201,7 +196,7 @@ class Subspace:
         x = coordinates.to(objective.like)
         x[: self.sizes[0]] = 0
         expected = objective.forward(self.extend(x))
-        return agrees(self.forward(x), expected, x.dtype)
+        return on_all_ranks(agrees(self.forward(x), expected, x.dtype))
 
     def only(self, kept: Sequence[int]) -> Subspace:
         """Return the subspace of some of the layers."""
@@ -220,10 +215,11 @@ class Subspace:
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """Return the transpose of :meth:`forward`, applied to ``cotangent``."""
-        parts = [self.affine.adjoint(cotangent)]
+        parts = [self.affine.part_of_adjoint(cotangent)]
         narrow = cotangent.to(parts[0])
         pairs = zip(self.blocks, self.rows, strict=True)
-        return torch.cat([*parts, *(block.adjoint(rows, narrow) for block, rows in pairs)])
+        parts += [block.adjoint(rows, narrow) for block, rows in pairs]
+        return sum_over_ranks(torch.cat(parts))
 
     def extend(self, x: Tensor) -> Tensor:
         """Return the unknowns of the objective from coordinates."""
@@ -238,6 +234,19 @@ class Subspace:
         affine, u = x[: self.sizes[0]], x[self.sizes[0] :]
         pieces = self.head.pieces(u)
         return torch.cat([affine, *(block.restrict(pieces) for block in self.blocks)])
+
+
+def _rows(objective: TangentObjective, blocks: Sequence[Block]) -> list[Tensors]:
+    """Return the rows of all samples for every block, in one pass."""
+    tangent, n_outputs = objective.tangent, objective.loss.n_outputs
+    assert tangent is not None
+    kept = [b.empty(objective.like, objective.n_samples, n_outputs) for b in blocks]
+    for rows, boundary in tangent.batches():
+        projected = _project(tangent, blocks, boundary, rows.stop - rows.start)
+        for places, parts in zip(kept, projected, strict=True):
+            for place, part in zip(places, parts, strict=True):
+                place[rows] = part
+    return kept
 
 
 def _project(
@@ -297,6 +306,7 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     assert tangent is not None
     rows, boundary = next(iter(tangent.batches()))
     found = positions(record(tangent.head, boundary)[1], rows.stop - rows.start)
+    found = dict(set.intersection(*(set(of.items()) for of in gather_over_ranks(found))))
     layers = [layer for layer in curvature.layers if layer.weight in found and layer.decomposed]
     n_positions = [found[layer.weight] for layer in layers]
     widths = [(layer.factor.output.shape[-1], layer.factor.inputs.shape[-1]) for layer in layers]
@@ -305,7 +315,7 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     if not layers or cost < _MIN_COST or n_outputs > _MAX_OUTPUTS:
         return None
     largest = max(float(layer.output.values.max() * layer.inputs.values.max()) for layer in layers)
-    room = _MAX_BYTES / objective.like.element_size() / objective.n_samples
+    room = _MAX_BYTES / objective.like.element_size() / max(gather_over_ranks(objective.n_samples))
     for floor in largest * _FLOORS if largest > 0 else ():
         ranks = [_ranks(layer, floor) for layer in layers]
         storages = [
@@ -317,9 +327,13 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
             each = zip(layers, ranks, n_positions, storages, strict=True)
             blocks = [Block.from_layer(x, r, n, s.summed) for x, r, n, s in each if min(r) > 0]
             try:
-                return _checked(objective, Subspace(objective, blocks, curvature.total))
+                subspace = Subspace(objective, blocks, curvature.total)
             except LayoutError:
+                subspace = None
+            if not on_all_ranks(subspace is not None):
                 return None
+            assert subspace is not None
+            return _checked(objective, subspace)
     return None
 
 

@@ -35,6 +35,7 @@ from dataclasses import replace
 
 import torch
 
+from sklearn_gradfeat.data import number_of_first_rank, on_all_ranks
 from sklearn_gradfeat.linearized import LinearModel
 from sklearn_gradfeat.solvers import Solution, penalised
 from sklearn_gradfeat.training._progress import Progress
@@ -150,7 +151,7 @@ def _objective(stages: TwoStageFit, first: FirstStage, gradient_alpha: float) ->
 
 def _is_finite(stages: TwoStageFit) -> bool:
     """Whether the activations and their squares are finite."""
-    return bool(torch.isfinite(stages.samples.activation.square().sum()))
+    return on_all_ranks(bool(torch.isfinite(stages.samples.activation.square().sum())))
 
 
 def _penalty(stages: TwoStageFit, gradient_alpha: float) -> float:
@@ -158,7 +159,7 @@ def _penalty(stages: TwoStageFit, gradient_alpha: float) -> float:
     if not stages.point:
         return 0.0
     u = stages.head.flatten(tuple(stages.point.values()))
-    return gradient_alpha / 2 * float(u.double().square().sum())
+    return gradient_alpha / 2 * number_of_first_rank(float(u.double().square().sum()))
 
 
 def _move(

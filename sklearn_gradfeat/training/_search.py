@@ -33,6 +33,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sklearn_gradfeat.curvature import largest_curvature
+from sklearn_gradfeat.data import number_of_first_rank, sum_over_ranks
 from sklearn_gradfeat.training._held_out import (
     ENOUGH,
     ENOUGH_WITH_GRADIENTS,
@@ -248,7 +249,8 @@ class _Path:
         """Try a penalty, and return whether its loss is below all others."""
         former = min(self._means.values(), default=math.inf)
         self._losses[penalty] = self._held_out.losses(*self._pair_of(penalty))
-        mean = float(np.average(self._losses[penalty], weights=self._held_out.weights))
+        losses, weights = self._losses[penalty], self._held_out.weights
+        mean = number_of_first_rank(float(np.average(losses, weights=weights)))
         self._means[penalty] = mean if math.isfinite(mean) else math.inf
         if self._progress is not None:
             best = self._lowest()
@@ -297,6 +299,7 @@ def _alpha_by_scale(stages: TwoStageFit) -> float:
     """Return the mean variance of the activations, divided by the number of samples."""
     weights = stages.loss.weights
     activation = stages.samples.activation.to(weights)
-    variance = float((weights @ (activation - weights @ activation).square()).mean())
-    n_used = int((weights > 0).sum())
+    mean = sum_over_ranks(weights @ activation)
+    variance = float(sum_over_ranks(weights @ (activation - mean).square()).mean())
+    n_used = int(sum_over_ranks((weights > 0).sum()))
     return variance / n_used if variance > 0 else 1.0

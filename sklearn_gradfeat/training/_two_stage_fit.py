@@ -30,7 +30,15 @@ from torch import Tensor
 from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.cache import CachedSamples
 from sklearn_gradfeat.curvature import Inverses
-from sklearn_gradfeat.data import Result, accumulation_device
+from sklearn_gradfeat.data import (
+    Result,
+    accumulation_device,
+    gather_over_ranks,
+    n_ranks,
+    number_of_first_rank,
+    of_first_rank,
+    sum_over_ranks,
+)
 from sklearn_gradfeat.linearized import (
     Bernoulli,
     LinearizedHead,
@@ -210,7 +218,7 @@ class TwoStageFit:
                 activation[rows] = head.activation(boundary)
             return activation
 
-        samples = self.samples.with_activation(self._retry(forward_pass))
+        samples = self.samples.with_activation(self.samples.batch_size.retry(forward_pass))
         prepared = self._prepared._replace(samples=samples, point=point)
         return TwoStageFit(prepared, self.problem, self._stopped)
 
@@ -263,7 +271,8 @@ class TwoStageFit:
         if not isinstance(self.loss, (Bernoulli, Multinomial)):
             return False
         weights = self.loss.weights[self.loss.weights > 0]
-        return solution.objective_path[-1] < math.log(2) * float(weights.min())
+        smallest = min(gather_over_ranks(float(weights.min()) if len(weights) else math.inf))
+        return solution.objective_path[-1] < math.log(2) * smallest
 
     def fit_activation(
         self,
@@ -338,11 +347,11 @@ class TwoStageFit:
         logits = self.second_objective(first, 0.0).forward(start)
         gradient = objective.adjoint(self.loss.gradient(logits))
         gradient[: objective.sizes[1]] = 0  # the intercept
-        size = float(gradient.norm())
+        size = number_of_first_rank(float(gradient.norm()))
         if size == 0:
             return 0.0
         seen = objective.forward(gradient / size)
-        return float((self.loss.curvatures(logits) * seen.square()).sum())
+        return float(sum_over_ranks((self.loss.curvatures(logits) * seen.square()).sum()))
 
     def objective(
         self,
@@ -441,6 +450,7 @@ class TwoStageFit:
         Rounding errors of the gradient or the objective also end it. Where Newton steps are
         exact, continue to rounding; this takes one or two more steps.
         """
+        start = of_first_rank(start)
         inverse, coarse = self._inverse(objective, inverses), inverses.coarse(objective)
         eps = torch.finfo(start.dtype).eps
         rounding = max(100 * eps**2, torch.finfo(torch.float64).eps)
@@ -476,8 +486,11 @@ class TwoStageFit:
         return lambda logits: self._retry(partial(inverse, logits))
 
     def _retry(self, compute: Callable[[], Result]) -> Result:
-        """Return ``compute()``, repeated in smaller batches where memory runs out."""
-        return self.samples.batch_size.retry(compute)
+        """Return ``compute()``, repeated in smaller batches where memory runs out.
+
+        Ranks that fit together repeat passes alone: ``compute`` adds up sums of all ranks.
+        """
+        return compute() if n_ranks() > 1 else self.samples.batch_size.retry(compute)
 
 
 def _is_optimum(

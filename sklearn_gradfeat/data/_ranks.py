@@ -1,0 +1,356 @@
+"""Sums over the ranks of a process group of ``torch.distributed``, while they fit together.
+
+Every rank has some of the samples, and computes its part of every sum over samples. The functions
+of this module are called where such a sum is complete. Outside of :func:`fit_together`, and
+without a process group of several ranks, they return their argument and communicate nothing.
+
+All ranks must call them in the same order. So each call starts with a header, one all-reduce of a
+few integers: whether a rank has failed, and which call this is. A rank that raises an error sends
+a header that says so, and all others raise an error with its message. The process group can be
+used afterwards.
+
+A rank that is killed sends nothing. While a rank is in a fit, a thread counts up a number in the
+store of the process group, once a second. The other ranks see which numbers stand still. Then the
+process group is of no further use, as torch cannot leave out a rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor
+
+Value = TypeVar("Value")
+Summed = TypeVar("Summed", Tensor, npt.NDArray[Any])
+
+# Seconds between the signs of life of a rank, without one for a collective that fails to name
+# the rank as lost, and for a collective that waits to do so.
+_BEAT, _SOON, _LATE = 1.0, 5.0, 60.0
+# Longest pause between two looks at a collective that waits, in seconds.
+_PAUSE = 0.02
+_LEFT = "left"
+
+
+class _Beats:
+    """Signs of life of all ranks in the store of the process group, for one fit."""
+
+    def __init__(self, rank: int, size: int, number: int) -> None:
+        self._store: Any = dist.distributed_c10d._get_default_store()
+        self._rank, self._size, self._prefix = rank, size, f"sklearn_gradfeat/{number}"
+        self._stop, self.n_calls = threading.Event(), 0
+        self._thread = threading.Thread(target=self._beat, name="signs-of-life", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        count = 0
+        with contextlib.suppress(RuntimeError):  # the process that holds the store has ended
+            while True:
+                count += 1
+                self._store.set(f"{self._prefix}/{self._rank}", f"{count} {self.n_calls}")
+                if self._stop.wait(_BEAT):
+                    return
+
+    def close(self) -> None:
+        """End the signs of this rank."""
+        self._stop.set()
+        self._thread.join()
+
+    def leave(self, message: str) -> None:
+        """Tell ranks that still wait why this rank does not go on."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"{self._prefix}/{_LEFT}", message)
+
+    def why_left(self) -> str:
+        """Return the message of a rank that has left, or nothing."""
+        return self._read(_LEFT)
+
+    def read(self) -> dict[int, str]:
+        """Return the last sign of every rank, nothing for a rank that is not in this fit yet."""
+        return {rank: self._read(str(rank)) for rank in range(self._size)}
+
+    def _read(self, key: str) -> str:
+        key = f"{self._prefix}/{key}"
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+
+class _Group:
+    """The ranks of the default process group during one fit."""
+
+    current: ClassVar[_Group | None] = None
+    n_fits: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        _Group.n_fits += 1
+        self.thread = threading.get_ident()
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._devices = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
+        self._beats = _Beats(self.rank, self.size, self.n_fits)
+        self._in_collective = False
+        self._told = False
+
+    def close(self) -> None:
+        self._beats.close()
+
+    def tell(self, error: BaseException) -> None:
+        """Tell the other ranks of the error that ends the fit of this one."""
+        if self._in_collective:  # the others do not wait for a header
+            self._beats.leave(f"Rank {self.rank} stopped: {_text(error)}")
+        elif not self._told:
+            with contextlib.suppress(RuntimeError):
+                self._header("error", _text(error))
+
+    def end(self) -> None:
+        """Wait until no rank can fail any more."""
+        with self._collective("end"):
+            pass
+
+    def sum(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        with self._collective("sum", tensor.dtype, tuple(tensor.shape)):
+            return self._reduced(tensor, op)
+
+    def gather(self, value: Value) -> list[Value]:
+        with self._collective("gather"):
+            return self._exchanged(value)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """Return the tensor of rank 0, which is only sent if another rank has other bits."""
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        shape = repr(tuple(tensor.shape)).encode()
+        content_digest = xxhash.xxh3_64_intdigest(content.data) ^ xxhash.xxh3_64_intdigest(shape)
+        with self._collective("first", digest=content_digest >> 2) as equal:
+            if equal:
+                return tensor
+            sizes = self._exchanged(tuple(tensor.shape))
+            there = tensor if self.rank == 0 else tensor.new_empty(sizes[0])
+            sent = there.to(self._device(tensor)).contiguous().clone()
+            self._wait(lambda: dist.broadcast(sent, 0, async_op=True))
+            return sent.to(tensor.device)
+
+    @contextmanager
+    def _collective(self, name: str, *details: Any, digest: int = 0) -> Iterator[bool]:
+        """Send the header before the block that communicates; yield whether digests are equal."""
+        equal = self._header(name, "", *details, digest=digest)
+        self._in_collective = True
+        yield equal
+        self._in_collective = False
+
+    def _header(self, name: str, message: str, *details: Any, digest: int = 0) -> bool:
+        code = zlib.crc32(repr((name, *details)).encode())
+        own = torch.tensor([bool(message), code, -code, digest, -digest])
+        self._in_collective = True
+        failed, high, low, largest, smallest = self._reduced(own, dist.ReduceOp.MAX).tolist()
+        if failed:
+            messages = self._exchanged(message)
+        self._in_collective = False
+        if failed:
+            self._told = True
+            found = [f"Rank {i} failed: {text}" for i, text in enumerate(messages) if text]
+            raise RuntimeError(f"{' '.join(found)} So no rank has a fitted estimator.")
+        if high != -low:
+            self._told = True
+            raise RuntimeError(
+                f"The ranks do different things: rank {self.rank} has come to {name!r} "
+                f"{details or ''}. All ranks must fit the same estimator, one at a time, and "
+                "callbacks must do the same on all ranks."
+            )
+        self._beats.n_calls += 1
+        return bool(largest == -smallest)
+
+    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
+        total = (
+            tensor.detach().to(self._device(tensor)).clone(memory_format=torch.contiguous_format)
+        )
+        self._wait(lambda: dist.all_reduce(total, op, async_op=True))
+        return total.to(tensor.device)
+
+    def _exchanged(self, value: Value) -> list[Value]:
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(own)
+        sizes = self._reduced(sizes, dist.ReduceOp.SUM)
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        padded[: len(own)] = own
+        padded = padded.to(self._device(padded))
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        self._wait(lambda: dist.all_gather(parts, padded, async_op=True))
+        whole = [part.cpu()[:n].numpy() for part, n in zip(parts, sizes.tolist(), strict=True)]
+        return [pickle.loads(part.data) for part in whole]
+
+    def _device(self, tensor: Tensor) -> torch.device:
+        """Return the device of a tensor, or one on which the group communicates."""
+        if tensor.device.type in self._devices:
+            return tensor.device
+        return torch.device(self._devices[0])
+
+    def _wait(self, start: Callable[[], Any]) -> None:
+        """Wait for a collective to end, and raise an error where a rank is lost."""
+        try:
+            work, pause, began = start(), 1e-5, time.monotonic()
+            former: dict[int, str] = {}
+            since: dict[int, float] = {}
+            looked = began
+            while not work.is_completed():
+                time.sleep(pause)
+                pause = min(1.5 * pause, _PAUSE)
+                now = time.monotonic()
+                if now - looked < _BEAT:
+                    continue
+                looked, signs = now, self._beats.read()
+                since = {i: since[i] if former.get(i) == s else now for i, s in signs.items()}
+                former = signs
+                lost = [i for i, s in signs.items() if s and now - since[i] > _LATE]
+                left = self._beats.why_left()
+                if left or lost:
+                    raise RuntimeError(left or _without_sign(lost))
+            work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(self._diagnosis(error)) from error
+
+    def _diagnosis(self, error: RuntimeError) -> str:
+        """Return which rank is lost, after a collective has failed."""
+        try:
+            left, before = self._beats.why_left(), self._beats.read()
+            if left:
+                return left
+            time.sleep(_SOON)
+            after, left = self._beats.read(), self._beats.why_left()
+        except RuntimeError:
+            return f"The store of the process group does not answer: rank 0 has ended. {error}"
+        lost = [i for i in after if after[i] and after[i] == before[i]]
+        absent = [i for i in after if not after[i]]
+        behind = [
+            i
+            for i, sign in after.items()
+            if sign and int(sign.split()[1]) < int(after[self.rank].split()[1])
+        ]
+        if lost:
+            return f"{_without_sign(lost)} {error}"
+        if left:
+            return left
+        if absent:
+            return f"{_named(absent)} did not call fit within the timeout of the group. {error}"
+        return f"{_named(behind) or 'A rank'} did not answer. {error}"
+
+
+def _named(ranks: list[int]) -> str:
+    return ", ".join(f"rank {i}" for i in ranks).capitalize()
+
+
+def _without_sign(ranks: list[int]) -> str:
+    return f"{_named(ranks)} gives no sign of life: the process has ended, or its host is lost."
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+@contextmanager
+def fit_together() -> Iterator[None]:
+    """Fit on the samples of all ranks of the process group, as a context manager or a decorator.
+
+    Raises
+    ------
+    RuntimeError
+        If another rank fails or is lost; the message names it.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        yield
+        return
+    if _Group.current is not None:
+        if _Group.current.thread != threading.get_ident():
+            raise RuntimeError(
+                "Another thread of this process is fitting with the other ranks of the process "
+                "group. Fit one estimator at a time, with n_jobs=1."
+            )
+        yield
+        return
+    group = _Group.current = _Group()
+    try:
+        try:
+            yield
+        except BaseException as error:
+            group.tell(error)
+            raise
+        group.end()
+    finally:
+        group.close()
+        _Group.current = None
+
+
+def n_ranks() -> int:
+    """Return the number of ranks that fit together, one outside of a fit or without a group."""
+    group = _Group.current
+    return 1 if group is None else group.size
+
+
+def sum_over_ranks(part: Summed) -> Summed:
+    """Return the sum of the tensors or arrays of all ranks, the same bits on every rank."""
+    group = _Group.current
+    if group is None:
+        return part
+    if isinstance(part, Tensor):
+        return group.sum(part)
+    return np.asarray(group.sum(torch.from_numpy(np.asarray(part))).numpy())
+
+
+def largest_over_ranks(part: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the largest of the numbers of all ranks, for every entry."""
+    group = _Group.current
+    if group is None:
+        return part
+    return np.asarray(group.sum(torch.from_numpy(np.asarray(part)), dist.ReduceOp.MAX).numpy())
+
+
+def on_all_ranks(condition: bool) -> bool:
+    """Return whether a condition holds on every rank."""
+    group = _Group.current
+    return condition if group is None else all(group.gather(condition))
+
+
+def gather_over_ranks(value: Value) -> list[Value]:
+    """Return the values of all ranks, in the order of the ranks."""
+    group = _Group.current
+    return [value] if group is None else group.gather(value)
+
+
+def rows_of_all_ranks(rows: Summed) -> tuple[Summed, slice]:
+    """Return the rows of all ranks, and which of them are those of this rank."""
+    group = _Group.current
+    if group is None:
+        return rows, slice(None)
+    parts = group.gather(rows.cpu() if isinstance(rows, Tensor) else rows)
+    start = sum(map(len, parts[: group.rank]))
+    own = slice(start, start + len(rows))
+    if isinstance(rows, Tensor):
+        return torch.cat(parts).to(rows.device), own
+    return np.concatenate(parts), own
+
+
+def of_first_rank(tensor: Tensor) -> Tensor:
+    """Return the tensor of rank 0.
+
+    It is for results that all ranks compute from the same numbers, and that have other bits on
+    other processors.
+    """
+    group = _Group.current
+    return tensor if group is None else group.first(tensor)
+
+
+def number_of_first_rank(number: float) -> float:
+    """Return the number of rank 0."""
+    group = _Group.current
+    if group is None:
+        return number
+    return float(group.first(torch.tensor(number, dtype=torch.float64)))
