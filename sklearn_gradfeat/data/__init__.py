@@ -20,7 +20,6 @@ from sklearn_gradfeat.data._image_files import (
 from sklearn_gradfeat.data._ranks import (
     fit_together,
     gather_over_ranks,
-    largest_over_ranks,
     n_ranks,
     number_of_first_rank,
     of_first_rank,
@@ -65,7 +64,6 @@ __all__ = [
     "free_bytes",
     "gather_over_ranks",
     "is_lazy",
-    "largest_over_ranks",
     "n_ranks",
     "normalized_weights",
     "number_of_first_rank",

@@ -4,8 +4,8 @@ Every rank has some of the samples, and computes its part of every sum over samp
 of this module are called where such a sum is complete. Outside of :func:`fit_together`, and
 without a process group of several ranks, they return their argument and communicate nothing.
 
-All ranks must call them in the same order. So each call starts with a header, one all-reduce of a
-few integers: whether a rank has failed, and which call this is. A rank that raises an error sends
+All ranks must call them in the same order. So each call starts with a header of each
+rank: whether it has failed, and which call this is. A rank that raises an error sends
 a header that says so, and all others raise an error with its message. The process group can be
 used afterwards.
 
@@ -23,7 +23,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,38 @@ class _Beats:
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
 
+class _Header(NamedTuple):
+    """What a rank sends before a collective.
+
+    Attributes
+    ----------
+    size_of_error : int
+        Number of bytes in the message of a rank that has failed, 0 for all others.
+    code : int
+        Which collective this is.
+    digest : int
+        A hash of the content, below 2⁶³.
+    number : float
+        A number for all other ranks.
+    """
+
+    size_of_error: int
+    code: int
+    digest: int
+    number: float
+
+    def packed(self) -> Tensor:
+        """Return the header as integers."""
+        bits = torch.tensor([self.number], dtype=torch.float64).view(torch.int64)
+        return torch.cat([torch.tensor(self[:3]), bits])
+
+    @classmethod
+    def unpacked(cls, values: list[int]) -> _Header:
+        """Return the header from these integers."""
+        number = torch.tensor(values[3:]).view(torch.float64)
+        return cls(*values[:3], float(number))
+
+
 class _Group:
     """The ranks of the default process group during one fit."""
 
@@ -108,85 +140,91 @@ class _Group:
         if self._in_collective:  # the others do not wait for a header
             self._beats.leave(f"Rank {self.rank} stopped: {_text(error)}")
         elif not self._told:
+            message = _text(error)
+            header = _Header(len(message.encode()), 0, 0, 0.0)
             with contextlib.suppress(RuntimeError):
-                self._header("error", _text(error))
+                self._exchanged(header, message)
 
     def end(self) -> None:
         """Wait until no rank can fail any more."""
         with self._collective("end"):
             pass
 
-    def sum(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
+        if tensor.numel() == 1:  # travels with the header
+            with self._collective("number", number=float(tensor)) as headers:
+                return tensor.new_full(tensor.shape, sum(header.number for header in headers))
         with self._collective("sum", tensor.dtype, tuple(tensor.shape)):
-            return self._reduced(tensor, op)
+            total = tensor.detach().to(self._device(tensor))
+            total = total.clone(memory_format=torch.contiguous_format)
+            self._wait(lambda: dist.all_reduce(total, async_op=True))
+            return total.to(tensor.device)
 
     def gather(self, value: Value) -> list[Value]:
-        with self._collective("gather"):
-            return self._exchanged(value)
+        data = pickle.dumps(value)
+        with self._collective("gather", number=len(data)) as headers:
+            return [pickle.loads(part) for part in self._gathered(data, headers)]
 
     def first(self, tensor: Tensor) -> Tensor:
         """Return the tensor of rank 0, which is only sent if another rank has other bits."""
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        shape = repr(tuple(tensor.shape)).encode()
-        content_digest = xxhash.xxh3_64_intdigest(content.data) ^ xxhash.xxh3_64_intdigest(shape)
-        with self._collective("first", digest=content_digest >> 2) as equal:
-            if equal:
+        shape = pickle.dumps(tuple(tensor.shape))
+        digest = xxhash.xxh3_64_intdigest(content.data) ^ xxhash.xxh3_64_intdigest(shape)
+        with self._collective("first", digest=digest >> 1, number=len(shape)) as headers:
+            if len({header.digest for header in headers}) == 1:
                 return tensor
-            sizes = self._exchanged(tuple(tensor.shape))
-            there = tensor if self.rank == 0 else tensor.new_empty(sizes[0])
-            sent = there.to(self._device(tensor)).contiguous().clone()
+            shape_there = pickle.loads(self._gathered(shape, headers)[0])
+            there = tensor if self.rank == 0 else tensor.new_empty(shape_there)
+            sent = there.detach().to(self._device(tensor))
+            sent = sent.clone(memory_format=torch.contiguous_format)
             self._wait(lambda: dist.broadcast(sent, 0, async_op=True))
             return sent.to(tensor.device)
 
     @contextmanager
-    def _collective(self, name: str, *details: Any, digest: int = 0) -> Iterator[bool]:
-        """Send the header before the block that communicates; yield whether digests are equal."""
-        equal = self._header(name, "", *details, digest=digest)
+    def _collective(
+        self, name: str, *details: Any, digest: int = 0, number: float = 0.0
+    ) -> Iterator[list[_Header]]:
+        """Exchange headers before the block that communicates."""
+        headers = self._exchanged(_Header(0, _code(name, details), digest, number))
         self._in_collective = True
-        yield equal
-        self._in_collective = False
-
-    def _header(self, name: str, message: str, *details: Any, digest: int = 0) -> bool:
-        code = zlib.crc32(repr((name, *details)).encode())
-        own = torch.tensor([bool(message), code, -code, digest, -digest])
-        self._in_collective = True
-        failed, high, low, largest, smallest = self._reduced(own, dist.ReduceOp.MAX).tolist()
-        if failed:
-            messages = self._exchanged(message)
-        self._in_collective = False
-        if failed:
-            self._told = True
-            found = [f"Rank {i} failed: {text}" for i, text in enumerate(messages) if text]
-            raise RuntimeError(f"{' '.join(found)} So no rank has a fitted estimator.")
-        if high != -low:
-            self._told = True
+        if len({header.code for header in headers}) > 1:
+            self._told, self._in_collective = True, False
             raise RuntimeError(
                 f"The ranks do different things: rank {self.rank} has come to {name!r} "
                 f"{details or ''}. All ranks must fit the same estimator, one at a time, and "
                 "callbacks must do the same on all ranks."
             )
+        yield headers
+        self._in_collective = False
         self._beats.n_calls += 1
-        return bool(largest == -smallest)
 
-    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
-        total = (
-            tensor.detach().to(self._device(tensor)).clone(memory_format=torch.contiguous_format)
-        )
-        self._wait(lambda: dist.all_reduce(total, op, async_op=True))
-        return total.to(tensor.device)
+    def _exchanged(self, own: _Header, message: str = "") -> list[_Header]:
+        """Return the headers of all ranks; raise an error if one of them has failed."""
+        self._in_collective = True
+        parts = self._all_gather(own.packed()).tolist()
+        headers = [_Header.unpacked(part) for part in parts]
+        if any(header.size_of_error for header in headers):
+            sizes = [header._replace(number=header.size_of_error) for header in headers]
+            texts = [part.decode() for part in self._gathered(message.encode(), sizes)]
+            self._told, self._in_collective = True, False
+            found = [f"Rank {i} failed: {text}" for i, text in enumerate(texts) if text]
+            raise RuntimeError(f"{' '.join(found)} So no rank has a fitted estimator.")
+        self._in_collective = False
+        return headers
 
-    def _exchanged(self, value: Value) -> list[Value]:
-        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = torch.zeros(self.size, dtype=torch.int64)
-        sizes[self.rank] = len(own)
-        sizes = self._reduced(sizes, dist.ReduceOp.SUM)
-        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-        padded[: len(own)] = own
-        padded = padded.to(self._device(padded))
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self._wait(lambda: dist.all_gather(parts, padded, async_op=True))
-        whole = [part.cpu()[:n].numpy() for part, n in zip(parts, sizes.tolist(), strict=True)]
-        return [pickle.loads(part.data) for part in whole]
+    def _gathered(self, data: bytes, headers: list[_Header]) -> list[bytes]:
+        """Return the bytes of all ranks, whose numbers are in the headers."""
+        sizes = [int(header.number) for header in headers]
+        padded = bytearray(data.ljust(max(sizes), b"\0"))
+        parts = self._all_gather(torch.frombuffer(padded, dtype=torch.uint8))
+        return [part.numpy().tobytes()[:n] for part, n in zip(parts, sizes, strict=True)]
+
+    def _all_gather(self, own: Tensor) -> Tensor:
+        """Return the tensors of all ranks, stacked, in host memory."""
+        own = own.to(self._device(own))
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        self._wait(lambda: dist.all_gather(parts, own, async_op=True))
+        return torch.stack(parts).cpu()
 
     def _device(self, tensor: Tensor) -> torch.device:
         """Return the device of a tensor, or one on which the group communicates."""
@@ -242,6 +280,10 @@ class _Group:
         if absent:
             return f"{_named(absent)} did not call fit within the timeout of the group. {error}"
         return f"{_named(behind) or 'A rank'} did not answer. {error}"
+
+
+def _code(name: str, details: tuple[Any, ...]) -> int:
+    return zlib.crc32(repr((name, *details)).encode())
 
 
 def _named(ranks: list[int]) -> str:
@@ -305,18 +347,9 @@ def sum_over_ranks(part: Summed) -> Summed:
     return np.asarray(group.sum(torch.from_numpy(np.asarray(part))).numpy())
 
 
-def largest_over_ranks(part: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the largest of the numbers of all ranks, for every entry."""
-    group = _Group.current
-    if group is None:
-        return part
-    return np.asarray(group.sum(torch.from_numpy(np.asarray(part)), dist.ReduceOp.MAX).numpy())
-
-
 def on_all_ranks(condition: bool) -> bool:
     """Return whether a condition holds on every rank."""
-    group = _Group.current
-    return condition if group is None else all(group.gather(condition))
+    return not int(sum_over_ranks(torch.tensor(int(not condition))))
 
 
 def gather_over_ranks(value: Value) -> list[Value]:

@@ -14,7 +14,6 @@ from sklearn.utils.validation import _check_sample_weight, check_array, column_o
 
 from sklearn_gradfeat.data._ranks import (
     gather_over_ranks,
-    largest_over_ranks,
     rows_of_all_ranks,
     sum_over_ranks,
 )
@@ -184,7 +183,7 @@ def normalized_weights(
 
 def _scaled(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Divide weights by a power of two, which is exact, so that sums do not overflow."""
-    largest = largest_over_ranks(weights.max(initial=0))
+    largest = max(gather_over_ranks(weights.max(initial=0)))
     if not np.isfinite(largest):
         raise ValueError(
             "class_weight: its product with the weights of the samples is infinite or NaN. Pass "

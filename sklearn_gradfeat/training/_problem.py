@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from sklearn_gradfeat.data import (
-    largest_over_ranks,
+    gather_over_ranks,
     sum_over_ranks,
     weighted_mean,
     weighted_median,
@@ -121,7 +121,7 @@ def regression_problem(
     centre = weighted_mean if epsilon is None else weighted_median
     with np.errstate(over="ignore", invalid="ignore"):
         offset = centre(targets, weights) if fit_intercept else np.zeros(targets.shape[1])
-        spread = largest_over_ranks(np.abs(targets - offset).max(axis=0))
+        spread = np.max(gather_over_ranks(np.abs(targets - offset).max(axis=0)), axis=0)
     # Below the range the squares are zero, and the solver would stop at the zero model.
     outside = ~(spread <= _MAX_SPREAD) | ((spread > 0) & (spread < 1 / _MAX_SPREAD))
     if epsilon is None and outside.any():

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat.data import gather_over_ranks
+from sklearn_gradfeat.data import on_all_ranks
 from sklearn_gradfeat.linearized import LinearModel
 
 try:
@@ -94,9 +94,8 @@ class Progress:
         )
         if to_attributes is None:
             return False
-        return any(
-            gather_over_ranks(self._called_back(iteration, lambda: to_attributes(to_model(x))))
-        )
+        stops = self._called_back(iteration, lambda: to_attributes(to_model(x)))
+        return not on_all_ranks(not stops)
 
     def _called_back(self, iteration: int, attributes: Callable[[], dict[str, Any]]) -> bool:
         """Report an iteration to callbacks, and return whether one of them asks to stop."""
