@@ -113,8 +113,9 @@ class _Header(NamedTuple):
     @classmethod
     def unpacked(cls, values: list[int]) -> _Header:
         """Return the header from these integers."""
-        number = torch.tensor(values[3:]).view(torch.float64)
-        return cls(*values[:3], float(number))
+        size_of_error, code, digest, bits = values
+        number = float(torch.tensor([bits]).view(torch.float64))
+        return cls(size_of_error, code, digest, number)
 
 
 class _Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from numbers import Number
 from typing import Any
@@ -14,9 +15,17 @@ from sklearn.utils.validation import _check_sample_weight, check_array, column_o
 
 from sklearn_gradfeat.data._ranks import (
     gather_over_ranks,
+    n_ranks,
     rows_of_all_ranks,
     sum_over_ranks,
 )
+
+# scikit-learn 1.6 does not check for zeros.
+_ALLOW_ZEROS = {
+    name: True
+    for name in inspect.signature(_check_sample_weight).parameters
+    if name == "allow_all_zero_weights"
+}
 
 
 def plain_targets(y: Any) -> npt.NDArray[Any]:
@@ -168,7 +177,11 @@ def normalized_weights(
     ValueError
         If a weight is negative, or if all weights are zero.
     """
-    weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
+    # The samples of one rank may all have weight zero.
+    zeros = _ALLOW_ZEROS if n_ranks() > 1 else {}
+    weights = _check_sample_weight(
+        sample_weight, y, dtype=np.float64, ensure_non_negative=True, **zeros
+    )
     weights = _scaled(weights)
     if class_weight is not None:
         weights = _scaled(weights * _class_factors(class_weight, y, weights))
