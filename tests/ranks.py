@@ -108,11 +108,15 @@ CASES = {
     "copies": lambda: (exact(estimator()), _with_copies(*_images(40))),
     "auto, activation": lambda: (
         exact(estimator(), alpha="auto", features="activation"),
-        _with_copies(*_images(150)),
+        _with_copies(*_images(100, 2)),
     ),
     "auto": lambda: (
         exact(estimator(), alpha="auto", gradient_alpha="auto"),
         _with_copies(*_images(240)),
+    ),
+    "auto, linearizations": lambda: (
+        exact(estimator(), gradient_alpha="auto", n_linearizations="auto"),
+        _images(240),
     ),
     "auto, squared": lambda: (
         _regressor(alpha="auto", gradient_alpha="auto", precision="float32"),

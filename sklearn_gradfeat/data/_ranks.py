@@ -10,8 +10,9 @@ a header that says so, and all others raise an error with its message. The proce
 used afterwards.
 
 A rank that is killed sends nothing. While a rank is in a fit, a thread counts up a number in the
-store of the process group, once a second. The other ranks see which numbers stand still. Then the
-process group is of no further use, as torch cannot leave out a rank.
+store of the process group, once a second. The other ranks see which number stands still: where a
+collective fails, and while they wait for one, each for the next rank. Then the process group is of
+no further use, as torch cannot leave out a rank.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pickle
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -35,8 +36,8 @@ from torch import Tensor
 Value = TypeVar("Value")
 Summed = TypeVar("Summed", Tensor, npt.NDArray[Any])
 
-# Seconds between the signs of life of a rank, without one for a collective that fails to name
-# the rank as lost, and for a collective that waits to do so.
+# Seconds between the signs of life of a rank; without one until a rank counts as lost, after a
+# collective has failed, and while one waits.
 _BEAT, _SOON, _LATE = 1.0, 5.0, 60.0
 # Longest pause between two looks at a collective that waits, in seconds.
 _PAUSE = 0.02
@@ -46,9 +47,9 @@ _LEFT = "left"
 class _Beats:
     """Signs of life of all ranks in the store of the process group, for one fit."""
 
-    def __init__(self, rank: int, size: int, number: int) -> None:
+    def __init__(self, rank: int, number: int) -> None:
         self._store: Any = dist.distributed_c10d._get_default_store()
-        self._rank, self._size, self._prefix = rank, size, f"sklearn_gradfeat/{number}"
+        self._rank, self._prefix = rank, f"sklearn_gradfeat/{number}"
         self._stop, self.n_calls = threading.Event(), 0
         self._thread = threading.Thread(target=self._beat, name="signs-of-life", daemon=True)
         self._thread.start()
@@ -65,7 +66,7 @@ class _Beats:
     def close(self) -> None:
         """End the signs of this rank."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_BEAT)
 
     def leave(self, message: str) -> None:
         """Tell ranks that still wait why this rank does not go on."""
@@ -76,9 +77,9 @@ class _Beats:
         """Return the message of a rank that has left, or nothing."""
         return self._read(_LEFT)
 
-    def read(self) -> dict[int, str]:
-        """Return the last sign of every rank, nothing for a rank that is not in this fit yet."""
-        return {rank: self._read(str(rank)) for rank in range(self._size)}
+    def sign(self, rank: int) -> str:
+        """Return the last sign of a rank, nothing if it is not in this fit yet."""
+        return self._read(str(rank))
 
     def _read(self, key: str) -> str:
         key = f"{self._prefix}/{key}"
@@ -129,7 +130,7 @@ class _Group:
         self.thread = threading.get_ident()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._devices = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
-        self._beats = _Beats(self.rank, self.size, self.n_fits)
+        self._beats = _Beats(self.rank, self.n_fits)
         self._in_collective = False
         self._told = False
 
@@ -236,23 +237,19 @@ class _Group:
     def _wait(self, start: Callable[[], Any]) -> None:
         """Wait for a collective to end, and raise an error where a rank is lost."""
         try:
-            work, pause, began = start(), 1e-5, time.monotonic()
-            former: dict[int, str] = {}
-            since: dict[int, float] = {}
-            looked = began
+            work, pause, looked = start(), 5e-5, time.monotonic()
+            sign, since = "", looked
             while not work.is_completed():
                 time.sleep(pause)
-                pause = min(1.5 * pause, _PAUSE)
+                pause = min(2 * pause, _PAUSE)
                 now = time.monotonic()
                 if now - looked < _BEAT:
                     continue
-                looked, signs = now, self._beats.read()
-                since = {i: since[i] if former.get(i) == s else now for i, s in signs.items()}
-                former = signs
-                lost = [i for i, s in signs.items() if s and now - since[i] > _LATE]
-                left = self._beats.why_left()
-                if left or lost:
-                    raise RuntimeError(left or _without_sign(lost))
+                looked, former = now, sign
+                sign = self._beats.sign((self.rank + 1) % self.size)
+                since = since if sign == former else now
+                if (sign and now - since > _LATE) or self._beats.why_left():
+                    raise RuntimeError("A rank is lost.")
             work.wait()
         except RuntimeError as error:
             raise RuntimeError(self._diagnosis(error)) from error
@@ -260,39 +257,33 @@ class _Group:
     def _diagnosis(self, error: RuntimeError) -> str:
         """Return which rank is lost, after a collective has failed."""
         try:
-            left, before = self._beats.why_left(), self._beats.read()
-            if left:
+            if left := self._beats.why_left():
                 return left
+            before = [self._beats.sign(rank) for rank in range(self.size)]
             time.sleep(_SOON)
-            after, left = self._beats.read(), self._beats.why_left()
+            after = [self._beats.sign(rank) for rank in range(self.size)]
+            left = self._beats.why_left()
         except RuntimeError:
             return f"The store of the process group does not answer: rank 0 has ended. {error}"
-        lost = [i for i in after if after[i] and after[i] == before[i]]
-        absent = [i for i in after if not after[i]]
-        behind = [
-            i
-            for i, sign in after.items()
-            if sign and int(sign.split()[1]) < int(after[self.rank].split()[1])
-        ]
-        if lost:
-            return f"{_without_sign(lost)} {error}"
+        signs = list(zip(before, after, strict=True))
+        if lost := _named(sign and sign == former for former, sign in signs):
+            return (
+                f"{lost} gives no sign of life: the process has ended, or its host is lost. {error}"
+            )
         if left:
             return left
-        if absent:
-            return f"{_named(absent)} did not call fit within the timeout of the group. {error}"
-        return f"{_named(behind) or 'A rank'} did not answer. {error}"
+        if absent := _named(not sign for sign in after):
+            return f"{absent} did not call fit within the timeout of the process group. {error}"
+        behind = _named(int(sign.split()[1]) < self._beats.n_calls for sign in after)
+        return f"{behind or 'A rank'} did not answer. {error}"
 
 
 def _code(name: str, details: tuple[Any, ...]) -> int:
     return zlib.crc32(repr((name, *details)).encode())
 
 
-def _named(ranks: list[int]) -> str:
-    return ", ".join(f"rank {i}" for i in ranks).capitalize()
-
-
-def _without_sign(ranks: list[int]) -> str:
-    return f"{_named(ranks)} gives no sign of life: the process has ended, or its host is lost."
+def _named(chosen: Iterable[object]) -> str:
+    return ", ".join(f"rank {i}" for i, is_chosen in enumerate(chosen) if is_chosen).capitalize()
 
 
 def _text(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from sklearn_gradfeat.data import (
 from tests import ranks
 from tests.tiny import X, Y, estimator, tiny_net
 
-FAST = ["weights", "layers", "two linearizations", "auto, activation"]
+FAST = ["weights", "two linearizations", "auto, activation"]
 # The linear models of several linearisations are solved loosely. The choice of penalties is that
 # of models of held-out samples, which are solved to a tolerance of 1e-3.
 OBJECTIVE = {"two linearizations": 1e-5}
