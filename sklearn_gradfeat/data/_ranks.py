@@ -108,15 +108,14 @@ class _Header(NamedTuple):
 
     def packed(self) -> Tensor:
         """Return the header as integers."""
-        bits = torch.tensor([self.number], dtype=torch.float64).view(torch.int64)
-        return torch.cat([torch.tensor(self[:3]), bits])
+        bits = int(np.float64(self.number).view(np.int64))
+        return torch.tensor([*self[:3], bits], device="cpu")
 
     @classmethod
     def unpacked(cls, values: list[int]) -> _Header:
         """Return the header from these integers."""
         size_of_error, code, digest, bits = values
-        number = float(torch.tensor([bits]).view(torch.float64))
-        return cls(size_of_error, code, digest, number)
+        return cls(size_of_error, code, digest, float(np.int64(bits).view(np.float64)))
 
 
 class _Group:
@@ -187,6 +186,7 @@ class _Group:
         self, name: str, *details: Any, digest: int = 0, number: float = 0.0
     ) -> Iterator[list[_Header]]:
         """Exchange headers before the block that communicates."""
+        self._beats.n_calls += 1
         headers = self._exchanged(_Header(0, _code(name, details), digest, number))
         self._in_collective = True
         if len({header.code for header in headers}) > 1:
@@ -198,7 +198,6 @@ class _Group:
             )
         yield headers
         self._in_collective = False
-        self._beats.n_calls += 1
 
     def _exchanged(self, own: _Header, message: str = "") -> list[_Header]:
         """Return the headers of all ranks; raise an error if one of them has failed."""
@@ -264,7 +263,10 @@ class _Group:
             after = [self._beats.sign(rank) for rank in range(self.size)]
             left = self._beats.why_left()
         except RuntimeError:
-            return f"The store of the process group does not answer: rank 0 has ended. {error}"
+            return (
+                "The store of the process group does not answer: the process that holds it, rank 0 "
+                f"or the launcher, has ended. {error}"
+            )
         signs = list(zip(before, after, strict=True))
         if lost := _named(sign and sign == former for former, sign in signs):
             return (
