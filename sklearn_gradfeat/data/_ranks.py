@@ -208,8 +208,8 @@ class _Group:
             sizes = [header._replace(number=header.size_of_error) for header in headers]
             texts = [part.decode() for part in self._gathered(message.encode(), sizes)]
             self._told, self._in_collective = True, False
-            found = [f"Rank {i} failed: {text}" for i, text in enumerate(texts) if text]
-            raise RuntimeError(f"{' '.join(found)} So no rank has a fitted estimator.")
+            found = [f"rank {i} failed: {text}" for i, text in enumerate(texts) if text]
+            raise RuntimeError(f"No rank has a fitted estimator, as {'; '.join(found)}")
         self._in_collective = False
         return headers
 

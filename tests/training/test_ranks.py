@@ -176,9 +176,15 @@ def test_only_fits_communicate(group):
 
 
 MESSAGES = {
-    "raises": ("RuntimeError", "Rank 1 failed: ValueError: Input X contains NaN"),
+    "raises": (
+        "RuntimeError",
+        "No rank has a fitted estimator, as rank 1 failed: ValueError: Input X contains NaN",
+    ),
     "alpha": ("ValueError", "alpha is 0.1 on rank 0 and 0.2 on rank 1"),
-    "invalid": ("RuntimeError", "Rank 1 failed: InvalidParameterError: The 'alpha' parameter"),
+    "invalid": (
+        "RuntimeError",
+        "No rank has a fitted estimator, as rank 1 failed: InvalidParameterError: The 'alpha' parameter",
+    ),
     "shape": ("ValueError", r"X.shape[1:] is (1, 8, 8) on rank 0 and (1, 7, 8) on rank 1"),
     "network": ("ValueError", "backbone: the network of rank 1 differs from that of rank 0"),
     "classes": ("ValueError", "y must have classes of one type on all ranks: rank 0 has <U"),
