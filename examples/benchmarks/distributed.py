@@ -6,12 +6,14 @@ communicates by gloo on this machine. Seconds are those of the processor, of the
 so they hardly depend on other load. A pass is the second stage divided by its passes over the head.
 
 Bytes are counted where torch.distributed is called: the size of the tensors of one process. They
-are compared with the arithmetic: one gradient for each pass, one gradient of the coarse space for
-each of its iterations, and a header of 32 bytes before each.
+are compared with the arithmetic: the gradients, of all unknowns and of the coordinates of the
+coarse space, and the headers. The rest are the factors of the preconditioner.
 
-The model of a pass on K machines, with n images and a ring all-reduce of B bytes, is::
+One process fits all images and half of them, which separates the time of an image from that of
+work that every process repeats, such as the preconditioner. The model of a pass on K machines,
+with n images, a ring all-reduce of B bytes, and C calls, most of them of 32 bytes, is::
 
-    n / K * seconds_per_image  +  2 (K - 1) / K * B / bandwidth  +  calls * 2 (K - 1) * latency
+    n / K * seconds_per_image + fixed_seconds + 2 (K - 1) / K * B / bandwidth + C (K - 1) * latency
 
     python examples/benchmarks/distributed.py --n-train 20000 --output distributed.json
 """
@@ -38,17 +40,19 @@ from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import GradientFeatureClassifier
 from sklearn_gradfeat.curvature._coarse_space import Subspace
+from sklearn_gradfeat.linearized import TangentObjective
 from sklearn_gradfeat.training import TwoStageFit
 
 PENALTIES = {"alpha": 1e-3, "gradient_alpha": 1e-5}
 SIZES = (1_000_000, 100_000_000)
 LARGEST = 4096  # processes in the model
+HEADER = 32  # bytes
 
 
 @contextmanager
 def counted():
-    """Count the calls and bytes of collectives, and the iterations in the coarse space."""
-    noted = {"calls": 0, "bytes": 0, "coarse": 0, "coordinates": 0}
+    """Count the calls and bytes of collectives, and the bytes of gradients and headers."""
+    noted = {"calls": 0, "bytes": 0, "expected": 0}
 
     def of_tensor(name, size):
         function = getattr(dist, name)
@@ -56,20 +60,28 @@ def counted():
         def counting(*arguments, **options):
             noted["calls"] += 1
             noted["bytes"] += size(arguments)
+            noted["expected"] += HEADER if name == "all_gather" else 0
             return function(*arguments, **options)
 
         return mock.patch.object(dist, name, counting)
 
-    def adjoint(self, cotangent, function=Subspace.adjoint):
-        noted["coarse"] += 1
-        noted["coordinates"] = sum(self.sizes)
-        return function(self, cotangent)
+    def gradient(kind):
+        function = kind._join if kind is TangentObjective else kind.adjoint
+
+        def counting(self, *arguments):
+            found = function(self, *arguments)
+            if kind is Subspace or self.tangent is not None:
+                noted["expected"] += found.nbytes
+            return found
+
+        return mock.patch.object(kind, function.__name__, counting)
 
     with (
         of_tensor("all_reduce", lambda given: given[0].nbytes),
         of_tensor("all_gather", lambda given: given[1].nbytes),
         of_tensor("broadcast", lambda given: given[0].nbytes),
-        mock.patch.object(Subspace, "adjoint", adjoint),
+        gradient(TangentObjective),
+        gradient(Subspace),
     ):
         yield noted
 
@@ -82,7 +94,7 @@ def second_stage(noted):
     def measured(self, first, *arguments):
         before, start, wall = dict(noted), time.process_time(), time.perf_counter()
         result = fit_gradient(self, first, *arguments)
-        found.update({key: noted[key] - before[key] for key in ("calls", "bytes", "coarse")})
+        found.update({key: noted[key] - before[key] for key in ("calls", "bytes", "expected")})
         found.update(seconds=time.process_time() - start, wall=time.perf_counter() - wall)
         return result
 
@@ -131,17 +143,16 @@ def measure(task):
         **connection,
         "passes": model.n_passes_,
         "objective": model.objective_path_[-1],
-        "coordinates": noted["coordinates"],
         "unknowns": model.coef_.size
         + model.intercept_.size
         + sum(value.size for value in model.gradient_coef_.values()),
     }
 
 
-def together(arguments, size):
+def together(arguments, size, n_train):
     """Return what the processes of one group measure."""
-    setting = ("n_train", "network", "max_iter", "gradient_layers")
-    task = {key: getattr(arguments, key) for key in setting} | {"size": size}
+    setting = ("network", "max_iter", "gradient_layers")
+    task = {key: getattr(arguments, key) for key in setting} | {"size": size, "n_train": n_train}
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(size):
@@ -151,33 +162,32 @@ def together(arguments, size):
         return [json.loads(process.communicate()[0]) for process in processes]
 
 
-def row(size, runs):
+def row(size, n_train, runs):
     """Return the medians over runs of the busiest process."""
     busiest = [max(run, key=lambda one: one["seconds"]) for run in runs]
     passes = busiest[0]["passes"]
     per_pass = {
         key: statistics.median(one[key] / passes for one in busiest)
-        for key in ("seconds", "wall", "calls", "bytes", "coarse")
+        for key in ("seconds", "wall", "calls", "bytes", "expected")
     }
     one = busiest[0]
-    expected = 4 * (one["unknowns"] + per_pass["coarse"] * one["coordinates"])
-    links = [one[key] for key in ("latency", "bandwidth") for one in busiest if one[key]]
-    known = {key: one[key] for key in ("objective", "unknowns", "coordinates")}
-    known |= {"expected_bytes": expected if size > 1 else 0, "passes": passes}
-    if links:
+    known = {key: one[key] for key in ("objective", "unknowns", "passes")}
+    if size > 1:
         for key in ("latency", "bandwidth"):
             known[key] = statistics.median(one[key] for one in busiest)
-    return {"processes": size, **per_pass, **known}
+    return {"processes": size, "n_train": n_train, **per_pass, **known}
 
 
 def modelled(rows, arguments):
     """Return seconds of a pass by images and processes, and where the network is the bound."""
-    one, several = rows[0], rows[-1]
-    per_image = one["seconds"] / arguments.n_train
+    half, one, several = rows[0], rows[1], rows[-1]
+    per_image = (one["seconds"] - half["seconds"]) / (one["n_train"] - half["n_train"])
+    fixed = max(0.0, one["seconds"] - one["n_train"] * per_image)
 
     def parts(n, k):
         ring = 2 * (k - 1) / k * several["bytes"] / arguments.bandwidth
-        return n / k * per_image, ring + several["calls"] * 2 * (k - 1) * arguments.latency
+        network = ring + several["calls"] * (k - 1) * arguments.latency
+        return n / k * per_image + fixed, network
 
     found = []
     for n in SIZES:
@@ -185,7 +195,7 @@ def modelled(rows, arguments):
         bound = next((k for k in counts if parts(n, k)[0] < parts(n, k)[1]), None)
         totals = {k: sum(parts(n, k)) for k in counts}
         found.append({"n_samples": n, "seconds": totals, "network_bound_from": bound})
-    return {"seconds_per_image": per_image, "sizes": found}
+    return {"seconds_per_image": per_image, "fixed_seconds": fixed, "sizes": found}
 
 
 def main():
@@ -194,7 +204,7 @@ def main():
     parser.add_argument("--n-train", type=int, default=20000, help="number of images")
     parser.add_argument("--network", default="convnet-rotation")
     parser.add_argument("--gradient-layers", default="last")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--processes", type=int, default=2, help="number of processes")
     parser.add_argument("--max-iter", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument(
@@ -208,16 +218,21 @@ def main():
     arguments = parser.parse_args()
     if arguments.task is not None:
         sys.exit(print(json.dumps(measure(arguments.task))))
-    repeats = range(arguments.repeats)
-    rows = [row(size, [together(arguments, size) for _ in repeats]) for size in arguments.processes]
+    n, repeats = arguments.n_train, range(arguments.repeats)
+    rows = [
+        row(size, n_train, [together(arguments, size, n_train) for _ in repeats])
+        for size, n_train in ((1, n // 2), (1, n), (arguments.processes, n))
+    ]
     model = modelled(rows, arguments)
     save(rows, arguments, **PENALTIES, model=model)
-    print("| processes | pass, s of a processor | calls a pass | bytes a pass | expected |")
-    print("|---:|---:|---:|---:|---:|")
+    print(
+        "| processes | images | pass, s of a processor | calls a pass | bytes a pass | expected |"
+    )
+    print("|---:|---:|---:|---:|---:|---:|")
     for one in rows:
         print(
-            f"| {one['processes']} | {one['seconds']:.3f} | {one['calls']:.0f} | "
-            f"{one['bytes']:.4g} | {one['expected_bytes']:.4g} |"
+            f"| {one['processes']} | {one['n_train']} | {one['seconds']:.3f} | "
+            f"{one['calls']:.0f} | {one['bytes']:.4g} | {one['expected']:.4g} |"
         )
     for size in model["sizes"]:
         seconds = ", ".join(

@@ -183,7 +183,7 @@ MESSAGES = {
     "alpha": ("ValueError", "alpha is 0.1 on rank 0 and 0.2 on rank 1"),
     "invalid": (
         "RuntimeError",
-        "No rank has a fitted estimator, as rank 1 failed: InvalidParameterError: The 'alpha' parameter",
+        "No rank has a fitted estimator, as rank 1 failed: InvalidParameterError: The 'alpha'",
     ),
     "shape": ("ValueError", r"X.shape[1:] is (1, 8, 8) on rank 0 and (1, 7, 8) on rank 1"),
     "network": ("ValueError", "backbone: the network of rank 1 differs from that of rank 0"),
