@@ -15,7 +15,7 @@ from torch import nn
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
 from tests.tiny import estimator
 
-_TIMEOUT = 120
+_TIMEOUT = 600
 
 
 def _images(n, n_classes=3, seed=0):

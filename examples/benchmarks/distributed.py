@@ -7,7 +7,7 @@ so they hardly depend on other load. A pass is the second stage divided by its p
 
 Bytes are counted where torch.distributed is called: the size of the tensors of one process. They
 are compared with the arithmetic: the gradients, of all unknowns and of the coordinates of the
-coarse space, and the headers. The rest are the factors of the preconditioner.
+coarse space, the Kronecker factors of the layers, and the headers.
 
 One process fits all images and half of them, which separates the time of an image from that of
 work that every process repeats, such as the preconditioner. The model of a pass on K machines,
@@ -40,6 +40,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from sklearn_gradfeat import GradientFeatureClassifier
 from sklearn_gradfeat.curvature._coarse_space import Subspace
+from sklearn_gradfeat.curvature._kfac import Factor
 from sklearn_gradfeat.linearized import TangentObjective
 from sklearn_gradfeat.training import TwoStageFit
 
@@ -51,7 +52,7 @@ HEADER = 32  # bytes
 
 @contextmanager
 def counted():
-    """Count the calls and bytes of collectives, and the bytes of gradients and headers."""
+    """Count calls and bytes of collectives, and the bytes of gradients, factors and headers."""
     noted = {"calls": 0, "bytes": 0, "expected": 0}
 
     def of_tensor(name, size):
@@ -76,12 +77,18 @@ def counted():
 
         return mock.patch.object(kind, function.__name__, counting)
 
+    def factor(self, function=Factor.sum_over_ranks):
+        function(self)
+        few = sum(rows.nbytes // dist.get_world_size() for rows in self.rows)
+        noted["expected"] += (few or self.inputs.nbytes) + self.output.nbytes
+
     with (
         of_tensor("all_reduce", lambda given: given[0].nbytes),
         of_tensor("all_gather", lambda given: given[1].nbytes),
         of_tensor("broadcast", lambda given: given[0].nbytes),
         gradient(TangentObjective),
         gradient(Subspace),
+        mock.patch.object(Factor, "sum_over_ranks", factor),
     ):
         yield noted
 
