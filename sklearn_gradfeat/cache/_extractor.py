@@ -34,6 +34,8 @@ from sklearn_gradfeat.data import (
     Samples,
     compute_dtypes,
     resolve_device,
+    rows_of_all_ranks,
+    sum_over_ranks,
 )
 
 # Settings of torch that trade the accuracy of float32 for speed.
@@ -129,7 +131,7 @@ class Extractor:
         widths = [layer.width for layer in self.backbone.layers or ()]
         for part in activation.split(widths, 1):
             squares = part.norm(dim=1).cpu().double() ** 2 / part.shape[1]
-            size = float((w @ squares).sqrt())
+            size = float(sum_over_ranks(w @ squares).sqrt())
             scales += (1 / size if size > torch.finfo(self.dtype).tiny else 1.0,)
         scale = self._by_column(scales, activation.device)
         balanced = torch.mul(activation, scale, out=samples.empty(*activation.shape))
@@ -228,7 +230,7 @@ def build_extractor(
     owner = backbone if callable(backbone) else None
     with seeded(seed):
         samples = Samples(X, transform, trunk_dtype, resolved_device, indices)
-        example = samples.batch(slice(0, 2))
+        example = rows_of_all_ranks(samples.batch(slice(0, 2)))[0][:2]
         frozen = freeze(resolved.module, example, trunk_dtype, activation_layer, owner)
         names = [] if gradient_layers is None else frozen.choose(gradient_layers)
     half = precision == "bfloat16"

@@ -10,6 +10,7 @@ from torch import Tensor
 from sklearn_gradfeat.curvature._coarse_space import Subspace
 from sklearn_gradfeat.curvature._preconditioner import Preconditioner
 from sklearn_gradfeat.curvature._spectrum import damping
+from sklearn_gradfeat.data import of_first_rank
 from sklearn_gradfeat.linearized import Loss, TangentObjective
 from sklearn_gradfeat.solvers import CurvaturePairs, minimize
 
@@ -63,7 +64,7 @@ class CoarseSolve:
         (tensor, tensor, float)
             The unknowns, their logits and the change of the objective.
         """
-        start = self.subspace.restrict(x)
+        start = of_first_rank(self.subspace.restrict(x))
         rest = logits - self.subspace.forward(start)
         share, max_iter = self.limits
         solution = minimize(
@@ -77,7 +78,8 @@ class CoarseSolve:
         self.curvature_pairs, self.limits = solution.curvature_pairs, _LATER
         moved = solution.x - start
         gain = solution.objective_path[-1] - solution.objective_path[0]
-        return x + self.subspace.extend(moved), logits + self.subspace.forward(moved), gain
+        found = of_first_rank(x + self.subspace.extend(moved))
+        return found, logits + self.subspace.forward(moved), gain
 
 
 @dataclass(frozen=True)

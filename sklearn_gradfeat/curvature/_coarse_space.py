@@ -39,7 +39,12 @@ from torch import Tensor
 
 from sklearn_gradfeat.curvature._layer_rows import LayerCall, output_gradients, record
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Layer
-from sklearn_gradfeat.data import row_blocks
+from sklearn_gradfeat.data import (
+    gather_over_ranks,
+    on_all_ranks,
+    row_blocks,
+    sum_over_ranks,
+)
 from sklearn_gradfeat.linearized import TangentObjective, TangentTerm, Tensors, agrees
 
 # Cost of an evaluation in the subspace, as a share of the cost of the layers in a pass.
@@ -187,14 +192,7 @@ class Subspace:
         self.head, self.blocks = objective.tangent.head, blocks
         self.affine = replace(objective, tangent=None)
         self.sizes = [sum(self.affine.sizes), *(block.curvature.numel() for block in blocks)]
-        n_outputs = objective.loss.n_outputs
-        empty = objective.tangent.empty or objective.like.new_empty
-        self.rows = [block.empty(empty, objective.n_samples, n_outputs) for block in blocks]
-        for rows, boundary in objective.tangent.batches():
-            projected = _project(objective.tangent, blocks, boundary, rows.stop - rows.start)
-            for places, parts in zip(self.rows, projected, strict=True):
-                for place, part in zip(places, parts, strict=True):
-                    place[rows] = part
+        self.rows = objective.tangent.retry(lambda: _rows(objective, blocks))
 
     def exact(self, objective: TangentObjective) -> bool:
         """Return whether the map agrees with the objective on a random vector.
@@ -207,7 +205,7 @@ class Subspace:
         x = coordinates.to(objective.like)
         x[: self.sizes[0]] = 0
         expected = objective.forward(self.extend(x))
-        return agrees(self.forward(x), expected, x.dtype)
+        return on_all_ranks(agrees(self.forward(x), expected, x.dtype))
 
     def only(self, kept: Sequence[int]) -> Subspace:
         """Return the subspace of some of the layers."""
@@ -227,14 +225,14 @@ class Subspace:
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """Return the transpose of :meth:`forward`, applied to ``cotangent``."""
-        parts = [self.affine.adjoint(cotangent)]
+        parts = [self.affine.part_of_adjoint(cotangent)]
         narrow = cotangent.to(parts[0])
         for block, kept in zip(self.blocks, self.rows, strict=True):
             total = narrow.new_zeros(block.curvature.numel())
             for rows in block.row_blocks(len(narrow)):
                 total += block.adjoint(tuple(z[rows] for z in kept), narrow[rows])
             parts.append(total)
-        return torch.cat(parts)
+        return sum_over_ranks(torch.cat(parts))
 
     def extend(self, x: Tensor) -> Tensor:
         """Return the unknowns of the objective from coordinates."""
@@ -249,6 +247,20 @@ class Subspace:
         affine, u = x[: self.sizes[0]], x[self.sizes[0] :]
         pieces = self.head.pieces(u)
         return torch.cat([affine, *(block.restrict(pieces) for block in self.blocks)])
+
+
+def _rows(objective: TangentObjective, blocks: Sequence[Block]) -> list[Tensors]:
+    """Return the rows of all samples for every block, in one pass."""
+    tangent, n_outputs = objective.tangent, objective.loss.n_outputs
+    assert tangent is not None
+    empty = tangent.empty or objective.like.new_empty
+    kept = [block.empty(empty, objective.n_samples, n_outputs) for block in blocks]
+    for rows, boundary in tangent.batches():
+        projected = _project(tangent, blocks, boundary, rows.stop - rows.start)
+        for places, parts in zip(kept, projected, strict=True):
+            for place, part in zip(places, parts, strict=True):
+                place[rows] = part
+    return kept
 
 
 def _project(
@@ -308,6 +320,7 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     assert tangent is not None
     rows, boundary = next(iter(tangent.batches()))
     found = positions(record(tangent.head, boundary)[1], rows.stop - rows.start)
+    found = dict(set.intersection(*(set(of.items()) for of in gather_over_ranks(found))))
     layers = [layer for layer in curvature.layers if layer.weight in found and layer.decomposed]
     n_positions = [found[layer.weight] for layer in layers]
     widths = [(layer.factor.output.shape[-1], layer.factor.inputs.shape[-1]) for layer in layers]
@@ -316,7 +329,7 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     if not layers or cost < _MIN_COST or n_outputs > _MAX_OUTPUTS:
         return None
     largest = max(float(layer.output.values.max() * layer.inputs.values.max()) for layer in layers)
-    room = _MAX_BYTES / objective.like.element_size() / objective.n_samples
+    room = _MAX_BYTES / objective.like.element_size() / max(gather_over_ranks(objective.n_samples))
     for floor in largest * _FLOORS if largest > 0 else ():
         ranks = [_ranks(layer, floor) for layer in layers]
         storages = [
@@ -328,9 +341,13 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
             each = zip(layers, ranks, n_positions, storages, strict=True)
             blocks = [Block.from_layer(x, r, n, s.summed) for x, r, n, s in each if min(r) > 0]
             try:
-                return _checked(objective, Subspace(objective, blocks, curvature.total))
+                subspace = Subspace(objective, blocks, curvature.total)
             except LayoutError:
+                subspace = None
+            if not on_all_ranks(subspace is not None):
                 return None
+            assert subspace is not None
+            return _checked(objective, subspace)
     return None
 
 

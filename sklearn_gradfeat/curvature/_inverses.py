@@ -5,7 +5,7 @@ inverse                   used
 ========================  ====================================================================
 ``SampleInverse``         in float64, with few samples (``n_samples * n_outputs <= 4096``) and
                           gradient layers that see each sample once: exact up to the curvature
-                          between outputs
+                          between outputs. Its system has the samples of one process.
 ``Preconditioner``        otherwise: K-FAC, with a coarse space where that is cheap
 ========================  ====================================================================
 
@@ -32,6 +32,7 @@ from sklearn_gradfeat.curvature._coarse_space import Subspace, leading_subspace
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Preconditioner
 from sklearn_gradfeat.curvature._sample_space import SampleInverse, tangent_gram
 from sklearn_gradfeat.curvature._spectrum import NOT_FINITE
+from sklearn_gradfeat.data import n_ranks, number_of_first_rank, sum_over_ranks
 from sklearn_gradfeat.linearized import TangentObjective
 from sklearn_gradfeat.solvers import CurvaturePairs, Solution, same_curvature
 
@@ -65,7 +66,7 @@ class Inverses:
     def at(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
         """Return the function from logits to the inverse Hessian there."""
         wide = objective.like.dtype == torch.float64
-        untried = self._gram_is_cheap and self._gram is None
+        untried = self._gram_is_cheap and self._gram is None and n_ranks() == 1
         if wide and untried and objective.tangent is not None:
             self._gram = tangent_gram(objective.tangent, objective.n_samples)
             self._gram_is_cheap = self._gram is not None
@@ -135,14 +136,14 @@ def largest_curvature(objective: TangentObjective) -> float:
             return 0.0
         seen = objective.forward(x / norm)
         if objective.fit_intercept:
-            mean = (weights * seen).sum(0) / weights.sum(0)
+            mean = sum_over_ranks((weights * seen).sum(0)) / sum_over_ranks(weights.sum(0))
             seen -= mean
             seen[seen.abs() <= 4 * torch.finfo(x.dtype).eps * mean.abs()] = 0  # rounding errors
         x = objective.adjoint(weights * seen)
         size = _norm(x)
         if not math.isfinite(size):
             raise ValueError(NOT_FINITE)
-    return size
+    return number_of_first_rank(size)
 
 
 def _norm(x: Tensor) -> float:

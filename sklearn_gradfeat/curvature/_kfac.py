@@ -40,6 +40,7 @@ from torch.func import grad, vmap
 from sklearn_gradfeat.backbones import differentiable_attention
 from sklearn_gradfeat.curvature._layer_rows import LayerCall, output_gradients, record
 from sklearn_gradfeat.curvature._spectrum import Spectrum
+from sklearn_gradfeat.data import gather_over_ranks, n_ranks, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import LinearizedHead, Tensors
 
 # Bounds on the number of samples, and rows of a Gram matrix as a multiple of its width.
@@ -80,6 +81,16 @@ class Factor:
         for part in self.rows:
             self.inputs += (part**2).sum(1) if self.inputs.ndim == 2 else part.mT @ part
         self.rows = []
+
+    def sum_over_ranks(self) -> None:
+        """Add the matrices of all ranks, or put their rows together while they are few."""
+        n_rows = gather_over_ranks(self.n_rows if self.rows else math.inf)
+        if _FEW * sum(n_rows) > self.inputs.shape[-1]:
+            self.sum_rows()
+            self.inputs = sum_over_ranks(self.inputs)
+        else:
+            self.rows = [rows_of_all_ranks(torch.cat(self.rows, 1)[0])[0][None]]
+        self.output = sum_over_ranks(self.output)
 
     def add_output(self, rows: Tensor, weights: Tensor) -> None:
         """Add gradients of shape (groups, n_samples, positions, n_outputs)."""
@@ -128,6 +139,7 @@ def factors(
     batches: Iterable[tuple[slice, Tensors]],
     columns: Tensor,
     weights: Tensor,
+    n_samples: int,
 ) -> tuple[dict[int, Factor], dict[int, Tensor]]:
     """Return the factors of the layers and the diagonals of the other parameters.
 
@@ -141,6 +153,8 @@ def factors(
         The rows ``v`` of :func:`loss_columns`.
     weights : tensor of shape (n_samples,)
         Weights of the samples; only those of the batches count.
+    n_samples : int
+        Number of samples of all ranks.
 
     Returns
     -------
@@ -149,7 +163,6 @@ def factors(
     """
     found: dict[int, Factor] = {}
     diagonals: dict[int, Tensor] = {}
-    n_samples = len(weights)
     for rows, boundary in batches:
         w = weights[rows]
         activation, calls = record(head, boundary, differentiable=True)
@@ -171,6 +184,16 @@ def factors(
         for i, square in zip(rest, _squares(head, rest, boundary, columns, w), strict=True):
             diagonals[i] = diagonals.get(i, 0.0) + square
     return found, diagonals
+
+
+def sums_over_ranks(
+    found: dict[int, Factor], diagonals: dict[int, Tensor]
+) -> tuple[dict[int, Factor], dict[int, Tensor]]:
+    """Return the factors and diagonals of the samples of all ranks."""
+    if n_ranks() > 1:
+        for factor in found.values():
+            factor.sum_over_ranks()
+    return found, {i: sum_over_ranks(diagonal) for i, diagonal in diagonals.items()}
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ from sklearn_gradfeat.curvature._kfac import (
     enough_samples,
     factors,
     loss_columns,
+    sums_over_ranks,
 )
 from sklearn_gradfeat.curvature._spectrum import MAX_EXACT, KroneckerInverse, Spectrum, damping
-from sklearn_gradfeat.data import row_blocks
+from sklearn_gradfeat.data import of_first_rank, row_blocks, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import TangentObjective, TangentTerm
 
 # Curvatures of the intercept below this share of the largest one count as zero.
@@ -60,7 +61,7 @@ class Curvature:
         curvature = objective.loss.mean_curvature(logits).to(like)
         shares = objective.loss.curvatures(logits).sum(1)
         # Samples are weighted by their curvature, which is small where the fit is good.
-        total = shares.sum()
+        total = sum_over_ranks(shares.sum())
         weights = (shares / total if total > 0 else objective.loss.weights).to(like)
         self.total = float(total)
         self.outputs = Spectrum.from_matrix(curvature)
@@ -154,16 +155,20 @@ def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spec
     rows = objective.like.new_empty(objective.n_samples, 0)
     if objective.activation is not None:
         rows = objective.activation
-    n_features = rows.shape[1]
-    mean = weights @ rows if objective.fit_intercept else rows.new_zeros(n_features)
-    if len(rows) < n_features and len(rows) <= MAX_EXACT:
-        return mean, Spectrum.from_rows(weights.sqrt()[:, None] * (rows - mean))
+    n_features, n_rows = rows.shape[1], _count(rows)
+    mean = rows.new_zeros(n_features)
+    if objective.fit_intercept:
+        mean = sum_over_ranks(weights @ rows)
+    if n_rows < n_features and n_rows <= MAX_EXACT:
+        own = weights.sqrt()[:, None] * (rows - mean)
+        return mean, Spectrum.from_rows(rows_of_all_ranks(own)[0])
     diagonal = n_features > MAX_WIDTH
     total = rows.new_zeros(n_features if diagonal else (n_features, n_features))
     for some in row_blocks(*rows.shape):
         centred = rows[some] - mean
         weighted = weights[some, None] * centred
         total += (weighted * centred).sum(0) if diagonal else weighted.T @ centred
+    total = sum_over_ranks(total)
     return mean, Spectrum(total, None) if diagonal else Spectrum.from_matrix(total)
 
 
@@ -172,12 +177,22 @@ def _layer_factors(
 ) -> tuple[dict[int, Factor], dict[int, Tensor]]:
     """Return the factors of the layers and the diagonals, from every k-th sample."""
     _, few = next(iter(tangent.batches(math.ceil(len(weights) / 2))))
-    stride = math.ceil(len(weights) / enough_samples(tangent.head, few))
+    stride = math.ceil(_count(weights) / enough_samples(tangent.head, few))
     part = weights[::stride]
-    total = part.sum()
-    share = weights / total if total > 0 else torch.full_like(weights, 1 / len(part))
-    columns = loss_columns(tangent.omega, curvature)
-    return factors(tangent.head, tangent.batches(stride), columns, share)
+    total = sum_over_ranks(part.sum())
+    share = weights / total if total > 0 else torch.full_like(weights, 1 / _count(part))
+    columns = of_first_rank(loss_columns(tangent.omega, curvature))
+    n_samples = _count(weights)
+
+    def one_pass() -> tuple[dict[int, Factor], dict[int, Tensor]]:
+        return factors(tangent.head, tangent.batches(stride), columns, share, n_samples)
+
+    return sums_over_ranks(*tangent.retry(one_pass))
+
+
+def _count(rows: Tensor) -> int:
+    """Return the number of rows of all ranks."""
+    return int(sum_over_ranks(torch.tensor(len(rows))))
 
 
 class _LayerInverses:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sklearn_gradfeat.backbones import threads_for
+from sklearn_gradfeat.data import of_first_rank
 
 # Up to this width the full decomposition takes a few seconds; wider matrices get a partial one.
 MAX_EXACT = 2048
@@ -63,11 +64,11 @@ class Spectrum:
         if n <= MAX_EXACT:
             # In float32 the decomposition of a nearly singular matrix may fail, without an error.
             values, vectors = _eigh(matrix.to(home, torch.float64))
-            return cls(values.clamp(min=0).to(matrix), vectors.to(matrix))
+            return cls._agreed(values.clamp(min=0).to(matrix), vectors.to(matrix))
         values, vectors = _leading(matrix.to(home))
         trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         rest = (trace - values.sum(-1).to(trace)) / (n - values.shape[-1])
-        return cls(values.to(matrix), vectors.to(matrix), rest.clamp(min=0))
+        return cls._agreed(values.to(matrix), vectors.to(matrix), rest.clamp(min=0))
 
     @classmethod
     def from_rows(cls, rows: Tensor) -> Spectrum:
@@ -82,7 +83,13 @@ class Spectrum:
         values = values[kept]
         vectors = wide.T @ vectors[:, kept] / values.sqrt()
         values, vectors = (t.reshape(*one, *t.shape).to(rows) for t in (values, vectors))
-        return cls(values, vectors, rows.new_zeros(one))
+        return cls._agreed(values, vectors, rows.new_zeros(one))
+
+    @classmethod
+    def _agreed(cls, values: Tensor, vectors: Tensor, rest: Tensor | None = None) -> Spectrum:
+        """Return the spectrum of the first rank: the signs of eigenvectors are arbitrary."""
+        rest = None if rest is None else of_first_rank(rest)
+        return cls(of_first_rank(values), of_first_rank(vectors), rest)
 
     def project(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the last axis in the eigenbasis, and its part outside of the basis."""

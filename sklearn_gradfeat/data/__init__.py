@@ -18,6 +18,16 @@ from sklearn_gradfeat.data._batches import (
 from sklearn_gradfeat.data._image_files import (
     ImageFiles,
 )
+from sklearn_gradfeat.data._ranks import (
+    fit_together,
+    gather_over_ranks,
+    n_ranks,
+    number_of_first_rank,
+    of_first_rank,
+    on_all_ranks,
+    rows_of_all_ranks,
+    sum_over_ranks,
+)
 from sklearn_gradfeat.data._tabular import warn_of_tabular
 from sklearn_gradfeat.data._targets import (
     encode_classes,
@@ -51,14 +61,22 @@ __all__ = [
     "accumulation_device",
     "compute_dtypes",
     "encode_classes",
+    "fit_together",
     "free_bytes",
+    "gather_over_ranks",
     "is_lazy",
+    "n_ranks",
     "normalized_weights",
+    "number_of_first_rank",
     "numeric_targets",
+    "of_first_rank",
+    "on_all_ranks",
     "resolve_device",
     "restored_on_error",
     "row_blocks",
+    "rows_of_all_ranks",
     "slices",
+    "sum_over_ranks",
     "to_device",
     "validate_new_samples",
     "validate_samples",

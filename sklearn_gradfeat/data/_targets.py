@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from numbers import Number
 from typing import Any
@@ -11,6 +12,20 @@ import numpy.typing as npt
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, check_array, column_or_1d
+
+from sklearn_gradfeat.data._ranks import (
+    gather_over_ranks,
+    n_ranks,
+    rows_of_all_ranks,
+    sum_over_ranks,
+)
+
+# scikit-learn 1.6 does not check for zeros.
+_ALLOW_ZEROS = {
+    name: True
+    for name in inspect.signature(_check_sample_weight).parameters
+    if name == "allow_all_zero_weights"
+}
 
 
 def plain_targets(y: Any) -> npt.NDArray[Any]:
@@ -79,13 +94,30 @@ def encode_classes(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[A
             "of zeros and ones for multilabel targets. For several columns of classes, use "
             "sklearn.multioutput.MultiOutputClassifier."
         )
-    classes, targets = np.unique(column_or_1d(y, warn=True), return_inverse=True)
+    classes, targets = _classes(column_or_1d(y, warn=True))
     if len(classes) < 2:
         raise ValueError(
             "The classifier needs samples of at least 2 classes, but y contains one class: "
             f"{classes[0]}."
         )
     return classes, targets
+
+
+def _classes(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.intp]]:
+    """Return the classes of all ranks in order, and the class of every sample as an index.
+
+    Raises
+    ------
+    ValueError
+        If some ranks have numbers and others strings.
+    """
+    own, members = np.unique(y, return_inverse=True)
+    of_ranks = gather_over_ranks(own)
+    if len({classes.dtype.kind in "biuf" for classes in of_ranks}) > 1:
+        kinds = ", ".join(f"rank {i} has {classes.dtype}" for i, classes in enumerate(of_ranks))
+        raise ValueError(f"y must have classes of one type on all ranks: {kinds}.")
+    classes = np.unique(np.concatenate(of_ranks)) if len(of_ranks) > 1 else own
+    return classes, np.searchsorted(classes, own)[members]
 
 
 def numeric_targets(y: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -106,8 +138,10 @@ def weighted_mean(
 
     ``weights`` add up to one.
     """
-    anchor = targets[weights.argmax()]
-    mean: npt.NDArray[np.float64] = anchor + weights @ (targets - anchor)
+    heaviest = weights.argmax()
+    of_ranks = gather_over_ranks((weights[heaviest], targets[heaviest]))
+    anchor = max(of_ranks, key=lambda found: found[0])[1]
+    mean: npt.NDArray[np.float64] = anchor + sum_over_ranks(weights @ (targets - anchor))
     return mean
 
 
@@ -115,6 +149,7 @@ def weighted_median(
     targets: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     """Return the lower weighted median of every column; ``weights`` add up to one."""
+    targets, weights = rows_of_all_ranks(targets)[0], rows_of_all_ranks(weights)[0]
     order = targets.argsort(axis=0)
     below = weights[order].cumsum(axis=0)
     middle = (below > 0.5 - 1e-9).argmax(axis=0)  # the same for weights and for repetitions
@@ -126,7 +161,7 @@ def weighted_median(
 def normalized_weights(
     y: npt.NDArray[Any], sample_weight: Any, class_weight: Any = None
 ) -> npt.NDArray[np.float64]:
-    """Return the weight of every sample; the weights add up to one.
+    """Return the weight of every sample; the weights of all ranks add up to one.
 
     Parameters
     ----------
@@ -142,11 +177,15 @@ def normalized_weights(
     ValueError
         If a weight is negative, or if all weights are zero.
     """
-    weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
+    # The samples of one rank may all have weight zero.
+    zeros = _ALLOW_ZEROS if n_ranks() > 1 else {}
+    weights = _check_sample_weight(
+        sample_weight, y, dtype=np.float64, ensure_non_negative=True, **zeros
+    )
     weights = _scaled(weights)
     if class_weight is not None:
         weights = _scaled(weights * _class_factors(class_weight, y, weights))
-    total = weights.sum()
+    total = sum_over_ranks(weights.sum())
     if not total > 0:
         raise ValueError(
             "sample_weight: the weights add up to zero. At least one weight must be positive."
@@ -157,7 +196,7 @@ def normalized_weights(
 
 def _scaled(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Divide weights by a power of two, which is exact, so that sums do not overflow."""
-    largest = weights.max(initial=0)
+    largest = max(gather_over_ranks(weights.max(initial=0)))
     if not np.isfinite(largest):
         raise ValueError(
             "class_weight: its product with the weights of the samples is infinite or NaN. Pass "
@@ -171,12 +210,16 @@ def _class_factors(
     class_weight: Any, y: npt.NDArray[Any], weights: npt.NDArray[np.float64]
 ) -> npt.NDArray[Any]:
     """Return the factor of every sample."""
-    if class_weight != "balanced" or y.ndim == 2:
-        factors: npt.NDArray[Any] = compute_sample_weight(class_weight, y)
+    if y.ndim == 2:
+        everywhere, own = rows_of_all_ranks(y)
+        factors: npt.NDArray[Any] = compute_sample_weight(class_weight, everywhere)[own]
         return factors
-    _, members = np.unique(y, return_inverse=True)
-    totals = np.bincount(members, weights)
+    classes, members = _classes(y)
+    if class_weight != "balanced":
+        factors = compute_sample_weight(class_weight, classes)
+        return factors[members]
+    totals = sum_over_ranks(np.bincount(members, weights, minlength=len(classes)))
     present = totals > 0
     factors = np.zeros_like(totals)
-    factors[present] = weights.sum() / (present.sum() * totals[present])
+    factors[present] = sum_over_ranks(weights.sum()) / (present.sum() * totals[present])
     return factors[members]

@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from sklearn_gradfeat.data._batches import is_lazy
 from sklearn_gradfeat.data._containers import to_numpy, to_numpy_input
+from sklearn_gradfeat.data._ranks import n_ranks
 from sklearn_gradfeat.data._targets import plain_targets
 
 _MAX_LISTED = 5
@@ -57,7 +58,8 @@ def validate_samples(estimator: Any, X: Any, y: Any = "no_validation") -> tuple[
     if y is not None and not isinstance(y, str):
         y = plain_targets(y)
     if not is_lazy(X):
-        check = {"allow_nd": True, "ensure_min_samples": 2, "multi_output": True}
+        fewest = 2 if n_ranks() == 1 else 1
+        check = {"allow_nd": True, "ensure_min_samples": fewest, "multi_output": True}
         with _columns_named(X):
             X, y = validate_data(estimator, X, y, **check)
             _check_numeric(X)

@@ -33,6 +33,9 @@ from sklearn_gradfeat.cache import (
 )
 from sklearn_gradfeat.data import (
     BatchSize,
+    fit_together,
+    gather_over_ranks,
+    on_all_ranks,
     resolve_device,
     restored_on_error,
     row_blocks,
@@ -42,6 +45,7 @@ from sklearn_gradfeat.data import (
     warn_unless_picklable,
 )
 from sklearn_gradfeat.estimators._printing import caption, named, text_of
+from sklearn_gradfeat.estimators._same_on_ranks import check_same_network, check_same_on_ranks
 from sklearn_gradfeat.io import LinearizedNetwork, save_estimator
 from sklearn_gradfeat.linearized import LinearModel, predict_activations, predict_logits
 from sklearn_gradfeat.training import (
@@ -99,6 +103,7 @@ class BaseGradientFeature(
         """Validate, pass the samples through the network, train, and set the attributes."""
         with restored_on_error(self, "n_features_in_", "feature_names_in_"):
             X, y = validate_samples(self, self._tokens(X), y)
+            check_same_on_ranks(self, X, sample_weight, fitted=self.warm_start)
             problem = self._problem(y, sample_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
             with Progress(self, X=X, y=y, metadata=metadata) as progress:
@@ -142,6 +147,7 @@ class BaseGradientFeature(
         if self.backbone is None and len(X.shape) == 2:
             warn_of_tabular(X, getattr(self, "feature_names_in_", None))
         seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        seed = gather_over_ranks(seed)[0]
         extractor, names = build_extractor(
             X,
             backbone=self.backbone,
@@ -153,6 +159,7 @@ class BaseGradientFeature(
             precision=self.precision,
             seed=seed,
         )
+        check_same_network(extractor.backbone, names)
         samples = self._pass(X, extractor, names)
         extractor, samples = extractor.balanced(samples, weights)
         return self._prepared(X, extractor, names, samples)
@@ -185,7 +192,11 @@ class BaseGradientFeature(
     def _tokens(self, X: Any) -> Any:
         """Return texts as token ids with a mask, if the backbone is a named network for texts."""
         tokenizer = resolve_tokenizer(self.backbone)
-        return X if tokenizer is None else tokenizer(X)
+        if tokenizer is None:
+            return X
+        tokens = tokenizer(X)
+        longest = max(gather_over_ranks(tokens.shape[-1]))
+        return tokens if tokens.shape[-1] == longest else tokenizer(X, longest)
 
     def _new_tokens(self, X: Any) -> Any:
         """Return new texts as token ids with a mask, of the length in ``fit``."""
@@ -259,6 +270,7 @@ class BaseGradientFeature(
         extractor = self._extractor.on(device)
         return extractor, LinearModel.from_estimator(self, device, extractor.dtype)
 
+    @fit_together()
     @neutral_state()
     def merge(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Move the network by the gradient term, and fit the output weights again.
@@ -284,6 +296,7 @@ class BaseGradientFeature(
         """
         tokens = self._new_tokens(X)
         X, y = validate_new_samples(self, tokens), validate_samples(copy.copy(self), tokens, y)[1]
+        check_same_on_ranks(self, X, sample_weight, fitted=True)
         problem = self._problem(y, sample_weight)
         self._check_same_targets(problem)
         extractor, model = self._extractor_and_model()
@@ -294,7 +307,7 @@ class BaseGradientFeature(
         stages = TwoStageFit(prepared, problem).moved(model.total)
         activation = stages.samples.activation
         finite = (torch.isfinite(activation[rows]).all() for rows in row_blocks(*activation.shape))
-        if not all(map(bool, finite)):
+        if not on_all_ranks(all(map(bool, finite))):
             raise ValueError(
                 "The moved network returns NaN or infinity: gradient_alpha_="
                 f"{self.gradient_alpha_:g} allows the parameters to move too far. Fit with a "

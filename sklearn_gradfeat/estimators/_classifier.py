@@ -16,7 +16,7 @@ from sklearn.utils.metaestimators import available_if
 from torch import nn
 
 from sklearn_gradfeat.backbones import BackboneLike
-from sklearn_gradfeat.data import Preprocess, encode_classes, normalized_weights
+from sklearn_gradfeat.data import Preprocess, encode_classes, fit_together, normalized_weights
 from sklearn_gradfeat.estimators._base import BaseGradientFeature
 from sklearn_gradfeat.estimators._cross_validation import (
     CrossValidated,
@@ -157,6 +157,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         self.random_state = random_state
         self.verbose = verbose
 
+    @fit_together()
     @with_callbacks
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
@@ -408,6 +409,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         self.random_state = random_state
         self.verbose = verbose
 
+    @fit_together()
     @with_callbacks
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from sklearn_gradfeat.backbones import neutral_state
 from sklearn_gradfeat.curvature import MAX_ROWS
-from sklearn_gradfeat.data import Rows, restored_on_error, validate_samples
+from sklearn_gradfeat.data import Rows, n_ranks, restored_on_error, validate_samples
 from sklearn_gradfeat.estimators._base import BaseGradientFeature
 from sklearn_gradfeat.linearized import to_numpy
 from sklearn_gradfeat.training import (
@@ -162,7 +162,14 @@ class CrossValidated(BaseGradientFeature):
         return self
 
     def _check_search(self) -> None:
-        """Raise an error unless the penalties are numbers that are allowed."""
+        """Raise an error unless the search is possible and the penalties are allowed."""
+        if n_ranks() > 1:
+            raise RuntimeError(
+                f"{type(self).__name__} does not split samples that are spread over the ranks of "
+                f"a process group. Use {type(self).__name__.removesuffix('CV')}, which chooses "
+                "alpha='auto' and gradient_alpha='auto' over all ranks, or end the process group "
+                "before the search."
+            )
         if self.n_linearizations > 1 and isinstance(self.cv, str):
             raise ValueError(
                 f"cv='loo' has a closed form for one linearisation alone, and n_linearizations="

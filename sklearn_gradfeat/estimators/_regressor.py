@@ -15,7 +15,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
 from sklearn_gradfeat.backbones import BackboneLike
-from sklearn_gradfeat.data import Preprocess, normalized_weights, numeric_targets
+from sklearn_gradfeat.data import Preprocess, fit_together, normalized_weights, numeric_targets
 from sklearn_gradfeat.estimators._base import BaseGradientFeature
 from sklearn_gradfeat.estimators._cross_validation import (
     CrossValidated,
@@ -145,6 +145,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         self.random_state = random_state
         self.verbose = verbose
 
+    @fit_together()
     @with_callbacks
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
@@ -325,6 +326,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         self.random_state = random_state
         self.verbose = verbose
 
+    @fit_together()
     @with_callbacks
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, sample_weight: Any = None, **params: Any) -> Self:

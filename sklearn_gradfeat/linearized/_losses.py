@@ -2,6 +2,9 @@
 
 The logits of a regression are its predictions. Every loss is a weighted sum over samples
 with weights that add up to one, so its value is a weighted mean. All arithmetic is float64.
+
+Where several ranks fit together, arrays with one row for each sample have the samples of this
+rank, and values and means are those of all ranks.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from sklearn_gradfeat.data import sum_over_ranks
 
 
 class Loss(Protocol):
@@ -72,7 +77,7 @@ class Multinomial:
 
     def value(self, logits: Tensor) -> float:
         """Return the weighted mean cross-entropy."""
-        return float(self.weights @ self.losses(logits))
+        return float(sum_over_ranks(self.weights @ self.losses(logits)))
 
     def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
         """Return ``w (p - onehot(y))``, optionally of some rows alone."""
@@ -85,7 +90,7 @@ class Multinomial:
         """Return the mean of ``diag(p) - p pᵀ``."""
         p = torch.softmax(logits, 1)
         weighted = self.weights[:, None] * p
-        return torch.diag(weighted.sum(0)) - weighted.T @ p
+        return sum_over_ranks(torch.diag(weighted.sum(0)) - weighted.T @ p)
 
     def curvatures(self, logits: Tensor) -> Tensor:
         """Return the weighted ``p (1 - p)``."""
@@ -177,7 +182,7 @@ class _SumOverOutputs:
 
     def value(self, logits: Tensor) -> float:
         """Return the weighted mean of the sums."""
-        return float(self.weights @ self.losses(logits))
+        return float(sum_over_ranks(self.weights @ self.losses(logits)))
 
     def gradient(self, logits: Tensor, rows: slice | None = None) -> Tensor:
         """Return the derivative in the logits, optionally of some rows alone."""
@@ -186,7 +191,7 @@ class _SumOverOutputs:
 
     def mean_curvature(self, logits: Tensor) -> Tensor:
         """Return the diagonal matrix of the weighted mean of the curvatures."""
-        return torch.diag(self.weights @ self._curvature(logits))
+        return torch.diag(sum_over_ranks(self.weights @ self._curvature(logits)))
 
     def curvatures(self, logits: Tensor) -> Tensor:
         """Return the weighted curvatures."""

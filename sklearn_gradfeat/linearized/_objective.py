@@ -12,6 +12,9 @@ They are linear in the unknowns ``x = [W, b, u]``, held as one flat vector; ``Ω
 with sample weights ``ωᵢ`` that add up to one. A solver needs the linear map from ``x`` to the
 logits (a Jacobian-vector product), its adjoint (a vector-Jacobian product), and both in one pass.
 Logits are always float64.
+
+Where several ranks fit together, logits are those of the samples of a rank, and an adjoint is the
+sum over the samples of all ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sklearn_gradfeat.backbones import threads_for
-from sklearn_gradfeat.data import BatchSize, Result
+from sklearn_gradfeat.data import BatchSize, Result, sum_over_ranks
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead, Tensors
 from sklearn_gradfeat.linearized._logits import linear_logits
 from sklearn_gradfeat.linearized._losses import Loss
@@ -85,7 +88,7 @@ class TangentTerm:
                 total[rows] += self._logits(self.head.jvp(boundary, u)).to(logits)
             return total
 
-        return self._retry(forward_pass)
+        return self.retry(forward_pass)
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """Return ``Σᵢ Jᵢᵀ Ωᵀ cotangentᵢ``."""
@@ -96,7 +99,7 @@ class TangentTerm:
                 u += self.head.vjp(boundary, self._pulled(cotangent[rows]))
             return u
 
-        return self._retry(adjoint_pass)
+        return self.retry(adjoint_pass)
 
     def add_forward_adjoint(
         self, u: Tensor, logits: Tensor, cotangent_of: Callable[[slice, Tensor], Tensor]
@@ -117,7 +120,7 @@ class TangentTerm:
                 pulled += self.head.jvp_then_vjp(boundary, u, cotangent)[1]
             return total, pulled
 
-        return self._retry(both)
+        return self.retry(both)
 
     def _logits(self, tangent: Tensor) -> Tensor:
         return linear_logits(tangent=tangent, omega=self.omega)
@@ -125,7 +128,8 @@ class TangentTerm:
     def _pulled(self, cotangent: Tensor) -> Tensor:
         return cotangent.to(self.omega) @ self.omega
 
-    def _retry(self, compute: Callable[[], Result]) -> Result:
+    def retry(self, compute: Callable[[], Result]) -> Result:
+        """Return ``compute()``, repeated in smaller batches where memory runs out."""
         return compute() if self.batch_size is None else self.batch_size.retry(compute)
 
 
@@ -200,6 +204,10 @@ class TangentObjective:
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """Return the transpose of :meth:`forward`, applied to ``cotangent``."""
+        return sum_over_ranks(self.part_of_adjoint(cotangent))
+
+    def part_of_adjoint(self, cotangent: Tensor) -> Tensor:
+        """Return the part of :meth:`adjoint` that comes from the samples of this rank."""
         u = self.like.new_empty(0) if self.tangent is None else self.tangent.adjoint(cotangent)
         return self._join(cotangent, u)
 
@@ -211,7 +219,7 @@ class TangentObjective:
             change, u = self.tangent.add_forward_adjoint(
                 parts.u, change, lambda rows, moved: self.loss.gradient(logits[rows] + moved, rows)
             )
-        return change, self._join(self.loss.gradient(logits + change), u)
+        return change, sum_over_ranks(self._join(self.loss.gradient(logits + change), u))
 
     def _affine(self, parts: Parts) -> Tensor:
         """Return ``b + W f``."""

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.data import number_of_first_rank, of_first_rank, sum_over_ranks
 from sklearn_gradfeat.linearized import Loss
 from sklearn_gradfeat.solvers._steps import (
     NOT_FINITE,
@@ -90,7 +91,7 @@ class _Memory:
         self, precondition: Callable[[Tensor], Inverse], loss: Loss, logits: Tensor, size: int
     ) -> None:
         self.inverse = precondition(logits)
-        self.curvature = float(loss.curvatures(logits).sum())
+        self.curvature = _curvature(loss, logits)
         self.scale = 1.0
         self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_n_pairs(size))
 
@@ -218,12 +219,12 @@ def minimize(
             status = "max_iter"
             break
         if solve is None:
-            direction = memory.direction(point.gradient, preconditioned)
+            direction = of_first_rank(memory.direction(point.gradient, preconditioned))
             moved, cost = line_step(objective, point, direction)
         elif n_iter == 0:
             moved, cost = coarse_step(objective, point, solve, norm)
         else:
-            direction = memory.direction(point.gradient, preconditioned)
+            direction = of_first_rank(memory.direction(point.gradient, preconditioned))
             moved, cost = line_and_coarse_step(objective, point, direction, solve, norm)
         passes += cost
         if moved is None:
@@ -257,7 +258,12 @@ def _n_pairs(size: int) -> int:
 
 def same_curvature(former: float, loss: Loss, logits: Tensor) -> bool:
     """Return whether the summed curvature of the loss is within a factor of two of a former one."""
-    return former / _CHANGE <= float(loss.curvatures(logits).sum()) <= former * _CHANGE
+    return former / _CHANGE <= _curvature(loss, logits) <= former * _CHANGE
+
+
+def _curvature(loss: Loss, logits: Tensor) -> float:
+    """Return the summed curvature of the loss."""
+    return float(sum_over_ranks(loss.curvatures(logits).sum()))
 
 
 def preconditioned_norm(gradient: Tensor, precondition: Inverse) -> float:
@@ -267,7 +273,7 @@ def preconditioned_norm(gradient: Tensor, precondition: Inverse) -> float:
 
 def _norm(gradient: Tensor, preconditioned: Tensor) -> float:
     """Return ``sqrt(gᵀPg)`` from ``g`` and ``Pg``."""
-    square = float(gradient @ preconditioned)
+    square = number_of_first_rank(float(gradient @ preconditioned))
     if not math.isfinite(square):
         raise FloatingPointError(NOT_FINITE)
     return math.sqrt(abs(square))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from scipy.optimize import brentq
 from torch import Tensor
 
+from sklearn_gradfeat.data import sum_over_ranks
 from sklearn_gradfeat.linearized import Loss
 
 _LARGEST_STEP = 2.0**20
@@ -49,7 +50,8 @@ class Line:
     def slope(self, step: float) -> float:
         """Return the derivative of the objective at ``step``."""
         gradient = self.loss.gradient(self.logits + step * self.change)
-        return float((gradient * self.change).sum()) + self.linear + step * self.quadratic
+        slope = sum_over_ranks((gradient * self.change).sum())
+        return float(slope) + self.linear + step * self.quadratic
 
     def gain(self, step: float, value: float, slopes: tuple[float, float]) -> float:
         """Return the change of the objective over ``step``, accurate even when tiny.

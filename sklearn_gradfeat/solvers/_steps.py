@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
+from sklearn_gradfeat.data import number_of_first_rank
 from sklearn_gradfeat.linearized import Loss
 from sklearn_gradfeat.solvers._line_search import Line, search
 
@@ -62,7 +63,7 @@ def start(objective: LinearObjective, x: Tensor) -> Point:
 def penalised(objective: LinearObjective, x: Tensor, y: Tensor) -> float:
     """Return ``Σ penalty x y`` in float64; with millions of terms float32 is off by 1e-5."""
     penalty = objective.penalty.to(objective.loss.weights)
-    return float((penalty * x.to(penalty)) @ y.to(penalty))
+    return number_of_first_rank(float((penalty * x.to(penalty)) @ y.to(penalty)))
 
 
 def line_step(

@@ -12,6 +12,9 @@ matrix of the gradient term, the term has the rows of ``A``, and the penalty sta
 
 *Leave-one-out*, for squared errors and few samples, needs no fits, see
 :mod:`sklearn_gradfeat.curvature._sample_space`. Copies of a sample count as one sample.
+
+Ranks that fit together have the same folds as one process with all samples. They have neither
+explicit rows nor leave-one-out, whose systems take all samples into one process.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor
 
 from sklearn_gradfeat.curvature import leave_one_out, tangent_gram
+from sklearn_gradfeat.data import n_ranks, number_of_first_rank, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Squared, to_numpy
 from sklearn_gradfeat.solvers import newton
 from sklearn_gradfeat.training._problem import Problem
@@ -114,34 +118,45 @@ class _Fold:
     def __init__(
         self, prepared: Prepared, problem: Problem, is_held_out: npt.NDArray[np.bool_]
     ) -> None:
-        self._prepared, self._problem = prepared, problem
-        self._train, self._test = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+        self._prepared, self._problem, self._is_held_out = prepared, problem, is_held_out
+        self._train, self._test = _some(~is_held_out), _some(is_held_out)
+        self._weights = np.where(is_held_out, problem.weights, 0)[self._test]
         self._first_stages: dict[float, FirstStage] = {}
         self._models: dict[tuple[float, float], LinearModel] = {}
         # Copies of a sample are one sample, with the sum of their weights.
-        names = prepared.samples.names[self._test]
-        self._weights = problem.weights[self._test]
-        self._copy_of = np.unique(names, return_inverse=True)[1]
-        self.weights = np.bincount(self._copy_of, self._weights)
+        names = prepared.samples.names[is_held_out]
+        distinct = np.unique(rows_of_all_ranks(names)[0])
+        self._copy_of, self._n_distinct = np.searchsorted(distinct, names), len(distinct)
+        self.weights = self._sums(self._weights)
 
     @functools.cached_property
     def stages(self) -> TwoStageFit:
         """The fits to the training samples."""
-        return self._fits(self._train)
+        weights = np.where(self._is_held_out, 0, self._problem.weights)
+        return self._fits(self._train, weights)
 
     @functools.cached_property
     def held(self) -> TwoStageFit:
         """The loss of the held-out samples."""
-        return self._fits(self._test)
+        weights = np.where(self._is_held_out, self._problem.weights, 0)
+        return self._fits(self._test, weights)
 
     @functools.cached_property
     def _rows(self) -> _Rows | None:
-        if len(self._train) * self.stages.loss.n_outputs > _MAX_DENSE:
+        if n_ranks() > 1 or len(self._train) * self.stages.loss.n_outputs > _MAX_DENSE:
             return None
-        return _Rows(self._fits(np.concatenate([self._train, self._test])), self.stages)
+        both = np.concatenate([self._train, self._test])
+        return _Rows(self._fits(both, self._problem.weights), self.stages)
 
-    def _fits(self, rows: npt.NDArray[np.intp]) -> TwoStageFit:
-        return TwoStageFit(self._prepared.subset(rows), self._problem.subset(rows))
+    def _fits(self, rows: npt.NDArray[np.intp], weights: Array) -> TwoStageFit:
+        problem = self._problem.subset(rows, weights[rows])
+        return TwoStageFit(self._prepared.subset(rows), problem)
+
+    def _sums(self, values: Array) -> Array:
+        """Return the sums of values over the copies of every held-out sample."""
+        values = values[: len(self._copy_of)]
+        sums = np.bincount(self._copy_of, values, minlength=self._n_distinct)
+        return sum_over_ranks(sums.astype(np.float64))
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the losses of the model that was fitted on all other samples."""
@@ -161,8 +176,7 @@ class _Fold:
         shift = self.stages.problem.offset - self.held.problem.offset
         logits = logits + torch.from_numpy(shift).to(logits)
         losses: Array = to_numpy(self.held.loss.losses(logits.to(self.held.loss.weights)))
-        means: Array = np.bincount(self._copy_of, self._weights * losses) / self.weights
-        return means
+        return self._sums(self._weights * losses) / self.weights
 
     def _logits(self, alpha: float, gradient_alpha: float) -> Tensor:
         """Return the logits of the held-out samples."""
@@ -184,6 +198,11 @@ class _Fold:
         """Return the model with the next stronger penalty, or the first stage."""
         stronger = [pair for pair in self._models if pair[0] == alpha and pair[1] > gradient_alpha]
         return self._models[min(stronger)] if stronger else self._first_stages[alpha].model
+
+
+def _some(chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+    """Return the chosen samples, or the first one where a rank has none of them."""
+    return np.flatnonzero(chosen) if chosen.any() else np.zeros(1, dtype=np.intp)
 
 
 class _Rows:
@@ -271,8 +290,10 @@ class Folds:
         """Return the folds of a problem; there are none if no sample can be held out."""
         problem, tol = stages.problem, max(_TOL, prepared.settings.tol)
         loose = prepared._replace(settings=replace(prepared.settings, tol=tol))
-        numbers = assign_folds(prepared.samples.names, problem.strata, problem.weights)
-        return cls([_Fold(loose, problem, numbers == k) for k in range(numbers.max() + 1)])
+        names, own = rows_of_all_ranks(prepared.samples.names)
+        strata, weights = (rows_of_all_ranks(of)[0] for of in (problem.strata, problem.weights))
+        numbers = assign_folds(names, strata, weights)
+        return cls([_Fold(loose, problem, numbers[own] == k) for k in range(numbers.max() + 1)])
 
     def enough(self, n_samples: int) -> Folds | None:
         """Return the first folds that hold so many distinct samples, all, or None."""
@@ -368,7 +389,7 @@ class Relinearized:
         return losses, last if number % 2 == 0 or len(found) == 1 else last - 1
 
     def _mean(self, losses: Array) -> float:
-        return float(np.average(losses, weights=self.weights))
+        return number_of_first_rank(float(np.average(losses, weights=self.weights)))
 
     def n_models(self, alpha: float, gradient_alpha: float) -> int:
         """Return the number of linear models and moved networks up to the best one.
@@ -408,7 +429,7 @@ class LeftOut:
     @classmethod
     def where_cheap(cls, prepared: Prepared, stages: TwoStageFit) -> LeftOut | None:
         """Return the losses where they have a closed form that takes less time than fits."""
-        if not isinstance(stages.loss, Squared):
+        if not isinstance(stages.loss, Squared) or n_ranks() > 1:
             return None
         if len(np.unique(prepared.samples.names)) * stages.loss.n_outputs > _MAX_LEFT_OUT:
             return None

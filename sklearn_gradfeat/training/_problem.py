@@ -10,7 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sklearn_gradfeat.data import weighted_mean, weighted_median
+from sklearn_gradfeat.data import (
+    gather_over_ranks,
+    sum_over_ranks,
+    weighted_mean,
+    weighted_median,
+)
 from sklearn_gradfeat.linearized import (
     Bernoulli,
     Huber,
@@ -30,7 +35,8 @@ class Problem:
     loss : callable
         Maps a device to the loss on that device.
     subset : callable
-        Maps rows to the problem of these samples alone.
+        Maps rows, and weights in place of those of these samples, to the problem of these samples
+        alone.
     weights : ndarray of shape (n_samples,)
         Weights of the samples, which add up to one.
     strata : ndarray of shape (n_samples,), int
@@ -42,7 +48,7 @@ class Problem:
     """
 
     loss: Callable[[torch.device], Loss]
-    subset: Callable[[npt.NDArray[np.intp]], Problem]
+    subset: Callable[..., Problem]
     weights: npt.NDArray[np.float64]
     strata: npt.NDArray[np.intp]
     offset: npt.NDArray[np.float64]
@@ -80,8 +86,11 @@ def classification_problem(
         indicators = torch.from_numpy(columns.astype(np.float64)).to(device)
         return Squared(2 * indicators - 1, w) if loss == "squared" else Bernoulli(indicators, w)
 
-    def subset(rows: npt.NDArray[np.intp]) -> Problem:
-        return classification_problem(classes, targets[rows], _normalized(weights[rows]), loss)
+    def subset(
+        rows: npt.NDArray[np.intp], of_rows: npt.NDArray[np.float64] | None = None
+    ) -> Problem:
+        w = _normalized(weights[rows] if of_rows is None else of_rows)
+        return classification_problem(classes, targets[rows], w, loss)
 
     strata = np.zeros(len(targets), dtype=np.intp) if multilabel else targets
     attributes = {"classes_": classes, "_multilabel": multilabel}
@@ -112,7 +121,7 @@ def regression_problem(
     centre = weighted_mean if epsilon is None else weighted_median
     with np.errstate(over="ignore", invalid="ignore"):
         offset = centre(targets, weights) if fit_intercept else np.zeros(targets.shape[1])
-        spread = np.abs(targets - offset).max(axis=0)
+        spread = np.max(gather_over_ranks(np.abs(targets - offset).max(axis=0)), axis=0)
     # Below the range the squares are zero, and the solver would stop at the zero model.
     outside = ~(spread <= _MAX_SPREAD) | ((spread > 0) & (spread < 1 / _MAX_SPREAD))
     if epsilon is None and outside.any():
@@ -127,8 +136,11 @@ def regression_problem(
         w = torch.from_numpy(weights).to(device)
         return Squared(centred, w) if epsilon is None else Huber(centred, w, epsilon)
 
-    def subset(rows: npt.NDArray[np.intp]) -> Problem:
-        return regression_problem(y[rows], _normalized(weights[rows]), epsilon, fit_intercept)
+    def subset(
+        rows: npt.NDArray[np.intp], of_rows: npt.NDArray[np.float64] | None = None
+    ) -> Problem:
+        w = _normalized(weights[rows] if of_rows is None else of_rows)
+        return regression_problem(y[rows], w, epsilon, fit_intercept)
 
     strata = np.zeros(len(targets), dtype=np.intp)
     return Problem(on, subset, weights, strata, offset, {"_single_output": y.ndim == 1})
@@ -136,5 +148,5 @@ def regression_problem(
 
 def _normalized(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return weights that add up to one."""
-    normalized: npt.NDArray[np.float64] = weights / weights.sum()
+    normalized: npt.NDArray[np.float64] = weights / sum_over_ranks(weights.sum())
     return normalized

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sklearn_gradfeat.data import on_all_ranks
 from sklearn_gradfeat.linearized import LinearModel
 
 try:
@@ -91,7 +92,14 @@ class Progress:
         self._show(
             f"objective {objective:.4g}, decrement {decrement:.0e} {relation} {tolerance:.0e}"
         )
-        if self._context is None or to_attributes is None:
+        if to_attributes is None:
+            return False
+        stops = self._called_back(iteration, lambda: to_attributes(to_model(x)))
+        return not on_all_ranks(not stops)
+
+    def _called_back(self, iteration: int, attributes: Callable[[], dict[str, Any]]) -> bool:
+        """Report an iteration to callbacks, and return whether one of them asks to stop."""
+        if self._context is None:
             return False
         name = f"{self._linearization}iteration {iteration}"
         task = self._context.subcontext(task_name=name)
@@ -100,7 +108,7 @@ class Progress:
             task.call_on_fit_task_end(
                 estimator=self._estimator,
                 **self._data,
-                reconstruction_attributes=lambda: to_attributes(to_model(x)),
+                reconstruction_attributes=attributes,
             )
         )
 

@@ -35,7 +35,7 @@ from dataclasses import replace
 
 import torch
 
-from sklearn_gradfeat.data import row_blocks
+from sklearn_gradfeat.data import number_of_first_rank, on_all_ranks, row_blocks
 from sklearn_gradfeat.linearized import LinearModel
 from sklearn_gradfeat.solvers import Solution, penalised
 from sklearn_gradfeat.training._progress import Progress
@@ -153,7 +153,7 @@ def _is_finite(stages: TwoStageFit) -> bool:
     """Whether the activations and their squares are finite."""
     activation = stages.samples.activation
     squares = (activation[rows].square().sum() for rows in row_blocks(*activation.shape))
-    return all(bool(torch.isfinite(square)) for square in squares)
+    return on_all_ranks(all(bool(torch.isfinite(square)) for square in squares))
 
 
 def _penalty(stages: TwoStageFit, gradient_alpha: float) -> float:
@@ -161,7 +161,7 @@ def _penalty(stages: TwoStageFit, gradient_alpha: float) -> float:
     if not stages.point:
         return 0.0
     u = stages.head.flatten(tuple(stages.point.values()))
-    return gradient_alpha / 2 * float(u.double().square().sum())
+    return gradient_alpha / 2 * number_of_first_rank(float(u.double().square().sum()))
 
 
 def _move(

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from sklearn_gradfeat.curvature import largest_curvature
-from sklearn_gradfeat.data import row_blocks
+from sklearn_gradfeat.data import number_of_first_rank, row_blocks, sum_over_ranks
 from sklearn_gradfeat.training._held_out import (
     ENOUGH,
     ENOUGH_WITH_GRADIENTS,
@@ -254,7 +254,7 @@ class _Path:
         self._losses[penalty] = losses = self._held_out.losses(*self._pair_of(penalty))
         finite = bool(np.isfinite(losses).all())
         mean = float(np.average(losses, weights=self._held_out.weights)) if finite else math.inf
-        self._means[penalty] = mean
+        self._means[penalty] = mean = number_of_first_rank(mean)
         if self._progress is not None:
             best = self._lowest()
             self._progress.tried(*self._pair_of(best), self._means[best])
@@ -306,12 +306,13 @@ def _alpha_by_scale(stages: TwoStageFit) -> float:
     mean = weights.new_zeros(activation.shape[1])
     for rows in row_blocks(*activation.shape):
         mean += weights[rows] @ activation[rows].to(weights)
+    mean = sum_over_ranks(mean)
     rounding = 4 * torch.finfo(activation.dtype).eps * mean.abs()
     variances = torch.zeros_like(mean)
     for rows in row_blocks(*activation.shape):
         deviation = activation[rows].to(weights) - mean
         deviation[deviation.abs() <= rounding] = 0
         variances += weights[rows] @ deviation.square()
-    variance = float(variances.mean())
-    n_used = int((weights > 0).sum())
+    variance = float(sum_over_ranks(variances).mean())
+    n_used = int(sum_over_ranks((weights > 0).sum()))
     return variance / n_used if variance > 0 else 1.0

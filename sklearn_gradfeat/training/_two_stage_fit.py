@@ -31,7 +31,15 @@ from torch import Tensor
 from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.cache import CachedSamples
 from sklearn_gradfeat.curvature import Inverses
-from sklearn_gradfeat.data import Result, accumulation_device
+from sklearn_gradfeat.data import (
+    Result,
+    accumulation_device,
+    gather_over_ranks,
+    n_ranks,
+    number_of_first_rank,
+    of_first_rank,
+    sum_over_ranks,
+)
 from sklearn_gradfeat.linearized import (
     Bernoulli,
     LinearizedHead,
@@ -211,7 +219,7 @@ class TwoStageFit:
                 activation[rows] = head.activation(boundary)
             return activation
 
-        samples = self.samples.with_activation(self._retry(forward_pass))
+        samples = self.samples.with_activation(self.samples.batch_size.retry(forward_pass))
         prepared = self._prepared._replace(samples=samples, point=point)
         return TwoStageFit(prepared, self.problem, self._stopped)
 
@@ -279,8 +287,9 @@ class TwoStageFit:
             objective = self.second_objective(first, 0.0)
         free = torch.where(objective.penalty == 0, solution.x, 0.0)
         weights = self.loss.weights[self.loss.weights > 0]
+        smallest = min(gather_over_ranks(float(weights.min()) if len(weights) else math.inf))
         loss = objective.loss.value(objective.forward(free))
-        return (name,) if loss < math.log(2) * float(weights.min()) else ()
+        return (name,) if loss < math.log(2) * smallest else ()
 
     def fit_activation(
         self,
@@ -355,11 +364,11 @@ class TwoStageFit:
         logits = self.second_objective(first, 0.0).forward(start)
         gradient = objective.adjoint(self.loss.gradient(logits))
         gradient[: objective.sizes[1]] = 0  # the intercept
-        size = float(gradient.norm())
+        size = number_of_first_rank(float(gradient.norm()))
         if size == 0:
             return 0.0
         seen = objective.forward(gradient / size)
-        return float((self.loss.curvatures(logits) * seen.square()).sum())
+        return float(sum_over_ranks((self.loss.curvatures(logits) * seen.square()).sum()))
 
     def objective(
         self,
@@ -463,6 +472,7 @@ class TwoStageFit:
         Rounding errors of the gradient or the objective also end it. Where Newton steps are
         exact, continue to rounding; this takes one or two more steps.
         """
+        start = of_first_rank(start)
         inverse, coarse = self._inverse(objective, inverses), inverses.coarse(objective)
         eps = torch.finfo(start.dtype).eps
         rounding = max(100 * eps**2, torch.finfo(torch.float64).eps)
@@ -498,8 +508,11 @@ class TwoStageFit:
         return lambda logits: self._retry(partial(inverse, logits))
 
     def _retry(self, compute: Callable[[], Result]) -> Result:
-        """Return ``compute()``, repeated in smaller batches where memory runs out."""
-        return self.samples.batch_size.retry(compute)
+        """Return ``compute()``, repeated in smaller batches where memory runs out.
+
+        Ranks that fit together repeat passes alone: ``compute`` adds up sums of all ranks.
+        """
+        return compute() if n_ranks() > 1 else self.samples.batch_size.retry(compute)
 
 
 def _is_optimum(

@@ -26,7 +26,7 @@ def test_curvature_with_one_position_is_exact_in_the_diagonal(kind):
     tangent, boundary = image_term(kind, n=6)
     head, one = tangent.head, tuple(z[:1] for z in boundary)
     column = normal(1, tangent.omega.shape[1])
-    found, diagonals = factors(head, [(slice(0, 1), one)], column, torch.ones(1).double())
+    found, diagonals = factors(head, [(slice(0, 1), one)], column, torch.ones(1).double(), 1)
     module, names = build(kind)
     assert list(names) == head.names
     J = dense_jacobian(module, names, normal(6, 2, 5, 5)[:1])[0] * ntk_scales(module, names)
@@ -57,9 +57,9 @@ def grams(found):
 def test_batches_and_order_do_not_matter(order, size):
     x, weights, columns = normal(9, 3), unequal_weights(9), normal(2, 4, seed=1)
     head = module_term(mlp(), MLP_LAYERS, x).head
-    found, _ = factors(head, [(slice(0, 9), (x,))], columns, weights)
+    found, _ = factors(head, [(slice(0, 9), (x,))], columns, weights, 9)
     moved = torch.tensor(order)
-    again, _ = factors(head, batches((x[moved],), size), columns, weights[moved])
+    again, _ = factors(head, batches((x[moved],), size), columns, weights[moved], 9)
     torch.testing.assert_close(grams(again), grams(found))
 
 

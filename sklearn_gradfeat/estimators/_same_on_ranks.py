@@ -1,0 +1,98 @@
+"""The check that all ranks of a process group fit the same estimator."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import reprlib
+from typing import Any
+
+import sklearn
+
+from sklearn_gradfeat.backbones import FrozenBackbone, UndigestibleError, digest
+from sklearn_gradfeat.data import gather_over_ranks, n_ranks
+
+# The network is compared by its digest, and rank 0 draws the seed. The others may differ.
+_FREE = ("backbone", "random_state", "device", "batch_size", "feature_store", "verbose")
+_FITTED = ("coef_", "intercept_", "omega_", "gradient_coef_", "linearization_point_")
+
+
+def check_same_on_ranks(estimator: Any, X: Any, sample_weight: Any, *, fitted: bool) -> None:
+    """Raise an error unless the ranks have equal parameters and samples of one kind.
+
+    Parameters
+    ----------
+    estimator : estimator
+        The estimator of this rank.
+    X : ndarray or lazy array of shape (n_samples, ...)
+        The validated samples of this rank.
+    sample_weight : array-like or None
+        Their weights.
+    fitted : bool
+        Whether the fit starts from the fitted model, which must be the same, too.
+
+    Raises
+    ------
+    ValueError
+        If they differ; the message names the parameter and the ranks.
+    """
+    if n_ranks() == 1:
+        return
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "sklearn-gradfeat")}
+    compared = {
+        "class": type(estimator).__name__,
+        **{
+            name: value
+            for name, value in estimator.get_params(deep=False).items()
+            if name not in _FREE
+        },
+        "X.shape[1:]": tuple(X.shape[1:]),
+        "X.dtype": str(X.dtype),
+        "feature_names_in_": list(getattr(estimator, "feature_names_in_", ())),
+        "sample_weight": "None" if sample_weight is None else "given",
+        "version": {**versions, "scikit-learn": sklearn.__version__},
+    }
+    if fitted:
+        compared |= {name: getattr(estimator, name, None) for name in _FITTED}
+    _compare(compared)
+
+
+def check_same_network(backbone: FrozenBackbone, names: list[str]) -> None:
+    """Raise an error unless the ranks have equal networks and gradient layers."""
+    if n_ranks() == 1:
+        return
+    known = backbone.fingerprint
+    value = known.digest if known.portable else dict(backbone.module.state_dict())
+    _compare({"backbone": value, "gradient_layers": names})
+
+
+def _compare(values: dict[str, Any]) -> None:
+    """Raise an error that names the first value of which a rank has another one than rank 0."""
+    described = {name: (_digest(value), reprlib.repr(value)) for name, value in values.items()}
+    first, *others = gather_over_ranks(described)
+    for name, (of_first, shown_first) in first.items():
+        differing = [
+            (rank, other[name][1])
+            for rank, other in enumerate(others, 1)
+            if other[name][0] != of_first
+        ]
+        if not differing:
+            continue
+        found = ", ".join(f"{shown} on rank {rank}" for rank, shown in differing)
+        if name == "backbone":
+            found = ", ".join(f"rank {rank}" for rank, _ in differing)
+            raise ValueError(
+                f"backbone: the network of {found} differs from that of rank 0 in its operators or "
+                "its weights. Load the same weights on all ranks."
+            )
+        raise ValueError(
+            f"All ranks of the process group must fit with the same parameters, but {name} is "
+            f"{shown_first} on rank 0 and {found}. Pass the same value on all ranks."
+        )
+
+
+def _digest(value: Any) -> bytes:
+    """Return a digest of a value, or of its type for code of the user."""
+    try:
+        return digest(value)
+    except UndigestibleError:
+        return digest(type(value).__qualname__)

@@ -1,0 +1,253 @@
+"""Fits of several processes, each with some of the samples, against fits of one process."""
+
+import os
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from sklearn_gradfeat import GradientFeatureClassifierCV
+from sklearn_gradfeat.data import (
+    fit_together,
+    gather_over_ranks,
+    n_ranks,
+    of_first_rank,
+    on_all_ranks,
+    rows_of_all_ranks,
+    sum_over_ranks,
+)
+from tests import ranks
+from tests.tiny import X, Y, estimator, tiny_net
+
+FAST = ["weights", "two linearizations", "auto, activation"]
+# The linear models of several linearisations are solved loosely. The choice of penalties is that
+# of models of held-out samples, which are solved to a tolerance of 1e-3.
+OBJECTIVE = {"two linearizations": 1e-5}
+
+
+def error_of(function):
+    """Return the type and the message of the error that a function raises."""
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+# --- what every rank of one process group does ------------------------------------------------
+
+
+def sums(rank):
+    with fit_together():
+        return {
+            "n": n_ranks(),
+            "sum": sum_over_ranks(torch.full((3,), rank + 1.0)),
+            "number": sum_over_ranks(torch.tensor(2**40 + rank)),
+            "array": sum_over_ranks(np.array([0.5, rank])),
+            "gather": gather_over_ranks("x" * rank),
+            "rows": rows_of_all_ranks(torch.arange(2 * (rank + 1)).view(-1, 2)),
+            "first": of_first_rank(torch.arange(2.0 + rank) + rank),
+            "all": [on_all_ranks(True), on_all_ranks(rank == 0)],
+        }
+
+
+def outside(rank):
+    """Outside of a fit nothing is communicated: the other rank is not there."""
+    return sum_over_ranks(torch.tensor(1.0)) if rank == 0 else None
+
+
+def predict_alone(rank, model):
+    return model.predict(X) if rank == 0 else None
+
+
+def fit_half(rank, model, **changes):
+    rows = slice(rank, None, 2)
+    data = {"X": X[rows], "y": Y[rows], **changes}
+    return error_of(lambda: model.fit(**data))
+
+
+def fit_in_thread():
+    found = []
+    with fit_together():
+        thread = threading.Thread(
+            target=lambda: found.append(error_of(lambda: estimator().fit(X, Y)))
+        )
+        thread.start()
+        thread.join()
+    return found[0]
+
+
+def with_nan(rank):
+    inputs = X[rank::2].copy()
+    inputs[0] = np.nan if rank else 0
+    return fit_half(rank, estimator(), X=inputs)
+
+
+def with_another_network(rank):
+    net = tiny_net()
+    with torch.no_grad():
+        net[0].bias += rank
+    return fit_half(rank, estimator(net))
+
+
+def killed(rank):
+    def transform(batch):
+        if rank == 1:
+            os._exit(1)
+        return batch
+
+    start = time.monotonic()
+    return fit_half(rank, estimator(preprocess=transform)), time.monotonic() - start
+
+
+def everything(rank, size, path):
+    model = estimator()
+    found = {name: ranks.fit_case(name, rank, size) for name in FAST}
+    found |= {
+        "sums": sums(rank),
+        "outside": outside(rank),
+        "raises": with_nan(rank),
+        "alpha": fit_half(rank, estimator(alpha=0.1 * (rank + 1))),
+        "invalid": fit_half(rank, estimator(alpha=-1.0 if rank else 1.0)),
+        "shape": fit_half(rank, estimator(), X=X[rank::2, :, : 8 - rank]),
+        "network": with_another_network(rank),
+        "classes": fit_half(rank, estimator(), y=Y[rank::2] if rank else Y[rank::2].astype(str)),
+        "search": fit_half(rank, GradientFeatureClassifierCV()),
+        "thread": fit_in_thread(),
+        "afterwards": fit_half(rank, model),
+        "alone": predict_alone(rank, model),
+    }
+    if rank == 1:
+        ranks.write(path, rank, found)
+    found["killed"] = killed(rank)
+    return found
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ranks")
+    return ranks.run(2, path, everything, path)
+
+
+# --- what they found --------------------------------------------------------------------------
+
+
+def check_against_one_process(name, of_ranks):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = ranks.fit_case(name)
+    for found in of_ranks:
+        assert found["bits"] == of_ranks[0]["bits"]
+    found = of_ranks[0]
+    np.testing.assert_allclose(found["penalties"], one["penalties"], rtol=0.15)
+    if one["losses"].size:
+        np.testing.assert_allclose(found["losses"][:4], one["losses"][:4], rtol=1e-2)
+    if not one["penalties"] or np.allclose(found["penalties"], one["penalties"], rtol=1e-6):
+        assert found["objective"] == pytest.approx(one["objective"], rel=OBJECTIVE.get(name, 1e-6))
+        scale = np.abs(one["predictions"]).max()
+        np.testing.assert_allclose(found["predictions"], one["predictions"], atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_same_optimum_as_one_process(group, name):
+    check_against_one_process(name, [found[name] for found in group])
+
+
+def test_sums_over_ranks(group):
+    for rank, found in enumerate(of["sums"] for of in group):
+        assert found["n"] == 2
+        assert found["sum"].tolist() == [3, 3, 3]
+        assert found["number"] == 2**41 + 1
+        assert found["array"].tolist() == [1, 1]
+        assert found["gather"] == ["", "x"]
+        rows, own = found["rows"]
+        assert rows.tolist() == [[0, 1], [0, 1], [2, 3]]
+        assert own == (slice(0, 1), slice(1, 3))[rank]
+        assert found["first"].tolist() == [0, 1]
+        assert found["all"] == [True, False]
+
+
+def test_only_fits_communicate(group):
+    assert group[0]["outside"] == 1
+    assert group[0]["alone"].shape == Y.shape
+
+
+MESSAGES = {
+    "raises": (
+        "RuntimeError",
+        "No rank has a fitted estimator, as rank 1 failed: ValueError: Input X contains NaN",
+    ),
+    "alpha": ("ValueError", "alpha is 0.1 on rank 0 and 0.2 on rank 1"),
+    "invalid": (
+        "RuntimeError",
+        "No rank has a fitted estimator, as rank 1 failed: InvalidParameterError: The 'alpha'",
+    ),
+    "shape": ("ValueError", r"X.shape[1:] is (1, 8, 8) on rank 0 and (1, 7, 8) on rank 1"),
+    "network": ("ValueError", "backbone: the network of rank 1 differs from that of rank 0"),
+    "classes": ("ValueError", "y must have classes of one type on all ranks: rank 0 has <U"),
+    "search": ("RuntimeError", "Use GradientFeatureClassifier, which chooses alpha='auto'"),
+    "thread": ("RuntimeError", "Another thread of this process is fitting"),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_an_error_stops_all_ranks(group, name):
+    kind, text = group[0][name]
+    assert (kind, text[text.find(MESSAGES[name][1]) :][: len(MESSAGES[name][1])]) == MESSAGES[name]
+    assert group[1][name] is not None
+
+
+def test_a_rank_that_fails_has_its_own_error(group):
+    assert group[1]["raises"][0] == "ValueError"
+
+
+def test_the_group_is_usable_after_errors(group):
+    assert [found["afterwards"] for found in group] == [None, None]
+
+
+def test_a_killed_rank_is_named(group):
+    (kind, text), seconds = group[0]["killed"]
+    assert kind == "RuntimeError"
+    assert "Rank 1 gives no sign of life: the process has ended" in text
+    assert seconds < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_all_cases(tmp_path, size):
+    found = ranks.run(size, tmp_path, all_cases)
+    for name in ranks.CASES:
+        check_against_one_process(name, [of_rank[name] for of_rank in found])
+
+
+def all_cases(rank, size):
+    return {name: ranks.fit_case(name, rank, size) for name in ranks.CASES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 2])
+def test_the_others_stop_within_a_minute(tmp_path, lost):
+    """The store of the group may be lost, too, with rank 0."""
+    found = ranks.run(4, tmp_path, in_the_middle, lost, tcp=True)
+    for rank, of_rank in enumerate(found):
+        assert (of_rank is None) == (rank == lost)
+        if rank != lost:
+            kind, text = of_rank
+            assert kind == "RuntimeError"
+            assert f"ank {lost}" in text
+
+
+def in_the_middle(rank, size, lost):
+    def fit():
+        with fit_together():
+            for _ in range(3):
+                sum_over_ranks(torch.ones(1000))
+            if rank == lost:
+                os._exit(1)
+            for _ in range(3):
+                sum_over_ranks(torch.ones(1000))
+
+    return error_of(fit)
