@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from sklearn_gradfeat.backbones._builtin import SHIPPED, load_shipped, random_ml
 from sklearn_gradfeat.backbones._huggingface import PREFIX, load_huggingface
 from sklearn_gradfeat.backbones._images import ImagePreprocess, check_images
 from sklearn_gradfeat.data import BoundedTokenizer
+
+_SEEDED = threading.RLock()
 
 
 @functools.lru_cache(maxsize=4)
@@ -176,10 +179,13 @@ def default_name(sample_shape: tuple[int, ...]) -> str | None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generators in a context, and restore their states afterwards."""
+    """Seed torch's generators in a context, and restore their states afterwards.
+
+    The threads of a process share the generators, so one thread after the other runs the body.
+    """
     # Where CUDA was never used, a seed would wait there and replace a seed of the user.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
+    with _SEEDED, torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         if devices:
             torch.cuda.manual_seed_all(seed)

@@ -220,7 +220,7 @@ class CrossValidated(BaseGradientFeature):
                 return self._score_fold(numbered[i], pairs, data, bar, stop)
 
         def evaluate(pairs: Sequence[Pair]) -> dict[Pair, float]:
-            nonlocal unfinished, separated
+            nonlocal unfinished
             new = [pair for pair in dict.fromkeys(pairs) if pair not in scores]
             if new:
                 bar.total = (bar.total or 0) + len(new) * len(numbered)
@@ -236,7 +236,7 @@ class CrossValidated(BaseGradientFeature):
                     raise
                 scores.update((pair, [fold.scores[pair] for fold in found]) for pair in new)
                 unfinished += sum(fold.unfinished for fold in found)
-                separated += [names for fold in found for names in fold.separated]
+                separated.extend(names for fold in found for names in fold.separated)
             # Averaged as in GridSearchCV, so that ties are the same.
             means = np.average(np.array(list(scores.values())), axis=1)
             return dict(zip(scores, means.tolist(), strict=True))

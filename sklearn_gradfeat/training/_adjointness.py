@@ -6,11 +6,10 @@ derivative may be missing, be infinite, or be scaled on purpose. With ``u = Jᵀ
 
     ⟨J u, v⟩ = ⟨u, Jᵀ v⟩
 
-which takes one backward and one forward pass. A derivative that changes the activations by less
-than rounding errors, such as that of a layer before a norm that removes its output, may be noise
-in one of both. The direction ``u`` is in the range of ``Jᵀ``, as are
+which takes one backward and one forward pass. The direction ``u`` is in the range of ``Jᵀ``, as are
 those of the solver, because some operators keep entries constant in ``Jᵀ`` alone, such as the row
-of a padding index.
+of a padding index. Where a derivative is zero, such as that of a layer before a norm that removes
+its output, both sides are rounding errors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The module for ``backbone=``: names, modules, factories, and None."""
 
+import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from sklearn_gradfeat.backbones._sources import load_named, timm_transform
+from sklearn_gradfeat.backbones._sources import load_named, seeded, timm_transform
 from tests.tiny import X, Y, estimator, tiny_net
 
 IMAGES = np.random.default_rng(1).integers(0, 256, (24, 3, 8, 8)).astype(np.uint8)
@@ -167,6 +169,22 @@ def test_factory_that_returns_no_module(result):
         TypeError, match=r"factory must return a torch\.nn\.Module, it returned.* Pass a module"
     ):
         estimator(lambda: result).fit(X, Y)
+
+
+def test_seeds_of_threads_do_not_mix():
+    """Threads share torch's generators."""
+
+    def drawn(seed):
+        with seeded(seed):
+            first = float(torch.rand(1))
+            time.sleep(0.01)
+            return first, float(torch.rand(1))
+
+    state = torch.random.get_rng_state()
+    expected = [drawn(seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(drawn, range(8))) == expected
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_factory_follows_random_state():

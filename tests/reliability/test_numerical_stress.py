@@ -125,6 +125,8 @@ def test_samples_with_the_defaults(kind, samples):
 def test_samples_with_chosen_penalties(kind, options, backbone, samples):
     model = kind(NETWORK if backbone == "network" else None, random_state=0, **options)
     allowed = UNSCALED if backbone == "random" and samples == "of all sizes" else ""
+    if "n_linearizations" in options and samples == "tiny":
+        allowed = UNMOVED  # held-out losses that differ by less than tol choose the penalty
     fitted(model, SAMPLES[samples](), targets(kind), allowed=allowed)
 
 
