@@ -166,7 +166,11 @@ class Batch(NamedTuple):
 
 
 class _Bar:
-    """A progress bar that appears before the first sample that has to be computed."""
+    """A progress bar that appears before the first sample that has to be computed.
+
+    Every bar of tqdm, also a disabled one, takes a lock that forks share. A process that is killed
+    holds it for ever, and then all others wait. So a silent fit makes no bar.
+    """
 
     def __init__(self, n_samples: int, verbose: bool) -> None:
         self._total, self._verbose = n_samples, verbose
@@ -174,9 +178,8 @@ class _Bar:
 
     def show(self) -> None:
         """Show the bar."""
-        if self._bar is None:
-            unit, disable = "sample", not self._verbose
-            self._bar = tqdm(desc="frozen layers", total=self._total, unit=unit, disable=disable)
+        if self._bar is None and self._verbose:
+            self._bar = tqdm(desc="frozen layers", total=self._total, unit="sample")
 
     def update(self, n_samples: int, n_computed: int) -> None:
         """Count the samples of a batch."""

@@ -6,6 +6,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple, Self, TypeAlias
@@ -223,8 +224,9 @@ class CrossValidated(BaseGradientFeature):
             nonlocal unfinished
             new = [pair for pair in dict.fromkeys(pairs) if pair not in scores]
             if new:
-                bar.total = (bar.total or 0) + len(new) * len(numbered)
-                bar.refresh()
+                if bar is not None:
+                    bar.total = (bar.total or 0) + len(new) * len(numbered)
+                    bar.refresh()
                 work = (delayed(score_fold)(i, new, bar) for i in range(len(numbered)))
                 try:
                     found = Parallel(n_jobs=self.n_jobs, require="sharedmem")(work)
@@ -241,7 +243,8 @@ class CrossValidated(BaseGradientFeature):
             means = np.average(np.array(list(scores.values())), axis=1)
             return dict(zip(scores, means.tolist(), strict=True))
 
-        with tqdm(desc="search", unit="fit", disable=not self.verbose) as bar:
+        # A disabled bar would take a lock that forks share.
+        with tqdm(desc="search", unit="fit") if self.verbose else nullcontext() as bar:
             tried = search_grid(self.alphas, self.gradient_alphas, stages, evaluate)
         table = np.full((len(numbered), len(tried.alphas), len(tried.gradient_alphas)), np.nan)
         for i, alpha in enumerate(tried.alphas):
@@ -291,7 +294,8 @@ class CrossValidated(BaseGradientFeature):
                 separated.append(candidate.separated)
             else:
                 unfinished += not candidate.converged
-            bar.update()
+            if bar is not None:
+                bar.update()
         return _FoldScores(scores, unfinished, separated)
 
     def _fold_problem(self, data: _Data, train: npt.NDArray[np.intp], number: int) -> Problem:

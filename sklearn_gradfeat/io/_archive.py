@@ -254,7 +254,7 @@ def _read_arrays(stream: BinaryIO, header: dict[str, Any], size: int) -> Arrays:
     position, arrays = stream.tell(), {}
     end = 0
     for start, stop, name, kind, shape in sorted(entries, key=lambda entry: entry[:2]):
-        if kind not in _DTYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
+        if kind not in _DTYPES or not all(type(n) is int and n >= 0 for n in shape):
             raise _DamagedError("its header has an array of no known dtype or shape")
         dtype = np.dtype(_DTYPES[kind])
         if start != end or stop - start != math.prod(shape) * dtype.itemsize:

@@ -127,13 +127,14 @@ class Progress:
     def _begin(self, text: str) -> None:
         """Begin a line; ``{n_fmt}`` in it is how often it was updated."""
         self._close()
-        form = f"{text} [{{elapsed}}]{{postfix}}"
-        self._line = tqdm(bar_format=form, disable=not self._estimator.verbose)
+        if self._estimator.verbose:  # a disabled line would take a lock that forks share
+            self._line = tqdm(bar_format=f"{text} [{{elapsed}}]{{postfix}}")
 
     def _show(self, text: str) -> None:
         """Update the line."""
-        self._line.set_postfix_str(text, refresh=False)
-        self._line.update()
+        if self._line is not None:
+            self._line.set_postfix_str(text, refresh=False)
+            self._line.update()
 
     def _close(self) -> None:
         """End the line with its last update."""

@@ -292,12 +292,14 @@ def test_deep_values(saved):
         b'[0, 9223372036854775807, 9], "data_offsets": [0, 0]}}',
         b'{"__metadata__": {"sklearn_gradfeat": "{}"}, "a": {"dtype": "F64", "shape": '
         b'[1000000000000], "data_offsets": [0, 8000000000000]}}',
+        b'{"__metadata__": {"sklearn_gradfeat": "{}"}, "a": {"dtype": "U8", "shape": [true], '
+        b'"data_offsets": [0, 1]}}',
         b'{"__metadata__": {"sklearn_gradfeat": "{}"}, "a": {"dtype": "BF16", "shape": [1], '
         b'"data_offsets": [0, 2]}}',
         b'{"a":' + b"[]," * 10**6,
         ('{"a":"' + "\U0001f600" + "a" * 10**7 + '"}').encode(),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_containers_that_are_made_up(path, header):
     raw(path, header)

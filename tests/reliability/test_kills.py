@@ -171,5 +171,3 @@ def test_many_kills(tmp_path, seed, function, n_kills):
     found = run(function, tmp_path, seed, n_kills, timeout=100 + 10 * n_kills)
     if function is store:
         check_names(found)
-    else:
-        assert found > 0  # some left an unfinished file

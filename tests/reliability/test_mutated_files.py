@@ -176,9 +176,11 @@ def replace(document, rng):
             case 1 if isinstance(parent[last], (int, float)):
                 parent[last] += int(rng.integers(-2, 3))
             case 2 if isinstance(parent, dict):
-                parent[["x", "", "coef_", "dict", "array"][rng.integers(5)]] = parent[last]
+                parent[["x", "", "coef_", "dict", "array"][rng.integers(5)]] = copy.deepcopy(
+                    parent[last]
+                )
             case _:
-                parent[last] = values[rng.integers(len(values))]
+                parent[last] = copy.deepcopy(values[rng.integers(len(values))])
 
 
 def forged(content, rng, path):

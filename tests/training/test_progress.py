@@ -212,3 +212,13 @@ def test_lines_fit_into_a_terminal(monkeypatch):
     assert max(map(len, re.split(r"[\r\n]+", text))) <= 80
     assert re.search(r"loss [\d.]{6}$", lines[1])
     assert re.search(r"decrement \de-\d\d <= \de-\d\d$", lines[2])
+
+
+def test_silent_fit_makes_no_bar(monkeypatch):
+    def fail(*_arguments, **_options):
+        raise AssertionError("a bar takes a lock that a killed fork may hold")
+
+    monkeypatch.setattr("tqdm.std.tqdm.__new__", fail)
+    search = GradientFeatureClassifierCV(NET, alphas=[0.1], gradient_alphas=[0.1], cv=2, tol=0.1)
+    for model in (estimator(alpha="auto", tol=0.1, feature_store=None), search):
+        model.fit(X, Y).predict(X + 1)
