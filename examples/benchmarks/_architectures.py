@@ -264,43 +264,11 @@ _IMAGES = {
     "clip-vision": ("CLIPVision", _IMAGE),
     "convnext": ("ConvNext", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}),
     "convnextv2": ("ConvNextV2", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}),
-    "cvt": (
-        "Cvt",
-        {
-            "embed_dim": [8, 16],
-            "num_heads": [1, 2],
-            "depth": [1, 1],
-            "patch_sizes": [3, 3],
-            "patch_stride": [2, 2],
-            "patch_padding": [1, 1],
-            "mlp_ratio": [2.0, 2.0],
-            "attention_drop_rate": [0.0, 0.0],
-            "drop_rate": [0.0, 0.0],
-            "drop_path_rate": [0.0, 0.0],
-            "qkv_bias": [True, True],
-            "cls_token": [False, True],
-            "qkv_projection_method": ["dw_bn", "dw_bn"],
-            "kernel_qkv": [3, 3],
-            "padding_kv": [1, 1],
-            "stride_kv": [2, 2],
-            "padding_q": [1, 1],
-            "stride_q": [1, 1],
-        },
-    ),
     "data2vec-vision": ("Data2VecVision", {"use_relative_position_bias": True, **_IMAGE}),
     "deit": ("DeiT", _IMAGE),
     "dinov2": ("Dinov2", _IMAGE),
     "dinov2-with-registers": ("Dinov2WithRegisters", {"num_register_tokens": 2, **_IMAGE}),
     "dinov3-vit": ("DINOv3ViT", {"num_register_tokens": 2, **_IMAGE}),
-    "mobilevit": (
-        "MobileViT",
-        {
-            "image_size": 32,
-            "hidden_sizes": [8, 12, 16],
-            "neck_hidden_sizes": [4, 8, 8, 8, 8, 8, 16],
-            "num_attention_heads": 2,
-        },
-    ),
     "poolformer": (
         "PoolFormer",
         {
@@ -349,7 +317,6 @@ _IMAGES = {
 _SOUNDS = {
     "data2vec-audio": ("Data2VecAudio", {**_SOUND, "conv_pos_kernel_size": 3}),
     "hubert": ("Hubert", _SOUND),
-    "sew": ("SEW", {**_SOUND, "squeeze_factor": 2}),
     "wav2vec2": ("Wav2Vec2", _SOUND),
     "wav2vec2-stable-layer-norm": (
         "Wav2Vec2",

@@ -38,9 +38,9 @@ def first_cast(module: nn.Module, example: Tensor) -> str | None:
 def warn_of_cast(call: str) -> None:
     """Warn of a network that computes partly in lower precision."""
     warnings.warn(
-        "The backbone runs in float64, but it casts to lower precision inside. Its results have the "
-        f"accuracy of that precision. The first cast is {call}. Take it out of the backbone, or "
-        "set precision='float32'.",
+        "The backbone runs in float64, but it casts to lower precision inside. Its results have "
+        f"the accuracy of that precision. The first cast is {call}. Take it out of the backbone, "
+        "or set precision='float32'.",
         UserWarning,
         stacklevel=2,
     )
