@@ -18,8 +18,8 @@ from sklearn_gradfeat.backbones._sources import without_classifier
 
 N_SAMPLES = 6
 
-# The side of the images, where it is not 48.
-_SIDES = {"alexnet": 64, "inception_v3": 96, "maxvit_t": 224}
+# The side of the images, where it is not 64.
+_SIDES = {"inception_v3": 96, "maxvit_t": 224, "vit_b_16": 224, "vit_b_32": 224}
 # Left out, since smaller ones have the same code: they have more than 2 GB of weights in float64.
 _HUGE = ("regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32")
 
@@ -89,15 +89,11 @@ def build(name):
 
 
 def _torchvision(name):
-    side, options = _SIDES.get(name, 48), {}
+    side, options = _SIDES.get(name, 64), {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": False}
-    if name.startswith("vit_"):
-        side = 64
-        options = {"image_size": side}
-    return without_classifier(torchvision.models.get_model(name, weights=None, **options)), images(
-        side
-    )
+    network = torchvision.models.get_model(name, weights=None, **options)
+    return without_classifier(network), images(side)
 
 
 # --- timm --------------------------------------------------------------------------------------

@@ -239,7 +239,8 @@ def table(rows):
             continue
         graph = "captured" if row["status"] == "captured" else f"eager: {row['reason']}"
         line += f"`{row['gradient_layers']}` | {row['tensors']} | {row['stored']:,} | "
-        lines.append(line + f"{graph} | {row['error']:.0e} |")
+        error = f"{row['error']:.0e}" if "error" in row else ""
+        lines.append(line + f"{graph} | {error} |")
     return "\n".join(lines)
 
 
