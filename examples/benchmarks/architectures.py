@@ -22,7 +22,6 @@ import math
 import pickle
 import re
 import tempfile
-import time
 import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -137,7 +136,7 @@ def measure(network, x, derivatives_only=False):
     """Return the figures of a network in float64 and a batch of samples."""
     x, y = x.double() if x.is_floating_point() else x, np.arange(N_TRAIN) % 3
     n_parameters = sum(p.numel() for p in network.parameters())
-    row, before, start = {"parameters": n_parameters}, digest(network), time.process_time()
+    row, before = {"parameters": n_parameters}, digest(network)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if derivatives_only:
@@ -160,7 +159,7 @@ def measure(network, x, derivatives_only=False):
     if not derivatives_only:
         row |= optimality(original, model, x, y) | round_trips(model, x)
     row["unchanged"] = digest(network) == before
-    return {**row, "seconds": time.process_time() - start}
+    return row
 
 
 def common_path(names):
@@ -235,11 +234,13 @@ def table(rows):
     for row in rows:
         line = f"| {row['network']} | {row['parameters'] / 1e6:.3g} | "
         if row["status"] == "refused":
-            lines.append(line + f"| | | refused: {row['reason']} | |")
+            reason = ". ".join(row["reason"].split(". ")[:2])
+            lines.append(line + f"| | | refused: {reason} | |")
             continue
         graph = "captured" if row["status"] == "captured" else f"eager: {row['reason']}"
         line += f"`{row['gradient_layers']}` | {row['tensors']} | {row['stored']:,} | "
-        lines.append(line + f"{graph} | {row['error']:.0e} |")
+        error = f"{row['error']:.0e}" if "error" in row else ""
+        lines.append(line + f"{graph} | {error} |")
     return "\n".join(lines)
 
 
@@ -260,7 +261,8 @@ def main():
     add("--derivatives-only", action="store_true", help="neither solve, save nor export")
     add("--page", type=Path, help="Markdown file to write the table into")
     arguments = parser.parse_args()
-    rows = {}
+    page, rows = arguments.page, {}
+    del arguments.page
     if arguments.output.exists():
         rows = {row["network"]: row for row in json.loads(arguments.output.read_text())["rows"]}
     for name in NETWORKS:
@@ -270,8 +272,8 @@ def main():
             ordered = [rows[name] for name in NETWORKS if name in rows]
             save(ordered, arguments)
             print(json.dumps(rows[name]), flush=True)
-    if arguments.page:
-        write_page(arguments.page, [rows[name] for name in NETWORKS if name in rows])
+    if page:
+        write_page(page, [rows[name] for name in NETWORKS if name in rows])
 
 
 if __name__ == "__main__":

@@ -26,11 +26,15 @@ _LOCK = threading.RLock()
 
 
 class _GradientsStayOn(TorchFunctionMode):
-    """Ignores ``torch.no_grad`` where gradients are on."""
+    """Ignores ``torch.no_grad`` if gradients are on outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function, unless it turns gradients off."""
-        if func is torch._C._set_grad_enabled and not args[0]:
+        if self.on and func is torch._C._set_grad_enabled and not args[0]:
             return None
         return func(*args, **(kwargs or {}))
 

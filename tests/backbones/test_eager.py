@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from sklearn_gradfeat.backbones._eager import EagerHead
+from sklearn_gradfeat.backbones._graph import ActivationModule
 from tests.tiny import X, Y, estimator, tiny_net
 
 
@@ -146,6 +148,14 @@ def test_no_grad_on_one_of_two_paths():
     model = estimator(Gated(torch.no_grad), **settings).fit(X, Y)
     plain = estimator(Gated(nullcontext), **settings).fit(X, Y)
     np.testing.assert_array_equal(model.decision_function(X), plain.decision_function(X))
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_the_gradient_mode_outside_of_a_network_stays(outside):
+    module = ActivationModule(Within(torch.enable_grad), None)
+    with torch.set_grad_enabled(outside):
+        EagerHead(module, [])(torch.from_numpy(X))
+        assert torch.is_grad_enabled() == outside
 
 
 @pytest.mark.filterwarnings("ignore:The backbone cannot be captured:UserWarning")
