@@ -243,7 +243,6 @@ ARCHITECTURES = {
     "eva, fused": (lambda: eva(fused=True), IMAGES, 1),
     "BERT": (lambda: hf("Bert"), TEXTS, 1),
     "BERT, explicit": (lambda: hf("Bert", attn_implementation="eager"), TEXTS, 1),
-    "BERT, pooler": (lambda: hf("Bert", pooled=True), TEXTS, 1),
     "DistilBERT": (lambda: hf("DistilBert"), TEXTS, 1),
     "ViT": (lambda: hf("ViT"), IMAGES, 1),
     "DINOv2": (lambda: hf("Dinov2"), IMAGES, 1),
@@ -277,7 +276,6 @@ class HeadMajor(nn.Module):
     ("factory", "x", "name"),
     [
         (torchvision_vit, IMAGES, "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"),
-        (timm_vit, IMAGES, "blocks.0.attn.qkv.weight"),
         (HeadMajor, normal(3, 5, 8), "qkv.weight"),
     ],
 )
