@@ -124,7 +124,8 @@ class CachedSamples:
         whole, chosen = self.part_of or (self, None)
         if self.batch_size.reduced:  # free the memory of the copy on the device
             vars(whole).pop("kept", None)
-        if isinstance(self.boundary, FileBoundary) and whole.kept is None:
+        in_file = isinstance(self.boundary, FileBoundary)
+        if in_file and (self.batch_size.reduced or whole.kept is None):
             for rows, boundary in _read_ahead(self.boundary.take, spans):
                 yield rows, tuple(to_device(z, self.activation.device) for z in boundary)
             return
@@ -237,7 +238,7 @@ class Trunk:
         keep : bool
             Whether to keep all boundary tensors, and to return their places.
         """
-        used: weakref.WeakSet[Chunk] = weakref.WeakSet()
+        used: weakref.WeakSet[Chunk] = weakref.WeakSet()  # chunks that nobody keeps are freed
         with _Bar(len(self.samples), verbose) as bar, torch.no_grad():
             spans = slices(len(self.samples), self.batch_size.size)
             for rows, raw in _read_samples(self.samples, spans):
@@ -384,7 +385,7 @@ def cache_samples(
 
 
 def _empty(shape: Sequence[int], like: Tensor, folder: Path | None) -> Tensor:
-    """Return an uninitialised tensor on the device of another; on the host, in a file."""
+    """Return an uninitialised tensor on the device of another: in a file if that is the host."""
     if folder is None or like.device.type != "cpu":
         return like.new_empty(shape)
     return mapped_tensor(shape, like.dtype, folder)

@@ -85,10 +85,10 @@ def accumulation_device(device: torch.device) -> torch.device:
 
 # Lazy arrays. Images on disk may need more room than the memory has, so the package reads them
 # batch by batch. A lazy array has a numpy ``dtype`` and a ``shape`` of three or more dimensions,
-# and a slice of rows returns an array. HDF5 and zarr data sets, ImageFiles and the items of a
-# torch ``Dataset`` are lazy arrays. Their values are checked when a batch is read, so NaN raises
-# an error in the middle of ``fit``. Arrays, tensors, lists, data frames and tabular data are
-# converted and validated as a whole, as in scikit-learn.
+# and a slice of rows returns an array. HDF5 and zarr data sets, ImageFiles, memory maps and the
+# items of a torch ``Dataset`` are lazy arrays. Their values are checked when a batch is read, so
+# NaN raises an error in the middle of ``fit``. Arrays, tensors, lists, data frames and tabular data
+# are converted and validated as a whole, as in scikit-learn.
 
 
 def is_lazy(X: Any) -> bool:

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from torch import nn
 
-from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureClassifierCV
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    GradientFeatureClassifierCV,
+    config_context,
+)
+from sklearn_gradfeat.cache._sample_files import FileBoundary
 from sklearn_gradfeat.cache._store import Boundary
 
 
@@ -15,24 +20,27 @@ from sklearn_gradfeat.cache._store import Boundary
         (GradientFeatureClassifierCV, {"alphas": [0.1], "gradient_alphas": [0.1], "cv": 2}),
     ],
 )
-def test_a_device_keeps_the_boundary_where_it_has_room(kind, options, monkeypatch):
+@pytest.mark.parametrize("where", [Boundary, FileBoundary])
+@pytest.mark.filterwarnings("ignore:The output of the frozen layers takes:UserWarning")
+def test_a_device_keeps_the_boundary_where_it_has_room(kind, options, where, monkeypatch):
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((60, 3, 4)).astype(np.float32), rng.integers(3, size=60)
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 6))
     model = kind(network, feature_store=None, batch_size=16, gradient_layers=["1"], **options)
     expected = model.fit(X, y).decision_function(X)
-    take, taken = Boundary.take, []
+    take, taken = where.take, []
 
     def counted(self, rows):
         taken.append(rows)
         return take(self, rows)
 
-    monkeypatch.setattr(Boundary, "take", counted)
+    monkeypatch.setattr(where, "take", counted)
     counts = []
     for room in (0, 100, 2**30):  # none, too little, enough
         monkeypatch.setattr("sklearn_gradfeat.cache._runner.free_bytes", lambda _, room=room: room)
         taken.clear()
-        model.fit(X, y)
+        with config_context(memory_bytes=0 if where is FileBoundary else "auto"):
+            model.fit(X, y)
         counts.append(len(taken))
         assert np.array_equal(model.decision_function(X), expected)
     assert counts[2] < counts[0] <= counts[1]
