@@ -114,10 +114,6 @@ CASES = {
         exact(estimator(), alpha="auto", gradient_alpha="auto"),
         _with_copies(*_images(240)),
     ),
-    "auto, linearizations": lambda: (
-        exact(estimator(), gradient_alpha="auto", n_linearizations="auto"),
-        _images(240),
-    ),
     "auto, squared": lambda: (
         _regressor(alpha="auto", gradient_alpha="auto", precision="float32"),
         _table(1100),

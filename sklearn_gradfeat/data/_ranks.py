@@ -4,10 +4,9 @@ Every rank has some of the samples, and computes its part of every sum over samp
 of this module are called where such a sum is complete. Outside of :func:`fit_together`, and
 without a process group of several ranks, they return their argument and communicate nothing.
 
-All ranks must call them in the same order. So each call starts with a header of each
-rank: whether it has failed, and which call this is. A rank that raises an error sends
-a header that says so, and all others raise an error with its message. The process group can be
-used afterwards.
+All ranks must call them in the same order. So each call starts with a header of each rank: whether
+it has failed, and which call this is. A rank that raises an error sends a header that says so, and
+all others raise an error with its message. The process group can be used afterwards.
 
 A rank that is killed sends nothing. While a rank is in a fit, a thread counts up a number in the
 store of the process group, once a second. The other ranks see which number stands still: where a
@@ -47,9 +46,10 @@ _LEFT = "left"
 class _Beats:
     """Signs of life of all ranks in the store of the process group, for one fit."""
 
-    def __init__(self, rank: int, number: int) -> None:
+    def __init__(self, rank: int) -> None:
         self._store: Any = dist.distributed_c10d._get_default_store()
-        self._rank, self._prefix = rank, f"sklearn_gradfeat/{number}"
+        number_of_fit = self._store.add(f"sklearn_gradfeat/fits/{rank}", 1)
+        self._rank, self._prefix = rank, f"sklearn_gradfeat/{number_of_fit}"
         self._stop, self.n_calls = threading.Event(), 0
         self._thread = threading.Thread(target=self._beat, name="signs-of-life", daemon=True)
         self._thread.start()
@@ -122,14 +122,12 @@ class _Group:
     """The ranks of the default process group during one fit."""
 
     current: ClassVar[_Group | None] = None
-    n_fits: ClassVar[int] = 0
 
     def __init__(self) -> None:
-        _Group.n_fits += 1
         self.thread = threading.get_ident()
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._devices = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
-        self._beats = _Beats(self.rank, self.n_fits)
+        self._beats = _Beats(self.rank)
         self._in_collective = False
         self._told = False
 

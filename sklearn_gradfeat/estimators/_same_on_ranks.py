@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import reprlib
+from importlib import import_module
 from typing import Any
-
-import sklearn
 
 from sklearn_gradfeat.backbones import FrozenBackbone, UndigestibleError, digest
 from sklearn_gradfeat.data import gather_over_ranks, n_ranks
 
 # The network is compared by its digest, and rank 0 draws the seed. The others may differ.
 _FREE = ("backbone", "random_state", "device", "batch_size", "feature_store", "verbose")
+_VERSIONS = ("torch", "sklearn", "sklearn_gradfeat")
 _FITTED = ("coef_", "intercept_", "omega_", "gradient_coef_", "linearization_point_")
 
 
@@ -37,7 +36,6 @@ def check_same_on_ranks(estimator: Any, X: Any, sample_weight: Any, *, fitted: b
     """
     if n_ranks() == 1:
         return
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "sklearn-gradfeat")}
     compared = {
         "class": type(estimator).__name__,
         **{
@@ -49,7 +47,7 @@ def check_same_on_ranks(estimator: Any, X: Any, sample_weight: Any, *, fitted: b
         "X.dtype": str(X.dtype),
         "feature_names_in_": list(getattr(estimator, "feature_names_in_", ())),
         "sample_weight": "None" if sample_weight is None else "given",
-        "version": {**versions, "scikit-learn": sklearn.__version__},
+        **{f"the version of {name}": import_module(name).__version__ for name in _VERSIONS},
     }
     if fitted:
         compared |= {name: getattr(estimator, name, None) for name in _FITTED}

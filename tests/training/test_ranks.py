@@ -4,12 +4,14 @@ import os
 import threading
 import time
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from sklearn_gradfeat import GradientFeatureClassifierCV
+from sklearn_gradfeat.curvature import _kfac
 from sklearn_gradfeat.data import (
     fit_together,
     gather_over_ranks,
@@ -19,6 +21,7 @@ from sklearn_gradfeat.data import (
     rows_of_all_ranks,
     sum_over_ranks,
 )
+from sklearn_gradfeat.linearized import LinearizedHead
 from tests import ranks
 from tests.tiny import X, Y, estimator, tiny_net
 
@@ -93,6 +96,24 @@ def with_another_network(rank):
     return fit_half(rank, estimator(net))
 
 
+def without_memory(rank):
+    """Memory runs out on rank 1, in passes of the solver and of the preconditioner."""
+
+    def cramped(function, batch_of):
+        def limited(*arguments, **options):
+            if rank == 1 and len(arguments[batch_of][0]) > 4:
+                raise torch.OutOfMemoryError("out of memory")
+            return function(*arguments, **options)
+
+        return limited
+
+    vjp = cramped(LinearizedHead.vjp, 1)
+    record = cramped(_kfac.record, 1)
+    with mock.patch.object(LinearizedHead, "vjp", vjp), mock.patch.object(_kfac, "record", record):
+        model = estimator()
+        return fit_half(rank, model), model.predict_proba(X)
+
+
 def killed(rank):
     def transform(batch):
         if rank == 1:
@@ -117,7 +138,9 @@ def everything(rank, size, path):
         "classes": fit_half(rank, estimator(), y=Y[rank::2] if rank else Y[rank::2].astype(str)),
         "search": fit_half(rank, GradientFeatureClassifierCV()),
         "thread": fit_in_thread(),
+        "memory": without_memory(rank),
         "afterwards": fit_half(rank, model),
+        "probabilities": model.predict_proba(X),
         "alone": predict_alone(rank, model),
     }
     if rank == 1:
@@ -206,6 +229,13 @@ def test_a_rank_that_fails_has_its_own_error(group):
 
 def test_the_group_is_usable_after_errors(group):
     assert [found["afterwards"] for found in group] == [None, None]
+
+
+def test_memory_may_run_out_on_one_rank(group):
+    for found in group:
+        error, probabilities = found["memory"]
+        assert error is None
+        np.testing.assert_allclose(probabilities, found["probabilities"], atol=1e-4)
 
 
 def test_a_killed_rank_is_named(group):
