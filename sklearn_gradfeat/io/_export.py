@@ -76,7 +76,7 @@ class LinearizedNetwork(nn.Module):
         self.preprocess = transform if isinstance(transform, nn.Module) else nn.Identity()
         self.trunk = network.trunk
         self.gradient = model.moves
-        self.activation = bool(model.weights.any())
+        self.activation = bool(model.weights.any()) or not self.gradient  # one has the samples
         self.head: nn.Module = _Plain(graph, tuple(network.parameters.values()))
         self.output = output
         for name in ("weights", "intercept", "omega"):

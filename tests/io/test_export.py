@@ -64,6 +64,15 @@ def test_module_agrees_with_the_estimator(features, y):
     assert not any(p.requires_grad for p in module.parameters())
 
 
+def test_model_without_coefficients():
+    net = nn.Sequential(*NET, nn.Linear(6, 5))
+    nn.init.zeros_(net[-1].weight)
+    model = estimator(net, gradient_layers=["0.weight"]).fit(X, Y)
+    assert not model.coef_.any()
+    np.testing.assert_allclose(proba(model.to_torch(), X), model.predict_proba(X), rtol=1e-6)
+
+
+
 def test_module_is_independent_of_the_estimator():
     model = estimator().fit(X, Y)
     expected = model.predict_proba(X)
