@@ -10,7 +10,7 @@ from sklearn_gradfeat.backbones._sources import without_classifier
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead
 
 
-def prepared(make):
+def prepared(make, side=64):
     """Return a network without its classifier, and three images."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -19,7 +19,7 @@ def prepared(make):
             if isinstance(layer, nn.BatchNorm2d):
                 layer.running_mean.normal_(0, 0.1)
                 layer.running_var.uniform_(0.8, 1.2)
-        x = torch.randn(3, 3, 64, 64)
+        x = torch.randn(3, 3, side, side)
     return without_classifier(network).eval(), x
 
 

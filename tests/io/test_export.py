@@ -4,15 +4,17 @@ import copy
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from sklearn.exceptions import NotFittedError
 from torch import nn
+from torchvision.models import get_model
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from tests.backbones.test_architectures import build as build_architecture
+from tests.backbones.test_architectures import prepared
 from tests.networks import build
 from tests.tiny import NET, X, Y, estimator
 
@@ -70,7 +72,6 @@ def test_model_without_coefficients():
     model = estimator(net, gradient_layers=["0.weight"]).fit(X, Y)
     assert not model.coef_.any()
     np.testing.assert_allclose(proba(model.to_torch(), X), model.predict_proba(X), rtol=1e-6)
-
 
 
 def test_module_is_independent_of_the_estimator():
@@ -203,7 +204,7 @@ def test_onnx(kind, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "mobilenet_v3_small", "convnext_tiny"])
 def test_onnx_of_architectures(name, tmp_path):
-    module, x = build_architecture(name)
+    module, x = prepared(partial(get_model, name), 224 if name == "vit_b_16" else 64)
     model = estimator(module, max_iter=3, tol=0.5, alpha=1.0).fit(x.numpy(), [0, 1, 2])
     run = in_onnx_runtime(model.to_torch(), x.numpy(), tmp_path / "model.onnx")
     for n in (1, 3):

@@ -7,8 +7,6 @@ from torch import fx, nn
 
 from sklearn_gradfeat.backbones import freeze
 from sklearn_gradfeat.linearized import LinearizedHead, UntraceableError, linearized_graph
-from tests.backbones.test_architectures import LAST
-from tests.backbones.test_architectures import build as build_architecture
 from tests.networks import NETWORKS, build
 
 
@@ -150,12 +148,3 @@ def test_derivatives_of_one_batch_size(monkeypatch):
     module = nn.Sequential(nn.Conv3d(2, 3, 1), nn.Tanh())
     with pytest.raises(UntraceableError, match=r"fixes the batch size|symbolic sizes"):
         check_graph(module, torch.ones(5, 2, 2, 2, 2), None)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAST)
-def test_graph_of_architectures(name):
-    module, x = build_architecture(name)
-    backbone = freeze(module, x[:2], torch.float32, None)
-    names = backbone.choose("last")
-    check_graph(module, x, names, (1, 3), rtol=1e-3, atol=1e-3)
