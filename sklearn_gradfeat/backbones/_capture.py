@@ -52,8 +52,8 @@ _LOCK = threading.Lock()
 def capture(module: ActivationModule, example: Tensor) -> Captured:
     """Return a module as a graph with a free batch size.
 
-    The graph of another network of the same architecture is used again if it gives the output of
-    this one.
+    The graph of another network of the same architecture is used again if all of its code belongs
+    to installed packages, and if the graph gives the output of this network.
 
     Parameters
     ----------
@@ -170,7 +170,7 @@ def _with_tensors(exported: _Exported, module: ActivationModule) -> Captured:
 def _agrees(captured: Captured, module: ActivationModule, example: Tensor) -> bool:
     """Whether a graph gives the output of a module.
 
-    It does not if the code of the module has changed under the same names, as in a notebook.
+    It does not if a function of a package was replaced, or a setting that it reads.
     """
     if example.is_floating_point():
         generator = torch.Generator().manual_seed(0)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,16 @@ class _TensorPickler(pickle.Pickler):
         """Return a description of a dense tensor."""
         dense = isinstance(value, Tensor) and value.layout is torch.strided
         return _described_tensor(value) if dense else None
+
+
+class _InstalledPickler(_TensorPickler):
+    """Refuses classes and functions that belong to no installed package."""
+
+    def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
+        """Return a description of a dense tensor."""
+        named = value if isinstance(value, (type, FunctionType, BuiltinFunctionType)) else None
+        _version(type(value).__module__ if named is None else named.__module__ or "builtins")
+        return super().persistent_id(value)
 
 
 class _ValuePickler(pickle.Pickler):
@@ -223,7 +234,7 @@ def module_digest(module: nn.Module) -> str:
     It covers parameters, buffers, and the attributes of every submodule, hooks included, but
     not the training mode. If an attribute cannot be pickled, the hash is a new one every time.
     """
-    state = _hashed_structure(module)
+    state = _hashed_structure(module, _TensorPickler)
     for value in chain(module.parameters(), module.buffers()):
         state.update(tensor_bytes(value))
     return str(state.hexdigest())
@@ -232,9 +243,10 @@ def module_digest(module: nn.Module) -> str:
 def architecture_digest(module: nn.Module, example: Tensor) -> str:
     """Return a hash of a module and the kind of its input, but not of the values of its tensors.
 
-    It holds in this process only, as :func:`module_digest` does.
+    It holds in this process only, as :func:`module_digest` does. If code of the module is not that
+    of an installed package, the hash is a new one every time: such code may change under its name.
     """
-    state = _hashed_structure(module)
+    state = _hashed_structure(module, _InstalledPickler)
     first: dict[int, str] = {}
     named = (
         *module.named_parameters(remove_duplicate=False),
@@ -246,14 +258,16 @@ def architecture_digest(module: nn.Module, example: Tensor) -> str:
     return str(state.hexdigest())
 
 
-def _hashed_structure(module: nn.Module) -> Any:
+def _hashed_structure(module: nn.Module, pickler: type[_TensorPickler]) -> Any:
     """Return a hash of the attributes of every submodule, and of the kinds of all tensors."""
     state = xxhash.xxh3_128()
     for name, layer in module.named_modules(remove_duplicate=False):
         held = sorted((k, v) for k, v in vars(layer).items() if k not in _HASHED_APART)
         try:
             stream = io.BytesIO()
-            _TensorPickler(stream, protocol=4).dump((name, id(type(layer)), held))
+            writer = pickler(stream, protocol=4)
+            writer.persistent_id(type(layer))  # may refuse the class, which counts by its id
+            writer.dump((name, id(type(layer)), held))
             state.update(stream.getbuffer())
         except Exception:  # whatever an attribute's own pickling may raise
             state.update(uuid.uuid4().bytes)

@@ -71,8 +71,15 @@ def _embedding_bags(
     return found, bag, offsets, offsets
 
 
+def _copied(target: Tensor, source: Tensor, _non_blocking: bool = False) -> Tensor:
+    """Return what ``torch.ops.aten.copy`` does, by operators with all derivatives."""
+    return source.to(target.dtype).expand(target.shape).clone()
+
+
 _MEAN, _MAX = 1, 2  # the modes of embedding bags; the sum is 0
+# Operators without derivatives of both modes, and what replaces them.
 _DECOMPOSED = {
+    torch.ops.aten.copy.default: _copied,
     torch.ops.aten.embedding_bag.default: _embedding_bags,
     torch.ops.aten.embedding_bag.padding_idx: _embedding_bags,
 }
@@ -164,16 +171,18 @@ def _counterpart(node: fx.Node) -> OpOverload | None:
     found = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
     overload = getattr(found, target._overloadname, None)
     written = [a for a in target._schema.arguments if a.alias_info and a.alias_info.is_write]
-    if not name.endswith("_") or written != target._schema.arguments[:1]:
+    writes_first = name.endswith("_") and written == target._schema.arguments[:1]
+    if overload is None or overload in _DECOMPOSED or not writes_first:
         return None
-    # A sum of tensors of two dtypes has the larger one, where a write keeps that of its input.
-    values = [input_.meta.get("val") for input_ in node.all_input_nodes]
-    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and not _is_integral(v)}
-    return overload if dtypes <= {node.meta["val"].dtype} else None
-
-
-def _is_integral(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
+    # A write keeps shape and dtype of its input, where its counterpart may promote them.
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    try:
+        found = overload(*args, **kwargs)
+    except Exception:  # the overload of this name takes other arguments
+        return None
+    wanted = node.meta["val"]
+    same = isinstance(found, Tensor) and (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    return overload if same else None
 
 
 def _replace_write(node: fx.Node, place: dict[fx.Node, int]) -> None:

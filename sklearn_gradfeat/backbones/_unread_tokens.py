@@ -326,7 +326,7 @@ def _indexed(node: fx.Node, box: Box, sizes: Sizes, captured: Captured) -> _Sour
     n = sizes[x][axis]
     if index is None or index.dtype is torch.bool or index.ndim != 1 or _is_free(n):
         return None
-    return _chosen(x, axis, [i % n for i in index.tolist()], box, sizes)
+    return _chosen(x, axis, [i % n for i in index.long().tolist()], box, sizes)
 
 
 _COPIES = {"clone", "detach", "alias", "lift_fresh_copy", "_to_copy", "to", "contiguous", "dropout"}
@@ -465,6 +465,8 @@ def _permute(node: fx.Node, box: Box, sizes: Sizes) -> _Source | None:
 
 def _reshape(node: fx.Node, box: Box, sizes: Sizes) -> _Source | None:
     """Find the axes of the operand that hold the chosen rows, by their strides."""
+    if node.target is _aten.view.dtype:
+        return None
     x: Any = node.args[0]
     before, after = sizes[x], sizes[node]
     found: list[Rows | None] = [None] * len(before)
@@ -519,6 +521,8 @@ def _cat(node: fx.Node, box: Box, sizes: Sizes) -> _Source | None:
     rows, reads, start = box[axis], [], 0
     if any(len(sizes[x]) != len(box) or _is_free(sizes[x][axis]) for x in tensors):
         return None
+    if _promotes(node, tensors):
+        return None
     for x in tensors:
         n = sizes[x][axis]
         own = tuple(i - start for i in rows.kept if start <= i < start + n) if rows else ()
@@ -529,8 +533,15 @@ def _cat(node: fx.Node, box: Box, sizes: Sizes) -> _Source | None:
     return reads[0] if len(reads) == 1 else _Call(node.target, (reads, axis), {})
 
 
+def _promotes(node: fx.Node, tensors: Sequence[fx.Node]) -> bool:
+    """Whether a node joins tensors of several dtypes."""
+    return any(x.meta["val"].dtype != node.meta["val"].dtype for x in tensors)
+
+
 def _stack(node: fx.Node, box: Box, sizes: Sizes) -> _Source | None:
     given = _arguments(node)
+    if _promotes(node, given["tensors"]):
+        return None
     tensors, axis = given["tensors"], given["dim"] % len(box)
     rows, own = box[axis], (*box[:axis], *box[axis + 1 :])
     chosen = tensors if rows is None else [tensors[i] for i in rows.kept]

@@ -131,6 +131,8 @@ class LayerRecorder(TorchFunctionMode):
             self._note_derived(kind, args, output)
         if kind in _LAYERS and not kwargs and id(args[1]) in self.positions:
             weight, part = self.positions[id(args[1])], self.parts.get(id(args[1]))
+            if part is not None and kind != "linear":
+                return output
             bias = self.positions.get(id(args[2])) if len(args) > 2 else None
             if bias is not None and not _same(part, self.parts.get(id(args[2]))):
                 bias = None
@@ -146,6 +148,8 @@ class LayerRecorder(TorchFunctionMode):
         if kind == "flatten":
             if output.ndim != 2 or len(output) != len(given):
                 return
+            if id(given) in self.parts:
+                self.parts[id(output)] = self.parts[id(given)]
         elif len(args) > 2 and rest[0] == 0 and id(given) not in self.parts:
             numbers = torch.arange(len(given), device=given.device)
             rows = numbers[slice(*rest[1:])] if kind == "slice" else rest[1]

@@ -77,36 +77,36 @@ def test_folding_leaves_the_kept_graph_as_it_is(exports):
     assert not np.array_equal(models[0].predict_proba(X), models[1].predict_proba(X))
 
 
-def helper(x):
-    return x.relu()
-
-
-class WithHelper(nn.Sequential):
-    def forward(self, x):
-        return helper(super().forward(x))
-
-
-def test_code_that_changed_under_the_same_name(exports, monkeypatch):
-    assert_captured(WithHelper(network()))
-    assert_captured(WithHelper(network()))
-    assert len(exports) == 1
-    monkeypatch.setitem(globals(), "helper", torch.tanh)
-    assert_captured(WithHelper(network()))
+def test_functions_of_packages_that_were_replaced(exports, monkeypatch):
+    assert_captured(network())
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: torch.tanh(x))
+    assert_captured(network())
     assert len(exports) == 2
 
 
-class WithTensor(nn.Module):
-    def __init__(self, factor):
-        super().__init__()
-        self.layer, self.factor = nn.Linear(8, 3), torch.tensor([1.0, 2.0, factor])
+class OfTheUser(nn.Sequential):
+    pass
 
-    def forward(self, x):
-        return self.layer(x.mean((1, 2))) * self.factor
+
+@pytest.mark.parametrize("place", ["class", "attribute", "hook"])
+def test_code_that_may_change_under_its_name_is_exported(exports, place):
+    for _ in range(2):
+        module = network()
+        if place == "class":
+            module = OfTheUser(module)
+        elif place == "attribute":
+            module.helper = assert_captured
+        else:
+            module[0].register_forward_hook(lambda *_: None)
+        assert_captured(module)
+    assert len(exports) == 2
 
 
 def test_tensors_that_are_attributes_count_by_value(exports):
     for factor in (3.0, 3.0, 3.000001):
-        assert_captured(WithTensor(factor))
+        module = network()
+        module.factor = torch.tensor([1.0, factor])
+        assert_captured(module)
     assert len(exports) == 2
 
 

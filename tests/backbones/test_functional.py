@@ -116,9 +116,37 @@ def larger_dtype(net, x):
     return y.flatten(1)
 
 
+def comparison(net, x):
+    y = net.conv(x).clone()
+    y.gt_(0)
+    return (y + y).flatten(1)
+
+
+def power(net, x):
+    return net.conv(x).clamp_min_(0).pow_(2).flatten(1)
+
+
+def wrapping_integers(net, x):
+    y = x.abs().clamp(0, 1).mul(200).to(torch.uint8)
+    y.add_(torch.full((1,), 100, dtype=torch.int64))
+    return net.conv(y.to(x.dtype) / 100).flatten(1)
+
+
+def copied_part(net, x):
+    y = net.conv(x)
+    z = torch.zeros_like(y)
+    z[:, ::2] = y[:, ::2]
+    z[:, 1] += y[:, 1]
+    return z.flatten(1)
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        comparison,
+        power,
+        wrapping_integers,
+        copied_part,
         read_through_a_view,
         base_of_a_written_part,
         part_after_its_base,
@@ -183,3 +211,26 @@ def test_random_views_and_writes(seed):
 @pytest.mark.parametrize("seed", range(6, 300))
 def test_many_random_views_and_writes(seed):
     assert_same(random_program(seed))
+
+
+@pytest.mark.parametrize("function", [power, copied_part], ids=lambda f: f.__name__)
+def test_derivatives_of_networks_that_write(function):
+    captured = assert_same(function)
+    head = extract(
+        captured, [captured.input], [captured.output], [captured.parameters["conv.weight"]]
+    )
+    weight = captured.tensors[captured.parameters["conv.weight"]]
+    module, x = Function(function).eval(), torch.randn(3, 2, 4, 4)
+
+    def original(w):
+        return torch.func.functional_call(module, {"conv.weight": w}, (x,))
+
+    module.load_state_dict(
+        {name: captured.tensors[node] for node, name in captured.names.items()}, strict=False
+    )
+    direction = torch.randn_like(weight)
+    expected = torch.func.jvp(original, (weight,), (direction,))[1]
+    found = torch.func.jvp(lambda w: head(w, x)[0], (weight,), (direction,))[1]
+    torch.testing.assert_close(found, expected)
+    pulled = torch.func.vjp(lambda w: head(w, x)[0], weight)[1](expected)[0]
+    torch.testing.assert_close(pulled, torch.func.vjp(original, weight)[1](expected)[0])

@@ -319,6 +319,34 @@ def test_networks_that_read_everything_keep_their_graph(kind):
     assert new is old
 
 
+class Odd(nn.Module):
+    """Reads the first token through an operator that depends on more than the rows."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(4, 4)
+        self.register_buffer("index", torch.tensor([0.0]))
+
+    def forward(self, x):
+        h = self.layer(x)
+        if self.kind == "float index":
+            return h[:, self.index.long()].flatten(1)
+        if self.kind == "bytes":
+            return h.view(torch.int32).view(h.dtype)[:, 0]
+        joined = torch.cat([h[:, :1].float(), h], 1)
+        return (joined if self.kind == "cat" else torch.stack([h.float(), h], 1)[:, 0])[:, 1]
+
+
+@pytest.mark.parametrize("kind", ["float index", "bytes", "cat", "stack"])
+def test_operators_that_see_more_than_rows(kind):
+    module, x = trained(Odd(kind)), normal(3, 5, 4)
+    _, new = graphs(module, x)
+    found = extract(new, [new.input], [new.output])(x)[0]
+    expected = module(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
 def test_mean_pooling_of_tokens_keeps_the_graph():
     old, new = graphs(trained(timm_vit(global_pool="avg")), IMAGES)
     assert new is old

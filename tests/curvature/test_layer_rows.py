@@ -60,3 +60,13 @@ def test_calls_on_parts_of_a_weight_add_up_to_its_gradient():
         for call, g in zip(calls, gradients, strict=True)
     )
     torch.testing.assert_close(found, torch.cat([of_w, of_b[:, None]], 1))
+
+
+def test_convolutions_with_parts_of_a_weight_are_left_out():
+    w, x = torch.randn(6, 3, 2), torch.randn(4, 3, 5)
+    aten = torch.ops.aten
+    with LayerRecorder([w]) as recorder:
+        aten.conv1d.default(x, aten.slice.Tensor(w, 0, 0, 4))
+        aten.linear.default(torch.randn(4, 6), aten.slice.Tensor(w, 0, 1, 4).flatten(1))
+    (call,) = recorder.calls
+    assert call.part[0].tolist() == [1, 2, 3]
