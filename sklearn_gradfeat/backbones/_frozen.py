@@ -70,6 +70,8 @@ _LOCK = threading.RLock()
 _DIFFERENCE = 0.05
 # Gradients below this share of the largest one count as if they had that size.
 _ROUNDING = 1e-2
+# So many units of rounding of the output are no gradient, for a parameter of this norm at least.
+_NOISE, _SMALLEST = 1000.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -362,7 +364,8 @@ class FrozenBackbone:
         """Return the parameters in which the derivatives of head and module differ.
 
         Parameters that a batch norm was folded into are not compared. Gradients far below the
-        largest one are rounding errors, such as that of a bias of keys in attention.
+        largest one, or below the output divided by the parameter, are rounding errors, such as
+        those of a bias of keys in attention, or of a bias below a norm that subtracts it.
         """
         probe = self._probe
         if probe is None or names in self._compared:
@@ -372,6 +375,8 @@ class FrozenBackbone:
         values = tuple(held[name] for name in common)
         with torch.no_grad():
             boundary = (probe,) if network.trunk is None else network.trunk(probe)
+            output = network.head(tuple(network.parameters.values()), boundary)
+        noise = _NOISE * torch.finfo(output.dtype).eps * float(output.norm())
         whole = EagerHead(self.module, common, as_written=True)
         expected = _gradients(lambda leaves: whole(*leaves, probe)[0], values)
         graph = tuple(network.parameters.values())
@@ -382,7 +387,10 @@ class FrozenBackbone:
             for name, value, gradient in zip(common, values, expected, strict=True)
             if torch.equal(network.parameters[name], value)
             and float((found[names.index(name)] - gradient).norm())
-            > _DIFFERENCE * max(float(gradient.norm()), _ROUNDING * largest)
+            > max(
+                _DIFFERENCE * max(float(gradient.norm()), _ROUNDING * largest),
+                noise / max(float(value.norm()), _SMALLEST),
+            )
         ]
         return self._compared[names]
 
@@ -488,10 +496,6 @@ _CACHE = weakref.WeakKeyDictionary()
 # In a worker process every task has its own copy of the module, which ends with the task.
 _WORKER = type("Worker", (), {})()
 _CACHE_LOCK = threading.RLock()
-# Gradients of graph and module agree if they differ by no more than this share.
-_DIFFERENCE = 0.05
-# Gradients below this share of the largest one count as if they had that size.
-_ROUNDING = 1e-2
 
 
 def freeze(

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -167,3 +168,26 @@ def test_changed_attributes_and_hooks_are_seen_by_a_refit():
     third = GradientFeatureClassifier(module, **options).fit(X, y).decision_function(X)
     assert np.abs(first - second).max() > 1e-3
     assert np.abs(second - third).max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gradients_that_are_rounding_errors_do_not_warn(dtype):
+    """A norm over all positions subtracts what the bias below it adds."""
+    torch.manual_seed(0)
+    around = {"padding": 1, "padding_mode": "circular"}
+    net = nn.Sequential(
+        nn.Conv1d(2, 2, 3, padding=1),
+        nn.BatchNorm1d(2),  # its folding changes the last bits
+        nn.GELU(),
+        nn.Conv1d(2, 2, 3, **around),
+        nn.Conv1d(2, 4, 3, **around),
+        nn.GroupNorm(4, 4),
+        nn.Flatten(),
+    )
+    nn.init.normal_(net[1].running_mean)
+    nn.init.uniform_(net[1].running_var, 0.5, 2.0)
+    X = np.random.default_rng(0).normal(size=(12, 2, 9)).astype(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The gradient term is zero")
+        estimator(net, gradient_layers=["3.bias"]).fit(X, np.arange(12) % 2)
