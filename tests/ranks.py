@@ -128,7 +128,7 @@ def shard(size, rank, n):
 
 
 def fit_case(name, rank=0, size=1):
-    """Return what a fitted estimator knows, and its predictions for all samples."""
+    """Return the attributes of a fitted estimator, and its predictions for all samples."""
     model, data = CASES[name]()
     rows = shard(size, rank, len(data[0]))
     model.fit(*(part[rows] for part in data))

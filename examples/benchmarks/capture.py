@@ -46,7 +46,7 @@ def seconds(function, *arguments):
 
 
 def export(module, example):
-    """Return what ``torch.export`` makes of a module."""
+    """Return a module as a program of ``torch.export``."""
     shapes = ({0: torch.export.Dim("batch", min=2)},)
     with torch.no_grad():
         return torch.export.export(module, (example,), dynamic_shapes=shapes)

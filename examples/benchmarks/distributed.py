@@ -129,7 +129,7 @@ def link(size):
 
 
 def measure(task):
-    """Return what one process measures during a fit."""
+    """Return the seconds, bytes and calls of a fit in one process."""
     torch.set_num_threads(1)
     rank, size = task["rank"], task["size"]
     images = random_images(task["n_train"])
@@ -157,7 +157,7 @@ def measure(task):
 
 
 def together(arguments, size, n_train):
-    """Return what the processes of one group measure."""
+    """Return the measurements of all processes of a group."""
     setting = ("network", "max_iter", "gradient_layers")
     task = {key: getattr(arguments, key) for key in setting} | {"size": size, "n_train": n_train}
     with tempfile.TemporaryDirectory() as folder:

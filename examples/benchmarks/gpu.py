@@ -153,7 +153,7 @@ def one_pass(model, X, y):
 
 
 def profiled(objective, direction, logits, device):
-    """Return what a pass consists of, by torch's profiler."""
+    """Return the kernels, waits and copies of a pass, by torch's profiler."""
     objective.forward_adjoint(direction, logits)
     activities = [ProfilerActivity.CPU]
     if device == "cuda":

@@ -73,7 +73,7 @@ def digest(*values: Any) -> bytes:
 
 
 def _described_tensor(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what a dense tensor is, with a digest of its values."""
+    """Return class, dtype and shape of a dense tensor, and a digest of its values."""
     kind = (type(tensor).__qualname__, str(tensor.dtype), tuple(tensor.shape))
     return ("tensor", *kind, xxhash.xxh3_128_digest(tensor_bytes(tensor)))
 

@@ -45,7 +45,7 @@ def _embedding_bags(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what ``torch.ops.aten.embedding_bag`` does, by operators with all derivatives.
+    """Compute ``torch.ops.aten.embedding_bag`` by operators with all derivatives.
 
     Only the first of its four results, one row per bag, is filled.
     """
@@ -72,7 +72,7 @@ def _embedding_bags(
 
 
 def _copied(target: Tensor, source: Tensor, _non_blocking: bool = False) -> Tensor:
-    """Return what ``torch.ops.aten.copy`` does, by operators with all derivatives."""
+    """Compute ``torch.ops.aten.copy`` by operators with all derivatives."""
     return source.to(target.dtype).expand(target.shape).clone()
 
 

@@ -157,7 +157,7 @@ def _sources(
 
 
 def _source(node: fx.Node, box: Box, sizes: Sizes, captured: Captured) -> _Source | None:
-    """Return what a part of a node's value is computed from; None if only the whole can be."""
+    """Return the source of a part of a node's value; None if only the whole has one."""
     if node.op != "call_function":
         return None if any(box) else _copied(node, sizes)
     if captured.is_batch_size(node.meta.get("val")):

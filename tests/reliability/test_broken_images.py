@@ -146,7 +146,7 @@ def decoded(path):
 
 
 def outcome(path):
-    """Read a file, and compare it with the oracle; return what happened."""
+    """Read a file, and compare it with the oracle; return the kind of the result."""
     try:
         expected = np.asarray(decoded(path))
     except Exception:
