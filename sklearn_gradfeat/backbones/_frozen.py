@@ -389,7 +389,7 @@ class FrozenBackbone:
             and float((found[names.index(name)] - gradient).norm())
             > max(
                 _DIFFERENCE * max(float(gradient.norm()), _ROUNDING * largest),
-                noise / max(float(value.norm()), _SMALLEST),
+                noise / max(float(value.detach().norm()), _SMALLEST),
             )
         ]
         return self._compared[names]
