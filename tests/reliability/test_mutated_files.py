@@ -235,7 +235,7 @@ def outcome(path, kind):
     return "predicts"
 
 
-def check(contents, path, seed, n_files, mutations):
+def check(contents, path, seed, n_files, mutations, room=ROOM):
     """Load mutated files; return how many were accepted."""
     rng, counts = np.random.default_rng(seed), {}
     for i in range(n_files):
@@ -250,7 +250,7 @@ def check(contents, path, seed, n_files, mutations):
             raise AssertionError(f"{seed=} {i=} {kind=}: {error!r}") from error
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 4 * len(mutated) + ROOM, (seed, i, kind, peak, len(mutated))
+        assert peak < 4 * len(mutated) + room, (seed, i, kind, peak, len(mutated))
         counts[found] = counts.get(found, 0) + 1
     return counts
 
@@ -299,7 +299,8 @@ def test_every_field_has_every_value(contents, path, monkeypatch, kind):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_files_with_a_graph(contents, path):
-    check(contents, path, 0, 200, mutations(path)[2:])
+    # torch.export takes tens of megabytes of its own for the graph of any network.
+    check(contents, path, 0, 200, mutations(path)[2:], room=2**27)
 
 
 # --- cost -------------------------------------------------------------------------------------
