@@ -125,6 +125,8 @@ def _fold(captured: Captured, names: dict[fx.Node, str], norm: fx.Node, layer: f
     layer.args = (layer.args[0], weight, bias, *layer.args[3:])
     for user in list(norm.users):
         user.replace_all_uses_with(layer)
+        if user is captured.output:
+            captured.output = layer
     for dead in (scale, shift):
         if dead is not bias:
             captured.parameters.pop(names.get(dead, ""), None)

@@ -179,3 +179,16 @@ def test_computed_scales_and_statistics_stay(norm):
     torch.testing.assert_close(activation, network(x).mean((2, 3)).detach())
     with pytest.raises(ValueError, match=r"'1\.weight' belongs to a batch norm"):
         frozen.choose("1")
+
+
+@pytest.mark.parametrize("activation_layer", [None, "1"])
+def test_batch_norm_whose_output_is_the_activation(activation_layer):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    nn.init.normal_(net[1].running_mean)
+    whole = nn.Sequential(*net, nn.Tanh()) if activation_layer else net
+    x = torch.randn(3, 4)
+    network = FrozenBackbone(whole, x[:2], torch.float32, activation_layer).network(["0.weight"])
+    (weight,) = network.parameters.values()
+    boundary = network.boundary(x)
+    torch.testing.assert_close(network.head((weight,), boundary), net.eval()(x))
