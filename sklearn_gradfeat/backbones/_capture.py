@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from sklearn_gradfeat.backbones._attention import plain_attention
-from sklearn_gradfeat.backbones._fingerprint import architecture_digest
+from sklearn_gradfeat.backbones._fingerprint import architecture_digest, named_tensors
 from sklearn_gradfeat.backbones._functional import functional
 from sklearn_gradfeat.backbones._graph import ActivationModule, Captured, CaptureError, tied_names
 from sklearn_gradfeat.backbones._split import extract
@@ -132,11 +132,7 @@ def _with_tensors(exported: _Exported, module: ActivationModule) -> Captured:
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     outputs = graph.graph_copy(exported.graph, copies)
     assert isinstance(outputs, tuple)
-    named = (
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    )
-    values = {**exported.constants, **dict(named)}
+    values = {**exported.constants, **dict(named_tensors(module))}
     tensors: dict[fx.Node, Tensor] = {}
     parameters: dict[str, fx.Node] = {}
     names: dict[fx.Node, str] = {}

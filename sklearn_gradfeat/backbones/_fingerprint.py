@@ -97,14 +97,15 @@ class _InstalledPickler(_TensorPickler):
         return super().persistent_id(value)
 
 
-class _ValuePickler(pickle.Pickler):
+class _ValuePickler(_TensorPickler):
     """Writes the same bytes for equal values, and refuses code of the user."""
 
     def persistent_id(self, value: Any) -> tuple[Any, ...] | None:
         """Return a description of a value whose pickle would depend on more than the value."""
         _version(type(value).__module__)
-        if isinstance(value, Tensor) and value.layout is torch.strided:
-            return _described_tensor(value)
+        tensor = super().persistent_id(value)
+        if tensor is not None:
+            return tensor
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             content = xxhash.xxh3_128_digest(value.tobytes())
             return ("array", repr(value.dtype), value.shape, content)
@@ -240,6 +241,14 @@ def module_digest(module: nn.Module) -> str:
     return str(state.hexdigest())
 
 
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a module under all of their names."""
+    return [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+
+
 def architecture_digest(module: nn.Module, example: Tensor) -> str:
     """Return a hash of a module and the kind of its input, but not of the values of its tensors.
 
@@ -248,11 +257,7 @@ def architecture_digest(module: nn.Module, example: Tensor) -> str:
     """
     state = _hashed_structure(module, _InstalledPickler)
     first: dict[int, str] = {}
-    named = (
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    )
-    tied = [(name, first.setdefault(id(value), name)) for name, value in named]
+    tied = [(name, first.setdefault(id(value), name)) for name, value in named_tensors(module)]
     kind = (tuple(example.shape), example.dtype, example.device)
     state.update(repr((kind, [pair for pair in tied if pair[0] != pair[1]])).encode())
     return str(state.hexdigest())

@@ -2,9 +2,9 @@
 
 torch removes such writes by running every operator again (``run_decompositions``), which takes
 longer than the export itself. Most networks need less: ``relu_`` may become ``relu`` if nothing
-else that shares the memory of its input is read afterwards. That pass also replaces operators that
-are made of views, such as ``movedim`` by ``permute``; a few of them are known to the rest of the
-package, and stay.
+else that shares the memory of its input is read afterwards. The pass of torch also replaces
+operators that are made of views, such as ``movedim`` by ``permute``. A graph keeps the few of them
+that the rest of the package knows, and any other calls for the pass of torch.
 """
 
 from __future__ import annotations
