@@ -39,7 +39,8 @@ class CoarseSolve:
     ) -> None:
         assert objective.tangent is not None
         alpha, n = objective.tangent.alpha, subspace.sizes[0]
-        curvature = torch.cat([block.curvature.reshape(-1) for block in subspace.blocks])
+        none = objective.like.new_empty(0)
+        curvature = torch.cat([none, *(block.curvature.reshape(-1) for block in subspace.blocks)])
         curvature = curvature * (inverse.curvature.total / subspace.total)
         self.loss, self.subspace = objective.loss, subspace
         self.penalty = torch.cat([objective.penalty[:n], torch.full_like(curvature, alpha)])

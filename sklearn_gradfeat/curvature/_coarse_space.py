@@ -12,31 +12,37 @@ logit ``c``, at the positions ``t`` of a sample, the layer adds to that logit::
 
     Σ_t g_ctᵀ D a_t = Σ_t (U_gᵀ g_ct)ᵀ R (U_aᵀ a_t)
 
-The head is passed once, to keep either the projected rows of every sample, or their products
-summed over the positions. After that the map from ``R`` to the logits is exact and needs no
-pass. ``U_g`` and ``U_a`` are orthonormal, so ``‖D‖² = ‖R‖²`` and the penalty stays the same.
-
-Cost model, with ``r_g, r_a`` the ranks, ``T`` positions and ``c`` outputs, per sample:
-
-* projected rows: ``T (r_a + c r_g)`` numbers and ``T r_g r_a`` multiplications;
-* summed products: ``c r_g r_a`` of either. They are kept when they take fewer numbers.
+The head is passed once, to keep the projected rows of every sample in one of the ways of
+`_coarse_rows.py`. After that the map from ``R`` to the logits is exact and needs no pass. ``U_g``
+and ``U_a`` are orthonormal, so ``‖D‖² = ‖R‖²`` and the penalty stays the same.
 
 The ranks follow from one lower bound on the eigenvalues of all ``G ⊗ A``, the smallest for
 which an evaluation takes at most an eighth of the time of the layers in a pass, and all rows
 take at most 2 GiB.
+
+*Many outputs.* The rows of a layer take a backward pass for every output, or for every activation
+where these are fewer. Where that takes too long, the space holds the weights, the intercept and
+those layers of which every activation sees one channel.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from sklearn_gradfeat.curvature._coarse_rows import (
+    ChannelRows,
+    Cost,
+    Layout,
+    ProjectedRows,
+    SummedRows,
+)
 from sklearn_gradfeat.curvature._layer_rows import LayerCall, output_gradients, record
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Layer
 from sklearn_gradfeat.data import (
@@ -45,7 +51,13 @@ from sklearn_gradfeat.data import (
     row_blocks,
     sum_over_ranks,
 )
-from sklearn_gradfeat.linearized import TangentObjective, TangentTerm, Tensors, agrees
+from sklearn_gradfeat.linearized import (
+    TangentObjective,
+    TangentTerm,
+    Tensors,
+    agrees,
+    linear_logits,
+)
 
 # Cost of an evaluation in the subspace, as a share of the cost of the layers in a pass.
 _SHARE = 1 / 8
@@ -53,7 +65,8 @@ _SHARE = 1 / 8
 _READING = 16
 # Largest size of the rows of all samples, in bytes.
 _MAX_BYTES = 2**31
-# Projecting the rows takes a backward pass through the head for every output.
+# Projecting the rows takes a backward pass for every output: at most as many as take the time of
+# this many passes through the head.
 _MAX_OUTPUTS = 32
 # Layers with fewer multiplications per sample have passes that are already cheap.
 _MIN_COST = 2**15
@@ -63,23 +76,6 @@ _FLOORS = np.geomspace(1e-6, 0.5, 40)
 
 class LayoutError(Exception):
     """The positions of a layer differ between batches."""
-
-
-class Storage(NamedTuple):
-    """Numbers to keep and multiplications of an evaluation, per sample of one layer."""
-
-    numbers: int
-    multiplications: int
-    summed: bool
-
-    @classmethod
-    def cheapest(cls, ranks: tuple[int, int], n_positions: int, n_outputs: int) -> Storage:
-        """Return the storage with fewer numbers: summed products or projected rows."""
-        g, a = ranks
-        rows, products = n_positions * (a + n_outputs * g), n_outputs * g * a
-        if products <= rows:
-            return cls(products, products, True)
-        return cls(rows, n_positions * g * a, False)
 
 
 @dataclass(frozen=True)
@@ -92,72 +88,38 @@ class Block:
         Position of the weight in the tuple of parameters.
     bias : int or None
         Position of the bias; None where it is not among the parameters.
-    outputs, inputs : tensor of shape (n_rows, r_g) and (n_columns, r_a)
-        Orthonormal columns ``U_g`` and ``U_a``.
+    inputs : tensor of shape (n_columns, r_a)
+        Orthonormal columns ``U_a``; ``U_g`` is part of ``rows``.
     curvature : tensor of shape (r_g, r_a)
         Curvature along every entry of ``R``, by K-FAC.
-    n_positions : int
-        Number of input rows per sample.
-    summed : bool
-        Whether to keep products that are summed over the positions, or the projected rows.
+    rows : SummedRows
+        What is kept of every sample.
     """
 
     weight: int
     bias: int | None
-    outputs: Tensor
     inputs: Tensor
     curvature: Tensor
-    n_positions: int
-    summed: bool
+    rows: SummedRows
 
     @classmethod
     def from_layer(
-        cls, layer: Layer, ranks: tuple[int, int], n_positions: int, summed: bool
+        cls, layer: Layer, ranks: tuple[int, int], n_positions: int, kind: type[SummedRows]
     ) -> Block:
         """Return the block of the leading eigenvectors of both factors."""
         sides = zip((layer.output, layer.inputs), ranks, strict=True)
         (g, outputs), (a, inputs) = ((s.values[0, -r:], s.columns(r)) for s, r in sides)
-        bias, curvature = layer.factor.bias, g[:, None] * a
-        return cls(layer.weight, bias, outputs, inputs, curvature, n_positions, summed)
-
-    def empty(self, empty: Callable[..., Tensor], n_samples: int, n_outputs: int) -> Tensors:
-        """Return uninitialised tensors for the rows of all samples, from ``empty(*shape)``."""
-        n_leading, n_inputs = self.curvature.shape
-        if self.summed:
-            return (empty(n_samples, n_outputs, n_leading * n_inputs),)
-        inputs = empty(n_samples, self.n_positions, n_inputs)
-        return inputs, empty(n_samples, n_outputs, self.n_positions * n_leading)
+        rows = kind(outputs, ranks[1], n_positions)
+        return cls(layer.weight, layer.factor.bias, inputs, g[:, None] * a, rows)
 
     def row_blocks(self, n_samples: int) -> Iterator[slice]:
         """Iterate over blocks of samples."""
-        return row_blocks(n_samples, self.n_positions * sum(self.curvature.shape))
-
-    def rows(self, inputs: Tensor, gradients: Sequence[Tensor]) -> Tensors:
-        """Return the rows to keep, from inputs and from projected gradients of every output."""
-        projected = inputs @ self.inputs
-        if self.summed:
-            return (torch.stack([(g.mT @ projected).flatten(1) for g in gradients], 1),)
-        return projected, torch.stack([g.flatten(1) for g in gradients], 1)
-
-    def forward(self, rows: Tensors, r: Tensor) -> Tensor:
-        """Return the contribution to the logits, of shape (n_samples, n_outputs)."""
-        if self.summed:
-            return rows[0] @ r
-        inputs, gradients = rows
-        moved = (inputs @ r.view_as(self.curvature).T).flatten(1)
-        return torch.bmm(gradients, moved[:, :, None])[:, :, 0]
-
-    def adjoint(self, rows: Tensors, cotangent: Tensor) -> Tensor:
-        """Return the transpose of :meth:`forward`, applied to ``cotangent``."""
-        if self.summed:
-            return cotangent.reshape(-1) @ rows[0].flatten(0, 1)
-        inputs, gradients = rows
-        pulled = torch.bmm(cotangent[:, None], gradients).view(-1, len(self.curvature))
-        return (pulled.T @ inputs.flatten(0, 1)).reshape(-1)
+        width = sum(self.curvature.shape) + self.rows.channelwise * len(self.rows.outputs)
+        return row_blocks(n_samples, self.rows.n_positions * width)
 
     def extend(self, r: Tensor, pieces: list[Tensor]) -> None:
         """Replace the pieces of the layer by ``U_g R U_aᵀ``."""
-        matrix = self.outputs @ r.view_as(self.curvature) @ self.inputs.T
+        matrix = self.rows.outputs @ r.view_as(self.curvature) @ self.inputs.T
         if self.bias is not None:
             pieces[self.bias] = matrix[:, -1]
             matrix = matrix[:, :-1]
@@ -168,7 +130,7 @@ class Block:
         matrix = pieces[self.weight].flatten(1)
         if self.bias is not None:
             matrix = torch.cat([matrix, pieces[self.bias][:, None]], 1)
-        return (self.outputs.T @ matrix @ self.inputs).reshape(-1)
+        return (self.rows.outputs.T @ matrix @ self.inputs).reshape(-1)
 
 
 class Subspace:
@@ -190,6 +152,7 @@ class Subspace:
         assert objective.tangent is not None
         self.total = total
         self.head, self.blocks = objective.tangent.head, blocks
+        self.omega = objective.tangent.omega
         self.affine = replace(objective, tangent=None)
         self.sizes = [sum(self.affine.sizes), *(block.curvature.numel() for block in blocks)]
         self.rows = objective.tangent.retry(lambda: _rows(objective, blocks))
@@ -219,8 +182,12 @@ class Subspace:
         affine, *coordinates = x.split(self.sizes)
         logits = self.affine.forward(affine)
         for block, r, kept in zip(self.blocks, coordinates, self.rows, strict=True):
+            matrix = r.view_as(block.curvature)
             for rows in block.row_blocks(len(logits)):
-                logits[rows] += block.forward(tuple(z[rows] for z in kept), r).to(logits)
+                outputs = block.rows.forward(tuple(z[rows] for z in kept), matrix)
+                if _at_activation(block, self.omega):
+                    outputs = linear_logits(tangent=outputs, omega=self.omega)
+                logits[rows] += outputs.to(logits)
         return logits
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
@@ -230,7 +197,10 @@ class Subspace:
         for block, kept in zip(self.blocks, self.rows, strict=True):
             total = narrow.new_zeros(block.curvature.numel())
             for rows in block.row_blocks(len(narrow)):
-                total += block.adjoint(tuple(z[rows] for z in kept), narrow[rows])
+                pulled = narrow[rows]
+                if _at_activation(block, self.omega):
+                    pulled = pulled @ self.omega
+                total += block.rows.adjoint(tuple(z[rows] for z in kept), pulled)
             parts.append(total)
         return sum_over_ranks(torch.cat(parts))
 
@@ -249,13 +219,19 @@ class Subspace:
         return torch.cat([affine, *(block.restrict(pieces) for block in self.blocks)])
 
 
+def _at_activation(block: Block, omega: Tensor) -> bool:
+    """Return whether the rows of a block give the activation, which takes fewer outputs."""
+    return block.rows.channelwise or omega.shape[1] < len(omega)
+
+
 def _rows(objective: TangentObjective, blocks: Sequence[Block]) -> list[Tensors]:
     """Return the rows of all samples for every block, in one pass."""
-    tangent, n_outputs = objective.tangent, objective.loss.n_outputs
+    tangent = objective.tangent
     assert tangent is not None
+    n_outputs = min(tangent.omega.shape)
     empty = tangent.empty or objective.like.new_empty
-    kept = [block.empty(empty, objective.n_samples, n_outputs) for block in blocks]
-    for rows, boundary in tangent.batches():
+    kept = [block.rows.empty(empty, objective.n_samples, n_outputs) for block in blocks]
+    for rows, boundary in tangent.batches() if blocks else ():
         projected = _project(tangent, blocks, boundary, rows.stop - rows.start)
         for places, parts in zip(kept, projected, strict=True):
             for place, part in zip(places, parts, strict=True):
@@ -267,25 +243,28 @@ def _project(
     tangent: TangentTerm, blocks: Sequence[Block], boundary: Tensors, n_samples: int
 ) -> list[Tensors]:
     """Return the rows of a batch of samples for every block."""
-    head = tangent.head
+    head, omega = tangent.head, tangent.omega
     activation, calls = record(head, boundary, differentiable=True)
     found = positions(calls, n_samples)
-    if any(found.get(block.weight) != block.n_positions for block in blocks):
+    if any(found.get(block.weight) != block.rows.n_positions for block in blocks):
         raise LayoutError
     of_block = [[i for i, call in enumerate(calls) if call.weight == b.weight] for b in blocks]
-    pulled: list[list[Tensor]] = [[] for _ in blocks]
-    for gradients in output_gradients(activation, calls, tangent.omega):
-        for block, chosen, kept in zip(blocks, of_block, pulled, strict=True):
-            parts = [calls[i].output_rows(gradients[i], n_samples)[0] for i in chosen]
-            kept.append(torch.cat(parts, 1) @ block.outputs)
     inputs = [
-        torch.cat([calls[i].scaled_rows(head.values, head.scales, n_samples)[0] for i in chosen], 1)
-        for chosen in of_block
+        torch.cat([calls[i].scaled_rows(head.values, head.scales, n_samples)[0] for i in own], 1)
+        @ block.inputs
+        for block, own in zip(blocks, of_block, strict=True)
     ]
-    return [
-        block.rows(rows, gradients)
-        for rows, block, gradients in zip(inputs, blocks, pulled, strict=True)
-    ]
+    kept = [block.rows.empty(omega.new_empty, n_samples, min(omega.shape)) for block in blocks]
+    width = omega.shape[1]
+    outputs = omega if len(omega) <= width else torch.eye(width).to(omega)
+    for columns, channelwise in ((omega.new_ones(1, width), True), (outputs, False)):
+        chosen = [i for i, b in enumerate(blocks) if b.rows.channelwise == channelwise]
+        pulled = output_gradients(activation, calls, columns) if chosen else ()
+        for number, gradients in enumerate(pulled):
+            for i in chosen:
+                rows = [calls[k].output_rows(gradients[k], n_samples)[0] for k in of_block[i]]
+                blocks[i].rows.put(kept[i], inputs[i], number, torch.cat(rows, 1))
+    return kept
 
 
 def positions(calls: Sequence[LayerCall], n_samples: int) -> dict[int, int]:
@@ -298,6 +277,26 @@ def positions(calls: Sequence[LayerCall], n_samples: int) -> dict[int, int]:
         if call.groups > 1 or by_sample != n_samples:
             unfit.add(call.weight)
     return {weight: n for weight, n in found.items() if weight not in unfit}
+
+
+def layouts(tangent: TangentTerm, boundary: Tensors, n_samples: int) -> dict[int, Layout]:
+    """Return the layout of each layer that the space may hold, from a batch of samples."""
+    activation, calls = record(tangent.head, boundary, differentiable=True)
+    n_positions, width = positions(calls, n_samples), activation.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(width, generator=generator, dtype=torch.float64).to(activation)
+    columns = torch.stack([torch.ones_like(mixed), mixed])
+    found: dict[int, Layout] = {}
+    pulled = zip(*output_gradients(activation, calls, columns), strict=True)
+    for call, gradients in zip(calls, pulled, strict=True):
+        if call.weight not in n_positions:
+            continue
+        slopes, other = (call.output_rows(g, n_samples)[0] for g in gradients)
+        n_channels, former = slopes.shape[-1], found.get(call.weight)
+        channelwise = n_channels == width and agrees(slopes * mixed, other, slopes.dtype)
+        channelwise = channelwise and (former is None or former.channelwise)
+        found[call.weight] = Layout(n_positions[call.weight], n_channels, channelwise)
+    return found
 
 
 def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subspace | None:
@@ -319,36 +318,74 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     tangent = objective.tangent
     assert tangent is not None
     rows, boundary = next(iter(tangent.batches()))
-    found = positions(record(tangent.head, boundary)[1], rows.stop - rows.start)
+    found = layouts(tangent, boundary, rows.stop - rows.start)
     found = dict(set.intersection(*(set(of.items()) for of in gather_over_ranks(found))))
     layers = [layer for layer in curvature.layers if layer.weight in found and layer.decomposed]
-    n_positions = [found[layer.weight] for layer in layers]
-    widths = [(layer.factor.output.shape[-1], layer.factor.inputs.shape[-1]) for layer in layers]
-    cost = sum(n * g * a for n, (g, a) in zip(n_positions, widths, strict=True))
-    n_outputs = len(tangent.omega)
-    if not layers or cost < _MIN_COST or n_outputs > _MAX_OUTPUTS:
+    cost = sum(
+        found[x.weight].n_positions * x.factor.output.shape[-1] * x.factor.inputs.shape[-1]
+        for x in layers
+    )
+    if not layers or cost < _MIN_COST:
         return None
-    largest = max(float(layer.output.values.max() * layer.inputs.values.max()) for layer in layers)
+    n_outputs = min(tangent.omega.shape)
+    share = max(gather_over_ranks(_backward_share(tangent, boundary)))
+    many = n_outputs * share > _MAX_OUTPUTS
+    if many:
+        layers = [layer for layer in layers if found[layer.weight].channelwise]
     room = _MAX_BYTES / objective.like.element_size() / max(gather_over_ranks(objective.n_samples))
+    chosen = _largest([(layer, found[layer.weight]) for layer in layers], n_outputs, cost, room)
+    if not chosen and not (many and objective.activation is not None):
+        return None
+    blocks = [
+        Block.from_layer(layer, ranks, found[layer.weight].n_positions, kind)
+        for layer, ranks, kind in chosen
+    ]
+    try:
+        subspace = Subspace(objective, blocks, curvature.total)
+    except LayoutError:
+        subspace = None
+    if not on_all_ranks(subspace is not None):
+        return None
+    assert subspace is not None
+    return _checked(objective, subspace)
+
+
+def _backward_share(tangent: TangentTerm, boundary: Tensors) -> float:
+    """Return the cost of a backward pass to the outputs of all layers, as a share of the head."""
+    _, calls = record(tangent.head, boundary)
+    with FlopCounterMode(display=False) as counter:
+        tangent.head.activation(boundary)
+    total, first = counter.get_total_flops() / 2, calls[0]
+    below = first.output.numel() * tangent.head.values[first.weight][0].numel()
+    above = total - below + _READING * sum(call.output.numel() for call in calls)
+    return min(above / total, 1.0) if total > 0 else 1.0
+
+
+def _largest(
+    layers: Sequence[tuple[Layer, Layout]], n_outputs: int, cost: int, room: float
+) -> list[tuple[Layer, tuple[int, int], type[SummedRows]]]:
+    """Return the layers of the largest space that is cheap, with their ranks and rows."""
+    largest = max(
+        (float(x.output.values.max() * x.inputs.values.max()) for x, _ in layers), default=0
+    )
     for floor in largest * _FLOORS if largest > 0 else ():
-        ranks = [_ranks(layer, floor) for layer in layers]
-        storages = [
-            Storage.cheapest(r, n, n_outputs) for r, n in zip(ranks, n_positions, strict=True)
-        ]
-        numbers = sum(storage.numbers for storage in storages)
-        evaluation = sum(storage.multiplications for storage in storages) + _READING * numbers
+        ranks = [_ranks(layer, floor) for layer, _ in layers]
+        kinds = [_cheapest(of, r, n_outputs) for (_, of), r in zip(layers, ranks, strict=True)]
+        numbers = sum(taken.numbers for taken, _ in kinds)
+        evaluation = sum(taken.multiplications for taken, _ in kinds) + _READING * numbers
         if evaluation <= _SHARE * cost and numbers <= room:
-            each = zip(layers, ranks, n_positions, storages, strict=True)
-            blocks = [Block.from_layer(x, r, n, s.summed) for x, r, n, s in each if min(r) > 0]
-            try:
-                subspace = Subspace(objective, blocks, curvature.total)
-            except LayoutError:
-                subspace = None
-            if not on_all_ranks(subspace is not None):
-                return None
-            assert subspace is not None
-            return _checked(objective, subspace)
-    return None
+            each = zip(layers, ranks, kinds, strict=True)
+            return [(layer, r, kind) for (layer, _), r, (_, kind) in each if min(r) > 0]
+    return []
+
+
+def _cheapest(
+    layout: Layout, ranks: tuple[int, int], n_outputs: int
+) -> tuple[Cost, type[SummedRows]]:
+    """Return the rows of a layer with the fewest numbers, and what they take."""
+    kinds = [SummedRows, ProjectedRows] + [ChannelRows] * layout.channelwise
+    costs = [(kind.cost(layout, ranks, n_outputs), kind) for kind in kinds]
+    return min(costs, key=lambda pair: pair[0])
 
 
 def _checked(objective: TangentObjective, subspace: Subspace) -> Subspace | None:

@@ -1,6 +1,7 @@
 """The coarse space: its map against that of the objective, and its effect on the solver."""
 
 import functools
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from sklearn_gradfeat.curvature import _coarse_space as coarse_space
+from sklearn_gradfeat.curvature._coarse_rows import ChannelRows, Layout, ProjectedRows, SummedRows
 from sklearn_gradfeat.curvature._inverses import Inverses
-from sklearn_gradfeat.curvature._layer_rows import record
 from sklearn_gradfeat.curvature._preconditioner import Preconditioner
 from sklearn_gradfeat.linearized import LinearizedHead, Squared, TangentTerm
 from sklearn_gradfeat.solvers import minimize
@@ -79,13 +80,22 @@ def test_map_against_the_dense_one():
     torch.testing.assert_close(found, expected)
 
 
-def test_rows_are_summed_where_that_is_less_to_keep():
-    problems = map(image_objective, ("whole", "residual"))
-    blocks = [block for problem in problems for block in subspace_of(problem).blocks]
-    for block in blocks:
-        (g, a), n = block.curvature.shape, block.n_positions
-        assert block.summed == (CLASSES * g * a <= n * (a + CLASSES * g))
-    assert {block.summed for block in blocks} == {True, False}
+@pytest.mark.parametrize(
+    ("layout", "ranks", "n_outputs", "kind"),
+    [
+        (Layout(9, 8, True), (4, 5), 1, SummedRows),
+        (Layout(2, 8, False), (4, 5), 6, ProjectedRows),
+        (Layout(2, 8, True), (4, 5), 6, ChannelRows),
+        (Layout(9, 8, False), (1, 1), 90, SummedRows),
+    ],
+)
+def test_the_rows_that_take_the_fewest_numbers_are_kept(layout, ranks, n_outputs, kind):
+    chosen = coarse_space._cheapest(layout, ranks, n_outputs)
+    assert chosen[1] is kind
+    rows = kind(torch.zeros(layout.n_channels, ranks[0]), ranks[1], layout.n_positions)
+    assert (
+        sum(part.numel() for part in rows.empty(torch.empty, 3, n_outputs)) == 3 * chosen[0].numbers
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,11 +119,11 @@ def curvature_and_term(request):
 def test_linear_adjoint_and_independent_of_the_batches(curvature_and_term, seed, size, factor):
     curvature, activation, term, boundary = curvature_and_term
     tangent = TangentTerm(term.head, partial(batches, boundary, size), term.omega, term.alpha)
-    n_positions = coarse_space.positions(record(term.head, boundary)[1], 12)
+    found = coarse_space.layouts(tangent, boundary, 12)
     blocks = [
-        coarse_space.Block.from_layer(layer, (2, 3), n_positions[layer.weight], summed)
+        coarse_space.Block.from_layer(layer, (2, 3), found[layer.weight].n_positions, kind)
         for layer in curvature.layers
-        for summed in (True, False)
+        for kind in (SummedRows, ProjectedRows, *[ChannelRows] * found[layer.weight].channelwise)
     ]
     problem, cotangent = objective(classes(12), activation, tangent), normal(12, 3, seed=seed)
     for block in blocks:
@@ -196,9 +206,33 @@ def value_of(problem, x):
     return value + float(problem.penalty * x @ x) / 2
 
 
-def test_many_outputs_have_none(monkeypatch):
-    monkeypatch.setattr(coarse_space, "_MAX_OUTPUTS", CLASSES - 1)
-    assert subspace_of(image_objective("plain")) is None
+@pytest.mark.parametrize("kind", ["residual", "transformer"])
+def test_more_outputs_than_activations(kind):
+    tangent, boundary = image_term(kind, n_outputs=20)
+    activation = tangent.head.activation(boundary)
+    assert activation.shape[1] < 20
+    problem = objective(classes(N, 20), activation, tangent)
+    curvature = Preconditioner(problem, torch.zeros(N, 20, dtype=torch.float64)).curvature
+    subspace = coarse_space.leading_subspace(problem, curvature)
+    assert subspace.blocks
+    x, cotangent = normal(sum(subspace.sizes)), normal(N, 20)
+    logits = subspace.forward(x)
+    torch.testing.assert_close(logits, problem.forward(subspace.extend(x)), rtol=1e-9, atol=1e-9)
+    pulled = subspace.restrict(problem.adjoint(cotangent))
+    torch.testing.assert_close(subspace.adjoint(cotangent), pulled)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("plain", {True}), ("transformer", set())])
+def test_many_outputs_leave_layers_that_need_a_backward_pass_for_each(monkeypatch, kind, kept):
+    problem = image_objective(kind)
+    monkeypatch.setattr(coarse_space, "_MAX_OUTPUTS", 0)
+    subspace = subspace_of(problem)
+    assert {block.rows.channelwise for block in subspace.blocks} == kept
+    x = normal(sum(subspace.sizes))
+    expected = problem.forward(subspace.extend(x))
+    torch.testing.assert_close(subspace.forward(x), expected, rtol=1e-9, atol=1e-9)
+    without = replace(problem, activation=None)
+    assert (subspace_of(without) is None) == (not kept)
 
 
 def test_memory_is_bounded(monkeypatch):
