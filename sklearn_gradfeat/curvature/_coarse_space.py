@@ -333,7 +333,9 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     if many:
         layers = [layer for layer in layers if found[layer.weight].channelwise]
     room = _MAX_BYTES / objective.like.element_size() / max(gather_over_ranks(objective.n_samples))
-    chosen = _largest([(layer, found[layer.weight]) for layer in layers], n_outputs, cost, room)
+    chosen = _largest(
+        [(layer, found[layer.weight]) for layer in layers], n_outputs, many, cost, room
+    )
     if not chosen and not (many and objective.activation is not None):
         return None
     blocks = [
@@ -362,17 +364,22 @@ def _backward_share(tangent: TangentTerm, boundary: Tensors) -> float:
 
 
 def _largest(
-    layers: Sequence[tuple[Layer, Layout]], n_outputs: int, cost: int, room: float
+    layers: Sequence[tuple[Layer, Layout]], n_outputs: int, many: bool, cost: int, room: float
 ) -> list[tuple[Layer, tuple[int, int], type[SummedRows]]]:
-    """Return the layers of the largest space that is cheap, with their ranks and rows."""
+    """Return the layers of the largest space that is cheap, with their ranks and rows.
+
+    With ``many`` outputs no rows may take a backward pass for each of them.
+    """
     largest = max(
         (float(x.output.values.max() * x.inputs.values.max()) for x, _ in layers), default=0
     )
     for floor in largest * _FLOORS if largest > 0 else ():
         ranks = [_ranks(layer, floor) for layer, _ in layers]
-        kinds = [_cheapest(of, r, n_outputs) for (_, of), r in zip(layers, ranks, strict=True)]
+        kinds = [
+            _cheapest(of, r, n_outputs, many) for (_, of), r in zip(layers, ranks, strict=True)
+        ]
         numbers = sum(taken.numbers for taken, _ in kinds)
-        evaluation = sum(taken.multiplications for taken, _ in kinds) + _READING * numbers
+        evaluation = sum(_evaluation(taken) for taken, _ in kinds)
         if evaluation <= _SHARE * cost and numbers <= room:
             each = zip(layers, ranks, kinds, strict=True)
             return [(layer, r, kind) for (layer, _), r, (_, kind) in each if min(r) > 0]
@@ -380,12 +387,17 @@ def _largest(
 
 
 def _cheapest(
-    layout: Layout, ranks: tuple[int, int], n_outputs: int
+    layout: Layout, ranks: tuple[int, int], n_outputs: int, many: bool
 ) -> tuple[Cost, type[SummedRows]]:
-    """Return the rows of a layer with the fewest numbers, and what they take."""
-    kinds = [SummedRows, ProjectedRows] + [ChannelRows] * layout.channelwise
+    """Return the rows of a layer that are evaluated fastest, and what they take."""
+    kinds = [SummedRows, ProjectedRows] * (not many) + [ChannelRows] * layout.channelwise
     costs = [(kind.cost(layout, ranks, n_outputs), kind) for kind in kinds]
-    return min(costs, key=lambda pair: pair[0])
+    return min(costs, key=lambda pair: _evaluation(pair[0]))
+
+
+def _evaluation(cost: Cost) -> int:
+    """Return the cost of an evaluation, in multiplications."""
+    return cost.multiplications + _READING * cost.numbers
 
 
 def _checked(objective: TangentObjective, subspace: Subspace) -> Subspace | None:
