@@ -226,6 +226,7 @@ def test_more_outputs_than_activations(kind):
 def test_many_outputs_leave_layers_that_need_a_backward_pass_for_each(monkeypatch, kind, kept):
     problem = image_objective(kind)
     monkeypatch.setattr(coarse_space, "_MAX_OUTPUTS", 0)
+    monkeypatch.setattr(coarse_space, "_READING", 0.01)
     subspace = subspace_of(problem)
     assert {block.rows.channelwise for block in subspace.blocks} == kept
     x = normal(sum(subspace.sizes))
