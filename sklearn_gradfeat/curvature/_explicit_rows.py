@@ -48,7 +48,7 @@ _LOGIT = 3
 _NUMBER = 600
 # Smallest and largest number of rows in this Gram matrix. In between, it takes about as long as a
 # few passes over all rows.
-_FEWEST, _MOST = 256, 2048
+_FEWEST, _MOST = 64, 2048
 _SHARE = 64
 # Samples of a batch whose rows are compared with Jacobian products.
 _COMPARED = 8
@@ -144,16 +144,15 @@ def _fill(place: Tensor, head: LinearizedHead, boundary: Tensors, omega: Tensor)
     if not activation.requires_grad:
         return False
     pieces = place.split([value.numel() for value in head.values], dim=2)
-    calls = [call for call in calls if call.output_rows(call.output, n_samples).shape[1] == n_samples]
-    inputs = [
-        call.input_rows(head.values[call.weight].shape[2:], n_samples) * head.scales[call.weight]
-        for call in calls
+    calls = [
+        call for call in calls if call.output_rows(call.output, n_samples).shape[1] == n_samples
     ]
+    inputs = [call.input_rows(head.values[call.weight].shape[2:], n_samples) for call in calls]
     for number, gradients in enumerate(output_gradients(activation, calls, omega)):
         written: set[int] = set()
         for call, x, gradient in zip(calls, inputs, gradients, strict=True):
             g = call.output_rows(gradient, n_samples)
-            parts = {call.weight: g.mT @ x}
+            parts = {call.weight: (head.scales[call.weight] * g).mT @ x}
             if call.bias is not None:
                 parts[call.bias] = g.sum(2) * head.scales[call.bias]
             for i, part in parts.items():
