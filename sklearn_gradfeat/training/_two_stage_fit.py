@@ -450,8 +450,13 @@ class TwoStageFit:
         return LinearModel(weights, intercept, first.omega, moves, self.point)
 
     def _intercept(self, free: Tensor) -> Tensor:
-        """Return the intercept, zeros where the model has none."""
-        return free if self.settings.fit_intercept else self.like.new_zeros(self.loss.n_outputs)
+        """Return the intercept, zeros where the model has none.
+
+        A softmax does not depend on the mean over the classes, so it is subtracted.
+        """
+        if not self.settings.fit_intercept:
+            return self.like.new_zeros(self.loss.n_outputs)
+        return free - free.mean() if isinstance(self.loss, Multinomial) else free
 
     def _unknowns(self, weights: Tensor, intercept: Tensor, u: Tensor) -> Tensor:
         """Return the flat vector of the unknowns, in the layout of the objective."""
