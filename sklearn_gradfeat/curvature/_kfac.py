@@ -15,7 +15,7 @@ rows ``a`` and ``g``.
 
 A Gram matrix needs about two rows per column; more rows hardly improve a preconditioner:
 
-* Samples: every k-th, so that 256 to 1024 remain. The number grows with the widest layer.
+* Samples: every k-th, so that 128 to 1024 remain. The number grows with the widest layer.
 * Positions: those with the largest gradients, at least 4. If only a class token leaves the
   network, say, most positions have none. ``E[g gᵀ]`` is scaled up to stand for all of them.
 
@@ -44,7 +44,7 @@ from sklearn_gradfeat.data import gather_over_ranks, n_ranks, rows_of_all_ranks,
 from sklearn_gradfeat.linearized import LinearizedHead, Tensors
 
 # Bounds on the number of samples, and rows of a Gram matrix as a multiple of its width.
-_MIN_SAMPLES, _MAX_SAMPLES = 256, 1024
+_MIN_SAMPLES, _MAX_SAMPLES = 128, 1024
 _ROWS_PER_COLUMN = 2
 _MIN_POSITIONS = 4
 # Largest number of rows v; each takes a backward pass through the head.
