@@ -51,8 +51,8 @@ from sklearn_gradfeat.data import (
 # Operators whose result depends on the strides of their input.
 _BY_STRIDES = ("aten.as_strided", "aten.view_as_complex", "aten.view.dtype")
 
-# Arrays derived from the samples take a quarter of the memory: folds have some of their own.
-_SHARE_OF_ROOM = 4
+# Explicit gradients take at most a quarter of the memory: folds have some of their own.
+_SHARE = 4
 
 NOT_FINITE = (
     "The backbone returned NaN or infinity for some samples. Check its weights, the scale of X "
@@ -95,9 +95,9 @@ class CachedSamples:
 
     @property
     def room(self) -> int:
-        """The bytes that arrays derived from the samples may take on the device, together."""
+        """The bytes that explicit gradients of the samples may take on the device."""
         device = self.activation.device
-        return (free_bytes(device) or memory_bytes()) // _SHARE_OF_ROOM
+        return (free_bytes(device) or memory_bytes()) // _SHARE
 
     def with_activation(self, activation: Tensor) -> CachedSamples:
         """Return the samples with the activations of another head."""

@@ -6,7 +6,8 @@ layer far below the top, a pass over the rows is much cheaper than one through t
 take one backward pass for every logit, and hold for all penalties.
 
 The choice compares the multiplications of a forward pass, counted from shapes, with the numbers of
-the rows. Nothing is timed: the same fit makes the same choice, and so do all ranks.
+the rows. Nothing is timed: where memory suffices, the same fit makes the same choice, and so do all
+ranks.
 """
 
 from __future__ import annotations
@@ -24,11 +25,7 @@ from sklearn_gradfeat.backbones import differentiable_attention, threads_for, th
 from sklearn_gradfeat.curvature._kfac import per_sample_gradients
 from sklearn_gradfeat.curvature._layer_rows import output_gradients, record
 from sklearn_gradfeat.curvature._sample_space import SampleInverse
-from sklearn_gradfeat.data import (
-    on_all_ranks,
-    rows_of_all_ranks,
-    sum_over_ranks,
-)
+from sklearn_gradfeat.data import on_all_ranks, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import (
     ExplicitTerm,
     LinearizedHead,
@@ -44,7 +41,7 @@ _NETWORK = 20 * 4
 # The cost of the rows of one logit, in forward passes.
 _LOGIT = 3
 # Multiplications that take as long as what a fit does with one number of a row: write it, multiply
-# by it in both directions in 20 passes, and use it in the Gram matrix of `RowsInverse`.
+# by it in both directions in 20 passes, and use it in the Gram matrix of `SampledRows`.
 _NUMBER = 600
 # Smallest and largest number of rows in this Gram matrix. In between, it takes about as long as a
 # few passes over all rows.

@@ -15,7 +15,7 @@ from torch import Tensor
 from sklearn_gradfeat.backbones import threads_for
 from sklearn_gradfeat.linearized._objective import TangentTerm
 
-# Numbers that are multiplied at once in both directions: they stay in the cache of a processor.
+# Numbers that a CPU multiplies at once in both directions: they stay in its cache.
 _BLOCK = 2**19
 
 
@@ -66,7 +66,8 @@ class ExplicitTerm(TangentTerm):
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Iterate over blocks of samples, and their rows."""
         n_samples, n_outputs, n = self.rows.shape
-        size = max(1, _BLOCK // max(1, n_outputs * n))
+        in_cache = max(1, _BLOCK // max(1, n_outputs * n))
+        size = in_cache if self.rows.device.type == "cpu" else n_samples
         with threads_for(self.rows.numel()):
             for start in range(0, n_samples, size):
                 some = slice(start, start + size)

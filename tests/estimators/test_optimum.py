@@ -89,6 +89,7 @@ def test_optimum_matches_a_dense_solve(kind, target, rows, request):
     assert model.objective_path_[-1] == pytest.approx(value, rel=1e-8)
     got = model.decision_function(X)
     if target == "multinomial":
+        assert model.intercept_.sum() == pytest.approx(0, abs=1e-12)
         got, logits = got - got.mean(1, keepdims=True), logits - logits.mean(1, keepdims=True)
     np.testing.assert_allclose(got, logits, atol=2e-4)
 
