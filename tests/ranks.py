@@ -31,6 +31,15 @@ def _table(n, n_outputs=1, seed=0):
     return X, y[:, 0] if n_outputs == 1 else y
 
 
+def _few_weights():
+    """A layer with few weights and many positions, whose gradients are cheap as explicit rows."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 40, 3), nn.AdaptiveAvgPool2d(1)
+        )
+
+
 def _two_layers():
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -104,6 +113,10 @@ CASES = {
     "wide": lambda: (
         exact(GradientFeatureClassifier(), alpha=0.01, gradient_alpha=0.1),
         (_table(12)[0], np.arange(12) % 2),
+    ),
+    "explicit rows": lambda: (
+        exact(estimator(_few_weights()), gradient_layers="0"),
+        _images(150),
     ),
     "copies": lambda: (exact(estimator()), _with_copies(*_images(40))),
     "auto, activation": lambda: (

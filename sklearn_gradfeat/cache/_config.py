@@ -56,8 +56,9 @@ def set_config(
     memory_bytes : int, "auto" or None, default=None
         Largest size of the trunk output and the activations that a fit keeps in memory, in bytes.
         If they are larger, the fit keeps them in temporary files and reads them batch by batch.
-        ``"auto"`` is half of the memory of the machine, or of the container, and in a worker
-        process this half divided by the number of CPUs. None does not change the setting.
+        Explicit gradients take at most a quarter of this size. ``"auto"`` is half of the memory of
+        the machine, or of the container, and in a worker process this half divided by the number of
+        CPUs. None does not change the setting.
 
     Raises
     ------

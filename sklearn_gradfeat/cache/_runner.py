@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from sklearn_gradfeat.backbones import threads_for
+from sklearn_gradfeat.cache._config import memory_bytes
 from sklearn_gradfeat.cache._sample_files import (
     FileBoundary,
     SampleFile,
@@ -49,6 +50,9 @@ from sklearn_gradfeat.data import (
 
 # Operators whose result depends on the strides of their input.
 _BY_STRIDES = ("aten.as_strided", "aten.view_as_complex", "aten.view.dtype")
+
+# Explicit gradients take at most a quarter of the memory: folds have some of their own.
+_SHARE = 4
 
 NOT_FINITE = (
     "The backbone returned NaN or infinity for some samples. Check its weights, the scale of X "
@@ -88,6 +92,12 @@ class CachedSamples:
     def empty(self, *shape: int) -> Tensor:
         """Return an uninitialised tensor with one row for each sample, like the activations."""
         return _empty(shape, self.activation, self.folder)
+
+    @property
+    def room(self) -> int:
+        """The bytes that explicit gradients of the samples may take on the device."""
+        device = self.activation.device
+        return (free_bytes(device) or memory_bytes()) // _SHARE
 
     def with_activation(self, activation: Tensor) -> CachedSamples:
         """Return the samples with the activations of another head."""

@@ -1,5 +1,6 @@
 """Curvature of the linear model: preconditioners, the coarse space, leave-one-out."""
 
+from sklearn_gradfeat.curvature._explicit_rows import with_rows_if_cheap
 from sklearn_gradfeat.curvature._inverses import (
     Inverses,
     largest_curvature,
@@ -16,4 +17,5 @@ __all__ = [
     "largest_curvature",
     "leave_one_out",
     "tangent_gram",
+    "with_rows_if_cheap",
 ]

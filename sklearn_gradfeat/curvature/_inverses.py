@@ -5,13 +5,14 @@ inverse                   used
 ========================  ====================================================================
 ``SampleInverse``         in float64, with few samples (``n_samples * n_outputs <= 4096``) and
                           gradient layers that see each sample once: exact up to the curvature
-                          between outputs. Its system has the samples of one process.
+                          between outputs. Its system has the samples of one process. With
+                          explicit rows, for some of the samples of all processes.
 ``Preconditioner``        otherwise: K-FAC, with a coarse space where that is cheap
 ========================  ====================================================================
 
 None of the expensive parts depends on the penalties, so all penalties share them:
 
-* the Gram matrix ``Ω J Jᵀ Ωᵀ`` of the samples, for good;
+* the Gram matrix ``Ω J Jᵀ Ωᵀ`` of the samples, all or some, for good;
 * the Kronecker factors, until the summed curvature of the loss has changed by a factor of two;
 * the coarse space, for good: later preconditioners rescale its curvature;
 * the curvature pairs of the last solve, for the next one, which starts at its solution.
@@ -29,11 +30,12 @@ from torch import Tensor
 
 from sklearn_gradfeat.curvature._coarse_solve import CoarseSolve
 from sklearn_gradfeat.curvature._coarse_space import Subspace, leading_subspace
+from sklearn_gradfeat.curvature._explicit_rows import SampledRows
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Preconditioner
 from sklearn_gradfeat.curvature._sample_space import SampleInverse, tangent_gram
 from sklearn_gradfeat.curvature._spectrum import NOT_FINITE
 from sklearn_gradfeat.data import n_ranks, number_of_first_rank, sum_over_ranks
-from sklearn_gradfeat.linearized import TangentObjective
+from sklearn_gradfeat.linearized import ExplicitTerm, TangentObjective
 from sklearn_gradfeat.solvers import CurvaturePairs, Solution, same_curvature
 
 _POWER_ITERATIONS = 6
@@ -54,6 +56,7 @@ class Inverses:
         self._curvature: Curvature | None = None
         self._gram: Tensor | None = None
         self._gram_is_cheap = True  # until it turns out otherwise
+        self._sampled: SampledRows | None = None
         self._subspaces: list[Subspace | None] = []  # empty until the first coarse solve
         self._layers_of: Curvature | None = None
 
@@ -70,17 +73,28 @@ class Inverses:
         if wide and untried and objective.tangent is not None:
             self._gram = tangent_gram(objective.tangent, objective.n_samples)
             self._gram_is_cheap = self._gram is not None
-        gram = self._gram
-        if gram is None:
-            return lambda logits: self._preconditioner(objective, logits)
-        return lambda logits: SampleInverse(objective, gram, logits)
+        gram, loss = self._gram, objective.loss
+        if gram is not None:
+            return lambda logits: SampleInverse(
+                objective, gram, loss.curvatures(logits), loss.weights
+            )
+        if isinstance(objective.tangent, ExplicitTerm):
+            self._sampled = self._sampled or SampledRows(objective)
+            return functools.partial(self._sampled.inverse, objective)
+        return functools.partial(self._preconditioner, objective)
 
     def exact_for(self, objective: TangentObjective) -> bool:
         """Return whether a Newton step reaches the optimum; call :meth:`at` before."""
         quadratic = (
             objective.loss.quadratic_minimizer is not None and objective.like.dtype == torch.float64
         )
-        return quadratic and (objective.tangent is None or self._gram is not None)
+        return quadratic and (objective.tangent is None or self._is_exact)
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether the inverse is exact up to the curvature between outputs."""
+        sampled = self._sampled
+        return self._gram is not None or (sampled is not None and sampled.is_whole)
 
     def coarse(self, objective: TangentObjective) -> Callable[[Any], CoarseSolve | None]:
         """Return the function from an inverse to the coarse-space solve of an objective."""
@@ -88,7 +102,7 @@ class Inverses:
 
     def learn(self, solution: Solution) -> None:
         """Keep the curvature pairs of a solve, unless the inverse is exact."""
-        self.curvature_pairs = solution.curvature_pairs if self._gram is None else None
+        self.curvature_pairs = None if self._is_exact else solution.curvature_pairs
 
     def _coarse_solve(self, objective: TangentObjective, inverse: Any) -> CoarseSolve | None:
         """Return the coarse-space solve, or None if the inverse is exact or no space is cheap."""

@@ -15,7 +15,7 @@ rows ``a`` and ``g``.
 
 A Gram matrix needs about two rows per column; more rows hardly improve a preconditioner:
 
-* Samples: every k-th, so that 256 to 1024 remain. The number grows with the widest layer.
+* Samples: every k-th, so that 128 to 1024 remain. The number grows with the widest layer.
 * Positions: those with the largest gradients, at least 4. If only a class token leaves the
   network, say, most positions have none. ``E[g gᵀ]`` is scaled up to stand for all of them.
 
@@ -30,7 +30,7 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ from sklearn_gradfeat.data import gather_over_ranks, n_ranks, rows_of_all_ranks,
 from sklearn_gradfeat.linearized import LinearizedHead, Tensors
 
 # Bounds on the number of samples, and rows of a Gram matrix as a multiple of its width.
-_MIN_SAMPLES, _MAX_SAMPLES = 256, 1024
+_MIN_SAMPLES, _MAX_SAMPLES = 128, 1024
 _ROWS_PER_COLUMN = 2
 _MIN_POSITIONS = 4
 # Largest number of rows v; each takes a backward pass through the head.
@@ -257,27 +257,54 @@ def _squares(
     head: LinearizedHead, rest: Sequence[int], boundary: Tensors, columns: Tensor, w: Tensor
 ) -> list[Tensor]:
     """Return the weighted sums of squared per-sample gradients in ``u``, per parameter."""
-    if not rest:
-        return []
+    totals = [torch.zeros_like(head.values[i]) for i in rest]
+    for part, _, gradients in per_sample_gradients(head, rest, boundary, columns):
+        for total, gradient in zip(totals, gradients, strict=True):
+            total.add_(torch.einsum("n,n...->...", w[part], gradient**2))
+    return totals
+
+
+def per_sample_gradients(
+    head: LinearizedHead, which: Sequence[int], boundary: Tensors, columns: Tensor
+) -> Iterator[tuple[slice, int, Tensors]]:
+    """Iterate over the gradients of ``column · activation`` in some parameters, in ``u``.
+
+    Parameters
+    ----------
+    head : LinearizedHead
+        The head.
+    which : sequence of int
+        Positions of the parameters in the tuple of parameters.
+    boundary : tuple of tensors
+        The inputs of the head.
+    columns : tensor of shape (n_columns, n_features)
+        The columns.
+
+    Yields
+    ------
+    (slice, int, tuple of tensors)
+        Some samples, the number of a column, and a tensor of one row for each of these samples for
+        every parameter.
+    """
+    if not which:
+        return
 
     def output(chosen: Tensors, sample: Tensors, column: Tensor) -> Tensor:
         values = list(head.values)
-        for i, value in zip(rest, chosen, strict=True):
+        for i, value in zip(which, chosen, strict=True):
             values[i] = value
         return head.head(tuple(values), tuple(z[None] for z in sample))[0] @ column
 
-    chosen = tuple(head.values[i] for i in rest)
+    chosen = tuple(head.values[i] for i in which)
     size = max(1, _MAX_PER_SAMPLE // sum(value.numel() for value in chosen))
     per_sample = grad(output)
-    totals = [torch.zeros_like(value) for value in chosen]
-    for start in range(0, len(w), size):
+    for start in range(0, len(boundary[0]), size):
         part = slice(start, start + size)
-        for column in columns:
+        for number, column in enumerate(columns):
             with differentiable_attention():
                 gradients = _each(per_sample, chosen, tuple(z[part] for z in boundary), column)
-            for total, gradient in zip(totals, gradients, strict=True):
-                total.add_(torch.einsum("n,n...->...", w[part], gradient**2))
-    return [head.scales[i] ** 2 * total for i, total in zip(rest, totals, strict=True)]
+            scaled = (head.scales[i] * g for i, g in zip(which, gradients, strict=True))
+            yield part, number, tuple(scaled)
 
 
 def _each(

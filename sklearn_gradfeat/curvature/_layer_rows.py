@@ -78,8 +78,9 @@ class LayerCall:
             for axis, (o, s, d) in enumerate(zip(offset, stride, dilation, strict=True)):
                 length = self.output.shape[2 + axis]
                 window.append(slice(o * d, o * d + (length - 1) * s + 1, s))
-            pieces.append(x[tuple(window)].flatten(2)[:, :, positions])
-        patches = torch.stack(pieces, 2).unflatten(1, (self.groups, -1))
+            piece = x[tuple(window)]
+            pieces.append(piece if positions is _ALL else piece.flatten(2)[:, :, positions])
+        patches = torch.stack(pieces, 2).flatten(3).unflatten(1, (self.groups, -1))
         flat: Tensor = patches.flatten(2, 3).permute(1, 0, 3, 2)
         return flat
 

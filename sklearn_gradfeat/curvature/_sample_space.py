@@ -52,16 +52,19 @@ class SampleInverse:
     Parameters
     ----------
     objective : TangentObjective
-        The objective, in float64.
+        The objective, in float64. Its linear map is that of the samples of the Gram matrix.
     gram : tensor of shape (n_samples * n_outputs, n_samples * n_outputs)
-        ``Ω J Jᵀ Ωᵀ`` from :func:`tangent_gram`.
-    logits : tensor of shape (n_samples, n_outputs)
-        Where the curvature of the loss is taken.
+        ``Ω J Jᵀ Ωᵀ``.
+    curvatures : tensor of shape (n_samples, n_outputs)
+        Curvatures of the loss in the logits of these samples.
+    weights : tensor of shape (n_samples,)
+        Weights of the samples.
     """
 
-    def __init__(self, objective: TangentObjective, gram: Tensor, logits: Tensor) -> None:
-        weights, n_outputs = objective.loss.weights, objective.loss.n_outputs
-        rows = objective.activation
+    def __init__(
+        self, objective: TangentObjective, gram: Tensor, curvatures: Tensor, weights: Tensor
+    ) -> None:
+        n_outputs, rows = objective.loss.n_outputs, objective.activation
         inner = gram.new_zeros(2 * weights.shape) if rows is None else rows @ rows.T
         of_sample = gram.diagonal().view(-1, n_outputs).sum(1)
         levels = (
@@ -71,7 +74,7 @@ class SampleInverse:
         )
         shared = inner / levels[0] + (1 / levels[1] if objective.fit_intercept else 0.0)
         self.objective = objective
-        self.root = objective.loss.curvatures(logits).sqrt()
+        self.root = curvatures.sqrt()
         scale = self.root.reshape(-1)
         system = gram / levels[2] + torch.kron(shared, torch.eye(n_outputs).to(shared))
         system *= scale[:, None] * scale
@@ -83,10 +86,11 @@ class SampleInverse:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the inverse to a flat vector."""
-        x = x / self.penalty
-        seen = (self.root * self.objective.forward(x)).reshape(-1, 1)
+        wide = x.to(self.penalty) / self.penalty
+        seen = (self.root * self.objective.forward(wide)).reshape(-1, 1)
         solved = torch.cholesky_solve(seen, self.factor).view_as(self.root)
-        return x - self.objective.adjoint(self.root * solved) / self.penalty
+        pulled = self.objective.part_of_adjoint(self.root * solved)
+        return (wide - pulled / self.penalty).to(x)
 
 
 def _level(penalty: float, curvature: Tensor) -> float:

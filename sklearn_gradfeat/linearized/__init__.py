@@ -4,6 +4,7 @@ from sklearn_gradfeat.linearized._derivative_graph import (
     UntraceableError,
     linearized_graph,
 )
+from sklearn_gradfeat.linearized._explicit_term import ExplicitTerm
 from sklearn_gradfeat.linearized._jacobian import (
     LinearizedHead,
     Tensors,
@@ -31,6 +32,7 @@ from sklearn_gradfeat.linearized._objective import (
 
 __all__ = [
     "Bernoulli",
+    "ExplicitTerm",
     "Huber",
     "LinearModel",
     "LinearizedHead",

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.cache import CachedSamples
-from sklearn_gradfeat.curvature import Inverses
+from sklearn_gradfeat.curvature import Inverses, with_rows_if_cheap
 from sklearn_gradfeat.data import (
     Result,
     accumulation_device,
@@ -121,6 +121,8 @@ class FirstStage:
         Whether the zero model is the optimum.
     inverses : Inverses
         The approximate inverse Hessians of second stages.
+    term : TangentTerm or None
+        The gradient term of second stages, for any penalty. None before the first of them.
     """
 
     alpha: float
@@ -128,6 +130,7 @@ class FirstStage:
     solution: Solution
     is_zero: bool
     inverses: Inverses = field(default_factory=Inverses)
+    term: TangentTerm | None = None
 
 
 class FitResult(NamedTuple):
@@ -336,6 +339,7 @@ class TwoStageFit:
 
         ``tol`` replaces the tolerance of the settings.
         """
+        self._choose_term(first)
         objective = self.second_objective(first, gradient_alpha)
         to_model = partial(self._second_model, objective, first.model)
         unmoved = self._second_unknowns(first.model)
@@ -359,7 +363,8 @@ class TwoStageFit:
         optimal length of the step is half of that without a penalty. It takes two passes. It is
         zero if the gradient in ``w₂`` vanishes.
         """
-        objective = self.objective(0.0, None, self.tangent(first.model.omega, 0.0))
+        self._choose_term(first)
+        objective = self.objective(0.0, None, self._term(first, 0.0))
         start = self._second_unknowns(first.model)
         logits = self.second_objective(first, 0.0).forward(start)
         gradient = objective.adjoint(self.loss.gradient(logits))
@@ -399,12 +404,23 @@ class TwoStageFit:
     def second_objective(self, first: FirstStage, gradient_alpha: float) -> TangentObjective:
         """Return the objective of the second stage."""
         activation = self.samples.activation if self.settings.features == "full" else None
-        tangent, loss = self.tangent(first.model.omega, gradient_alpha), self.loss
+        tangent, loss = self._term(first, gradient_alpha), self.loss
         if self.point:
             zero = loss.weights.new_zeros(len(self.samples.activation), loss.n_outputs)
             point = self.head.flatten(tuple(self.point.values()))
             loss = Shifted(loss, -tangent.add_forward(point, zero))
         return self.objective(first.alpha, activation, tangent, loss)
+
+    def _choose_term(self, first: FirstStage) -> None:
+        """Choose between explicit rows and Jacobian products for the second stages of a first."""
+        if first.term is None:
+            term, n_samples = self.tangent(first.model.omega, 0.0), len(self.samples.activation)
+            first.term = with_rows_if_cheap(term, n_samples, self.samples.room)
+
+    def _term(self, first: FirstStage, gradient_alpha: float) -> TangentTerm:
+        """Return the gradient term of a second stage."""
+        term = first.term or self.tangent(first.model.omega, 0.0)
+        return replace(term, alpha=gradient_alpha)
 
     def _second_unknowns(self, model: LinearModel) -> Tensor:
         """Return the flat vector of the unknowns of the second stage."""
@@ -434,8 +450,13 @@ class TwoStageFit:
         return LinearModel(weights, intercept, first.omega, moves, self.point)
 
     def _intercept(self, free: Tensor) -> Tensor:
-        """Return the intercept, zeros where the model has none."""
-        return free if self.settings.fit_intercept else self.like.new_zeros(self.loss.n_outputs)
+        """Return the intercept, zeros where the model has none.
+
+        A softmax does not depend on the mean over the classes, so it is subtracted.
+        """
+        if not self.settings.fit_intercept:
+            return self.like.new_zeros(self.loss.n_outputs)
+        return free - free.mean() if isinstance(self.loss, Multinomial) else free
 
     def _unknowns(self, weights: Tensor, intercept: Tensor, u: Tensor) -> Tensor:
         """Return the flat vector of the unknowns, in the layout of the objective."""

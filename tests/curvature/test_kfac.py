@@ -77,4 +77,4 @@ def test_number_of_samples_grows_with_the_widest_layer():
         module = torch.nn.Linear(width, 2, dtype=torch.float64)
         x = torch.ones(4, width, dtype=torch.float64)
         numbers.append(enough_samples(module_term(module, ["weight"], x).head, (x,)))
-    assert numbers == [256, 600, 1024]
+    assert numbers == [128, 600, 1024]

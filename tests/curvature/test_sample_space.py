@@ -35,6 +35,11 @@ def term(x, n_outputs, alpha=0.03, names=MLP_LAYERS, **options):
     return module_term(mlp(), names, x, n_outputs, alpha, **options)
 
 
+def inverse_at(problem, logits):
+    loss, gram = problem.loss, tangent_gram(problem.tangent, N)
+    return SampleInverse(problem, gram, loss.curvatures(logits), loss.weights)
+
+
 @pytest.mark.parametrize("names", [MLP_LAYERS, ["2.weight"]])
 @pytest.mark.parametrize("n_outputs", [1, 3])
 def test_gram_is_that_of_the_dense_jacobian(x, n_outputs, names):
@@ -74,7 +79,7 @@ def test_inverse_is_that_of_the_dense_hessian(x, kind, activation, fit_intercept
     logits = normal(N, 2, seed=1)
     H = A.T @ (loss.curvatures(logits).reshape(-1, 1) * A) + torch.diag(problem.penalty)
     H.diagonal()[problem.penalty == 0] += 1e-6  # the intercept, which has no penalty
-    inverse = SampleInverse(problem, tangent_gram(tangent, N), logits)
+    inverse = inverse_at(problem, logits)
     found = dense_operator(inverse, len(H))
     unit = torch.eye(len(H), dtype=torch.float64)
     torch.testing.assert_close(found @ H, unit, atol=1e-7, rtol=0)
@@ -85,7 +90,7 @@ def test_no_penalty_leaves_a_positive_definite_inverse(x):
     tangent = term(x, 3, alpha=0.0)
     loss = classes(N, 3, unequal_weights(N))
     problem = objective(loss, tangent.head.activation((x,)), tangent, 0.0)
-    inverse = SampleInverse(problem, tangent_gram(tangent, N), torch.zeros(N, 3).double())
+    inverse = inverse_at(problem, torch.zeros(N, 3).double())
     found = dense_operator(inverse, sum(problem.sizes))
     assert torch.linalg.eigvalsh(found + found.T).min() > 0
 

@@ -11,9 +11,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
-from sklearn_gradfeat.curvature import _coarse_space
+from sklearn_gradfeat.curvature import _coarse_space, _explicit_rows
 from tests.networks import NETWORKS, build
 from tests.oracles import dense_jacobian, dense_optimum, ntk_scales
+from tests.tiny import estimator
 
 N = 40
 
@@ -67,9 +68,20 @@ def test_binary_optimum_is_logistic_regression_on_explicit_features(kind):
     np.testing.assert_allclose(u, oracle.coef_[0, d:], rtol=1e-4, atol=1e-7)
 
 
+@pytest.fixture
+def with_rows(monkeypatch):
+    """Explicit rows cost nothing, so fits use them."""
+    monkeypatch.setattr(_explicit_rows, "_NUMBER", 0)
+    monkeypatch.setattr(_explicit_rows, "_LOGIT", 0)
+    monkeypatch.setattr(_explicit_rows, "_FEWEST", 16)
+
+
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("target", ["multinomial", "multilabel"])
 @pytest.mark.parametrize("kind", ["plain", "normed"])
-def test_optimum_matches_a_dense_solve(kind, target):
+def test_optimum_matches_a_dense_solve(kind, target, rows, request):
+    if rows:
+        request.getfixturevalue("with_rows")
     alpha, gradient_alpha = 0.01, 0.003
     model, module = fit(kind, target, alpha=alpha, gradient_alpha=gradient_alpha)
     f, g = explicit(model, module)
@@ -77,8 +89,29 @@ def test_optimum_matches_a_dense_solve(kind, target):
     assert model.objective_path_[-1] == pytest.approx(value, rel=1e-8)
     got = model.decision_function(X)
     if target == "multinomial":
+        assert model.intercept_.sum() == pytest.approx(0, abs=1e-12)
         got, logits = got - got.mean(1, keepdims=True), logits - logits.mean(1, keepdims=True)
     np.testing.assert_allclose(got, logits, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"features": "gradient"},
+        {"fit_intercept": False},
+        {"loss": "squared", "precision": "float64"},
+        {"n_linearizations": 2},
+        {"alpha": "auto", "gradient_alpha": "auto"},
+    ],
+)
+def test_explicit_rows_reach_the_optimum_of_jacobian_products(options, request):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(N, 1, 8, 8)).astype(np.float32)
+    model = estimator(tol=1e-9, max_iter=500, **options)
+    expected = model.fit(images, TARGETS["multinomial"], WEIGHTS).objective_path_[-1]
+    request.getfixturevalue("with_rows")
+    found = model.fit(images, TARGETS["multinomial"], WEIGHTS).objective_path_[-1]
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("target", ["binary", "multinomial"])

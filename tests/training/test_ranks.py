@@ -25,7 +25,7 @@ from sklearn_gradfeat.linearized import LinearizedHead
 from tests import ranks
 from tests.tiny import X, Y, estimator, tiny_net
 
-FAST = ["weights", "two linearizations", "auto, activation"]
+FAST = ["weights", "explicit rows", "two linearizations", "auto, activation"]
 # The linear models of several linearisations are solved loosely. The choice of penalties is that
 # of models of held-out samples, which are solved to a tolerance of 1e-3.
 OBJECTIVE = {"two linearizations": 1e-5}

@@ -1,0 +1,223 @@
+"""The gradients of the logits as explicit rows, where these are cheaper than the network.
+
+The row of a sample and logit has one number for each parameter. A layer with many positions
+multiplies many times by each of its parameters, and the layers above it come on top. So for a small
+layer far below the top, a pass over the rows is much cheaper than one through the network. The rows
+take one backward pass for every logit, and hold for all penalties.
+
+The choice compares the multiplications of a forward pass, counted from shapes, with the numbers of
+the rows. Nothing is timed: where memory suffices, the same fit makes the same choice, and so do all
+ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from sklearn_gradfeat.backbones import differentiable_attention, threads_for, threads_for_head
+from sklearn_gradfeat.curvature._kfac import per_sample_gradients
+from sklearn_gradfeat.curvature._layer_rows import output_gradients, record
+from sklearn_gradfeat.curvature._sample_space import SampleInverse
+from sklearn_gradfeat.data import on_all_ranks, rows_of_all_ranks, sum_over_ranks
+from sklearn_gradfeat.linearized import (
+    ExplicitTerm,
+    LinearizedHead,
+    TangentObjective,
+    TangentTerm,
+    Tensors,
+    agrees,
+)
+
+# The cost of a fit through the network, in forward passes: 20 passes of the solver, each of which
+# takes as long as four forward passes.
+_NETWORK = 20 * 4
+# The cost of the rows of one logit, in forward passes.
+_LOGIT = 3
+# Multiplications that take as long as what a fit does with one number of a row: write it, multiply
+# by it in both directions in 20 passes, and use it in the Gram matrix of `SampledRows`.
+_NUMBER = 600
+# Smallest and largest number of rows in this Gram matrix. In between, it takes about as long as a
+# few passes over all rows.
+_FEWEST, _MOST = 64, 2048
+_SHARE = 64
+# Samples of a batch whose rows are compared with Jacobian products.
+_COMPARED = 8
+
+
+def with_rows_if_cheap(tangent: TangentTerm, n_samples: int, max_bytes: int) -> TangentTerm:
+    """Return the gradient term with explicit rows, where these are cheap and fit into memory.
+
+    Parameters
+    ----------
+    tangent : TangentTerm
+        The gradient term.
+    n_samples : int
+        Number of samples.
+    max_bytes : int
+        Largest size of the rows and of their copies.
+
+    Returns
+    -------
+    ExplicitTerm or TangentTerm
+        The same map. It is the given term if rows are not cheap, if they take too much memory, or
+        if they do not determine the map, as where a parameter has another use besides the layers.
+    """
+    n_outputs = len(tangent.omega)
+    _, few = next(iter(tangent.batches(math.ceil(n_samples / 2))))
+    forward = _multiplications(tangent.head, few) / len(few[0])
+    numbers = n_outputs * tangent.head.size
+    cheap = _LOGIT * n_outputs * forward + _NUMBER * numbers <= _NETWORK * forward
+    sampled = torch.float64.itemsize * numbers * _most_sampled(n_samples, n_outputs)
+    n_bytes = n_samples * numbers * tangent.omega.element_size() + sampled
+    if not on_all_ranks(cheap and n_bytes <= max_bytes):
+        return tangent
+    rows = tangent.retry(lambda: _rows(tangent, n_samples))
+    if not on_all_ranks(rows is not None):
+        return tangent
+    assert rows is not None
+    return ExplicitTerm.from_rows(tangent, rows)
+
+
+def _multiplications(head: LinearizedHead, boundary: Tensors) -> float:
+    """Return the number of multiplications of a forward pass."""
+    with torch.no_grad(), differentiable_attention(), _Counter() as counter:
+        head.head(head.values, boundary)
+    total: float = counter.total
+    return total
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the multiplications of matrix products and convolutions."""
+
+    total: float = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        flops = flop_registry.get(func.overloadpacket)
+        if flops is not None:
+            self.total += flops(*args, **kwargs, out_val=output) / 2
+        return output
+
+
+def _rows(tangent: TangentTerm, n_samples: int) -> Tensor | None:
+    """Return the rows of all samples, or None if they do not agree with Jacobian products."""
+    head, omega = tangent.head, tangent.omega
+    rows = omega.new_empty(n_samples, len(omega), head.size)
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(head.size, generator=generator, dtype=torch.float64).to(omega)
+    compared = set()
+    for some, boundary in tangent.batches():
+        place = rows[some]
+        with threads_for_head(head.values, boundary):
+            if not _fill(place, head, boundary, omega):
+                return None
+        if len(place) not in compared:
+            compared.add(len(place))
+            few = slice(None, None, math.ceil(len(place) / _COMPARED))
+            expected = head.jvp(tuple(z[few] for z in boundary), u) @ omega.T
+            if not agrees(place[few] @ u, expected, omega.dtype):
+                return None
+    return rows
+
+
+def _fill(place: Tensor, head: LinearizedHead, boundary: Tensors, omega: Tensor) -> bool:
+    """Write the rows of a batch; return whether the activation depends on the parameters.
+
+    The gradient in the weight of a layer is a product of the gradients of its outputs with its
+    inputs, for each sample. Other parameters have their gradients sample by sample.
+    """
+    n_samples = len(place)
+    activation, calls = record(head, boundary, differentiable=True)
+    if not activation.requires_grad:
+        return False
+    pieces = place.split([value.numel() for value in head.values], dim=2)
+    calls = [
+        call for call in calls if call.output_rows(call.output, n_samples).shape[1] == n_samples
+    ]
+    inputs = [call.input_rows(head.values[call.weight].shape[2:], n_samples) for call in calls]
+    for number, gradients in enumerate(output_gradients(activation, calls, omega)):
+        written: set[int] = set()
+        for call, x, gradient in zip(calls, inputs, gradients, strict=True):
+            g = call.output_rows(gradient, n_samples)
+            parts = {call.weight: (head.scales[call.weight] * g).mT @ x}
+            if call.bias is not None:
+                parts[call.bias] = g.sum(2) * head.scales[call.bias]
+            for i, part in parts.items():
+                target, flat = pieces[i][:, number], part.transpose(0, 1).flatten(1)
+                target.add_(flat) if i in written else target.copy_(flat)
+            written |= set(parts)
+    covered = {i for call in calls for i in (call.weight, call.bias)}
+    rest = [i for i in range(len(pieces)) if i not in covered]
+    for span, number, found in per_sample_gradients(head, rest, boundary, omega):
+        for i, gradient in zip(rest, found, strict=True):
+            pieces[i][span, number] = gradient.flatten(1)
+    return True
+
+
+class SampledRows:
+    """The rows of evenly spread samples of all ranks, in double precision, for any penalties.
+
+    Their inverse Hessian, scaled to the curvature of all samples, stands for that of all samples.
+
+    Parameters
+    ----------
+    objective : TangentObjective
+        The objective, with explicit rows.
+
+    Attributes
+    ----------
+    is_whole : bool
+        Whether they are the rows of all samples.
+    """
+
+    def __init__(self, objective: TangentObjective) -> None:
+        tangent = objective.tangent
+        assert isinstance(tangent, ExplicitTerm)
+        n_samples, n_outputs, _ = tangent.rows.shape
+        total = int(sum_over_ranks(torch.tensor(n_samples)))
+        self._every = slice(None, None, math.ceil(total / _most_sampled(total, n_outputs)))
+        self.is_whole = self._every.step == 1
+
+        def sampled(rows: Tensor) -> Tensor:
+            chosen = rows_of_all_ranks(rows[self._every])[0]
+            return chosen.to(objective.accumulator, torch.float64)
+
+        activation = objective.activation
+        self._activation = None if activation is None else sampled(activation)
+        self._weights = sampled(objective.loss.weights)
+        self._term = ExplicitTerm.from_rows(tangent, sampled(tangent.rows))
+        matrix = self._term.rows.flatten(0, 1)
+        with threads_for(matrix.numel() * len(matrix)):
+            self._gram = matrix @ matrix.T
+
+    def inverse(self, objective: TangentObjective, logits: Tensor) -> SampleInverse:
+        """Return the inverse Hessian of an objective with these rows at some logits."""
+        assert objective.tangent is not None
+        curvatures = objective.loss.curvatures(logits)
+        chosen = rows_of_all_ranks(curvatures[self._every])[0]
+        if not self.is_whole and chosen.any():
+            chosen = chosen * (sum_over_ranks(curvatures.sum()) / chosen.sum())
+        sampled = replace(
+            objective,
+            activation=self._activation,
+            tangent=replace(self._term, alpha=objective.tangent.alpha),
+            n_samples=len(chosen),
+            like=self._weights[:0],
+        )
+        return SampleInverse(sampled, self._gram, chosen, self._weights)
+
+
+def _most_sampled(n_samples: int, n_outputs: int) -> int:
+    """Return the largest number of samples in the Gram matrix, at least one."""
+    n_rows = int(math.sqrt(_SHARE * n_samples * n_outputs))
+    return min(n_samples, max(1, min(max(n_rows, _FEWEST), _MOST) // n_outputs))
