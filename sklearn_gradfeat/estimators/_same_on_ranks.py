@@ -63,6 +63,35 @@ def check_same_network(backbone: FrozenBackbone, names: list[str]) -> None:
     _compare({"backbone": value, "gradient_layers": names})
 
 
+def check_same_samples(estimator: Any, **values: Any) -> None:
+    """Raise an error unless every rank has all samples.
+
+    Parameters
+    ----------
+    estimator : estimator
+        The estimator whose search is split over the ranks.
+    **values : objects
+        What describes the samples, by name.
+
+    Raises
+    ------
+    ValueError
+        If a rank has another value than rank 0.
+    """
+    first, *others = gather_over_ranks({name: _digest(value) for name, value in values.items()})
+    for name, of_first in first.items():
+        differing = [f"rank {i}" for i, other in enumerate(others, 1) if other[name] != of_first]
+        if differing:
+            kind = type(estimator).__name__
+            raise ValueError(
+                f"{name} of {', '.join(differing)} differs from that of rank 0. The ranks of a "
+                f"process group split the fits of {kind} among them, so each rank must pass all "
+                "samples, in the same order, and a cv that shuffles needs a random_state. For "
+                f"samples that are spread over the ranks, use {kind.removesuffix('CV')}, which "
+                "chooses alpha='auto' and gradient_alpha='auto' over all of them."
+            )
+
+
 def _compare(values: dict[str, Any]) -> None:
     """Raise an error that names the first value of which a rank has another one than rank 0."""
     described = {name: (_digest(value), reprlib.repr(value)) for name, value in values.items()}
