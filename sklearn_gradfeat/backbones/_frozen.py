@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import multiprocessing
@@ -542,13 +543,14 @@ def _cache_owner(module: nn.Module, owner: object) -> object:
 
 
 def _in_worker() -> bool:
-    """Whether this is a child process, or runs a task of Ray or Dask, whose workers may be none."""
-    ray, distributed = sys.modules.get("ray"), sys.modules.get("distributed")
+    """Whether this is a child process or a task of Ray or Dask, whose workers may be none."""
     if multiprocessing.parent_process() is not None:
         return True
-    if ray is not None and ray.is_initialized():
-        return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
-    try:
+    ray, distributed = sys.modules.get("ray"), sys.modules.get("distributed")
+    # Without a task, Dask raises a ValueError. Other modules may have these names, too.
+    with contextlib.suppress(AttributeError):
+        if ray is not None and ray.is_initialized():
+            return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
+    with contextlib.suppress(AttributeError, ValueError):
         return distributed is not None and bool(distributed.get_worker())
-    except ValueError:  # this is no task
-        return False
+    return False

@@ -83,8 +83,8 @@ def search(rank=0):
         side_effect=GradientFeatureClassifierCV._score_fold,
     ) as score_fold:
         model = GradientFeatureClassifierCV(
-            tiny_net(), activation_layer=["1", "3"], alphas=2, gradient_alphas=[0.1, 1.0], cv=3,
-            random_state=rank,
+            tiny_net(), activation_layer=["1", "3"], alphas=2, gradient_alphas=[1.0], cv=3,
+            tol=1e-2, random_state=rank,
         ).fit(X, Y)  # fmt: skip
     folds = {call.args[1][0] for call in score_fold.call_args_list}
     names = ("scores_", "alphas_", "alpha_", "gradient_alpha_", "coef_", "gradient_coef_")
@@ -99,9 +99,10 @@ def search_random_network(rank):
     return pickle.dumps(model.fit(X[:, 0, 0], Y).coef_)
 
 
-def search_with(rank, shuffle=False, **changes):
+def search_with(rank, shuffle=False, scoring=None, **changes):
+    cv = KFold(2, shuffle=shuffle)
     model = GradientFeatureClassifierCV(
-        tiny_net(), cv=KFold(3, shuffle=shuffle), alphas=[1.0], gradient_alphas=[1.0]
+        tiny_net(), alphas=[1.0], gradient_alphas=[1.0], cv=cv, scoring=scoring
     )
     return error_of(lambda: model.fit(**{"X": X, "y": Y, **changes}))
 
@@ -175,6 +176,7 @@ def everything(rank, size, path):
         "search, half": fit_half(rank, GradientFeatureClassifierCV()),
         "search, X": search_with(rank, X=X + rank),
         "search, cv": search_with(rank, shuffle=True),
+        "search, scorer": search_with(rank, scoring=lambda *_: 1 / (1 - rank)),
         "thread": fit_in_thread(),
         "memory": without_memory(rank),
         "afterwards": fit_half(rank, model),
@@ -262,6 +264,10 @@ MESSAGES = {
     "classes": ("ValueError", "y must have classes of one type on all ranks: rank 0 has <U"),
     "search, half": ("ValueError", "y of rank 1 differs from that of rank 0. The ranks"),
     "search, X": ("ValueError", "X of rank 1 differs from that of rank 0. The ranks"),
+    "search, scorer": (
+        "RuntimeError",
+        "No rank has a fitted estimator, as rank 1 failed: ZeroDivisionError",
+    ),
     "search, cv": ("ValueError", "cv of rank 1 differs from that of rank 0. The ranks"),
     "thread": ("RuntimeError", "Another thread of this process is fitting"),
 }
