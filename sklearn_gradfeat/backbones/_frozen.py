@@ -543,7 +543,7 @@ def _cache_owner(module: nn.Module, owner: object) -> object:
 
 
 def _in_worker() -> bool:
-    """Whether this is a child process or a task of Ray or Dask, whose workers may be none."""
+    """Whether this is a child process, or a task of Ray or Dask in any other process."""
     if multiprocessing.parent_process() is not None:
         return True
     ray, distributed = sys.modules.get("ray"), sys.modules.get("distributed")
