@@ -78,8 +78,9 @@ def test_fits_leave_the_global_generator_alone(backbone):
 
 def test_tasks_of_dask_in_threads_are_those_of_a_worker():
     distributed = pytest.importorskip("distributed")
+    options = {"n_workers": 1, "processes": False, "dashboard_address": None}
     with (
-        distributed.LocalCluster(1, processes=False, dashboard_address=None) as cluster,
+        distributed.LocalCluster(**options) as cluster,
         distributed.Client(cluster) as client,
     ):
         assert client.submit(_in_worker).result()
