@@ -37,6 +37,8 @@ from sklearn_gradfeat.cache._store import Tensors
 
 # Reading over a gap of this size takes less time than a second request to a disk.
 _MAX_GAP = 2**16
+# The maps of tensors, by their addresses.
+_MAPS: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 
 
 def folder_for(n_bytes: int, folder: Path | None) -> Path | None:
@@ -76,7 +78,22 @@ def mapped_tensor(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> Ten
     """
     n_bytes = prod(shape) * dtype.itemsize
     with _temporary_file(n_bytes, folder) as file:
-        return torch.frombuffer(mmap.mmap(file.fileno(), n_bytes), dtype=dtype).view(*shape)
+        mapped = mmap.mmap(file.fileno(), n_bytes)
+    tensor = torch.frombuffer(mapped, dtype=dtype).view(*shape)
+    _MAPS[tensor.data_ptr()] = mapped
+    return tensor
+
+
+def release_pages(rows: Tensor) -> None:
+    """Return the memory of rows of a mapped tensor to the system, which can read them again.
+
+    Nothing happens to rows of other tensors.
+    """
+    first = rows.untyped_storage().data_ptr()
+    mapped = _MAPS.get(first)
+    if mapped is not None and hasattr(mapped, "madvise"):
+        start = (rows.data_ptr() - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, start, rows.data_ptr() + rows.nbytes - first - start)
 
 
 class SampleFile:

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.cache import release_pages
 from sklearn_gradfeat.curvature._layer_rows import LayerCall, output_gradients, record
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Layer
 from sklearn_gradfeat.data import (
@@ -219,8 +220,8 @@ class Subspace:
         affine, *coordinates = x.split(self.sizes)
         logits = self.affine.forward(affine)
         for block, r, kept in zip(self.blocks, coordinates, self.rows, strict=True):
-            for rows in block.row_blocks(len(logits)):
-                logits[rows] += block.forward(tuple(z[rows] for z in kept), r).to(logits)
+            for rows, part in _parts(block, kept):
+                logits[rows] += block.forward(part, r).to(logits)
         return logits
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
@@ -229,8 +230,8 @@ class Subspace:
         narrow = cotangent.to(parts[0])
         for block, kept in zip(self.blocks, self.rows, strict=True):
             total = narrow.new_zeros(block.curvature.numel())
-            for rows in block.row_blocks(len(narrow)):
-                total += block.adjoint(tuple(z[rows] for z in kept), narrow[rows])
+            for rows, part in _parts(block, kept):
+                total += block.adjoint(part, narrow[rows])
             parts.append(total)
         return sum_over_ranks(torch.cat(parts))
 
@@ -260,7 +261,17 @@ def _rows(objective: TangentObjective, blocks: Sequence[Block]) -> list[Tensors]
         for places, parts in zip(kept, projected, strict=True):
             for place, part in zip(places, parts, strict=True):
                 place[rows] = part
+                release_pages(place[rows])
     return kept
+
+
+def _parts(block: Block, kept: Tensors) -> Iterator[tuple[slice, Tensors]]:
+    """Iterate over (rows, what is kept of them for a block); what is in a file leaves memory."""
+    for rows in block.row_blocks(len(kept[0])):
+        part = tuple(z[rows] for z in kept)
+        yield rows, part
+        for z in part:
+            release_pages(z)
 
 
 def _project(
