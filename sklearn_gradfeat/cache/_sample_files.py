@@ -6,7 +6,8 @@ A fit keeps trunk output and activations in files where they take more than ``me
   after batch, and a thread reads the next batch ahead. A subset reads the same file, over the
   short gaps between its samples, so that the passes of folds are nearly sequential, too.
 * The activations, and the projections onto the coarse space: tensors whose memory is a mapped
-  file. The system drops their pages where it needs the memory, and reads them again.
+  file. A pass over the projections gives their pages back, block by block. Those of the activations
+  stay until the system needs the memory.
 
 The files have no name: nothing is left in the folder, however the process ends, and their space is
 free with the last reference. It is reserved when a file is created, so that a full disk is an error
