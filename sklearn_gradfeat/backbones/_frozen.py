@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import multiprocessing
+import sys
 import threading
 import warnings
 import weakref
@@ -493,7 +495,7 @@ def _eager_network(
 
 _CACHE: weakref.WeakKeyDictionary[Any, dict[Any, FrozenBackbone]]
 _CACHE = weakref.WeakKeyDictionary()
-# In a worker process every task has its own copy of the module, which ends with the task.
+# In a worker every task has its own copy of the module, which ends with the task.
 _WORKER = type("Worker", (), {})()
 _CACHE_LOCK = threading.RLock()
 
@@ -508,7 +510,7 @@ def freeze(
     """Return the frozen copy of a module, which is shared where modules are equal.
 
     Clones and folds share one copy; so do equal modules of one ``owner``, such as the factory
-    that made them, and of one worker process. A module that has changed since gets a new copy,
+    that made them, and of the tasks of one worker. A module that has changed since gets a new copy,
     and a module with lazy parameters always does.
     """
     check_module(unwrapped(module))
@@ -532,9 +534,23 @@ def freeze(
 
 def _cache_owner(module: nn.Module, owner: object) -> object:
     """Return the object with which the frozen copy is freed."""
-    if multiprocessing.parent_process() is not None:
+    if _in_worker():
         return _WORKER
     try:
         return module if owner is None else next(iter(weakref.WeakSet([owner])))
     except TypeError:  # the owner cannot be hashed or weakly referenced
         return module
+
+
+def _in_worker() -> bool:
+    """Whether this is a child process, or a task of Ray or Dask in any other process."""
+    if multiprocessing.parent_process() is not None:
+        return True
+    ray, distributed = sys.modules.get("ray"), sys.modules.get("distributed")
+    # Without a task, Dask raises a ValueError. Other modules may have these names, too.
+    with contextlib.suppress(AttributeError):
+        if ray is not None and ray.is_initialized():
+            return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
+    with contextlib.suppress(AttributeError, ValueError):
+        return distributed is not None and bool(distributed.get_worker())
+    return False

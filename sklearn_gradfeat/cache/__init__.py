@@ -10,6 +10,7 @@ from sklearn_gradfeat.cache._runner import (
     NOT_FINITE,
     CachedSamples,
 )
+from sklearn_gradfeat.cache._sample_files import release_pages
 from sklearn_gradfeat.cache._store import Store, memory_store
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "disk_store",
     "get_config",
     "memory_store",
+    "release_pages",
     "set_config",
 ]

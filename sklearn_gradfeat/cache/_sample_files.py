@@ -6,7 +6,8 @@ A fit keeps trunk output and activations in files where they take more than ``me
   after batch, and a thread reads the next batch ahead. A subset reads the same file, over the
   short gaps between its samples, so that the passes of folds are nearly sequential, too.
 * The activations, and the projections onto the coarse space: tensors whose memory is a mapped
-  file. The system drops their pages where it needs the memory, and reads them again.
+  file. A pass over the projections gives their pages back, block by block. Those of the activations
+  stay until the system needs the memory.
 
 The files have no name: nothing is left in the folder, however the process ends, and their space is
 free with the last reference. It is reserved when a file is created, so that a full disk is an error
@@ -37,6 +38,8 @@ from sklearn_gradfeat.cache._store import Tensors
 
 # Reading over a gap of this size takes less time than a second request to a disk.
 _MAX_GAP = 2**16
+# The maps of tensors, by their addresses.
+_MAPS: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 
 
 def folder_for(n_bytes: int, folder: Path | None) -> Path | None:
@@ -76,7 +79,22 @@ def mapped_tensor(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> Ten
     """
     n_bytes = prod(shape) * dtype.itemsize
     with _temporary_file(n_bytes, folder) as file:
-        return torch.frombuffer(mmap.mmap(file.fileno(), n_bytes), dtype=dtype).view(*shape)
+        mapped = mmap.mmap(file.fileno(), n_bytes)
+    tensor = torch.frombuffer(mapped, dtype=dtype).view(*shape)
+    _MAPS[tensor.data_ptr()] = mapped
+    return tensor
+
+
+def release_pages(rows: Tensor) -> None:
+    """Return the memory of rows of a mapped tensor to the system, which can read them again.
+
+    Nothing happens to rows of other tensors.
+    """
+    first = rows.untyped_storage().data_ptr()
+    mapped = _MAPS.get(first)
+    if mapped is not None and hasattr(mapped, "madvise"):
+        start = (rows.data_ptr() - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, start, rows.data_ptr() + rows.nbytes - first - start)
 
 
 class SampleFile:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from sklearn_gradfeat.cache import release_pages
 from sklearn_gradfeat.curvature._coarse_rows import (
     ChannelRows,
     Cost,
@@ -183,8 +184,8 @@ class Subspace:
         logits = self.affine.forward(affine)
         for block, r, kept in zip(self.blocks, coordinates, self.rows, strict=True):
             matrix = r.view_as(block.curvature)
-            for rows in block.row_blocks(len(logits)):
-                outputs = block.rows.forward(tuple(z[rows] for z in kept), matrix)
+            for rows, part in _parts(block, kept):
+                outputs = block.rows.forward(part, matrix)
                 if _at_activation(block, self.omega):
                     outputs = linear_logits(tangent=outputs, omega=self.omega)
                 logits[rows] += outputs.to(logits)
@@ -196,11 +197,11 @@ class Subspace:
         narrow = cotangent.to(parts[0])
         for block, kept in zip(self.blocks, self.rows, strict=True):
             total = narrow.new_zeros(block.curvature.numel())
-            for rows in block.row_blocks(len(narrow)):
+            for rows, part in _parts(block, kept):
                 pulled = narrow[rows]
                 if _at_activation(block, self.omega):
                     pulled = pulled @ self.omega
-                total += block.rows.adjoint(tuple(z[rows] for z in kept), pulled)
+                total += block.rows.adjoint(part, pulled)
             parts.append(total)
         return sum_over_ranks(torch.cat(parts))
 
@@ -236,7 +237,17 @@ def _rows(objective: TangentObjective, blocks: Sequence[Block]) -> list[Tensors]
         for places, parts in zip(kept, projected, strict=True):
             for place, part in zip(places, parts, strict=True):
                 place[rows] = part
+                release_pages(place[rows])
     return kept
+
+
+def _parts(block: Block, kept: Tensors) -> Iterator[tuple[slice, Tensors]]:
+    """Iterate over (rows, what is kept of them for a block); what is in a file leaves memory."""
+    for rows in block.row_blocks(len(kept[0])):
+        part = tuple(z[rows] for z in kept)
+        yield rows, part
+        for z in part:
+            release_pages(z)
 
 
 def _project(

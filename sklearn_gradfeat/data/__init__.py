@@ -19,6 +19,8 @@ from sklearn_gradfeat.data._image_files import (
     ImageFiles,
 )
 from sklearn_gradfeat.data._ranks import (
+    Ranks,
+    alone,
     fit_together,
     gather_over_ranks,
     n_ranks,
@@ -54,11 +56,13 @@ __all__ = [
     "ImageFiles",
     "MaskedMean",
     "Preprocess",
+    "Ranks",
     "Result",
     "Rows",
     "Samples",
     "TextTokenizer",
     "accumulation_device",
+    "alone",
     "compute_dtypes",
     "encode_classes",
     "fit_together",

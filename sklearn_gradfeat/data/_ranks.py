@@ -323,6 +323,35 @@ def fit_together() -> Iterator[None]:
         _Group.current = None
 
 
+class Ranks(NamedTuple):
+    """The ranks of a group, for work that each of them does alone.
+
+    Attributes
+    ----------
+    rank, size : int
+        The number of this rank, and how many there are.
+    gather : callable
+        Maps a value of every rank to the values of all ranks, in the order of the ranks.
+    """
+
+    rank: int
+    size: int
+    gather: Callable[[Any], list[Any]]
+
+
+@contextmanager
+def alone() -> Iterator[Ranks]:
+    """Compute without the samples of the other ranks during a fit."""
+    group, _Group.current = _Group.current, None
+    try:
+        if group is None:
+            yield Ranks(0, 1, lambda value: [value])
+        else:
+            yield Ranks(group.rank, group.size, group.gather)
+    finally:
+        _Group.current = group
+
+
 def n_ranks() -> int:
     """Return the number of ranks that fit together, one outside of a fit or without a group."""
     group = _Group.current

@@ -31,8 +31,9 @@ from tqdm.auto import tqdm
 
 from sklearn_gradfeat.backbones import neutral_state
 from sklearn_gradfeat.curvature import MAX_ROWS
-from sklearn_gradfeat.data import Rows, n_ranks, restored_on_error, validate_samples
+from sklearn_gradfeat.data import Ranks, Rows, alone, n_ranks, restored_on_error, validate_samples
 from sklearn_gradfeat.estimators._base import BaseGradientFeature
+from sklearn_gradfeat.estimators._same_on_ranks import check_same_on_ranks, check_same_samples
 from sklearn_gradfeat.linearized import to_numpy
 from sklearn_gradfeat.training import (
     Candidate,
@@ -41,6 +42,7 @@ from sklearn_gradfeat.training import (
     Prepared,
     Problem,
     Progress,
+    Tried,
     TwoStageFit,
     cached_logits,
     fit_in_turn,
@@ -137,40 +139,48 @@ class CrossValidated(BaseGradientFeature):
         self._check_search()
         with restored_on_error(self, "n_features_in_", "feature_names_in_"):
             X, y = validate_samples(self, X, y)
-            problem = self._problem(y, sample_weight)
+            check_same_on_ranks(self, X, sample_weight, fitted=False)
+            check_same_samples(self, y=y, sample_weight=sample_weight)
+            with alone():
+                problem = self._problem(y, sample_weight)
             to_split, to_score = self._routed(sample_weight, params)
             folds = self._folds(X, y, to_split)
+            check_same_samples(self, cv=folds)
             weights = {} if sample_weight is None else {"sample_weight": sample_weight}
             if sample_weight is not None:
                 sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
             with Progress(self, X=X, y=y, metadata={**params, **weights}) as progress:
-                # Scales of activation layers, which use no labels, come from all samples.
-                prepared = self._prepare(X, problem.weights)
+                # Scales of activation layers, which use no labels, come from all samples. Their
+                # weights add up to one over all ranks, each of which passes all samples.
+                prepared = self._prepare(X, problem.weights / n_ranks())
+                check_same_samples(self, X=prepared.samples.names)
                 data = _Data(X, y, sample_weight, prepared, problem, to_score)
-                fitted = self._search(data, folds)
-                if self.refit:
-                    # Without what the search learned: the plain estimator has the same bits.
-                    stages = TwoStageFit(prepared, problem)
-                    chosen = fitted["alpha_"], fitted["gradient_alpha_"]
-                    n = self.n_linearizations
-                    fit = stages.fit if n == 1 else partial(fit_in_turn, stages, n_models=2 * n)
-                    result = fit(*chosen, progress=progress)
-                    warn_unless_converged(result, prepared.settings)
-                    fitted |= prepared.attributes | problem.attributes | result.attributes()
+                with alone() as ranks:
+                    fitted = self._search(data, folds, ranks)
+                    if self.refit:
+                        fitted |= prepared.attributes | problem.attributes
+                        fitted |= self._refitted(data, fitted, progress, ranks)
         self.__dict__.pop("coef_", None)  # without a refit there is no model any more
         self.__dict__.update(fitted)
         progress.end()
         return self
 
+    def _refitted(
+        self, data: _Data, chosen: dict[str, Any], progress: Progress, ranks: Ranks
+    ) -> dict[str, Any]:
+        """Return the attributes of the model with the chosen penalties."""
+        # Without what the search learned: the plain estimator has the same bits.
+        stages, n = TwoStageFit(data.prepared, data.problem), self.n_linearizations
+        fit = stages.fit if n == 1 else partial(fit_in_turn, stages, n_models=2 * n)
+        result = fit(chosen["alpha_"], chosen["gradient_alpha_"], progress=progress)
+        warn_unless_converged(result, data.prepared.settings)
+        # Other processors have other last bits.
+        of_first: dict[str, Any]
+        of_first, *_ = ranks.gather(None if ranks.rank else result.attributes())
+        return of_first
+
     def _check_search(self) -> None:
         """Raise an error unless the search is possible and the penalties are allowed."""
-        if n_ranks() > 1:
-            raise RuntimeError(
-                f"{type(self).__name__} does not split samples that are spread over the ranks of "
-                f"a process group. Use {type(self).__name__.removesuffix('CV')}, which chooses "
-                "alpha='auto' and gradient_alpha='auto' over all ranks, or end the process group "
-                "before the search."
-            )
         if self.n_linearizations > 1 and isinstance(self.cv, str):
             raise ValueError(
                 f"cv='loo' has a closed form for one linearisation alone, and n_linearizations="
@@ -207,8 +217,11 @@ class CrossValidated(BaseGradientFeature):
         # Passes read the samples of a fold in the order of their file.
         return [(np.sort(rows[train]), rows[test]) for train, test in cv.split(X, y, **to_split)]
 
-    def _search(self, data: _Data, folds: Folds | None) -> dict[str, Any]:
-        """Score pairs of penalties on all folds; return the attributes with scores and choice."""
+    def _search(self, data: _Data, folds: Folds | None, ranks: Ranks) -> dict[str, Any]:
+        """Score pairs of penalties on all folds; return the attributes with scores and choice.
+
+        Each rank scores some of the folds. Rank 0 chooses the pairs that all of them try.
+        """
         numbered: list[Any] = [None] if folds is None else list(enumerate(folds))
         scores: dict[Pair, list[float]] = {}
         unfinished = 0
@@ -220,32 +233,45 @@ class CrossValidated(BaseGradientFeature):
             with running[i]:
                 return self._score_fold(numbered[i], pairs, data, bar, stop)
 
-        def evaluate(pairs: Sequence[Pair]) -> dict[Pair, float]:
+        own = range(ranks.rank, len(numbered), ranks.size)
+
+        def try_pairs(pairs: Sequence[Pair]) -> None:
             nonlocal unfinished
             new = [pair for pair in dict.fromkeys(pairs) if pair not in scores]
             if new:
                 if bar is not None:
-                    bar.total = (bar.total or 0) + len(new) * len(numbered)
+                    bar.total = (bar.total or 0) + len(new) * len(own)
                     bar.refresh()
-                work = (delayed(score_fold)(i, new, bar) for i in range(len(numbered)))
+                work = (delayed(score_fold)(i, new, bar) for i in own)
                 try:
-                    found = Parallel(n_jobs=self.n_jobs, require="sharedmem")(work)
+                    part = Parallel(n_jobs=self.n_jobs, require="sharedmem")(work)
                 except BaseException:  # joblib does not wait for threads that still run
                     stop.set()
                     for lock in running:
                         with lock:
                             pass
                     raise
+                parts = ranks.gather(part)
+                found = [parts[i % ranks.size][i // ranks.size] for i in range(len(numbered))]
                 scores.update((pair, [fold.scores[pair] for fold in found]) for pair in new)
                 unfinished += sum(fold.unfinished for fold in found)
                 separated.extend(names for fold in found for names in fold.separated)
+
+        def evaluate(pairs: Sequence[Pair]) -> dict[Pair, float]:
+            ranks.gather(pairs)
+            try_pairs(pairs)
             # Averaged as in GridSearchCV, so that ties are the same.
             means = np.average(np.array(list(scores.values())), axis=1)
             return dict(zip(scores, means.tolist(), strict=True))
 
         # A disabled bar would take a lock that forks share.
         with tqdm(desc="search", unit="fit") if self.verbose else nullcontext() as bar:
-            tried = search_grid(self.alphas, self.gradient_alphas, stages, evaluate)
+            if ranks.rank == 0:
+                tried = search_grid(self.alphas, self.gradient_alphas, stages, evaluate)
+                ranks.gather(tried)
+            else:
+                while not isinstance(tried := ranks.gather(None)[0], Tried):
+                    try_pairs(tried)
         table = np.full((len(numbered), len(tried.alphas), len(tried.gradient_alphas)), np.nan)
         for i, alpha in enumerate(tried.alphas):
             for j, gradient_alpha in enumerate(tried.gradient_alphas):

@@ -1,4 +1,4 @@
-"""The check that all ranks of a process group fit the same estimator."""
+"""The checks that all ranks of a process group fit the same estimator, and search on the same X."""
 
 from __future__ import annotations
 
@@ -61,6 +61,37 @@ def check_same_network(backbone: FrozenBackbone, names: list[str]) -> None:
     known = backbone.fingerprint
     value = known.digest if known.portable else dict(backbone.module.state_dict())
     _compare({"backbone": value, "gradient_layers": names})
+
+
+def check_same_samples(estimator: Any, **values: Any) -> None:
+    """Raise an error unless every rank has all samples.
+
+    Parameters
+    ----------
+    estimator : estimator
+        The estimator whose search is split over the ranks.
+    **values : objects
+        What describes the samples, by name.
+
+    Raises
+    ------
+    ValueError
+        If a rank has another value than rank 0.
+    """
+    if n_ranks() == 1:
+        return
+    first, *others = gather_over_ranks({name: _digest(value) for name, value in values.items()})
+    for name, of_first in first.items():
+        differing = [f"rank {i}" for i, other in enumerate(others, 1) if other[name] != of_first]
+        if differing:
+            kind = type(estimator).__name__
+            raise ValueError(
+                f"{name} of {', '.join(differing)} differs from that of rank 0. The ranks of a "
+                f"process group split the fits of {kind} among them, so each rank must pass all "
+                "samples, in the same order, and a cv that shuffles needs a random_state. For "
+                f"samples that are spread over the ranks, use {kind.removesuffix('CV')}, which "
+                "chooses alpha='auto' and gradient_alpha='auto' over all of them."
+            )
 
 
 def _compare(values: dict[str, Any]) -> None:

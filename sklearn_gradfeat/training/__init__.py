@@ -5,6 +5,7 @@ from sklearn_gradfeat.training._held_out import cached_logits
 from sklearn_gradfeat.training._penalties import (
     Candidate,
     Pair,
+    Tried,
     leave_one_out_path,
     penalty_path,
     search_grid,
@@ -40,6 +41,7 @@ __all__ = [
     "Prepared",
     "Problem",
     "Progress",
+    "Tried",
     "TwoStageFit",
     "cached_logits",
     "check_adjointness",

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.backbones._frozen import _in_worker
 from tests.backbones.test_sources import same
 from tests.tiny import NET, X, Y, estimator, tiny_net
 
@@ -71,6 +74,23 @@ def test_fits_leave_the_global_generator_alone(backbone):
         backbone, features="activation", random_state=8, alpha=1e-4, gradient_alpha=1e-4
     ).fit(samples, Y[:20] % 2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_tasks_of_dask_in_threads_are_those_of_a_worker():
+    distributed = pytest.importorskip("distributed")
+    options = {"n_workers": 1, "processes": False, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(**options) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        assert client.submit(_in_worker).result()
+        assert not _in_worker()
+
+
+def test_other_modules_with_the_names_of_engines(monkeypatch):
+    for name in ("ray", "distributed"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    assert not _in_worker()
 
 
 # --- changes of the module -------------------------------------------------------------------

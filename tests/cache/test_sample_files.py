@@ -1,6 +1,7 @@
 """Trunk output and activations in files: equal results, no traces, and little memory."""
 
 import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -19,7 +20,12 @@ from sklearn_gradfeat import (
     config_context,
 )
 from sklearn_gradfeat.cache import _runner, _sample_files, disk_store
-from sklearn_gradfeat.cache._sample_files import FileBoundary, SampleFile, mapped_tensor
+from sklearn_gradfeat.cache._sample_files import (
+    FileBoundary,
+    SampleFile,
+    mapped_tensor,
+    release_pages,
+)
 from tests.cache.stores import model, passes
 from tests.tiny import NET, X, Y, data
 
@@ -82,6 +88,37 @@ def test_threads_read_their_own_rows(tmp_path):
     with ThreadPoolExecutor(8) as threads:
         for found, expected in zip(threads.map(file.read, rows), rows, strict=True):
             assert_equal(found, expected)
+
+
+def in_memory(tensor):
+    """Return the resident bytes of a tensor's own map, from Linux."""
+    start = f"{tensor.data_ptr():x}-"
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.startswith(start))
+    return 1024 * int(next(line for line in lines if line.startswith("Rss:")).split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_released_rows_leave_memory_and_keep_their_values(tmp_path):
+    mapped = mapped_tensor((1000, 1024), torch.float32, tmp_path)
+    values = torch.randn(1000, 1024)
+    mapped.copy_(values)
+    assert in_memory(mapped) == mapped.nbytes
+    release_pages(mapped[200:])
+    first_rows = in_memory(mapped)
+    assert first_rows <= 200 * 4096
+    release_pages(mapped[0, 1:5])
+    assert in_memory(mapped) == first_rows - mmap.PAGESIZE
+    assert torch.equal(mapped, values)
+
+
+def test_other_tensors_are_not_released(tmp_path):
+    address = mapped_tensor((1000, 1024), torch.float32, tmp_path).data_ptr()
+    assert address not in _sample_files._MAPS
+    values = torch.randn(1000, 1024)
+    kept = values.clone()
+    release_pages(values)
+    assert torch.equal(values, kept)
 
 
 def test_files_have_no_name_and_end_with_their_objects(tmp_path):

@@ -1,6 +1,7 @@
 """Fits of several processes, each with some of the samples, against fits of one process."""
 
 import os
+import pickle
 import threading
 import time
 import warnings
@@ -9,8 +10,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from sklearn.model_selection import KFold
 
-from sklearn_gradfeat import GradientFeatureClassifierCV
+from sklearn_gradfeat import GradientFeatureClassifierCV, GradientFeatureRegressorCV
 from sklearn_gradfeat.curvature import _kfac
 from sklearn_gradfeat.data import (
     fit_together,
@@ -70,6 +72,39 @@ def fit_half(rank, model, **changes):
     rows = slice(rank, None, 2)
     data = {"X": X[rows], "y": Y[rows], **changes}
     return error_of(lambda: model.fit(**data))
+
+
+def search(rank=0):
+    """Return what a search finds, and how many folds this process has scored."""
+    with mock.patch.object(
+        GradientFeatureClassifierCV,
+        "_score_fold",
+        autospec=True,
+        side_effect=GradientFeatureClassifierCV._score_fold,
+    ) as score_fold:
+        model = GradientFeatureClassifierCV(
+            tiny_net(), activation_layer=["1", "3"], alphas=2, gradient_alphas=[1.0], cv=3,
+            tol=1e-2, random_state=rank,
+        ).fit(X, Y)  # fmt: skip
+    folds = {call.args[1][0] for call in score_fold.call_args_list}
+    names = ("scores_", "alphas_", "alpha_", "gradient_alpha_", "coef_", "gradient_coef_")
+    return [pickle.dumps(getattr(model, name)) for name in names], folds
+
+
+def search_random_network(rank):
+    """Rank 0 draws the network; leave-one-out is one task."""
+    model = GradientFeatureRegressorCV(
+        alphas=[1.0], gradient_alphas=[1.0], cv="loo", random_state=rank
+    )
+    return pickle.dumps(model.fit(X[:, 0, 0], Y).coef_)
+
+
+def search_with(rank, shuffle=False, scoring=None, **changes):
+    cv = KFold(2, shuffle=shuffle)
+    model = GradientFeatureClassifierCV(
+        tiny_net(), alphas=[1.0], gradient_alphas=[1.0], cv=cv, scoring=scoring
+    )
+    return error_of(lambda: model.fit(**{"X": X, "y": Y, **changes}))
 
 
 def fit_in_thread():
@@ -136,7 +171,12 @@ def everything(rank, size, path):
         "shape": fit_half(rank, estimator(), X=X[rank::2, :, : 8 - rank]),
         "network": with_another_network(rank),
         "classes": fit_half(rank, estimator(), y=Y[rank::2] if rank else Y[rank::2].astype(str)),
-        "search": fit_half(rank, GradientFeatureClassifierCV()),
+        "search": search(rank),
+        "random network": search_random_network(rank),
+        "search, half": fit_half(rank, GradientFeatureClassifierCV()),
+        "search, X": search_with(rank, X=X + rank),
+        "search, cv": search_with(rank, shuffle=True),
+        "search, scorer": search_with(rank, scoring=lambda *_: 1 / (1 - rank)),
         "thread": fit_in_thread(),
         "memory": without_memory(rank),
         "afterwards": fit_half(rank, model),
@@ -193,6 +233,17 @@ def test_sums_over_ranks(group):
         assert found["all"] == [True, False]
 
 
+def test_a_search_splits_its_folds(group):
+    """The scores and the model have the bits of one process."""
+    expected, folds = search()
+    assert folds == {0, 1, 2}
+    assert [found["search"] for found in group] == [(expected, {0, 2}), (expected, {1})]
+
+
+def test_rank_0_draws_the_network_of_a_search(group):
+    assert group[0]["random network"] == group[1]["random network"] == search_random_network(0)
+
+
 def test_only_fits_communicate(group):
     assert group[0]["outside"] == 1
     assert group[0]["alone"].shape == Y.shape
@@ -211,7 +262,13 @@ MESSAGES = {
     "shape": ("ValueError", r"X.shape[1:] is (1, 8, 8) on rank 0 and (1, 7, 8) on rank 1"),
     "network": ("ValueError", "backbone: the network of rank 1 differs from that of rank 0"),
     "classes": ("ValueError", "y must have classes of one type on all ranks: rank 0 has <U"),
-    "search": ("RuntimeError", "Use GradientFeatureClassifier, which chooses alpha='auto'"),
+    "search, half": ("ValueError", "y of rank 1 differs from that of rank 0. The ranks"),
+    "search, X": ("ValueError", "X of rank 1 differs from that of rank 0. The ranks"),
+    "search, scorer": (
+        "RuntimeError",
+        "No rank has a fitted estimator, as rank 1 failed: ZeroDivisionError",
+    ),
+    "search, cv": ("ValueError", "cv of rank 1 differs from that of rank 0. The ranks"),
     "thread": ("RuntimeError", "Another thread of this process is fitting"),
 }
 

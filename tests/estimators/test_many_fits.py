@@ -1,0 +1,133 @@
+"""Searches in worker processes: what travels to them, and what they compute."""
+
+import os
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from sklearn.model_selection import GridSearchCV
+from torch.storage import TypedStorage
+
+from sklearn_gradfeat import GradientFeatureClassifierCV
+from tests.counting import Counted, Logged
+from tests.tiny import X, Y, estimator, tiny_net
+
+ROOT = Path(__file__).parents[2]
+GRID = {"alpha": [0.1, 1.0], "gradient_alpha": [1.0, 10.0, 100.0]}
+N_TASKS = 2 * 6
+
+
+@contextmanager
+def loky():
+    with joblib.parallel_config("loky", n_jobs=2, inner_max_num_threads=1):
+        yield
+
+
+@contextmanager
+def dask():
+    distributed = pytest.importorskip("distributed")
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(**options) as cluster,
+        distributed.Client(cluster),
+        joblib.parallel_config("dask"),
+    ):
+        yield
+
+
+@contextmanager
+def ray():
+    ray = pytest.importorskip("ray")
+    register = pytest.importorskip("ray.util.joblib").register_ray
+    folders = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "site-packages")])
+    variables = {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, runtime_env={"env_vars": variables})
+    register()
+    try:
+        with joblib.parallel_config("ray", n_jobs=2, ray_remote_args={"num_gpus": 1}):
+            yield
+    finally:
+        ray.shutdown()
+
+
+slow_ray = pytest.param(ray, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[loky, dask, slow_ray])
+def engine(request):
+    """Run the tasks of joblib in two workers."""
+    with request.param():
+        yield
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """Return the sizes of the tensors that this process pickles."""
+    sizes, reduce = [], TypedStorage.__reduce__
+
+    def counted(storage):
+        sizes.append(storage._untyped_storage.nbytes())
+        return reduce(storage)
+
+    monkeypatch.setattr(TypedStorage, "__reduce__", counted)
+    return sizes
+
+
+@pytest.fixture
+def logged(tmp_path):
+    network = Logged(*tiny_net())
+    network.file = str(tmp_path / "calls")
+    return network
+
+
+def calls(network):
+    """Return how often each process called the network."""
+    return Counter(Path(network.file).read_text().split())
+
+
+def test_a_network_in_a_file_does_not_travel(engine, sent, logged, tmp_path):
+    """Each worker freezes it once, and the trunk sees every sample once on the machine."""
+    counted, file = Counted(str(tmp_path / "passes")), tmp_path / "network.pt"
+    torch.save(logged, file)
+    sent.clear()
+    model = estimator(
+        partial(torch.load, file, weights_only=False),
+        preprocess=counted,
+        feature_store=tmp_path / "features",
+    )
+    search = GridSearchCV(model, GRID, cv=2, n_jobs=2, refit=False).fit(X, Y)
+    assert sum(sent) == 0
+    assert str(os.getpid()) not in calls(logged)
+    with joblib.parallel_config("sequential"):
+        alone = GridSearchCV(model, GRID, cv=2, refit=False).fit(X, Y)
+    assert len(set(calls(logged).values())) == 1
+    assert sum(map(int, Path(counted.file).read_text().split())) == len(X)
+    for name in ("split0_test_score", "split1_test_score"):
+        assert np.array_equal(search.cv_results_[name], alone.cv_results_[name])
+
+
+@pytest.mark.parametrize("engine", [slow_ray], indirect=True)
+def test_ray_gives_each_worker_a_device_of_its_own(engine):
+    devices = joblib.Parallel()(joblib.delayed(os.getenv)("CUDA_VISIBLE_DEVICES") for _ in range(8))
+    assert set(devices) == {"0", "1"}
+
+
+def test_a_module_travels_with_every_task(engine, sent, logged):
+    size = sum(p.numel() * p.element_size() for p in logged.parameters())
+    GridSearchCV(estimator(logged), GRID, cv=2, n_jobs=2, refit=False).fit(X, Y)
+    assert sum(sent) >= N_TASKS * size
+
+
+def test_folds_of_a_cv_estimator_stay_in_the_process(engine, sent):
+    scores = [
+        GradientFeatureClassifierCV(tiny_net(), alphas=[0.1, 1.0], gradient_alphas=[1.0], cv=2,
+                                    tol=1e-2, n_jobs=n_jobs).fit(X, Y).scores_
+        for n_jobs in (1, 2)
+    ]  # fmt: skip
+    assert sum(sent) == 0
+    assert np.array_equal(*scores)
