@@ -21,6 +21,7 @@ from sklearn_gradfeat.data._image_files import (
 from sklearn_gradfeat.data._ranks import (
     fit_together,
     gather_over_ranks,
+    is_first_rank,
     n_ranks,
     number_of_first_rank,
     of_first_rank,
@@ -64,6 +65,7 @@ __all__ = [
     "fit_together",
     "free_bytes",
     "gather_over_ranks",
+    "is_first_rank",
     "is_lazy",
     "n_ranks",
     "normalized_weights",

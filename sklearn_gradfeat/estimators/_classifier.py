@@ -129,6 +129,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         warm_start: bool = False,
         batch_size: int = 256,
         feature_store: str | os.PathLike[str] | None = "auto",
+        checkpoint: str | os.PathLike[str] | None = None,
         device: str | torch.device = "auto",
         precision: str = "auto",
         random_state: Any = None,
@@ -152,6 +153,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         self.warm_start = warm_start
         self.batch_size = batch_size
         self.feature_store = feature_store
+        self.checkpoint = checkpoint
         self.device = device
         self.precision = precision
         self.random_state = random_state
