@@ -40,9 +40,10 @@ def open_checkpoint(
             "network, so none could go on with the checkpoint of another. Set random_state=0."
         )
     checkpoint = Checkpoint(estimator.checkpoint)
+    parameters = estimator.get_params(deep=False)
     given = {
         "the class": type(estimator).__name__,
-        **{name: value for name, value in estimator.get_params().items() if name not in FREE},
+        **{name: value for name, value in parameters.items() if name not in FREE},
         **{f"the version of {name}": import_module(name).__version__ for name in _VERSIONS},
         "the number of processes": n_ranks(),
     }

@@ -62,6 +62,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         Whether to fit the intercept, which is not penalised.
     %SOLVER%
     %WARM_START%
+    %CHECKPOINT%
     %COMPUTATION%
 
     Attributes
@@ -115,9 +116,9 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         max_iter: int = 100,
         tol: float = 1e-4,
         warm_start: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         batch_size: int = 256,
         feature_store: str | os.PathLike[str] | None = "auto",
-        checkpoint: str | os.PathLike[str] | None = None,
         device: str | torch.device = "auto",
         precision: str = "auto",
         random_state: Any = None,
@@ -139,9 +140,9 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         self.max_iter = max_iter
         self.tol = tol
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
         self.batch_size = batch_size
         self.feature_store = feature_store
-        self.checkpoint = checkpoint
         self.device = device
         self.precision = precision
         self.random_state = random_state

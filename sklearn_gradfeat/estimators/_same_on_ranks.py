@@ -49,6 +49,7 @@ def check_same_on_ranks(estimator: Any, X: Any, sample_weight: Any, *, fitted: b
         "X.dtype": str(X.dtype),
         "feature_names_in_": list(getattr(estimator, "feature_names_in_", ())),
         "sample_weight": "None" if sample_weight is None else "given",
+        "checkpoint": "None" if getattr(estimator, "checkpoint", None) is None else "given",
         **{f"the version of {name}": import_module(name).__version__ for name in _VERSIONS},
     }
     if fitted:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.data import gather_over_ranks, is_first_rank, of_first_rank
+from sklearn_gradfeat.data import gather_over_ranks, is_first_rank, of_first_rank, on_all_ranks
 from sklearn_gradfeat.io._archive import Arrays, read_archive, write_archive
 from sklearn_gradfeat.training import Entry, Journal
 
@@ -55,7 +55,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not os.fspath(path):
             raise ValueError("checkpoint is an empty path. Pass the path of a file.")
-        self._path = Path(path).absolute()
+        self._path = Path(os.path.realpath(path))
         self._header: dict[str, Described] = {}
         self._document: dict[str, Any] = {}
         self._arrays: Arrays = {}
@@ -73,7 +73,7 @@ class Checkpoint:
             raise PermissionError(
                 errno.EACCES, "checkpoint: the folder of this file is read-only", str(self._path)
             )
-        if not os.path.lexists(self._path):
+        if not self._path.exists():
             return
         if not self._path.is_file():
             raise ValueError(
@@ -99,7 +99,7 @@ class Checkpoint:
         self._header |= header
         if not self._is_ours:
             return
-        stored = self._document["checkpoint"]
+        stored: dict[str, list[str]] = self._document["checkpoint"]
         differing = [
             f"{name} ({text} here, {there[1]} there)" if text and there[1] else name
             for name, (digest, text) in header.items()
@@ -143,8 +143,8 @@ class Checkpoint:
                 )
 
     def remove(self) -> None:
-        """Remove the file of a fit that is finished."""
-        if self._is_ours:
+        """Remove the file of a fit that is finished on all ranks."""
+        if on_all_ranks(True) and self._is_ours:
             self._path.unlink(missing_ok=True)
 
 

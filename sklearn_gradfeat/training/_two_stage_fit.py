@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -312,25 +312,31 @@ class TwoStageFit:
             return self._first
         objective = self.objective(alpha, self.samples.activation, None)
         zero = self.like.new_zeros(sum(objective.sizes))
-        self.inverses.x = zero
 
+        @cache
         def zero_is_optimum() -> bool:
+            self.inverses.x = zero
             return _is_optimum(objective, zero, self._inverse(objective, self.inverses))
 
-        is_zero = bool(self.journal.number("zero is optimum", zero_is_optimum))
-        start = zero
-        if warm is not None and not is_zero:
-            start = self._unknowns(warm.omega, warm.intercept, zero[:0])
+        def start() -> Tensor:
+            if warm is None or zero_is_optimum():
+                return zero
+            return self._unknowns(warm.omega, warm.intercept, zero[:0])
+
+        def baseline() -> float:
+            return math.inf if zero_is_optimum() else self.loss.value(objective.forward(zero))
+
         to_model = partial(self._first_model, objective)
         solution = self._minimize(
             "activation",
             objective,
             start,
             self.inverses,
-            lambda: math.inf if is_zero else self.loss.value(objective.forward(zero)),
+            baseline,
             self.settings.tol * _FIRST_STAGE,
             self._watch("activation", to_model, last, progress),
         )
+        is_zero = bool(self.journal.number("zero is optimum", zero_is_optimum))
         self._first = FirstStage(alpha, to_model(solution.x), solution, is_zero)
         return self._first
 
@@ -357,7 +363,7 @@ class TwoStageFit:
         solution = self._minimize(
             self.settings.features,
             objective,
-            self._second_unknowns(start),
+            lambda: self._second_unknowns(start),
             first.inverses,
             baseline,
             self.settings.tol if tol is None else tol,
@@ -481,7 +487,7 @@ class TwoStageFit:
         self,
         stage: str,
         objective: TangentObjective,
-        start: Tensor,
+        start: Callable[[], Tensor],
         inverses: Inverses,
         baseline: Callable[[], float],
         tol: float,
@@ -489,16 +495,17 @@ class TwoStageFit:
     ) -> Solution:
         """Minimise until the Newton decrement is ``tol`` times the fall below ``baseline()``.
 
+        A run that the journal has is not repeated; neither function is called then.
         Rounding errors of the gradient or the objective also end it. Where Newton steps are
         exact, continue to rounding; this takes one or two more steps.
         """
         found = self.journal.finished(stage, objective, inverses)
         if found is not None:
             return found
+        x, value_at_baseline = of_first_rank(start()), baseline()
         state = self.journal.state(objective, inverses)
-        start, value_at_baseline = of_first_rank(start), baseline()
         inverse, coarse = self._inverse(objective, inverses), inverses.coarse(objective)
-        eps = torch.finfo(start.dtype).eps
+        eps = torch.finfo(x.dtype).eps
         rounding = max(100 * eps**2, torch.finfo(torch.float64).eps)
 
         def tolerance(share: float, value: float) -> float:
@@ -508,11 +515,11 @@ class TwoStageFit:
             inverses.x = x
             return watch is not None and watch(iteration, value, x, *decrement)
 
-        inverses.x = start if state is None else state.built_at
+        inverses.x = x if state is None else state.built_at
         wanted = min(tol, _EXACT) if inverses.exact_for(objective) else tol
         solution = minimize(
             objective,
-            start,
+            x,
             inverse,
             tolerance=partial(tolerance, wanted),
             max_iter=self.settings.max_iter,
