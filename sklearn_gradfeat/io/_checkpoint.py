@@ -197,6 +197,6 @@ def _of_first_rank(text: str, arrays: Arrays) -> tuple[str, Arrays]:
     text, kinds = gather_over_ranks((text, kinds))[0]
     found = {}
     for name, kind in kinds:
-        array = arrays.get(name, np.empty(0, kind))
+        array = arrays.get(name, np.zeros(1, kind))
         found[name] = of_first_rank(torch.from_numpy(array)).numpy()
     return text, found
