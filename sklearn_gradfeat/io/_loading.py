@@ -90,6 +90,11 @@ class _Saved:
 
     def kind(self, kinds: Mapping[str, Any]) -> Any:
         """Return the class of the estimator."""
+        if "checkpoint" in self.document:
+            raise ValueError(
+                f"{self.path} holds the checkpoint of a fit that is not finished, and no model. "
+                "Call fit with this path as checkpoint, and save the fitted model."
+            )
         name = self.document.get("estimator")
         if not isinstance(name, str) or name not in kinds:
             raise ValueError(
