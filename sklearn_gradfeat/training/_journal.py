@@ -97,7 +97,7 @@ class Journal:
         self, name: str, objective: TangentObjective, inverses: Inverses
     ) -> Solution | None:
         """Return the result of a run of the solver, or None if it is not in the journal."""
-        entry = self._next(f"{name}, finished", f"{name}, state")
+        entry = self._next(f"{name} finished", f"{name} state")
         if entry is None:
             return None
         _recall(entry, objective, inverses)
@@ -140,7 +140,7 @@ class Journal:
                 "coarse_pairs": _flat(coarse or ()),
             }
             numbers = [state.n_passes, coarse is not None, *state.objective_path]
-            return Entry(f"{name}, state", np.array(numbers), vectors | _origins(inverses))
+            return Entry(f"{name} state", np.array(numbers), vectors | _origins(inverses))
 
         self._state = entry
         self._write_if_due()
@@ -156,8 +156,10 @@ class Journal:
         ]  # fmt: skip
         pairs = _flat(solution.curvature_pairs.pairs)
         vectors = {"x": [solution.x], "pairs": pairs, **_origins(inverses)}
-        entry = Entry(f"{name}, finished", np.array(numbers, dtype=np.float64), vectors)
+        entry = Entry(f"{name} finished", np.array(numbers, dtype=np.float64), vectors)
         self._watch(entry, solution, inverses)
+        for former in self._entries:
+            former.forget()
         self._append(entry)
 
     def used_by(self, model: Any) -> None:
@@ -188,8 +190,6 @@ class Journal:
         if self._write is not None:
             self._entries.append(entry)
             self._n_done += 1
-            for former in self._entries:
-                former.forget()
             self._write_if_due()
 
     def _write_if_due(self) -> None:

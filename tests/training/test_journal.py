@@ -71,7 +71,7 @@ def test_the_state_of_a_run_is_returned_once(written):
         assert len(state.coarse_pairs or ()) == len(coarse or ())
         assert later.state(Objective, Inverses()) is None
     journal.finish("full", solution(1), inverses)
-    assert [entry.name for entry in written[-1]] == ["number", "full, finished"]
+    assert [entry.name for entry in written[-1]] == ["number", "full finished"]
 
 
 def test_vectors_are_kept_for_as_long_as_the_fit_needs_them(written):
