@@ -150,13 +150,11 @@ class Checkpoint:
 
 def _encoded(entries: Sequence[Entry]) -> tuple[str, Arrays]:
     """Return the lines of some entries, and their arrays."""
-    lines, arrays = (
-        [],
-        {
-            "lengths": np.array([len(entry.numbers) for entry in entries], dtype=np.int64),
-            "numbers": np.concatenate([np.empty(0), *(entry.numbers for entry in entries)]),
-        },
-    )
+    lines: list[str] = []
+    arrays: Arrays = {
+        "lengths": np.array([len(entry.numbers) for entry in entries], dtype=np.int64),
+        "numbers": np.concatenate([np.empty(0), *(entry.numbers for entry in entries)]),
+    }
     known: dict[tuple[int, ...], str] = {}
     for entry in entries:
         parts = [entry.name]

@@ -91,6 +91,7 @@ class Journal:
         if entry is None:
             entry = Entry(name, np.atleast_1d(np.array(compute(), dtype=np.float64)))
             self._append(entry)
+            self._write_if_due()
         return entry.numbers
 
     def finished(
@@ -146,7 +147,7 @@ class Journal:
         self._write_if_due()
 
     def finish(self, name: str, solution: Solution, inverses: Inverses) -> None:
-        """Append the result of a run of the solver."""
+        """Append the result of a run of the solver; the next result or state writes it."""
         self._state = None
         if self._write is None:
             return
@@ -190,7 +191,6 @@ class Journal:
         if self._write is not None:
             self._entries.append(entry)
             self._n_done += 1
-            self._write_if_due()
 
     def _write_if_due(self) -> None:
         due = time.monotonic() - self._written >= get_config()["checkpoint_seconds"]

@@ -38,7 +38,10 @@ def test_a_finished_run_is_returned(written):
     inverses, first = Inverses(), solution(1)
     inverses.learn(first)
     inverses.curvature_at = vector(7)
-    Journal(write=written.append).finish("full", first, inverses)
+    journal = Journal(write=written.append)
+    journal.finish("full", first, inverses)
+    assert not written  # what follows a run at once is in the same write
+    journal.number("number", lambda: 2.0)
     later, following = Inverses(), Journal(written[-1])
     found = following.finished("full", Objective, later)
     assert (found.n_iter, found.n_passes, found.status, found.norm) == (1, 4, "max_iter", 0.5)
@@ -51,6 +54,7 @@ def test_a_finished_run_is_returned(written):
         assert torch.equal(y, y_there)
     assert torch.equal(later.curvature_at, vector(7))
     assert later.subspace_at is None
+    assert following.number("number", lambda: 0.0) == 2.0
     assert following.finished("full", Objective, later) is None
 
 
@@ -71,7 +75,8 @@ def test_the_state_of_a_run_is_returned_once(written):
         assert len(state.coarse_pairs or ()) == len(coarse or ())
         assert later.state(Objective, Inverses()) is None
     journal.finish("full", solution(1), inverses)
-    assert [entry.name for entry in written[-1]] == ["number", "full finished"]
+    journal.number("another", lambda: 2.0)
+    assert [entry.name for entry in written[-1]] == ["number", "full finished", "another"]
 
 
 def test_vectors_are_kept_for_as_long_as_the_fit_needs_them(written):
@@ -97,7 +102,7 @@ def test_vectors_are_kept_for_as_long_as_the_fit_needs_them(written):
     del model, inverses.curvature_pairs
     gc.collect()
     assert kept() == [set(), set()]
-    found = Journal(written[-1]).finished("full", Objective, Inverses())
+    found = Journal(written[-1][:1]).finished("full", Objective, Inverses())
     assert torch.isnan(found.x).all()
     assert found.objective_path == [3.0, 2.0]
 
