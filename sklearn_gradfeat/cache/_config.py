@@ -1,16 +1,22 @@
-"""Settings of the process: the bounds of the feature stores and of the memory of a fit."""
+"""Settings of the process: bounds of feature stores and of the memory of a fit; checkpoints."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 _UNKNOWN_MEMORY = 2**33
-_settings: dict[str, Any] = {"store_bytes": "auto", "memory_bytes": "auto"}
+_settings: dict[str, Any] = {
+    "store_bytes": "auto",
+    "memory_bytes": "auto",
+    "checkpoint_seconds": 60,
+}
 # "auto" divides the memory of the machine by these numbers.
 _SHARES = {"store_bytes": 4, "memory_bytes": 2}
 _listeners: list[Callable[[], None]] = []
@@ -33,7 +39,7 @@ def get_config() -> dict[str, Any]:
     --------
     >>> from sklearn_gradfeat import get_config
     >>> get_config()
-    {'store_bytes': 'auto', 'memory_bytes': 'auto'}
+    {'store_bytes': 'auto', 'memory_bytes': 'auto', 'checkpoint_seconds': 60}
     """
     return dict(_settings)
 
@@ -42,6 +48,7 @@ def set_config(
     *,
     store_bytes: int | Literal["auto"] | None = None,
     memory_bytes: int | Literal["auto"] | None = None,
+    checkpoint_seconds: float | None = None,
 ) -> None:
     """Change the settings of the process, for all its threads.
 
@@ -59,11 +66,15 @@ def set_config(
         Explicit gradients take at most a quarter of this size. ``"auto"`` is half of the memory of
         the machine, or of the container, and in a worker process this half divided by the number of
         CPUs. None does not change the setting.
+    checkpoint_seconds : float, default=None
+        Seconds between two writes of the file of a ``checkpoint``, 60 at first: a fit that is
+        killed loses about this time. None does not change the setting.
 
     Raises
     ------
     ValueError
-        If a size is not an integer of at least 0, ``"auto"`` or None.
+        If a size is not an integer of at least 0, ``"auto"`` or None; or if
+        ``checkpoint_seconds`` is not a finite number of at least 0.
 
     See Also
     --------
@@ -85,6 +96,16 @@ def set_config(
                 f"{name} must be an integer of at least 0, 'auto' or None, got {size!r}. Pass a "
                 "size in bytes."
             )
+    if checkpoint_seconds is not None:
+        is_number = isinstance(checkpoint_seconds, Real) and not isinstance(
+            checkpoint_seconds, bool
+        )
+        if not (is_number and 0 <= checkpoint_seconds < math.inf):
+            raise ValueError(
+                "checkpoint_seconds must be a finite number of at least 0 or None, got "
+                f"{checkpoint_seconds!r}. Pass a time in seconds."
+            )
+        _settings["checkpoint_seconds"] = checkpoint_seconds
     _settings.update(sizes)
     for listener in _listeners:
         listener()
@@ -95,6 +116,7 @@ def config_context(
     *,
     store_bytes: int | Literal["auto"] | None = None,
     memory_bytes: int | Literal["auto"] | None = None,
+    checkpoint_seconds: float | None = None,
 ) -> Iterator[None]:
     """Change the settings in a ``with`` block, and restore them after it.
 
@@ -104,11 +126,13 @@ def config_context(
     ----------
     store_bytes, memory_bytes : int, "auto" or None, default=None
         Sizes in bytes, as in :func:`set_config`.
+    checkpoint_seconds : float, default=None
+        Seconds between two writes of a checkpoint, as in :func:`set_config`.
 
     Raises
     ------
     ValueError
-        If a size is not an integer of at least 0, ``"auto"`` or None.
+        If a value is invalid, as in :func:`set_config`.
 
     See Also
     --------
@@ -123,7 +147,9 @@ def config_context(
     0
     """
     before = get_config()
-    set_config(store_bytes=store_bytes, memory_bytes=memory_bytes)
+    set_config(
+        store_bytes=store_bytes, memory_bytes=memory_bytes, checkpoint_seconds=checkpoint_seconds
+    )
     try:
         yield
     finally:

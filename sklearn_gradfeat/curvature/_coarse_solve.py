@@ -48,6 +48,15 @@ class CoarseSolve:
         self.curvature_pairs: CurvaturePairs | None = None
         self.limits = _FIRST if first else _LATER
 
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The curvature pairs of the last solve."""
+        return [] if self.curvature_pairs is None else self.curvature_pairs.pairs
+
+    def recall(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Go on after a solve that had these curvature pairs."""
+        self.curvature_pairs, self.limits = CurvaturePairs(pairs, self.penalty), _LATER
+
     def __call__(self, x: Tensor, logits: Tensor, norm: float) -> tuple[Tensor, Tensor, float]:
         """Return the minimiser over the subspace through ``x``.
 

@@ -16,6 +16,9 @@ None of the expensive parts depends on the penalties, so all penalties share the
 * the Kronecker factors, until the summed curvature of the loss has changed by a factor of two;
 * the coarse space, for good: later preconditioners rescale its curvature;
 * the curvature pairs of the last solve, for the next one, which starts at its solution.
+
+A checkpoint holds the unknowns at which the factors and the coarse space were computed. A fit that
+goes on computes both there again, once it needs them, see :meth:`Inverses.recall`.
 """
 
 from __future__ import annotations
@@ -48,9 +51,16 @@ class Inverses:
     ----------
     curvature_pairs : CurvaturePairs or None
         The curvature pairs of the last solve.
+    x : tensor or None
+        The unknowns of the next logits for which an inverse is asked; the caller sets them.
+    curvature_at, subspace_at : tensor or None
+        The unknowns at which the Kronecker factors were computed, and those of the coarse space.
     """
 
     curvature_pairs: CurvaturePairs | None = None
+    x: Tensor | None = None
+    curvature_at: Tensor | None = None
+    subspace_at: Tensor | None = None
 
     def __init__(self) -> None:
         self._curvature: Curvature | None = None
@@ -58,16 +68,56 @@ class Inverses:
         self._gram_is_cheap = True  # until it turns out otherwise
         self._sampled: SampledRows | None = None
         self._subspaces: list[Subspace | None] = []  # empty until the first coarse solve
-        self._layers_of: Curvature | None = None
+        self._of_first_point: Inverses | None = None
+        self._missing: TangentObjective | None = None  # of what a fit that goes on computes again
 
     def of_next_point(self) -> Inverses:
         """Return inverses for a linearisation around another point, with the same factors."""
         following = Inverses()
-        following._layers_of = self._curvature or self._layers_of
+        following._of_first_point = self._of_first_point or self
         return following
+
+    def recall(
+        self,
+        objective: TangentObjective,
+        curvature_pairs: CurvaturePairs | None,
+        curvature_at: Tensor | None,
+        subspace_at: Tensor | None,
+    ) -> None:
+        """Take the place of inverses with these attributes; None stands for no change."""
+        self.curvature_pairs = curvature_pairs or self.curvature_pairs
+        if curvature_at is not None or subspace_at is not None:
+            self.curvature_at = self.curvature_at if curvature_at is None else curvature_at
+            self.subspace_at = self.subspace_at if subspace_at is None else subspace_at
+            self._missing = objective
+
+    def _restore(self) -> None:
+        """Compute the factors and the coarse space where :meth:`recall` says."""
+        objective, at = self._missing, None
+        if objective is None:
+            return
+        if self.subspace_at is not None:
+            at, curvature = self.subspace_at, self._factors(objective, self.subspace_at)
+            self._subspaces = [leading_subspace(objective, curvature)]
+            self._curvature = curvature
+        if self.curvature_at is not None and (at is None or not at.equal(self.curvature_at)):
+            self._curvature = self._factors(objective, self.curvature_at)
+        self._missing = None
+
+    def _factors(self, objective: TangentObjective, x: Tensor) -> Curvature:
+        """Return the Kronecker factors at some unknowns."""
+        return Curvature(objective, objective.forward(x), self._known_layers(objective))
+
+    def _known_layers(self, objective: TangentObjective) -> Curvature | None:
+        """Return the factors at the first point, whose layers serve all other points."""
+        if self._of_first_point is None or objective.tangent is None:
+            return None
+        self._of_first_point._restore()
+        return self._of_first_point._curvature
 
     def at(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
         """Return the function from logits to the inverse Hessian there."""
+        self._restore()
         wide = objective.like.dtype == torch.float64
         untried = self._gram_is_cheap and self._gram is None and n_ranks() == 1
         if wide and untried and objective.tangent is not None:
@@ -111,6 +161,7 @@ class Inverses:
         first = not self._subspaces
         if first:
             self._subspaces = [leading_subspace(objective, inverse.curvature)]
+            self.subspace_at = self.curvature_at
         (subspace,) = self._subspaces
         return None if subspace is None else CoarseSolve(objective, subspace, inverse, first)
 
@@ -119,10 +170,12 @@ class Inverses:
         known = self._curvature
         if known is not None and not same_curvature(known.total, objective.loss, logits):
             known = None
-        if known is None and objective.tangent is not None and self._layers_of is not None:
-            known = Curvature(objective, logits, self._layers_of)
+        layers = self._known_layers(objective) if known is None else None
+        if layers is not None:
+            known = Curvature(objective, logits, layers)
         inverse = Preconditioner(objective, logits, known)
-        self._curvature = inverse.curvature
+        if inverse.curvature is not self._curvature:
+            self._curvature, self.curvature_at = inverse.curvature, self.x
         return inverse
 
 

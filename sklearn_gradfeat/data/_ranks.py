@@ -358,6 +358,12 @@ def n_ranks() -> int:
     return 1 if group is None else group.size
 
 
+def is_first_rank() -> bool:
+    """Return whether this is rank 0, or a process that fits alone."""
+    group = _Group.current
+    return group is None or group.rank == 0
+
+
 def sum_over_ranks(part: Summed) -> Summed:
     """Return the sum of the tensors or arrays of all ranks, the same bits on every rank."""
     group = _Group.current

@@ -44,9 +44,10 @@ from sklearn_gradfeat.data import (
     warn_of_tabular,
     warn_unless_picklable,
 )
+from sklearn_gradfeat.estimators._checkpointing import of_network, of_samples, open_checkpoint
 from sklearn_gradfeat.estimators._printing import caption, named, text_of
 from sklearn_gradfeat.estimators._same_on_ranks import check_same_network, check_same_on_ranks
-from sklearn_gradfeat.io import LinearizedNetwork, save_estimator
+from sklearn_gradfeat.io import Checkpoint, LinearizedNetwork, save_estimator
 from sklearn_gradfeat.linearized import LinearModel, predict_activations, predict_logits
 from sklearn_gradfeat.training import (
     CallbackSupportMixin,
@@ -90,6 +91,7 @@ class BaseGradientFeature(
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
         "warm_start": ["boolean"],
+        "checkpoint": [None, str, os.PathLike],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "feature_store": [None, str, os.PathLike],
         "device": [str, torch.device],
@@ -106,8 +108,9 @@ class BaseGradientFeature(
             check_same_on_ranks(self, X, sample_weight, fitted=self.warm_start)
             problem = self._problem(y, sample_weight)
             metadata = {} if sample_weight is None else {"sample_weight": sample_weight}
+            checkpoint = open_checkpoint(self, X, y, problem.weights)
             with Progress(self, X=X, y=y, metadata=metadata) as progress:
-                prepared = self._prepare(X, problem.weights)
+                prepared = self._prepare(X, problem.weights, checkpoint)
                 stages = TwoStageFit(prepared, problem)
                 alpha, gradient_alpha = self._penalties()
                 choice = choose_penalties(prepared, stages, alpha, gradient_alpha, progress)
@@ -119,6 +122,8 @@ class BaseGradientFeature(
         self.__dict__.update(prepared.attributes | problem.attributes | result.attributes())
         self.validation_scores_ = choice.scores
         progress.end()
+        if checkpoint is not None:
+            checkpoint.remove()
         return self
 
     def _penalties(self) -> tuple[float | None, float | None]:
@@ -135,7 +140,9 @@ class BaseGradientFeature(
         """Return the loss that targets and weights define."""
         raise NotImplementedError
 
-    def _prepare(self, X: Any, weights: npt.NDArray[np.float64]) -> Prepared:
+    def _prepare(
+        self, X: Any, weights: npt.NDArray[np.float64], checkpoint: Checkpoint | None = None
+    ) -> Prepared:
         """Pass the samples through the frozen layers."""
         if self.features == "gradient" and self.n_linearizations != 1:
             raise ValueError(
@@ -160,9 +167,15 @@ class BaseGradientFeature(
             seed=seed,
         )
         check_same_network(extractor.backbone, names)
+        if checkpoint is not None:
+            checkpoint.check(of_network(extractor, names))
         samples = self._pass(X, extractor, names)
         extractor, samples = extractor.balanced(samples, weights)
-        return self._prepared(X, extractor, names, samples)
+        prepared = self._prepared(X, extractor, names, samples)
+        if checkpoint is None:
+            return prepared
+        checkpoint.check(of_samples(X, samples))
+        return prepared._replace(journal=checkpoint.journal(samples.activation))
 
     def _pass(self, X: Any, extractor: Extractor, names: list[str]) -> CachedSamples:
         """Pass samples through the layers below the parameters ``names``."""

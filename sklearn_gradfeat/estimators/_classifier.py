@@ -72,6 +72,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         Factors on the weights of the samples by class, as in scikit-learn.
     %SOLVER%
     %WARM_START%
+    %CHECKPOINT%
     %COMPUTATION%
 
     Attributes
@@ -127,6 +128,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         max_iter: int = 100,
         tol: float = 1e-4,
         warm_start: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         batch_size: int = 256,
         feature_store: str | os.PathLike[str] | None = "auto",
         device: str | torch.device = "auto",
@@ -150,6 +152,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         self.max_iter = max_iter
         self.tol = tol
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
         self.batch_size = batch_size
         self.feature_store = feature_store
         self.device = device

@@ -107,7 +107,7 @@ class _Data(NamedTuple):
 
 def searched(constraints: dict[str, Any]) -> dict[str, Any]:
     """Return the parameter constraints of an estimator that chooses its penalties."""
-    dropped = ("alpha", "gradient_alpha", "warm_start")
+    dropped = ("alpha", "gradient_alpha", "warm_start", "checkpoint")
     return {
         **{name: value for name, value in constraints.items() if name not in dropped},
         "n_linearizations": [Interval(Integral, 1, None, closed="left")],

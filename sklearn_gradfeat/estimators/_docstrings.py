@@ -93,6 +93,15 @@ warm_start : bool, default=False
     A penalty on ``"auto"`` is chosen anew.
 """
 
+CHECKPOINT = """
+checkpoint : path, default=None
+    A file for the finished results of a fit and the state of the solver, written every
+    ``checkpoint_seconds``, see :func:`set_config`. A fit that was killed goes on if ``fit`` is
+    called again with the same parameters and data, and ends with the same model. With a path as
+    ``feature_store``, the samples in the store do not pass through the frozen layers again. The
+    file of another fit is refused. It is removed at the end of the fit. None writes nothing.
+"""
+
 COMPUTATION = """
 batch_size : int, default=256
     The number of samples that pass through the network at once. It changes results by
@@ -219,6 +228,7 @@ _TEXTS = {
     "NETWORK": NETWORK,
     "SOLVER": SOLVER,
     "WARM_START": WARM_START,
+    "CHECKPOINT": CHECKPOINT,
     "COMPUTATION": COMPUTATION,
     "ALPHA_AUTO": ALPHA_AUTO,
     "GRADIENT_ALPHA_AUTO": GRADIENT_ALPHA_AUTO,

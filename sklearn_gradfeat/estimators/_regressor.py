@@ -62,6 +62,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         Whether to fit the intercept, which is not penalised.
     %SOLVER%
     %WARM_START%
+    %CHECKPOINT%
     %COMPUTATION%
 
     Attributes
@@ -115,6 +116,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         max_iter: int = 100,
         tol: float = 1e-4,
         warm_start: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
         batch_size: int = 256,
         feature_store: str | os.PathLike[str] | None = "auto",
         device: str | torch.device = "auto",
@@ -138,6 +140,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         self.max_iter = max_iter
         self.tol = tol
         self.warm_start = warm_start
+        self.checkpoint = checkpoint
         self.batch_size = batch_size
         self.feature_store = feature_store
         self.device = device

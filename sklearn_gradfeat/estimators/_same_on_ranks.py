@@ -10,9 +10,11 @@ from sklearn_gradfeat.backbones import FrozenBackbone, UndigestibleError, digest
 from sklearn_gradfeat.data import gather_over_ranks, n_ranks
 
 # The network is compared by its digest, and rank 0 draws the seed. The others may differ.
-_FREE = ("backbone", "random_state", "device", "batch_size", "feature_store", "verbose")
+FREE = (
+    "backbone", "random_state", "device", "batch_size", "feature_store", "checkpoint", "verbose",
+)  # fmt: skip
 _VERSIONS = ("torch", "sklearn", "sklearn_gradfeat")
-_FITTED = ("coef_", "intercept_", "omega_", "gradient_coef_", "linearization_point_")
+FITTED = ("coef_", "intercept_", "omega_", "gradient_coef_", "linearization_point_")
 
 
 def check_same_on_ranks(estimator: Any, X: Any, sample_weight: Any, *, fitted: bool) -> None:
@@ -41,16 +43,17 @@ def check_same_on_ranks(estimator: Any, X: Any, sample_weight: Any, *, fitted: b
         **{
             name: value
             for name, value in estimator.get_params(deep=False).items()
-            if name not in _FREE
+            if name not in FREE
         },
         "X.shape[1:]": tuple(X.shape[1:]),
         "X.dtype": str(X.dtype),
         "feature_names_in_": list(getattr(estimator, "feature_names_in_", ())),
         "sample_weight": "None" if sample_weight is None else "given",
+        "checkpoint": "None" if getattr(estimator, "checkpoint", None) is None else "given",
         **{f"the version of {name}": import_module(name).__version__ for name in _VERSIONS},
     }
     if fitted:
-        compared |= {name: getattr(estimator, name, None) for name in _FITTED}
+        compared |= {name: getattr(estimator, name, None) for name in FITTED}
     _compare(compared)
 
 
@@ -96,7 +99,7 @@ def check_same_samples(estimator: Any, **values: Any) -> None:
 
 def _compare(values: dict[str, Any]) -> None:
     """Raise an error that names the first value of which a rank has another one than rank 0."""
-    described = {name: (_digest(value), reprlib.repr(value)) for name, value in values.items()}
+    described = {name: (digest_of(value), reprlib.repr(value)) for name, value in values.items()}
     first, *others = gather_over_ranks(described)
     for name, (of_first, shown_first) in first.items():
         differing = [
@@ -119,7 +122,7 @@ def _compare(values: dict[str, Any]) -> None:
         )
 
 
-def _digest(value: Any) -> bytes:
+def digest_of(value: Any) -> bytes:
     """Return a digest of a value, or of its type for code of the user."""
     try:
         return digest(value)

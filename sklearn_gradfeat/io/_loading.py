@@ -23,7 +23,7 @@ from sklearn_gradfeat.backbones import (
 from sklearn_gradfeat.cache import Extractor
 from sklearn_gradfeat.data import Preprocess
 from sklearn_gradfeat.io._archive import Arrays, digest, read_archive, unpack
-from sklearn_gradfeat.io._saving import WEIGHTS, probe, transformed
+from sklearn_gradfeat.io._saving import LOCAL, WEIGHTS, probe, transformed
 from sklearn_gradfeat.io._schema import (
     check_attributes,
     check_document,
@@ -35,8 +35,6 @@ _TOLERANCE = 1e-3
 # Parameters of files of format 1 that have another name now, and those that are gone.
 _RENAMED = {"head_leak": "negative_slope"}
 _DROPPED = {"gradient_backbone", "omega"}
-# A file says nothing about the machine that reads it.
-_LOCAL = {"device", "feature_store"}
 
 
 def load_estimator(
@@ -92,6 +90,11 @@ class _Saved:
 
     def kind(self, kinds: Mapping[str, Any]) -> Any:
         """Return the class of the estimator."""
+        if "checkpoint" in self.document:
+            raise ValueError(
+                f"{self.path} holds the checkpoint of a fit that is not finished, and no model. "
+                "Call fit with this path as checkpoint, and save the fitted model."
+            )
         name = self.document.get("estimator")
         if not isinstance(name, str) or name not in kinds:
             raise ValueError(
@@ -107,7 +110,7 @@ class _Saved:
             stored = {
                 _RENAMED.get(name, name): value
                 for name, value in self.document["parameters"].items()
-                if name not in _DROPPED | _LOCAL
+                if name not in _DROPPED.union(LOCAL)
             }
             check_parameters(stored, kind)
             parameters = unpacked(stored, self.arrays)

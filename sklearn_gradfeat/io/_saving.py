@@ -4,8 +4,9 @@ The JSON document of the archive holds
 
 - ``estimator``, ``versions``: the class, and the versions of this package, torch, scikit-learn
   and numpy that wrote the file;
-- ``parameters``, ``attributes``: the constructor's parameters, except ``device`` and
-  ``feature_store``, and the fitted attributes; their arrays are tensors of the archive;
+- ``parameters``, ``attributes``: the constructor's parameters, except ``device``,
+  ``feature_store`` and ``checkpoint``, and the fitted attributes; their arrays are tensors of the
+  archive;
 - ``code``: the names of ``backbone`` and ``preprocess``, if they are code;
 - ``extractor``: the precision, ``negative_slope``, the name of the transform, and the paths and
   scales of several activation layers;
@@ -37,7 +38,8 @@ WEIGHTS = "backbone."
 _PACKAGE = __name__.partition(".")[0]
 _NOTED = (_PACKAGE, "torch", "sklearn", "numpy")
 _CODE = ("backbone", "preprocess")
-_LOCAL = ("device", "feature_store")  # choices of this machine, which no other takes from a file
+# Choices of this machine, which no other takes from a file.
+LOCAL = ("device", "feature_store", "checkpoint")
 _NOT_STORED = {"_extractor", "_metadata_request", "_skl_callbacks", "_sklearn_output_config"}
 
 
@@ -72,8 +74,8 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
         for name, value in vars(estimator).items()
         if name not in parameters and name not in _NOT_STORED
     }
-    for name in _LOCAL:
-        del parameters[name]
+    for name in LOCAL:
+        parameters.pop(name, None)  # the CV estimators have no checkpoint
     code = {name: describe(parameters.pop(name)) for name in _CODE if callable(parameters[name])}
     document = {
         "estimator": kind.__name__,

@@ -3,6 +3,8 @@
 from sklearn_gradfeat.solvers._lbfgs import (
     CurvaturePairs,
     Solution,
+    State,
+    Status,
     minimize,
     preconditioned_norm,
     same_curvature,
@@ -13,6 +15,8 @@ from sklearn_gradfeat.solvers._steps import penalised
 __all__ = [
     "CurvaturePairs",
     "Solution",
+    "State",
+    "Status",
     "minimize",
     "newton",
     "penalised",

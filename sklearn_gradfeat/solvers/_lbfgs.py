@@ -25,6 +25,7 @@ from sklearn_gradfeat.solvers._steps import (
     NOT_FINITE,
     CoarseSolver,
     LinearObjective,
+    Point,
     coarse_step,
     line_and_coarse_step,
     line_step,
@@ -50,6 +51,31 @@ class CurvaturePairs(NamedTuple):
 
     pairs: list[tuple[Tensor, Tensor]]
     penalty: Tensor
+
+
+class State(NamedTuple):
+    """The end of an iteration of :func:`minimize`, from which another call goes on.
+
+    Attributes
+    ----------
+    x : tensor
+        The unknowns.
+    built_at : tensor
+        The unknowns at which the preconditioner was built.
+    objective_path, n_passes
+        As in :class:`Solution`.
+    pairs : list of (tensor, tensor)
+        The curvature pairs.
+    coarse_pairs : list of (tensor, tensor) or None
+        Those of the last coarse-space solve; None without coarse-space solves.
+    """
+
+    x: Tensor
+    built_at: Tensor
+    objective_path: list[float]
+    n_passes: int
+    pairs: list[tuple[Tensor, Tensor]]
+    coarse_pairs: list[tuple[Tensor, Tensor]] | None
 
 
 @dataclass(frozen=True)
@@ -88,12 +114,13 @@ class _Memory:
     """A preconditioner and the curvature pairs collected since it was built."""
 
     def __init__(
-        self, precondition: Callable[[Tensor], Inverse], loss: Loss, logits: Tensor, size: int
+        self, precondition: Callable[[Tensor], Inverse], loss: Loss, x: Tensor, logits: Tensor
     ) -> None:
+        self.built_at = x
         self.inverse = precondition(logits)
         self.curvature = _curvature(loss, logits)
         self.scale = 1.0
-        self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_n_pairs(size))
+        self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_n_pairs(len(x)))
 
     def add(self, step: Tensor, change: Tensor, preconditioned: Tensor) -> None:
         """Store a step ``s``, the change ``y`` of the gradient, and ``1 / sᵀy``; ``Py`` is given.
@@ -106,6 +133,11 @@ class _Memory:
         if curvature > floor and metric > 0:
             self.pairs.append((step, change, 1.0 / curvature))
             self.scale = curvature / metric
+
+    @property
+    def steps(self) -> list[tuple[Tensor, Tensor]]:
+        """The pairs of step and change."""
+        return [(step, change) for step, change, _ in self.pairs]
 
     def recall(self, curvature_pairs: CurvaturePairs | None, penalty: Tensor) -> None:
         """Store the pairs of another fit, corrected for the difference of the penalties."""
@@ -141,6 +173,8 @@ def minimize(
     callback: Callable[[int, float, Tensor, float, float], bool] | None = None,
     curvature_pairs: CurvaturePairs | None = None,
     coarse: Callable[[Inverse], CoarseSolver | None] | None = None,
+    state: State | None = None,
+    keep: Callable[[State], None] | None = None,
 ) -> Solution:
     """Minimise ``F(x) = loss(A x) + Σ penalty x² / 2`` by preconditioned L-BFGS.
 
@@ -194,6 +228,11 @@ def minimize(
         Called with every preconditioner, unless the starting point is nearly optimal. Returns
         None or a function ``solve(x, logits, norm)``, which returns an approximate minimiser
         over the coarse space through ``x``, its logits and the change of the objective.
+    state : State, default=None
+        Where a former call ended an iteration, with the same arguments. This call then returns
+        the same as that one would have, up to rounding errors.
+    keep : callable, default=None
+        Called with the state after each iteration.
 
     Returns
     -------
@@ -205,27 +244,29 @@ def minimize(
         If the gradient is not finite.
     """
     loss, penalty = objective.loss, objective.penalty
-    point = start(objective, x)
-    memory = _Memory(precondition, loss, point.logits, len(x))
+    point = start(objective, x if state is None else state.x)
+    if state is None:
+        memory = _Memory(precondition, loss, point.x, point.logits)
+        path, passes = [point.value], 1
+    else:
+        memory = _Memory(precondition, loss, state.built_at, objective.forward(state.built_at))
+        curvature_pairs = CurvaturePairs(state.pairs, penalty)
+        path, passes = list(state.objective_path), state.n_passes
     memory.recall(curvature_pairs, penalty)
     preconditioned = memory.inverse(point.gradient)
     norm = _norm(point.gradient, preconditioned)
     far = norm**2 / 2 > _FAR**2 * tolerance(point.value)
-    solve = coarse(memory.inverse) if coarse and far else None
-    path, passes, n_iter = [point.value], 1, 0
+    two_levels = far if state is None else state.coarse_pairs is not None
+    solve = coarse(memory.inverse) if coarse and two_levels else None
+    if solve and state and state.coarse_pairs:
+        solve.recall(state.coarse_pairs)
+    n_iter = len(path) - 1
     status: Status = "converged"
     while norm**2 / 2 > tolerance(point.value):
         if n_iter == max_iter:
             status = "max_iter"
             break
-        if solve is None:
-            direction = of_first_rank(memory.direction(point.gradient, preconditioned))
-            moved, cost = line_step(objective, point, direction)
-        elif n_iter == 0:
-            moved, cost = coarse_step(objective, point, solve, norm)
-        else:
-            direction = of_first_rank(memory.direction(point.gradient, preconditioned))
-            moved, cost = line_and_coarse_step(objective, point, direction, solve, norm)
+        moved, cost = _step(objective, point, memory, preconditioned, norm, solve, n_iter == 0)
         passes += cost
         if moved is None:
             if not memory.pairs:
@@ -243,12 +284,44 @@ def minimize(
             status = "converged" if decrement <= wanted else "interrupted"
             break
         if not same_curvature(memory.curvature, loss, point.logits):
-            memory = _Memory(precondition, loss, point.logits, len(x))
+            memory = _Memory(precondition, loss, point.x, point.logits)
             preconditioned = memory.inverse(point.gradient)
             norm = _norm(point.gradient, preconditioned)
             solve = coarse(memory.inverse) if coarse and solve else None
-    learned = CurvaturePairs([(step, change) for step, change, _ in memory.pairs], penalty)
-    return Solution(point.x, path, n_iter, passes, status, norm, learned)
+        if keep is not None:
+            keep(_state(point, memory, path, passes, solve))
+    return Solution(
+        point.x, path, n_iter, passes, status, norm, CurvaturePairs(memory.steps, penalty)
+    )
+
+
+def _step(
+    objective: LinearObjective,
+    point: Point,
+    memory: _Memory,
+    preconditioned: Tensor,
+    norm: float,
+    solve: CoarseSolver | None,
+    only_coarse: bool,
+) -> tuple[Point | None, int]:
+    """Return the next point, or None without a decrease, and the number of passes.
+
+    ``only_coarse`` leaves out the step along a line, where there is a coarse space.
+    """
+    if solve is not None and only_coarse:
+        return coarse_step(objective, point, solve, norm)
+    direction = of_first_rank(memory.direction(point.gradient, preconditioned))
+    if solve is None:
+        return line_step(objective, point, direction)
+    return line_and_coarse_step(objective, point, direction, solve, norm)
+
+
+def _state(
+    point: Point, memory: _Memory, path: list[float], passes: int, solve: CoarseSolver | None
+) -> State:
+    """Return the state at the end of an iteration."""
+    coarse_pairs = None if solve is None else solve.pairs
+    return State(point.x, memory.built_at, list(path), passes, memory.steps, coarse_pairs)
 
 
 def _n_pairs(size: int) -> int:

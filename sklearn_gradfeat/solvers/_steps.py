@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -11,16 +10,25 @@ from sklearn_gradfeat.data import number_of_first_rank
 from sklearn_gradfeat.linearized import Loss
 from sklearn_gradfeat.solvers._line_search import Line, search
 
-# Maps unknowns, logits and the gradient norm to new unknowns, their logits and the change of the
-# objective.
-CoarseSolver: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]
-
-
 NOT_FINITE = (
     "The gradient or the curvature of the objective is not finite. Scale X so that the "
     "activations of the backbone are of moderate size, scale the targets of a regression, or "
     "increase alpha."
 )
+
+
+class CoarseSolver(Protocol):
+    """Approximate minimiser over the coarse space through a point."""
+
+    def __call__(self, x: Tensor, logits: Tensor, norm: float) -> tuple[Tensor, Tensor, float]:
+        """Return new unknowns, their logits and the change of the objective."""
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The curvature pairs of the last solve."""
+
+    def recall(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Go on after a solve that had these curvature pairs."""
 
 
 class LinearObjective(Protocol):

@@ -2,6 +2,7 @@
 
 from sklearn_gradfeat.training._adjointness import check_adjointness
 from sklearn_gradfeat.training._held_out import cached_logits
+from sklearn_gradfeat.training._journal import Entry, Journal
 from sklearn_gradfeat.training._penalties import (
     Candidate,
     Pair,
@@ -34,9 +35,11 @@ from sklearn_gradfeat.training._two_stage_fit import (
 __all__ = [
     "CallbackSupportMixin",
     "Candidate",
+    "Entry",
     "FirstStage",
     "FitResult",
     "FitSettings",
+    "Journal",
     "Pair",
     "Prepared",
     "Problem",

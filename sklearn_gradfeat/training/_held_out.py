@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -161,25 +161,33 @@ class _Fold:
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the losses of the model that was fitted on all other samples."""
         logits = None if self._rows is None else self._rows.logits(alpha, gradient_alpha)
-        if logits is None:
-            logits = self._logits(alpha, gradient_alpha)
-        return self._losses(logits)
+        if logits is not None:
+            return self._losses(lambda: logits)
+        return self._losses_of(self._model(alpha, gradient_alpha))
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""
         for result in relinearized(self.stages, alpha, gradient_alpha):
-            model = self.stages.problem.reduced(result.model)
-            yield self._losses(cached_logits(model, self._prepared.subset(self._test)))
+            yield self._losses_of(self.stages.problem.reduced(result.model))
 
-    def _losses(self, logits: Tensor) -> Array:
+    def _losses_of(self, model: LinearModel) -> Array:
+        """Return the mean losses of the distinct held-out samples for a model."""
+        return self._losses(lambda: cached_logits(model, self._prepared.subset(self._test)))
+
+    def _losses(self, logits: Callable[[], Tensor]) -> Array:
         """Return the mean losses of the distinct held-out samples for their logits."""
-        shift = self.stages.problem.offset - self.held.problem.offset
-        logits = logits + torch.from_numpy(shift).to(logits)
-        losses: Array = to_numpy(self.held.loss.losses(logits.to(self.held.loss.weights)))
-        return self._sums(self._weights * losses) / self.weights
 
-    def _logits(self, alpha: float, gradient_alpha: float) -> Tensor:
-        """Return the logits of the held-out samples."""
+        def compute() -> Array:
+            shift = self.stages.problem.offset - self.held.problem.offset
+            found = logits()
+            found = found + torch.from_numpy(shift).to(found)
+            losses: Array = to_numpy(self.held.loss.losses(found.to(self.held.loss.weights)))
+            return self._sums(self._weights * losses) / self.weights
+
+        return self._prepared.journal.numbers("losses of held-out samples", compute)
+
+    def _model(self, alpha: float, gradient_alpha: float) -> LinearModel:
+        """Return the model of the samples that are not held out."""
         if alpha not in self._first_stages:
             stronger = min((a for a in self._first_stages if a > alpha), default=None)
             warm = None if stronger is None else self._first_stages[stronger].model
@@ -192,7 +200,7 @@ class _Fold:
             self._models[alpha, gradient_alpha] = model
             for oldest in list(self._models)[:-_KEPT]:
                 del self._models[oldest]
-        return cached_logits(model, self._prepared.subset(self._test))
+        return model
 
     def _start(self, alpha: float, gradient_alpha: float) -> LinearModel:
         """Return the model with the next stronger penalty, or the first stage."""

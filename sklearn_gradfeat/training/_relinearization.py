@@ -143,17 +143,25 @@ def relinearized(
 
 def _objective(stages: TwoStageFit, first: FirstStage, gradient_alpha: float) -> float:
     """Return ``F`` with the output weights of a first stage, from its logits."""
-    objective = stages.objective(first.alpha, stages.samples.activation, None)
-    x = first.solution.x
-    value = stages.loss.value(objective.forward(x)) + penalised(objective, x, x) / 2
-    return value + _penalty(stages, gradient_alpha)
+
+    def compute() -> float:
+        objective = stages.objective(first.alpha, stages.samples.activation, None)
+        x = first.solution.x
+        value = stages.loss.value(objective.forward(x)) + penalised(objective, x, x) / 2
+        return value + _penalty(stages, gradient_alpha)
+
+    return stages.journal.number("objective of the network", compute)
 
 
 def _is_finite(stages: TwoStageFit) -> bool:
     """Whether the activations and their squares are finite."""
-    activation = stages.samples.activation
-    squares = (activation[rows].square().sum() for rows in row_blocks(*activation.shape))
-    return on_all_ranks(all(bool(torch.isfinite(square)) for square in squares))
+
+    def compute() -> bool:
+        activation = stages.samples.activation
+        squares = (activation[rows].square().sum() for rows in row_blocks(*activation.shape))
+        return on_all_ranks(all(bool(torch.isfinite(square)) for square in squares))
+
+    return bool(stages.journal.number("activations are finite", compute))
 
 
 def _penalty(stages: TwoStageFit, gradient_alpha: float) -> float:

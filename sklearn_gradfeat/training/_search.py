@@ -116,11 +116,14 @@ def choose_penalties(
     any_alpha = alpha is None and n_linearizations != 1
     if alpha is None:
         held_out = left_out or folds.enough(ENOUGH)
-        alpha = _alpha_by_scale(stages)
+        alpha = stages.journal.number("scale of alpha", lambda: _alpha_by_scale(stages))
         if held_out is not None:
             objective = stages.objective(0.0, stages.samples.activation, None)
             path = _Path(held_out, lambda a: (a, math.inf), progress, negligible)
-            alpha = path.best_from(largest_curvature(objective) or 1.0)
+            largest = stages.journal.number(
+                "largest curvature", lambda: largest_curvature(objective)
+            )
+            alpha = path.best_from(largest or 1.0)
             rows += path.rows()
     n_models = 1 if n_linearizations in (1, None) else 2 * n_linearizations
     if gradient_alpha is None or n_linearizations is None:

@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ from sklearn_gradfeat.linearized import (
     TangentTerm,
 )
 from sklearn_gradfeat.solvers import Solution, minimize, penalised, preconditioned_norm
+from sklearn_gradfeat.training._journal import Journal
 from sklearn_gradfeat.training._problem import Problem
 from sklearn_gradfeat.training._progress import Progress, Watch
 
@@ -92,6 +93,8 @@ class Prepared(NamedTuple):
     point : mapping of str to tensor, default={}
         Where the network is linearised, as displacements from the pretrained parameters; the
         activations belong to it. It is empty for the pretrained parameters.
+    journal : Journal
+        The finished results of the fit, for a checkpoint.
     """
 
     network: Network
@@ -99,6 +102,7 @@ class Prepared(NamedTuple):
     settings: FitSettings
     attributes: dict[str, Any]
     point: Mapping[str, Tensor] = MappingProxyType({})
+    journal: Journal = Journal()
 
     def subset(self, rows: npt.NDArray[np.intp]) -> Prepared:
         """Return some of the samples."""
@@ -197,6 +201,7 @@ class TwoStageFit:
     ) -> None:
         self._prepared, self._stopped = prepared, stopped
         self.samples, self.settings = prepared.samples, prepared.settings
+        self.journal = prepared.journal
         self.problem, self.attributes = problem, prepared.attributes | problem.attributes
         self.loss = problem.loss(accumulation_device(self.samples.activation.device))
         self.point = dict(prepared.point)
@@ -310,20 +315,31 @@ class TwoStageFit:
             return self._first
         objective = self.objective(alpha, self.samples.activation, None)
         zero = self.like.new_zeros(sum(objective.sizes))
-        value = self.loss.value(objective.forward(zero))
-        is_zero = _is_optimum(objective, zero, self._inverse(objective, self.inverses))
-        start = zero
-        if warm is not None and not is_zero:
-            start = self._unknowns(warm.omega, warm.intercept, zero[:0])
+
+        @cache
+        def zero_is_optimum() -> bool:
+            self.inverses.x = zero
+            return _is_optimum(objective, zero, self._inverse(objective, self.inverses))
+
+        def start() -> Tensor:
+            if warm is None or zero_is_optimum():
+                return zero
+            return self._unknowns(warm.omega, warm.intercept, zero[:0])
+
+        def baseline() -> float:
+            return math.inf if zero_is_optimum() else self.loss.value(objective.forward(zero))
+
         to_model = partial(self._first_model, objective)
         solution = self._minimize(
+            "activation",
             objective,
             start,
             self.inverses,
-            math.inf if is_zero else value,
+            baseline,
             self.settings.tol * _FIRST_STAGE,
             self._watch("activation", to_model, last, progress),
         )
+        is_zero = bool(self.journal.number("zero is optimum", zero_is_optimum))
         self._first = FirstStage(alpha, to_model(solution.x), solution, is_zero)
         return self._first
 
@@ -343,17 +359,23 @@ class TwoStageFit:
         objective = self.second_objective(first, gradient_alpha)
         to_model = partial(self._second_model, objective, first.model)
         unmoved = self._second_unknowns(first.model)
-        value = objective.loss.value(objective.forward(unmoved))
-        baseline = value + penalised(objective, unmoved, unmoved) / 2
+
+        def baseline() -> float:
+            value = objective.loss.value(objective.forward(unmoved))
+            return value + penalised(objective, unmoved, unmoved) / 2
+
         solution = self._minimize(
+            self.settings.features,
             objective,
-            self._second_unknowns(start),
+            lambda: self._second_unknowns(start),
             first.inverses,
             baseline,
             self.settings.tol if tol is None else tol,
             self._watch(self.settings.features, to_model, True, progress),
         )
-        return to_model(solution.x), solution
+        model = to_model(solution.x)
+        self.journal.used_by(model)
+        return model, solution
 
     def curvature_of_step(self, first: FirstStage) -> float:
         """Return the curvature of the loss along the first step of the second stage.
@@ -363,6 +385,9 @@ class TwoStageFit:
         optimal length of the step is half of that without a penalty. It takes two passes. It is
         zero if the gradient in ``w₂`` vanishes.
         """
+        return self.journal.number("curvature of step", lambda: self._curvature_of_step(first))
+
+    def _curvature_of_step(self, first: FirstStage) -> float:
         self._choose_term(first)
         objective = self.objective(0.0, None, self._term(first, 0.0))
         start = self._second_unknowns(first.model)
@@ -481,36 +506,49 @@ class TwoStageFit:
 
     def _minimize(
         self,
+        stage: str,
         objective: TangentObjective,
-        start: Tensor,
+        start: Callable[[], Tensor],
         inverses: Inverses,
-        baseline: float,
+        baseline: Callable[[], float],
         tol: float,
         watch: Watch | None,
     ) -> Solution:
-        """Minimise until the Newton decrement is ``tol`` times the fall below ``baseline``.
+        """Minimise until the Newton decrement is ``tol`` times the fall below ``baseline()``.
 
+        A run that the journal has is not repeated; neither function is called then.
         Rounding errors of the gradient or the objective also end it. Where Newton steps are
         exact, continue to rounding; this takes one or two more steps.
         """
-        start = of_first_rank(start)
+        found = self.journal.finished(stage, objective, inverses)
+        if found is not None:
+            return found
+        x, value_at_baseline = of_first_rank(start()), baseline()
+        state = self.journal.state(objective, inverses)
         inverse, coarse = self._inverse(objective, inverses), inverses.coarse(objective)
-        eps = torch.finfo(start.dtype).eps
+        eps = torch.finfo(x.dtype).eps
         rounding = max(100 * eps**2, torch.finfo(torch.float64).eps)
 
         def tolerance(share: float, value: float) -> float:
-            return max(share * (baseline - value), rounding * abs(value))
+            return max(share * (value_at_baseline - value), rounding * abs(value))
 
+        def callback(iteration: int, value: float, x: Tensor, *decrement: float) -> bool:
+            inverses.x = x
+            return watch is not None and watch(iteration, value, x, *decrement)
+
+        inverses.x = x if state is None else state.built_at
         wanted = min(tol, _EXACT) if inverses.exact_for(objective) else tol
         solution = minimize(
             objective,
-            start,
+            x,
             inverse,
             tolerance=partial(tolerance, wanted),
             max_iter=self.settings.max_iter,
-            callback=watch,
+            callback=callback,
             curvature_pairs=inverses.curvature_pairs,
             coarse=lambda inverse: self._retry(partial(coarse, inverse)),
+            state=state,
+            keep=partial(self.journal.keep, stage, inverses),
         )
         inverses.learn(solution)
         # `tol` itself is enough, even if the solver missed a stricter tolerance; and no digit of
@@ -518,7 +556,8 @@ class TwoStageFit:
         decrement, value = solution.norm**2 / 2, solution.objective_path[-1]
         exhausted = solution.status == "stalled" and decrement <= eps * abs(value)
         if exhausted or decrement <= tolerance(max(tol, self.settings.tol), value):
-            return replace(solution, status="converged")
+            solution = replace(solution, status="converged")
+        self.journal.finish(stage, solution, inverses)
         return solution
 
     def _inverse(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,3 +110,34 @@ def test_largest_curvature_against_the_dense_hessian(fit_intercept):
     assert largest_curvature(large) == pytest.approx(1e180 * found)
     with pytest.raises(ValueError, match=r"squares of the activations, .* scale X"):
         largest_curvature(objective(loss, 1e200 * normal(N, 4), None))
+
+
+def test_factors_and_coarse_space_are_computed_again_where_they_were():
+    problem = image_objective("plain", n=N, alpha=1e-6)
+    x, records = torch.zeros(sum(problem.sizes), dtype=torch.float64), []
+
+    def run(inverses, **options):
+        inverses.x = x
+
+        def follow(_iteration, _value, unknowns, *_decrement):
+            inverses.x = unknowns
+            return False
+
+        return minimize(
+            problem, x, inverses.at(problem), tolerance=lambda _: 5e-9, max_iter=100,
+            callback=follow, coarse=inverses.coarse(problem), **options,
+        )  # fmt: skip
+
+    def record(state):
+        records.append((state, inverses.curvature_at, inverses.subspace_at))
+
+    inverses = Inverses()
+    whole = run(inverses, keep=record)
+    assert len({id(curvature_at) for _, curvature_at, _ in records}) > 1  # there was a new one
+    assert records[-1][2] is not None
+    for state, *at in (records[1], records[len(records) // 2]):
+        following = Inverses()
+        following.recall(problem, None, *at)
+        rest = run(following, state=state)
+        assert rest.n_iter == whole.n_iter
+        np.testing.assert_allclose(rest.objective_path, whole.objective_path, rtol=1e-10)

@@ -179,3 +179,16 @@ def test_gradient_that_is_not_finite():
     objective.matrix[0, 0, 0] = math.inf
     with pytest.raises(FloatingPointError, match=r"not finite\. Scale X .* or increase alpha"):
         solve(objective)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_run_goes_on_from_the_state_of_another(kind):
+    objective, states = problem(kind), []
+    precondition = objective.inverse if kind == "multinomial" else identity
+    whole = solve(objective, precondition, keep=states.append)
+    assert len(states) == whole.n_iter
+    for state in states[:: max(1, len(states) // 4)]:
+        rest = solve(objective, precondition, state=state)
+        assert (rest.n_iter, rest.n_passes) == (whole.n_iter, whole.n_passes)
+        np.testing.assert_allclose(rest.objective_path, whole.objective_path, rtol=1e-12)
+        torch.testing.assert_close(rest.x, whole.x, rtol=1e-9, atol=1e-9)

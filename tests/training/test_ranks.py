@@ -10,9 +10,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from sklearn.model_selection import KFold
 
-from sklearn_gradfeat import GradientFeatureClassifierCV, GradientFeatureRegressorCV
+from sklearn_gradfeat import (
+    GradientFeatureClassifierCV,
+    GradientFeatureRegressorCV,
+    config_context,
+)
 from sklearn_gradfeat.curvature import _kfac
 from sklearn_gradfeat.data import (
     fit_together,
@@ -23,6 +28,8 @@ from sklearn_gradfeat.data import (
     rows_of_all_ranks,
     sum_over_ranks,
 )
+from sklearn_gradfeat.io import _checkpoint
+from sklearn_gradfeat.io._archive import write_archive
 from sklearn_gradfeat.linearized import LinearizedHead
 from tests import ranks
 from tests.tiny import X, Y, estimator, tiny_net
@@ -149,6 +156,31 @@ def without_memory(rank):
         return fit_half(rank, model), model.predict_proba(X)
 
 
+def resumed(rank, path):
+    """Both ranks stop after a checkpoint of rank 0, the only one that has the file."""
+    given = {"precision": "float64", "n_linearizations": 2, "tol": 1e-6}
+    whole = estimator(**given)
+    found = {"whole": fit_half(rank, whole)}
+    model = estimator(**given, checkpoint=path / ("missing" if rank else "") / "checkpoint")
+    written = []
+
+    def write(*arguments):
+        write_archive(*arguments)
+        written.append(arguments)
+        if len(written) == 8:
+            raise KeyError("killed")
+
+    with config_context(checkpoint_seconds=0):
+        with mock.patch.object(_checkpoint, "write_archive", write):
+            found["killed"] = fit_half(rank, model)
+        found["n_written"] = len(written)
+        found["other"] = fit_half(rank, clone(model).set_params(alpha=0.2))
+        found["finished"] = fit_half(rank, model)
+        found["some"] = fit_half(rank, clone(model).set_params(checkpoint=None if rank else "c"))
+    found["same"] = np.allclose(model.coef_, whole.coef_, rtol=1e-8, atol=1e-10)
+    return found | {"bits": model.coef_.tobytes()}
+
+
 def killed(rank):
     def transform(batch):
         if rank == 1:
@@ -179,6 +211,7 @@ def everything(rank, size, path):
         "search, scorer": search_with(rank, scoring=lambda *_: 1 / (1 - rank)),
         "thread": fit_in_thread(),
         "memory": without_memory(rank),
+        "checkpoint": resumed(rank, path),
         "afterwards": fit_half(rank, model),
         "probabilities": model.predict_proba(X),
         "alone": predict_alone(rank, model),
@@ -282,6 +315,21 @@ def test_an_error_stops_all_ranks(group, name):
 
 def test_a_rank_that_fails_has_its_own_error(group):
     assert group[1]["raises"][0] == "ValueError"
+
+
+def test_a_checkpoint_serves_all_ranks(group):
+    for rank, found in enumerate(of["checkpoint"] for of in group):
+        assert found["whole"] is None
+        assert found["n_written"] == (0 if rank else 8)
+        expected = ("RuntimeError", "rank 0 failed: KeyError") if rank else ("KeyError", "killed")
+        for error, text in ((found["killed"], expected[1]), (found["other"], "differ in alpha")):
+            assert error is not None
+            assert text in error[1]
+        assert found["killed"][0] == expected[0]
+        assert found["finished"] is None
+        assert found["same"]
+        assert "checkpoint is 'given' on rank 0 and 'None' on rank 1" in found["some"][1]
+    assert group[0]["checkpoint"]["bits"] == group[1]["checkpoint"]["bits"]
 
 
 def test_the_group_is_usable_after_errors(group):

@@ -1,0 +1,200 @@
+"""The file of a fit that is not finished: its checkpoint.
+
+The JSON document of the archive holds
+
+- ``checkpoint``: what the fit depends on, by name, each with a digest and a short text;
+- ``entries``: one line for each entry of the journal, with its name and those of its vectors.
+
+The arrays are the numbers of all entries, one after the other, with their lengths; and the vectors,
+each once, though several entries may have it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sklearn_gradfeat.data import gather_over_ranks, is_first_rank, of_first_rank, on_all_ranks
+from sklearn_gradfeat.io._archive import Arrays, read_archive, write_archive
+from sklearn_gradfeat.training import Entry, Journal
+
+_ADVICE = "Delete the file, or pass another path as checkpoint, to start anew."
+
+
+class Described(NamedTuple):
+    """A digest of a value on which a fit depends, and the value as a short text, or nothing."""
+
+    digest: str
+    text: str = ""
+
+
+class Checkpoint:
+    """The file of one fit that is not finished. Rank 0 reads and writes it.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file. It need not exist.
+
+    Raises
+    ------
+    ValueError
+        If the file is not a checkpoint, or is damaged.
+    OSError
+        If no file can be written there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not os.fspath(path):
+            raise ValueError("checkpoint is an empty path. Pass the path of a file.")
+        self._path = Path(os.path.realpath(path))
+        self._header: dict[str, Described] = {}
+        self._document: dict[str, Any] = {}
+        self._arrays: Arrays = {}
+        self._is_ours = self._warned = False
+        if is_first_rank():
+            self._open()
+
+    def _open(self) -> None:
+        folder = self._path.parent
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                errno.ENOENT, "checkpoint: create the folder of this file first", str(self._path)
+            )
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(
+                errno.EACCES, "checkpoint: the folder of this file is read-only", str(self._path)
+            )
+        if not self._path.exists():
+            return
+        if not self._path.is_file():
+            raise ValueError(
+                f"checkpoint={str(self._path)!r} is not a regular file. Pass the path of a new "
+                "file."
+            )
+        try:
+            self._document, self._arrays = read_archive(self._path)
+        except ValueError as error:
+            raise ValueError(
+                f"checkpoint={str(self._path)!r} is a file that was not written as a checkpoint, "
+                f"or is damaged: {error} {_ADVICE}"
+            ) from error
+        if "checkpoint" not in self._document:
+            raise ValueError(
+                f"checkpoint={str(self._path)!r} is the file of a saved model. Pass another path "
+                "as checkpoint."
+            )
+        self._is_ours = True
+
+    def check(self, header: Mapping[str, Described]) -> None:
+        """Add to what the fit depends on; raise an error if the file is of another fit."""
+        self._header |= header
+        if not self._is_ours:
+            return
+        stored: dict[str, list[str]] = self._document["checkpoint"]
+        differing = [
+            f"{name} ({text} here, {there[1]} there)" if text and there[1] else name
+            for name, (digest, text) in header.items()
+            if (there := stored.get(name, ["", "nothing"]))[0] != digest
+        ]
+        if differing:
+            raise ValueError(
+                f"checkpoint={str(self._path)!r} was written by another fit. They differ in "
+                f"{', '.join(differing)}. Pass what that fit had, to go on with it. {_ADVICE}"
+            )
+
+    def journal(self, like: Tensor) -> Journal:
+        """Return the results in the file; vectors get the device of ``like``.
+
+        The journal writes the file. :meth:`check` must have been called with the whole header.
+        """
+        text, arrays = _of_first_rank(self._document.get("entries", ""), self._arrays)
+        self._document, self._arrays = {}, {}
+        try:
+            entries = _decoded(text, arrays, like)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{self._path} is damaged: {error!r}. {_ADVICE}") from error
+        return Journal(entries, self._write if is_first_rank() else None)
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        """Replace the file; where that fails, the fit goes on without."""
+        text, arrays = _encoded(entries)
+        try:
+            if self._path.exists() and not self._is_ours:
+                raise FileExistsError(errno.EEXIST, "another program has written this file")
+            write_archive(self._path, {"checkpoint": self._header, "entries": text}, arrays)
+            self._is_ours = True
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"checkpoint={str(self._path)!r} cannot be written: {error}. The fit goes on, "
+                    "and tries again. If it is killed, a part of the results is lost.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+    def remove(self) -> None:
+        """Remove the file of a fit that is finished on all ranks."""
+        if on_all_ranks(True) and self._is_ours:
+            self._path.unlink(missing_ok=True)
+
+
+def _encoded(entries: Sequence[Entry]) -> tuple[str, Arrays]:
+    """Return the lines of some entries, and their arrays."""
+    lines: list[str] = []
+    arrays: Arrays = {
+        "lengths": np.array([len(entry.numbers) for entry in entries], dtype=np.int64),
+        "numbers": np.concatenate([np.empty(0), *(entry.numbers for entry in entries)]),
+    }
+    known: dict[tuple[int, ...], str] = {}
+    for entry in entries:
+        parts = [entry.name]
+        for name, vectors in entry.vectors.items():
+            if not vectors:
+                continue
+            key = tuple(map(id, vectors))
+            if key not in known:
+                known[key] = f"vectors.{len(known)}"
+                arrays[known[key]] = np.stack([x.detach().cpu().numpy() for x in vectors])
+            parts += [name, known[key]]
+        lines.append("\t".join(parts))
+    return "\n".join(lines), arrays
+
+
+def _decoded(text: str, arrays: Arrays, like: Tensor) -> list[Entry]:
+    """Return entries from their lines and arrays."""
+    if not text:
+        return []
+    vectors = {
+        name: list(torch.from_numpy(array).to(like.device))
+        for name, array in arrays.items()
+        if name.startswith("vectors.")
+    }
+    ends = np.cumsum(arrays["lengths"])
+    numbers = np.split(arrays["numbers"], ends[:-1])
+    entries = []
+    for line, of_entry in zip(text.split("\n"), numbers, strict=True):
+        name, *parts = line.split("\t")
+        named = dict(zip(parts[::2], parts[1::2], strict=True))
+        entries.append(Entry(name, of_entry, {key: vectors[at] for key, at in named.items()}))
+    return entries
+
+
+def _of_first_rank(text: str, arrays: Arrays) -> tuple[str, Arrays]:
+    """Return the contents of the file on all ranks."""
+    kinds = [(name, array.dtype.str) for name, array in arrays.items()]
+    text, kinds = gather_over_ranks((text, kinds))[0]
+    found = {}
+    for name, kind in kinds:
+        array = arrays.get(name, np.zeros(1, kind))
+        found[name] = of_first_rank(torch.from_numpy(array)).numpy()
+    return text, found

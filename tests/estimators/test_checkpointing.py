@@ -1,0 +1,223 @@
+"""Fits that go on where another process was killed, and checkpoints of other fits."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    GradientFeatureClassifierCV,
+    GradientFeatureRegressor,
+    config_context,
+    load,
+)
+from sklearn_gradfeat.io import Checkpoint, _checkpoint
+from sklearn_gradfeat.linearized import LinearizedHead
+from tests.counting import Counted
+from tests.tiny import NET, X, Y, data, estimator, tiny_net
+
+WRITE = _checkpoint.write_archive
+
+
+class KilledError(BaseException):
+    """Takes the place of SIGKILL."""
+
+
+def table(n=40, n_outputs=1):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(n, 5))
+    y = np.sin(rows[:, :n_outputs]) + 0.1 * rng.normal(size=(n, n_outputs))
+    return rows, y[:, 0] if n_outputs == 1 else y
+
+
+@pytest.fixture(autouse=True)
+def always_due():
+    with config_context(checkpoint_seconds=0):
+        yield
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """Return the function that fits a model, and kills the fit after some checkpoints."""
+
+    def fit(model, after, *samples, **weights):
+        n_written = 0
+
+        def write(*arguments):
+            nonlocal n_written
+            n_written += 1
+            if n_written == after:
+                WRITE(*arguments)
+                raise KilledError
+
+        monkeypatch.setattr(_checkpoint, "write_archive", write)
+        try:
+            model.fit(*samples, **weights)
+        except KilledError:
+            return True
+        finally:
+            monkeypatch.setattr(_checkpoint, "write_archive", WRITE)
+        return False
+
+    return fit
+
+
+def assert_same(found, expected):
+    """Compare models up to rounding errors in float64."""
+    for name in ("coef_", "intercept_", "omega_", "alpha_", "gradient_alpha_", "objective_path_"):
+        one, other = getattr(found, name), getattr(expected, name)
+        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9, err_msg=name)
+    for name, moves in expected.gradient_coef_.items():
+        np.testing.assert_allclose(found.gradient_coef_[name], moves, rtol=1e-7, atol=1e-9)
+    for name in ("n_iter_", "n_passes_", "n_linearizations_"):
+        assert getattr(found, name) == getattr(expected, name), name
+    for name, column in expected.validation_scores_.items():
+        np.testing.assert_allclose(found.validation_scores_[name], column, rtol=1e-7, atol=1e-9)
+
+
+IMAGES = {"precision": "float64", "tol": 1e-6}
+CASES = {
+    "given penalties": (estimator(**IMAGES), (X, Y), 3),
+    "activation": (estimator(features="activation", alpha="auto", **IMAGES), (X, Y), 20),
+    "gradient": (estimator(features="gradient", **IMAGES), (X, Y), 3),
+    "squared": (estimator(loss="squared", precision="float64"), (X, Y), 2),
+    "layers": (estimator(activation_layer=["1", "5"], **IMAGES), (X, Y), 4),
+    "auto": (estimator(gradient_alpha="auto", precision="float64"), data(30), 60),
+    "linearizations": (estimator(n_linearizations=3, precision="float64"), (X, Y), 13),
+    "huber": (GradientFeatureRegressor(loss="huber", random_state=0), table(), 30),
+    "labels": (GradientFeatureClassifier(alpha=0.01, random_state=0), None, 25),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_killed_fit_ends_with_the_same_model(name, kill, tmp_path):
+    model, samples, after = CASES[name]
+    if samples is None:
+        rows, y = table(n_outputs=2)
+        samples = rows, (y > 0).astype(int)
+    whole = clone(model).fit(*samples)
+    path = tmp_path / "checkpoint"
+    assert kill(clone(model).set_params(checkpoint=path), after, *samples)
+    assert path.exists()
+    assert kill(clone(model).set_params(checkpoint=path), max(2, after // 2), *samples)
+    found = clone(model).set_params(checkpoint=path)
+    assert not kill(found, -1, *samples)
+    assert_same(found, whole)
+    assert list(tmp_path.iterdir()) == []  # the fit is finished
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["auto", "linearizations, auto"])
+def test_many_kills(name, kill, tmp_path):
+    n_linearizations = 1 if name == "auto" else "auto"
+    model = GradientFeatureClassifier(NET, n_linearizations=n_linearizations, **IMAGES)
+    samples, n_kills = data(60), 0
+    whole = clone(model).fit(*samples)
+    model.set_params(checkpoint=tmp_path / "checkpoint")
+    while kill(clone(model), 61, *samples):
+        n_kills += 1
+    assert n_kills > 4
+    assert kill(clone(model), 61, *samples)
+    assert_same(clone(model).fit(*samples), whole)
+
+
+def test_weights_and_a_warm_start(kill, tmp_path):
+    weights = np.random.default_rng(0).uniform(size=len(Y))
+    path, former = tmp_path / "checkpoint", estimator(**IMAGES).fit(X, Y)
+
+    def warm():
+        model = clone(former)
+        vars(model).update({k: v for k, v in vars(former).items() if k.endswith("_")})
+        return model.set_params(warm_start=True, alpha=0.01, checkpoint=path)
+
+    whole = warm().set_params(checkpoint=None).fit(X, Y, weights)
+    assert kill(warm(), 3, X, Y, sample_weight=weights)
+    with pytest.raises(ValueError, match="differ in the fitted model, from which warm_start"):
+        clone(warm()).fit(X, Y, weights)
+    assert_same(warm().fit(X, Y, weights), whole)
+
+
+def test_what_is_finished_is_not_computed_again(kill, monkeypatch, tmp_path):
+    counts, log = {"pass": 0, "checkpoint": 0}, tmp_path / "log"
+
+    def counted(name, function):
+        def count(*arguments, **options):
+            counts[name] += 1
+            return function(*arguments, **options)
+
+        return count
+
+    for name in ("jvp", "vjp", "jvp_then_vjp"):
+        product = counted("pass", getattr(LinearizedHead, name))
+        monkeypatch.setattr(LinearizedHead, name, product)
+    monkeypatch.setattr(Checkpoint, "_write", counted("checkpoint", Checkpoint._write))
+    model = estimator(
+        n_linearizations=2, preprocess=Counted(log), feature_store=tmp_path / "store",
+        checkpoint=tmp_path / "checkpoint", **IMAGES,
+    )  # fmt: skip
+    whole = clone(model).fit(X, Y)
+    n_passes, n_seen = counts["pass"], log.read_text()
+    assert kill(clone(model), counts["checkpoint"], X, Y)  # it lacks nothing
+    counts["pass"] = 0
+    found = clone(model).fit(X, Y)
+    assert log.read_text() == n_seen
+    assert counts["pass"] == 3 < n_passes  # the check of the derivatives
+    assert_same(found, whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 0.2}, r"differ in alpha \(0.2 here, 0.1 there\)\."),
+        ({"features": "activation", "max_iter": 9}, r"features .*, max_iter \(9 here, 40 there\)"),
+        ({"backbone": None}, "differ in the network, the parameters of gradient_layers"),
+        ({"gradient_layers": "0"}, "gradient_layers"),
+        ({"precision": "float32"}, "precision"),
+        ({"y": Y[::-1]}, "differ in y, sample_weight or class_weight|differ in y"),
+        ({"X": X + 1}, "differ in X"),
+        ({"X": X.astype(np.float64)}, "differ in X"),
+        ({"sample_weight": np.arange(1, 25)}, "differ in sample_weight or class_weight"),
+    ],
+)
+def test_checkpoints_of_other_fits_are_refused(changes, message, kill, tmp_path):
+    path = tmp_path / "checkpoint"
+    model = estimator(**IMAGES, checkpoint=path)
+    assert kill(clone(model), 2, X, Y)
+    content = path.read_bytes()
+    if changes.get("backbone", 0) is None:
+        changes = {"backbone": tiny_net()}
+        with torch.no_grad():
+            changes["backbone"][0].bias += 1
+        message = "differ in the network"
+    samples = {"X": X, "y": Y, "sample_weight": None}
+    samples |= {name: changes[name] for name in changes if name in samples}
+    model.set_params(**{name: value for name, value in changes.items() if name not in samples})
+    with pytest.raises(ValueError, match=message) as error:
+        model.fit(**samples)
+    assert "Delete the file, or pass another path" in str(error.value)
+    assert path.read_bytes() == content
+    assert_same(estimator(**IMAGES, checkpoint=path).fit(X, Y), estimator(**IMAGES).fit(X, Y))
+
+
+def test_choices_of_the_machine_do_not_count(kill, tmp_path):
+    model = estimator(**IMAGES, checkpoint=tmp_path / "checkpoint")
+    assert kill(clone(model), 3, X, Y)
+    other = clone(model).set_params(batch_size=7, feature_store=None, random_state=3, device="cpu")
+    expected = estimator(**IMAGES).fit(X, Y).coef_
+    np.testing.assert_allclose(other.fit(X, Y).coef_, expected, rtol=0, atol=1e-5)
+
+
+def test_a_random_network_needs_a_seed(tmp_path):
+    model = GradientFeatureRegressor(checkpoint=tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"checkpoint needs random_state: .*Set random_state=0"):
+        model.fit(*table())
+
+
+def test_clones_have_the_path_and_model_files_do_not(tmp_path):
+    path = tmp_path / "checkpoint"
+    model = estimator(features="activation", checkpoint=path).fit(X, Y)
+    assert clone(model).checkpoint == path
+    model.save(tmp_path / "model")
+    assert load(tmp_path / "model", tiny_net()).checkpoint is None
+    assert "checkpoint" not in GradientFeatureClassifierCV().get_params()
