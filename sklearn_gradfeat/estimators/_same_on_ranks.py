@@ -83,7 +83,7 @@ def check_same_samples(estimator: Any, **values: Any) -> None:
     """
     if n_ranks() == 1:
         return
-    first, *others = gather_over_ranks({name: _digest(value) for name, value in values.items()})
+    first, *others = gather_over_ranks({name: digest_of(value) for name, value in values.items()})
     for name, of_first in first.items():
         differing = [f"rank {i}" for i, other in enumerate(others, 1) if other[name] != of_first]
         if differing:
