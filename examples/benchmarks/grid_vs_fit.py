@@ -33,7 +33,7 @@ STORES = ("CV", "None", '"auto"', '"auto", rerun', "path", "path, rerun")
 def searching(model, parameter):
     """Return the estimator with the search built in, over the same penalties."""
     parameters = clone(model).get_params(deep=False)
-    del parameters["warm_start"]
+    del parameters["warm_start"], parameters["checkpoint"]
     alpha, gradient_alpha = parameters.pop("alpha"), parameters.pop("gradient_alpha")
     fixed = {
         "alphas": [alpha],

@@ -97,7 +97,7 @@ def choose(model, task, parameter, values):
         search = fit_quietly(GridSearchCV(model, {parameter: values}, **options), task)
         return model.set_params(**search.best_params_)
     shared = model.get_params(deep=False)
-    del shared["warm_start"]
+    del shared["warm_start"], shared["checkpoint"]
     alpha, gradient_alpha = shared.pop("alpha"), shared.pop("gradient_alpha")
     alpha, gradient_alpha = (1.0 if p == "auto" else p for p in (alpha, gradient_alpha))
     grids = {"alphas": [alpha], "gradient_alphas": [gradient_alpha], f"{parameter}s": values}

@@ -53,7 +53,9 @@ def test_a_model_of_gradients_starts_at_the_zero_model():
     """The intercept of the first stage may be far from zero, where it has large weights."""
     rows = np.random.default_rng(0).normal(size=(30, 4)) + 100
     y = rows @ [1.0, -2.0, 3.0, 0.5]
-    network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5)).double()
     options = {"features": "gradient", "alpha": 1e-9, "gradient_alpha": 1e-3}
     model = GradientFeatureRegressor(network, **options).fit(rows, y)
     assert model.objective_path_[0] == pytest.approx(y.var() / 2)
