@@ -1,8 +1,8 @@
 """Fits with a checkpoint that are killed again and again, and go on each time.
 
-One process forks all others, which saves their imports. In the slow test, this process only imports:
-it fits nothing, and does not set the number of threads of torch. A fit is killed by itself at one of several places, or by its
-parent at a random time.
+One process forks all others, which saves their imports. In the slow test, this process only
+imports: it fits nothing, and does not set the number of threads of torch. A fit is killed by itself
+at one of several places, or by its parent at a random time.
 """
 
 import os
