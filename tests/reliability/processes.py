@@ -56,6 +56,5 @@ def run(function, *arguments, timeout):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     module, name, arguments = sys.argv[1:]
     print(json.dumps(getattr(importlib.import_module(module), name)(*json.loads(arguments))))

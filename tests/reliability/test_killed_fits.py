@@ -1,8 +1,8 @@
 """Fits with a checkpoint that are killed again and again, and go on each time.
 
-One process forks all others, which saves their imports; it computes no gradient, see
-:mod:`tests.reliability.test_kills`. A fit is killed by itself at one of several places, or by its
-parent at a random time.
+One process forks all others, which saves their imports. In the slow test, this process only
+imports: it fits nothing, and does not set the number of threads of torch. A fit is killed by itself
+at one of several places, or by its parent at a random time.
 """
 
 import os
@@ -90,7 +90,6 @@ def kills(folder, kind, seed, n_kills):
     """Kill fits, and let them go on; return how often they were killed at each place."""
     warnings.simplefilter("ignore")
     rng = random.Random(seed)
-    estimator(NETWORK, precision="float64", features="activation").fit(X, Y)  # for all forks
     whole = Path(folder) / "whole"
     whole.mkdir()
     start = time.monotonic()
