@@ -92,7 +92,7 @@ def release_pages(rows: Tensor) -> None:
     """
     first = rows.untyped_storage().data_ptr()
     mapped = _MAPS.get(first)
-    if mapped is not None and hasattr(mapped, "madvise"):
+    if mapped is not None and rows.nbytes and hasattr(mapped, "madvise"):
         start = (rows.data_ptr() - first) // mmap.PAGESIZE * mmap.PAGESIZE
         mapped.madvise(mmap.MADV_DONTNEED, start, rows.data_ptr() + rows.nbytes - first - start)
 

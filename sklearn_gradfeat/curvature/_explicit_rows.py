@@ -25,7 +25,7 @@ from sklearn_gradfeat.backbones import differentiable_attention, threads_for, th
 from sklearn_gradfeat.curvature._kfac import per_sample_gradients
 from sklearn_gradfeat.curvature._layer_rows import output_gradients, record
 from sklearn_gradfeat.curvature._sample_space import SampleInverse
-from sklearn_gradfeat.data import on_all_ranks, rows_of_all_ranks, sum_over_ranks
+from sklearn_gradfeat.data import on_all_ranks, row_blocks, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import (
     ExplicitTerm,
     LinearizedHead,
@@ -47,8 +47,6 @@ _NUMBER = 600
 # few passes over all rows.
 _FEWEST, _MOST = 64, 2048
 _SHARE = 64
-# Samples of a batch whose rows are compared with Jacobian products.
-_COMPARED = 8
 
 
 def with_rows_if_cheap(tangent: TangentTerm, n_samples: int, max_bytes: int) -> TangentTerm:
@@ -112,21 +110,22 @@ class _Counter(TorchDispatchMode):
 def _rows(tangent: TangentTerm, n_samples: int) -> Tensor | None:
     """Return the rows of all samples, or None if they do not agree with Jacobian products."""
     head, omega = tangent.head, tangent.omega
+    _, few = next(iter(tangent.batches(math.ceil(n_samples / 2))))
+    n_inputs = sum(
+        call.output_rows(call.output, len(few[0])).shape[2] * head.values[call.weight][0].numel()
+        for call in record(head, few)[1]
+    )
     rows = omega.new_empty(n_samples, len(omega), head.size)
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(head.size, generator=generator, dtype=torch.float64).to(omega)
-    compared = set()
     for some, boundary in tangent.batches():
-        place = rows[some]
         with threads_for_head(head.values, boundary):
-            if not _fill(place, head, boundary, omega):
-                return None
-        if len(place) not in compared:
-            compared.add(len(place))
-            few = slice(None, None, math.ceil(len(place) / _COMPARED))
-            expected = head.jvp(tuple(z[few] for z in boundary), u) @ omega.T
-            if not agrees(place[few] @ u, expected, omega.dtype):
-                return None
+            for block in row_blocks(len(boundary[0]), n_inputs):
+                part = tuple(z[block] for z in boundary)
+                if not _fill(rows[some][block], head, part, omega):
+                    return None
+        if not agrees(rows[some] @ u, head.jvp(boundary, u) @ omega.T, omega.dtype):
+            return None
     return rows
 
 
@@ -165,9 +164,10 @@ def _fill(place: Tensor, head: LinearizedHead, boundary: Tensors, omega: Tensor)
 
 
 class SampledRows:
-    """The rows of evenly spread samples of all ranks, in double precision, for any penalties.
+    """The rows of some samples of all ranks, in double precision, for any penalties.
 
     Their inverse Hessian, scaled to the curvature of all samples, stands for that of all samples.
+    They are drawn from those with a weight, or are all samples where these are few.
 
     Parameters
     ----------
@@ -185,11 +185,17 @@ class SampledRows:
         assert isinstance(tangent, ExplicitTerm)
         n_samples, n_outputs, _ = tangent.rows.shape
         total = int(sum_over_ranks(torch.tensor(n_samples)))
-        self._every = slice(None, None, math.ceil(total / _most_sampled(total, n_outputs)))
-        self.is_whole = self._every.step == 1
+        most = _most_sampled(total, n_outputs)
+        self.is_whole = most == total
+        self._drawn = torch.arange(n_samples)
+        if not self.is_whole:
+            weighted = torch.nonzero(objective.loss.weights.cpu())[:, 0]
+            share = most / int(sum_over_ranks(torch.tensor(len(weighted))))
+            order = torch.randperm(len(weighted), generator=torch.Generator().manual_seed(0))
+            self._drawn = weighted[order[: math.ceil(share * len(weighted))]].sort().values
 
         def sampled(rows: Tensor) -> Tensor:
-            chosen = rows_of_all_ranks(rows[self._every])[0]
+            chosen = rows_of_all_ranks(rows[self._drawn.to(rows.device)])[0]
             return chosen.to(objective.accumulator, torch.float64)
 
         activation = objective.activation
@@ -204,7 +210,7 @@ class SampledRows:
         """Return the inverse Hessian of an objective with these rows at some logits."""
         assert objective.tangent is not None
         curvatures = objective.loss.curvatures(logits)
-        chosen = rows_of_all_ranks(curvatures[self._every])[0]
+        chosen = rows_of_all_ranks(curvatures[self._drawn.to(curvatures.device)])[0]
         if not self.is_whole and chosen.any():
             chosen = chosen * (sum_over_ranks(curvatures.sum()) / chosen.sum())
         sampled = replace(

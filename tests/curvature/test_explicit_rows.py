@@ -67,12 +67,17 @@ class Twice(nn.Module):
             self.layer = nn.Linear(3, 3).double()
 
     def forward(self, x):
-        return torch.tanh(self.layer(x)) @ self.layer.weight
+        seldom = torch.relu(x[:, :1] - 9)
+        return torch.tanh(self.layer(x)) + seldom * (x @ self.layer.weight)
 
 
 @pytest.mark.usefixtures("free")
-def test_none_where_a_parameter_has_another_use():
-    term = module_term(Twice(), ["layer.weight", "layer.bias"], normal(N, 3))
+def test_none_where_a_parameter_has_another_use_for_a_single_sample():
+    x, names = normal(N, 3), ["layer.weight", "layer.bias"]
+    alike = module_term(Twice(), names, x)
+    assert isinstance(with_rows_if_cheap(alike, N, 2**30), ExplicitTerm)
+    x[N - 2] = 10
+    term = module_term(Twice(), names, x)
     assert with_rows_if_cheap(term, N, 2**30) is term
 
 
@@ -149,15 +154,17 @@ def test_inverse_has_the_digits_of_float64_for_rows_in_float32():
 
 
 @pytest.mark.usefixtures("free")
-def test_some_samples_stand_for_all(monkeypatch):
-    """Of three copies of every sample, the inverse sees one."""
+@pytest.mark.parametrize("weighted", range(3))
+def test_some_samples_stand_for_all(monkeypatch, weighted):
+    """Of three copies of every sample, the inverse sees the one that has a weight."""
     monkeypatch.setattr(_explicit_rows, "_FEWEST", 3 * N)
     monkeypatch.setattr(_explicit_rows, "_SHARE", 0)
     loss, repeats = classes(N), torch.arange(3 * N) // 3
     whole = explicit_objective(loss)
+    weights = loss.weights[repeats] * (torch.arange(3 * N) % 3 == weighted)
     copies = replace(
         whole,
-        loss=replace(loss, targets=loss.targets[repeats], weights=loss.weights[repeats] / 3),
+        loss=replace(loss, targets=loss.targets[repeats], weights=weights),
         activation=whole.activation[repeats],
         tangent=replace(whole.tangent, rows=whole.tangent.rows[repeats]),
         n_samples=3 * N,
