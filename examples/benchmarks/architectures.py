@@ -16,6 +16,7 @@ neither saved nor exported. ``--page`` writes the table into a Markdown file, be
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -154,7 +155,8 @@ def measure(network, x, derivatives_only=False):
     row |= {"gradient_layers": common_path(names), "tensors": len(names)}
     boundary = model._extractor.network(names).boundary(x[:2])
     row["stored"] = sum(z[0].numel() for z in boundary)
-    original = Original(network, model)
+    # Some networks keep what a forward pass computes.
+    original = Original(copy.deepcopy(network), model)
     row |= logit_error(original, model, x)
     if not derivatives_only:
         row |= optimality(original, model, x, y) | round_trips(model, x)
