@@ -119,7 +119,7 @@ def fit(network, x, y, **settings):
     settings |= {"precision": "float64", "parametrization": "standard", "tol": 1e-8}
     settings["feature_store"] = None
     with torch.no_grad():
-        output = network(x)
+        output = copy.deepcopy(network)(x)  # some networks keep what a pass computes
     f = output.flatten(2).mean(2) if output.ndim > 2 else output
     alpha = 0.03 * float(f.var(0).sum())
     first = GradientFeatureClassifier(network, alpha=alpha, gradient_alpha=np.inf, **settings)
@@ -155,7 +155,6 @@ def measure(network, x, derivatives_only=False):
     row |= {"gradient_layers": common_path(names), "tensors": len(names)}
     boundary = model._extractor.network(names).boundary(x[:2])
     row["stored"] = sum(z[0].numel() for z in boundary)
-    # Some networks keep what a forward pass computes.
     original = Original(copy.deepcopy(network), model)
     row |= logit_error(original, model, x)
     if not derivatives_only:
