@@ -71,7 +71,7 @@ class SummedRows:
 
     @staticmethod
     def cost(layout: Layout, ranks: tuple[int, int], n_outputs: int) -> Cost:
-        """Return what the rows take."""
+        """Return the cost of these rows."""
         n = n_outputs * ranks[0] * ranks[1]
         return Cost(n, n)
 
@@ -97,7 +97,7 @@ class ProjectedRows(SummedRows):
 
     @staticmethod
     def cost(layout: Layout, ranks: tuple[int, int], n_outputs: int) -> Cost:
-        """Return what the rows take."""
+        """Return the cost of these rows."""
         (g, a), t = ranks, layout.n_positions
         return Cost(t * (a + n_outputs * g), t * g * a)
 
@@ -134,7 +134,7 @@ class ChannelRows(SummedRows):
 
     @staticmethod
     def cost(layout: Layout, ranks: tuple[int, int], n_outputs: int) -> Cost:
-        """Return what the rows take."""
+        """Return the cost of these rows."""
         (g, a), t, d = ranks, layout.n_positions, layout.n_channels
         return Cost(t * (a + d), t * g * (a + d))
 

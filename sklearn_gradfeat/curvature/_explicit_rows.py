@@ -166,7 +166,7 @@ def _fill(place: Tensor, head: LinearizedHead, boundary: Tensors, omega: Tensor)
 class SampledRows:
     """The rows of some samples of all ranks, in double precision, for any penalties.
 
-    Their inverse Hessian, scaled to the curvature of all samples, stands for that of all samples.
+    Their inverse Hessian, scaled to the curvature of all samples, approximates the whole one.
     They are drawn from those with a weight, or are all samples where these are few.
 
     Parameters
