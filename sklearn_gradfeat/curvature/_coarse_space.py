@@ -34,7 +34,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from sklearn_gradfeat.cache import release_pages
 from sklearn_gradfeat.curvature._coarse_rows import (
@@ -44,7 +43,12 @@ from sklearn_gradfeat.curvature._coarse_rows import (
     ProjectedRows,
     SummedRows,
 )
-from sklearn_gradfeat.curvature._layer_rows import LayerCall, output_gradients, record
+from sklearn_gradfeat.curvature._layer_rows import (
+    LayerCall,
+    multiplications,
+    output_gradients,
+    record,
+)
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Layer
 from sklearn_gradfeat.data import (
     gather_over_ranks,
@@ -366,9 +370,7 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
 def _backward_share(tangent: TangentTerm, boundary: Tensors) -> float:
     """Return the cost of a backward pass to the outputs of all layers, as a share of the head."""
     _, calls = record(tangent.head, boundary)
-    with FlopCounterMode(display=False) as counter:
-        tangent.head.activation(boundary)
-    total, first = counter.get_total_flops() / 2, calls[0]
+    total, first = multiplications(tangent.head, boundary), calls[0]
     below = first.output.numel() * tangent.head.values[first.weight][0].numel()
     above = total - below + _READING * sum(call.output.numel() for call in calls)
     return min(above / total, 1.0) if total > 0 else 1.0

@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from sklearn_gradfeat.backbones import differentiable_attention, threads_for, threads_for_head
+from sklearn_gradfeat.backbones import threads_for, threads_for_head
 from sklearn_gradfeat.curvature._kfac import per_sample_gradients
-from sklearn_gradfeat.curvature._layer_rows import output_gradients, record
+from sklearn_gradfeat.curvature._layer_rows import multiplications, output_gradients, record
 from sklearn_gradfeat.curvature._sample_space import SampleInverse
 from sklearn_gradfeat.data import on_all_ranks, row_blocks, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import (
@@ -69,7 +66,7 @@ def with_rows_if_cheap(tangent: TangentTerm, n_samples: int, max_bytes: int) -> 
     """
     n_outputs = len(tangent.omega)
     _, few = next(iter(tangent.batches(math.ceil(n_samples / 2))))
-    forward = _multiplications(tangent.head, few) / len(few[0])
+    forward = multiplications(tangent.head, few) / len(few[0])
     numbers = n_outputs * tangent.head.size
     cheap = _LOGIT * n_outputs * forward + _NUMBER * numbers <= _NETWORK * forward
     sampled = torch.float64.itemsize * numbers * _most_sampled(n_samples, n_outputs)
@@ -81,30 +78,6 @@ def with_rows_if_cheap(tangent: TangentTerm, n_samples: int, max_bytes: int) -> 
         return tangent
     assert rows is not None
     return ExplicitTerm.from_rows(tangent, rows)
-
-
-def _multiplications(head: LinearizedHead, boundary: Tensors) -> float:
-    """Return the number of multiplications of a forward pass."""
-    with torch.no_grad(), differentiable_attention(), _Counter() as counter:
-        head.head(head.values, boundary)
-    total: float = counter.total
-    return total
-
-
-class _Counter(TorchDispatchMode):
-    """Counts the multiplications of matrix products and convolutions."""
-
-    total: float = 0.0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        flops = flop_registry.get(func.overloadpacket)
-        if flops is not None:
-            self.total += flops(*args, **kwargs, out_val=output) / 2
-        return output
 
 
 def _rows(tangent: TangentTerm, n_samples: int) -> Tensor | None:

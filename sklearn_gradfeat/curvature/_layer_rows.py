@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from sklearn_gradfeat.backbones import differentiable_attention
 from sklearn_gradfeat.linearized import LinearizedHead, Tensors
@@ -198,6 +200,30 @@ def output_gradients(
             activation, outputs, column.expand_as(activation),
             retain_graph=True, materialize_grads=True,
         )  # fmt: skip
+
+
+def multiplications(head: LinearizedHead, boundary: Tensors) -> float:
+    """Return the number of multiplications of a forward pass."""
+    with torch.no_grad(), differentiable_attention(), _Counter() as counter:
+        head.head(head.values, boundary)
+    total: float = counter.total
+    return total
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the multiplications of matrix products and convolutions."""
+
+    total: float = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        flops = flop_registry.get(func.overloadpacket)
+        if flops is not None:
+            self.total += flops(*args, **kwargs, out_val=output) / 2
+        return output
 
 
 def _by_sample(rows: Tensor, n_samples: int) -> Tensor:

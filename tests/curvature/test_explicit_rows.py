@@ -105,7 +105,7 @@ def convolutions(size):
 def test_rows_of_few_parameters_below_many_multiplications():
     module, x = convolutions(12)
     below = module_term(module, ["0.0.weight", "0.0.bias"], x, 2)
-    found = _explicit_rows._multiplications(below.head, (x,))
+    found = _explicit_rows.multiplications(below.head, (x,))
     assert found == 4 * (100 * 2 * 9 + 64 * 40 * 2 * 9)
     assert isinstance(with_rows_if_cheap(below, 4, 2**30), ExplicitTerm)
     above = module_term(module, ["0.2.weight", "0.2.bias"], x, 20)

@@ -82,7 +82,7 @@ def fit_half(rank, model, **changes):
 
 
 def search(rank=0):
-    """Return what a search finds, and how many folds this process has scored."""
+    """Return the results of a search, pickled, and the folds that this process has scored."""
     with mock.patch.object(
         GradientFeatureClassifierCV,
         "_score_fold",
