@@ -7,6 +7,7 @@ from sklearn_gradfeat.backbones._copies import on_host, stored_weights, unwrappe
 from sklearn_gradfeat.backbones._fingerprint import UndigestibleError, digest, tensor_bytes
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, Network, freeze
 from sklearn_gradfeat.backbones._layers import ActivationLayer
+from sklearn_gradfeat.backbones._pickling import Pickled
 from sklearn_gradfeat.backbones._sources import (
     BackboneLike,
     Resolved,
@@ -22,6 +23,7 @@ __all__ = [
     "BackboneLike",
     "FrozenBackbone",
     "Network",
+    "Pickled",
     "Resolved",
     "UndigestibleError",
     "default_name",

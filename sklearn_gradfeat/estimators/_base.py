@@ -22,7 +22,13 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sklearn_gradfeat.backbones import neutral_state, on_host, resolve_tokenizer, unwrapped
+from sklearn_gradfeat.backbones import (
+    Pickled,
+    neutral_state,
+    on_host,
+    resolve_tokenizer,
+    unwrapped,
+)
 from sklearn_gradfeat.cache import (
     CachedSamples,
     Extractor,
@@ -467,13 +473,17 @@ class BaseGradientFeature(
         """Return the state in host memory; backbone and frozen copy share equal tensors."""
         state = dict(super().__getstate__())
         if isinstance(self.backbone, nn.Module):
-            state["backbone"] = on_host(self.backbone)
             if "_extractor" in state:
+                state["backbone"] = on_host(self.backbone)
                 state["_extractor"] = state["_extractor"].sharing(state["backbone"])
+            else:
+                state["backbone"] = Pickled(self.backbone)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the state; the frozen network is independent of the backbone again."""
+        if isinstance(state["backbone"], Pickled):  # of copy.copy, which pickles nothing
+            state["backbone"] = state["backbone"].module
         super().__setstate__(state)
         if "gradient_coef_" in state:  # pickles of older versions lack the point
             self.__dict__.setdefault("linearization_point_", {})
