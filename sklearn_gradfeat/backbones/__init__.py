@@ -1,6 +1,6 @@
 """``backbone=`` turned into one frozen network in two parts, trunk and head."""
 
-from sklearn_gradfeat.backbones._advice import warn_of_class_scores
+from sklearn_gradfeat.backbones._advice import warn_of_class_scores, warn_of_unscaled_images
 from sklearn_gradfeat.backbones._ambient import neutral_state
 from sklearn_gradfeat.backbones._attention import differentiable_attention
 from sklearn_gradfeat.backbones._copies import on_host, stored_weights, unwrapped, with_weights
@@ -41,5 +41,6 @@ __all__ = [
     "threads_for_head",
     "unwrapped",
     "warn_of_class_scores",
+    "warn_of_unscaled_images",
     "with_weights",
 ]

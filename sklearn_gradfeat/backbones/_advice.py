@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
@@ -12,6 +15,7 @@ _AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
 _CLASSIFIERS = {"fc", "classifier", "head", "heads", "last_linear", "logits"}
 # ImageNet, with or without a class for the background, and its larger variants.
 _NUMBERS_OF_CLASSES = {1000, 1001, 11221, 11821, 21841, 21843}
+_MIN_LEVELS = 32
 
 
 def layout_advice(module: object, batch: Tensor) -> str:
@@ -75,3 +79,46 @@ def warn_of_class_scores(module: nn.Module) -> None:
             UserWarning,
             stacklevel=2,
         )
+
+
+def warn_of_unscaled_images(module: nn.Module, batch: Tensor) -> None:
+    """Warn if a convolution receives images with the numbers of their files, 0 to 255.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The network. One that scales its input itself gets no warning.
+    batch : tensor
+        A batch of its input.
+    """
+    if batch.ndim != 4 or batch.is_complex():
+        return
+    levels = batch.unique()
+    integers = bool((levels == levels.round()).all()) and levels[0] >= 0 and levels[-1] <= 255
+    if not integers or len(levels) < _MIN_LEVELS:
+        return
+    with torch.no_grad(), _FirstConvolution() as first:
+        module(batch)
+    found = first.input
+    if found is None or found.shape != batch.shape or not torch.equal(found.to(batch), batch):
+        return
+    warnings.warn(
+        f"The images of X have values from {levels[0]:g} to {levels[-1]:g}, which the backbone "
+        "does not scale. Set preprocess to the transform of its pretraining, such as "
+        "weights.transforms() of torchvision.",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+class _FirstConvolution(TorchFunctionMode):
+    """Keeps the input of the first convolution."""
+
+    input: Tensor | None = None
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if self.input is None and function in (torch.conv1d, torch.conv2d, torch.conv3d):
+            self.input = args[0]
+        return function(*args, **(kwargs or {}))

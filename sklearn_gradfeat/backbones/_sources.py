@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import TypeAlias
@@ -247,6 +248,14 @@ def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed
             return Resolved(*load_named(backbone))
         if isinstance(backbone, nn.Module):
             return Resolved(backbone)
+        try:
+            with suppress(ValueError):  # builtins have no signature
+                inspect.signature(backbone).bind()
+        except TypeError as error:
+            raise TypeError(
+                f"backbone={backbone!r} cannot be called without arguments: {error}. Pass a "
+                "module, or a callable without arguments that returns one."
+            ) from None
         module = backbone()
         if not isinstance(module, nn.Module):
             raise TypeError(

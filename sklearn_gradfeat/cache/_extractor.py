@@ -24,6 +24,7 @@ from sklearn_gradfeat.backbones import (
     seeded,
     threads_for_head,
     warn_of_class_scores,
+    warn_of_unscaled_images,
 )
 from sklearn_gradfeat.cache._runner import CachedSamples, Trunk, cache_samples
 from sklearn_gradfeat.cache._store import Store, TrunkKey
@@ -232,6 +233,8 @@ def build_extractor(
         samples = Samples(X, transform, trunk_dtype, resolved_device, indices)
         example = rows_of_all_ranks(samples.batch(slice(0, 2)))[0][:2]
         frozen = freeze(resolved.module, example, trunk_dtype, activation_layer, owner)
+        if transform is None:
+            warn_of_unscaled_images(frozen.module, example)
         names = [] if gradient_layers is None else frozen.choose(gradient_layers)
     half = precision == "bfloat16"
     slope = None if negative_slope is None else float(negative_slope)

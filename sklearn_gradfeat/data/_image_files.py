@@ -173,8 +173,8 @@ class ImageFiles:
         -----
         UserWarning
             If links place a file in two classes. It keeps the class of the file itself, or else
-            the first class. If the subfolders are named as parts of a data set, such as "train"
-            and "test", and have the folders of the classes in them.
+            the first class. If there is one subfolder, or all are named as parts of a data set,
+            such as "train" and "test", and have the folders of the classes in them.
         """
         classes = sorted(
             entry.name
@@ -375,16 +375,16 @@ def _images_below(folder: str, root: str | os.PathLike[str], visited: set[str]) 
 
 
 def _warn_of_parts(root: str | os.PathLike[str], found: list[tuple[str, str]]) -> None:
-    """Warn if the classes are the parts of a data set, with folders of classes below them."""
+    """Warn if there is one class or the parts of a data set, with folders below them."""
     classes = sorted({label for label, _ in found})
-    if not all(label.lower() in _PARTS for label in classes):
+    if len(classes) > 1 and not all(label.lower() in _PARTS for label in classes):
         return
     for label, path in found:
         folder = os.path.join(os.fsdecode(root), label)
         inside = os.path.relpath(path, folder).split(os.sep)
         if len(inside) > 1:
             warnings.warn(
-                f"The classes are {', '.join(map(repr, classes))}, the subfolders of "
+                f"The classes are {', '.join(map(repr, classes))}, by the subfolders of "
                 f"{os.fsdecode(root)}. If the classes are one level deeper, such as {inside[0]!r}, "
                 f"pass ImageFiles.from_folder({folder!r}), and likewise for each part.",
                 stacklevel=3,

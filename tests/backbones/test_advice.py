@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.backbones import warn_of_class_scores
+from sklearn_gradfeat.backbones import warn_of_class_scores, warn_of_unscaled_images
 from tests.tiny import Y
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -93,3 +93,44 @@ def test_activations_that_are_no_class_scores():
         warn_of_class_scores(features)
         warn_of_class_scores(nn.Sequential(nn.Linear(5, 1000)))
         warn_of_class_scores(nn.Flatten())
+
+
+def pixels():
+    images = np.random.default_rng(0).integers(0, 256, (24, 3, 8, 8))
+    return torch.from_numpy(images).float()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_images_that_nobody_scales(dtype):
+    X = pixels().numpy().astype(dtype)
+    with pytest.warns(UserWarning, match="values from 0 to 255, which the backbone does not scale"):
+        fit(network(3), X)
+
+
+class Scaled(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch):
+        return self.net(batch / 255)
+
+
+@pytest.mark.parametrize(
+    ("net", "batch"),
+    [
+        (Scaled(network(3)), pixels()),
+        (nn.Sequential(nn.BatchNorm2d(3), network(3)), pixels()),
+        (network(3), pixels() / 255),
+        (network(3), pixels() - 128),
+        (network(3), pixels() % 2),
+        (network(3), torch.randn(2, 3, 8, 8)),
+        (nn.Flatten(), pixels()),
+        (network(3, 1), pixels()[:, 0]),
+    ],
+    ids=["scales", "normalises", "unit", "centred", "masks", "noise", "flat", "signals"],
+)
+def test_images_that_are_scaled(net, batch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_unscaled_images(net.eval(), batch)

@@ -163,6 +163,12 @@ def net_of_the_moment():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(2))
 
 
+@pytest.mark.parametrize("factory", [nn.Linear, lambda width: nn.Linear(width, 3)])
+def test_factory_that_needs_arguments(factory):
+    with pytest.raises(TypeError, match=r"backbone=.*cannot be called without arguments: missing"):
+        estimator(factory).fit(X, Y)
+
+
 @pytest.mark.parametrize("result", [3, None, nn.Linear])
 def test_factory_that_returns_no_module(result):
     with pytest.raises(

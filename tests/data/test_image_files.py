@@ -22,6 +22,8 @@ from sklearn_gradfeat.data._batches import Samples, is_lazy
 from tests.data.images import BROKEN, COLORS, written
 from tests.tiny import estimator
 
+pytestmark = pytest.mark.filterwarnings("ignore:The images of X have values")
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -146,7 +148,7 @@ def test_folder(folder):
     assert y.dtype.kind == "U"
 
 
-@pytest.mark.parametrize("parts", [("train", "test"), ("Train", "val"), ("train",)])
+@pytest.mark.parametrize("parts", [("train", "test"), ("Train", "val"), ("train",), ("pets",)])
 def test_folder_above_that_of_the_classes(folder, parts):
     root = folder / "root"
     for part in parts:
