@@ -411,6 +411,7 @@ def test_some_rows_of_an_array():
         assert np.array_equal(part[::2], X[rows[::2]])
 
 
+@pytest.mark.filterwarnings("ignore:The images of X have values")
 def test_image_files(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 99, (12, 8, 8)).astype(np.uint8)
     pixels += 60 * (np.arange(12) % 2).astype(np.uint8)[:, None, None]
