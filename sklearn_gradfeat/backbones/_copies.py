@@ -408,7 +408,7 @@ def with_weights(
     ValueError
         If names or shapes differ.
     """
-    copied = frozen_copy(module, example.device, dtype)
+    copied = frozen_copy(unwrapped(module), example.device, dtype)
     if has_lazy_parameters(copied):
         run_once(copied, example)
     tensors = {name: _real(tensor) for name, tensor in _named_tensors(copied).items()}

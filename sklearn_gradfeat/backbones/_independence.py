@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,12 +46,20 @@ def check_independence(module: nn.Module, example: Tensor) -> None:
     Raises
     ------
     ValueError
-        If the network is random, keeps state between calls, or depends on the batch; or if it
-        fails.
+        If the network is random, keeps state between calls, depends on the batch, or changes its
+        parameters; or if it fails.
     """
+    sums = _sums(module)
     before = _generator_state(example.device)
     output = run_once(module, example)
     check_activation(output, len(example))
+    for name, total in _sums(module).items():
+        if name in sums and not torch.equal(total, sums[name]):
+            raise ValueError(
+                f"backbone changes its parameter {name.removeprefix('module.')!r} in a forward "
+                "pass, although it is in evaluation mode, as layers do that are initialised by "
+                "their first batch. Call it on a batch of data before fit."
+            )
     if not torch.equal(_generator_state(example.device), before):
         _check_random_numbers(module, example, output)
     _check_alone(module, example, output)
@@ -62,6 +71,12 @@ def check_independence(module: nn.Module, example: Tensor) -> None:
         except ValueError as error:
             if error.__cause__ is None:  # not one from outside of the domain of the network
                 raise
+
+
+def _sums(module: nn.Module) -> dict[str, Tensor]:
+    """Return the sum of every parameter by name, of those that have a shape already."""
+    named = module.named_parameters()
+    return {name: p.detach().nan_to_num().sum() for name, p in named if not is_lazy(p)}
 
 
 def _check_alone(module: nn.Module, example: Tensor, output: Tensor) -> None:

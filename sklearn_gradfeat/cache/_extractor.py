@@ -233,6 +233,8 @@ def build_extractor(
         example = rows_of_all_ranks(samples.batch(slice(0, 2)))[0][:2]
         frozen = freeze(resolved.module, example, trunk_dtype, activation_layer, owner)
         names = [] if gradient_layers is None else frozen.choose(gradient_layers)
+    if names and dtype != trunk_dtype and not frozen.runs_in(dtype):
+        dtype = trunk_dtype
     half = precision == "bfloat16"
     slope = None if negative_slope is None else float(negative_slope)
     tokenizer, layers = resolved.tokenizer, frozen.layers

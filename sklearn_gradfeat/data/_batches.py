@@ -51,7 +51,8 @@ def compute_dtypes(
 
     ``"auto"`` follows scikit-learn for tabular data: float64, unless ``X`` has a narrower floating
     dtype. It follows torch for all other data: float32. The head of a network for tabular data is
-    small and always computes in float64. The device mps has no float64.
+    small and computes in float64, unless the network cannot, as where it casts to float32 inside.
+    The device mps has no float64.
 
     Parameters
     ----------
