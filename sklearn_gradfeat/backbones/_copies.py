@@ -232,8 +232,9 @@ def _in_copy(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, types.FunctionType):
         return _rebound(value, memo)
     inner = [_in_copy(part, memo) for part in _parts(value)]
+    made: Any
     if isinstance(value, dict):
-        made: Any = copy.copy(value)
+        made = copy.copy(value)
         made.update(zip(value, inner, strict=True))
     elif isinstance(value, weakref.ref):
         made = weakref.ref(inner[0])
@@ -243,7 +244,8 @@ def _in_copy(value: Any, memo: dict[int, Any]) -> Any:
         n = 1 + len(value.args)
         made = functools.partial(*inner[:n], **dict(zip(value.keywords, inner[n:], strict=True)))
     else:
-        made = type(value)(inner)
+        kind: Any = type(value)
+        made = kind(inner)
     memo[id(value)] = made
     return made
 
@@ -277,7 +279,8 @@ def _parts(value: Any) -> list[Any]:
 
 def _global_parts(function: types.FunctionType) -> dict[str, Any]:
     """Return the modules and tensors among the global variables that a function reads."""
-    names, codes = set(), [function.__code__]
+    names: set[str] = set()
+    codes = [function.__code__]
     while codes:
         code = codes.pop()
         names.update(code.co_names)
