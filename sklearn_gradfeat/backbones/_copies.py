@@ -241,11 +241,11 @@ def _in_copy(value: Any, memo: dict[int, Any]) -> Any:
     elif isinstance(value, types.MethodType):
         made = types.MethodType(inner[1], inner[0])
     elif isinstance(value, functools.partial):
-        n = 1 + len(value.args)
-        made = functools.partial(*inner[:n], **dict(zip(value.keywords, inner[n:], strict=True)))
+        function, *rest = inner
+        arguments, named = rest[: len(value.args)], rest[len(value.args) :]
+        made = functools.partial(function, *arguments, **dict(zip(value.keywords, named)))
     else:
-        kind: Any = type(value)
-        made = kind(inner)
+        made = value.__class__(inner)
     memo[id(value)] = made
     return made
 
