@@ -242,8 +242,9 @@ def _in_copy(value: Any, memo: dict[int, Any]) -> Any:
         made = types.MethodType(inner[1], inner[0])
     elif isinstance(value, functools.partial):
         function, *rest = inner
-        arguments, named = rest[: len(value.args)], rest[len(value.args) :]
-        made = functools.partial(function, *arguments, **dict(zip(value.keywords, named)))
+        n = len(value.args)
+        named = dict(zip(value.keywords, rest[n:], strict=True))
+        made = functools.partial(function, *rest[:n], **named)
     else:
         made = value.__class__(inner)
     memo[id(value)] = made

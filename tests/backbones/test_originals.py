@@ -184,7 +184,7 @@ REFERENCES = {
     "partial": lambda layer: functools.partial(lambda d: d["a"][0].weight.sum(), d={"a": (layer,)}),
     "keyword": lambda layer: lambda *, held=layer: held.weight.sum(),
     "method": lambda layer: lambda f=layer.get_parameter: f("weight").sum(),
-    "weak": lambda layer: lambda held=weakref.ref(layer): held().weight.sum(),
+    "weak": lambda layer: functools.partial(lambda held: held().weight.sum(), weakref.ref(layer)),
     "global": by_global,
     "recursion": by_recursion,
 }

@@ -145,7 +145,7 @@ def test_bad_output_of_the_backbone(function, error, match):
 @pytest.mark.filterwarnings("ignore:The backbone cannot be captured as a graph")
 @pytest.mark.parametrize("graph", [True, False])
 def test_output_of_another_precision(graph):
-    network = Then(lambda z: z.float() if graph or float(z.sum()) < 1e9 else z)
+    network = Then(lambda z: z.float() if graph or float(z.detach().sum()) < 1e9 else z)
     with pytest.warns(UserWarning, match="casts to lower precision inside"):
         model = estimator(network, precision="float64").fit(X, Y)
     with torch.no_grad():
