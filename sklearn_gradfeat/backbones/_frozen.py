@@ -73,8 +73,9 @@ _LOCK = threading.RLock()
 _DIFFERENCE = 0.05
 # Gradients below this share of the largest one count as if they had that size.
 _ROUNDING = 1e-2
-# So many units of rounding of the output are no gradient, for a parameter of this norm at least.
-_NOISE, _SMALLEST = 1000.0, 0.1
+# So many units of rounding of the output are no gradient, for a parameter of this norm at least. A
+# norm of one number, whose output is constant, divides them by the root of 1e-5 or less.
+_NOISE, _SMALLEST = 1e5, 0.1
 
 
 @dataclass(frozen=True)
