@@ -149,5 +149,17 @@ def test_rounding_in_low_precision_is_no_dependence():
     check_independence(network, torch.randn(2, 64))
 
 
+def test_amplified_rounding_is_no_dependence():
+    """A norm of one number divides rounding errors by the root of its small constant."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(7, 64), nn.GroupNorm(64, 64, eps=1e-12)).eval()
+    nn.init.normal_(network[0].weight, std=30.0)
+    nn.init.ones_(network[1].bias)
+    x = torch.randn(2, 7)
+    output = network(x)
+    assert (network(x[[-1, -1, -1]]) - output[[-1, -1, -1]]).norm() > 1e-2 * output.norm()
+    check_independence(network, x)
+
+
 def test_networks_outside_of_their_domain_are_left_to_later_checks():
     check_independence(Function(lambda x: torch.log(x) * 1.0), -torch.ones(2, 3))

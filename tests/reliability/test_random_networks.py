@@ -420,7 +420,7 @@ def failures(seeds, folder):
     return found
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [*range(3), 965, 5233])
 def test_random_network(seed, tmp_path):
     check(seed, tmp_path)
 
