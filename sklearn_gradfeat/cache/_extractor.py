@@ -18,6 +18,7 @@ from sklearn_gradfeat.backbones import (
     FrozenBackbone,
     Network,
     UndigestibleError,
+    check_transform,
     digest,
     freeze,
     resolve_backbone,
@@ -230,7 +231,10 @@ def build_extractor(
     owner = backbone if callable(backbone) else None
     with seeded(seed):
         samples = Samples(X, transform, trunk_dtype, resolved_device, indices)
-        example = rows_of_all_ranks(samples.batch(slice(0, 2)))[0][:2]
+        raw = samples.read(slice(0, 2))
+        if transform is not resolved.preprocess:
+            check_transform(samples.prepare, raw)
+        example = rows_of_all_ranks(samples.prepare(raw))[0][:2]
         frozen = freeze(resolved.module, example, trunk_dtype, activation_layer, owner)
         names = [] if gradient_layers is None else frozen.choose(gradient_layers)
     if names and dtype != trunk_dtype and not frozen.runs_in(dtype):

@@ -69,6 +69,22 @@ def test_random_networks_are_refused(name):
         estimator(Applied(RANDOM[name])).fit(X, Y)
 
 
+TRANSFORMS = {
+    "noise": lambda x: x + torch.randn_like(x),
+    "dropout": lambda x: F.dropout(x, 1e-6),
+    "numpy": lambda x: x * np.random.default_rng().normal(),
+    "mean": lambda x: x - x.mean(0),
+    "max": lambda x: x / x.abs().max(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_random_transforms_and_those_of_batches_are_refused(name):
+    with pytest.raises(ValueError, match=r"preprocess must map every sample on its own.*Take"):
+        estimator(preprocess=TRANSFORMS[name]).fit(X, Y)
+
+
 # Two runs on two samples hardly ever differ.
 RARE = {
     "torch.nn.functional.dropout": lambda x: F.dropout(x, 1e-6),
