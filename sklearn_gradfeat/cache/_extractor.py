@@ -231,10 +231,10 @@ def build_extractor(
     owner = backbone if callable(backbone) else None
     with seeded(seed):
         samples = Samples(X, transform, trunk_dtype, resolved_device, indices)
-        raw = samples.read(slice(0, 2))
+        first = samples.read(slice(0, 2))
         if transform is not resolved.preprocess:
-            check_transform(samples.prepare, raw)
-        example = rows_of_all_ranks(samples.prepare(raw))[0][:2]
+            check_transform(samples.prepare, first)
+        example = rows_of_all_ranks(samples.prepare(first))[0][:2]
         frozen = freeze(resolved.module, example, trunk_dtype, activation_layer, owner)
         names = [] if gradient_layers is None else frozen.choose(gradient_layers)
     if names and dtype != trunk_dtype and not frozen.runs_in(dtype):
