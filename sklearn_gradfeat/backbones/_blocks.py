@@ -256,7 +256,8 @@ def choose_parameters(
             )
         chosen = {name for pattern in patterns for name in _match(pattern, names, gone, aliases)}
     else:
-        found = [block for block in blocks() if block]
+        available = set(names)
+        found = [block for block in blocks() if not available.isdisjoint(block)]
         if gradient_layers > len(found):
             raise ValueError(
                 f"gradient_layers={gradient_layers} asks for more blocks than the backbone "

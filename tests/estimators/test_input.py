@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sklearn_gradfeat import (
     GradientFeatureClassifier,
@@ -170,6 +171,18 @@ def test_layers_below_a_detach_have_no_derivative():
     assert sorted(model.gradient_layers_) == ["2.bias", "2.weight"]
     with pytest.raises(ValueError, match=r"'0\.weight' .* or is below a detach"):
         estimator(network, gradient_layers="0").fit(X, Y)
+    above = nn.Sequential(nn.Conv2d(1, 6, 3), detach, nn.PReLU())
+    assert estimator(above, gradient_layers="all").fit(X, Y).gradient_layers_ == ["2.weight"]
+    with pytest.raises(ValueError, match="more blocks than the backbone has: 0"):
+        estimator(above).fit(X, Y)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_reentrant_checkpoint():
+    """Autograd refuses it, and the graph needs none."""
+    model = estimator(Then(lambda z: checkpoint(torch.sin, z, use_reentrant=True))).fit(X, Y)
+    plain = estimator(Then(torch.sin)).fit(X, Y)
+    np.testing.assert_allclose(model.predict_proba(X), plain.predict_proba(X))
 
 
 def test_backbone_that_takes_two_arguments():
