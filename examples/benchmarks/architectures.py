@@ -118,14 +118,15 @@ def fit(network, x, y, **settings):
     """Return a fitted classifier with penalties at which both terms matter."""
     settings |= {"precision": "float64", "parametrization": "standard", "tol": 1e-8}
     settings["feature_store"] = None
+    own = copy.deepcopy(network)  # some networks keep what a pass computes
     with torch.no_grad():
-        output = copy.deepcopy(network)(x)  # some networks keep what a pass computes
+        output = own(x)
     f = output.flatten(2).mean(2) if output.ndim > 2 else output
     alpha = 0.03 * float(f.var(0).sum())
     first = GradientFeatureClassifier(network, alpha=alpha, gradient_alpha=np.inf, **settings)
     first.fit(x, y)
     residual = (softmax(first.decision_function(x), 1) - np.eye(3)[y]) / len(y)
-    gradient = Original(network, first).gradient(x, torch.from_numpy(residual @ first.omega_))
+    gradient = Original(own, first).gradient(x, torch.from_numpy(residual @ first.omega_))
     gradient_alpha = 3 * _norm(gradient.values()) ** 2
     model = GradientFeatureClassifier(
         network, alpha=alpha, gradient_alpha=gradient_alpha, **settings

@@ -6,6 +6,7 @@ from sklearn_gradfeat.backbones._attention import differentiable_attention
 from sklearn_gradfeat.backbones._copies import on_host, stored_weights, unwrapped, with_weights
 from sklearn_gradfeat.backbones._fingerprint import UndigestibleError, digest, tensor_bytes
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, Network, freeze
+from sklearn_gradfeat.backbones._independence import check_transform
 from sklearn_gradfeat.backbones._layers import ActivationLayer
 from sklearn_gradfeat.backbones._pickling import Pickled
 from sklearn_gradfeat.backbones._sources import (
@@ -26,6 +27,7 @@ __all__ = [
     "Pickled",
     "Resolved",
     "UndigestibleError",
+    "check_transform",
     "default_name",
     "differentiable_attention",
     "digest",

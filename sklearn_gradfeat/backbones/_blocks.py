@@ -182,9 +182,20 @@ def after_attention(captured: Captured) -> set[str]:
 
 
 def differentiable(captured: Captured) -> list[str]:
-    """Return the names of the parameters that may be chosen, in graph order."""
+    """Return the names of the parameters that may be chosen, in graph order.
+
+    Those that reach the activation only through ``detach`` have no derivative.
+    """
     order = {node: i for i, node in enumerate(captured.graph.nodes)}
-    names = [n for n in captured.parameters if n not in captured.frozen]
+    reaching = {captured.output}
+    for node in reversed(captured.graph.nodes):
+        if node in reaching and operator_name(node) != "detach":
+            reaching.update(node.all_input_nodes)
+    names = [
+        name
+        for name, node in captured.parameters.items()
+        if name not in captured.frozen and node in reaching
+    ]
     return sorted(names, key=lambda n: order[captured.parameters[n]])
 
 
@@ -226,8 +237,8 @@ def choose_parameters(
     """
     if not names:
         raise ValueError(
-            "backbone has no parameters to differentiate. Pass a network with "
-            "layers, or set features='activation'."
+            "backbone has no parameters to differentiate, or detaches its output from all of them. "
+            "Pass a network with layers, or set features='activation'."
         )
     if isinstance(gradient_layers, str) and gradient_layers == "all":
         return list(names)
@@ -245,7 +256,8 @@ def choose_parameters(
             )
         chosen = {name for pattern in patterns for name in _match(pattern, names, gone, aliases)}
     else:
-        found = [block for block in blocks() if block]
+        available = set(names)
+        found = [block for block in blocks() if not available.isdisjoint(block)]
         if gradient_layers > len(found):
             raise ValueError(
                 f"gradient_layers={gradient_layers} asks for more blocks than the backbone "

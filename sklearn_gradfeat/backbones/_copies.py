@@ -7,6 +7,7 @@ import functools
 import inspect
 import pickle
 import types
+import weakref
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any, TypeVar
@@ -186,49 +187,122 @@ def _copy(module: nn.Module) -> nn.Module:
     computed = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
     try:
         if has_lazy_parameters(module):
-            lazy: nn.Module = pickle.loads(pickle.dumps(module))
-            return lazy
-        copied = copy.deepcopy(module, computed)
-        for layer in copied.modules():
-            _rebind(vars(layer), computed)
-        return copied
-    except (RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError) as error:
+            copied: nn.Module = pickle.loads(pickle.dumps(module))
+        else:
+            copied = copy.deepcopy(module, computed)
+            for layer in copied.modules():
+                vars(layer).update({k: _in_copy(v, computed) for k, v in vars(layer).items()})
+    except Exception as error:
         raise ValueError(
             f"backbone cannot be copied ({error}). Store tensors in it as parameters or buffers, "
             "and no object that copy.deepcopy refuses."
         ) from error
+    _check_apart(copied, module)
+    return copied
 
 
-def _rebind(held: dict[Any, Any], memo: dict[int, Any]) -> None:
-    """Replace functions over parts of the original by functions over the copies in ``memo``.
+def _check_apart(copied: nn.Module, module: nn.Module) -> None:
+    """Raise an error if a module shares layers or tensors with its copy, which would change it."""
+    originals = {id(part) for part in _parts_of_module(module).values()}
+    for name, part in _parts_of_module(copied).items():
+        if id(part) in originals:
+            raise ValueError(
+                f"backbone cannot be copied: its copy shares {name or 'the whole module'!r} with "
+                "it. Take __deepcopy__ out of the class of that layer or tensor, or let it return "
+                "a new object."
+            )
 
-    A deep copy shares functions, such as hooks and a replaced ``forward``. If one refers to a
-    layer of the original, the copy would run that layer, in its own mode and with its own weights.
+
+def _parts_of_module(module: nn.Module) -> dict[str, Any]:
+    """Return the layers and tensors of a module by name."""
+    return {**dict(module.named_modules()), **_named_tensors(module)}
+
+
+def _in_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a value with the copies in ``memo`` in place of the originals that it refers to.
+
+    A deep copy shares functions, such as hooks and a replaced ``forward``, and weak references. If
+    one refers to a layer of the original, the copy would run that layer, in its own mode and with
+    its own weights.
     """
-    for name, value in held.items():
-        if isinstance(value, types.FunctionType):
-            held[name] = _rebound(value, memo)
-        elif isinstance(value, dict) and str(name).endswith("_hooks"):
-            _rebind(value, memo)
+    if id(value) in memo:
+        return memo[id(value)]
+    if not _refers(value, memo, set()):
+        return value
+    if isinstance(value, types.FunctionType):
+        return _rebound(value, memo)
+    inner = [_in_copy(part, memo) for part in _parts(value)]
+    made: Any
+    if isinstance(value, dict):
+        made = copy.copy(value)
+        made.update(zip(value, inner, strict=True))
+    elif isinstance(value, weakref.ref):
+        made = weakref.ref(inner[0])
+    elif isinstance(value, types.MethodType):
+        made = types.MethodType(inner[1], inner[0])
+    elif isinstance(value, functools.partial):
+        function, *rest = inner
+        n = len(value.args)
+        named = dict(zip(value.keywords, rest[n:], strict=True))
+        made = functools.partial(function, *rest[:n], **named)
+    else:
+        made = value.__class__(inner)
+    memo[id(value)] = made
+    return made
+
+
+def _refers(value: Any, memo: dict[int, Any], seen: set[int]) -> bool:
+    """Whether a value refers to an original of a copy."""
+    if id(value) in memo:
+        return True
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(_refers(part, memo, seen) for part in _parts(value))
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return what a function, a container or a reference holds."""
+    if isinstance(value, types.FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or () if _is_set(c)]
+        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return [*cells, *defaults, *_global_parts(value).values()]
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, weakref.ref):
+        return [value()]
+    return list(value) if type(value) in (list, tuple, set) else []
+
+
+def _global_parts(function: types.FunctionType) -> dict[str, Any]:
+    """Return the modules and tensors among the global variables that a function reads."""
+    names: set[str] = set()
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    found = {name: function.__globals__.get(name) for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, (nn.Module, Tensor))}
 
 
 def _rebound(function: types.FunctionType, memo: dict[int, Any]) -> types.FunctionType:
-    """Return a function whose closure and defaults refer to copies, or the function itself."""
+    """Return a function whose closure, defaults and global variables refer to copies."""
+    shared = {name: _in_copy(value, memo) for name, value in _global_parts(function).items()}
     cells = function.__closure__ or ()
-    values = [_in_copy(cell.cell_contents, memo) if _is_set(cell) else None for cell in cells]
-    defaults = tuple(_in_copy(value, memo) for value in function.__defaults__ or ())
-    before = [*(c.cell_contents for c in cells if _is_set(c)), *(function.__defaults__ or ())]
-    after = [*(v for c, v in zip(cells, values, strict=True) if _is_set(c)), *defaults]
-    same = all(a is b for a, b in zip(before, after, strict=True))
-    if same:
-        return function
-    closure = tuple(
-        types.CellType(value) if _is_set(cell) else cell
-        for cell, value in zip(cells, values, strict=True)
-    )
-    code, name = function.__code__, function.__name__
-    made = types.FunctionType(code, function.__globals__, name, defaults or None, closure)
-    made.__kwdefaults__ = function.__kwdefaults__
+    closure = tuple(types.CellType() for _ in cells)
+    variables = {**function.__globals__, **shared} if shared else function.__globals__
+    made = types.FunctionType(function.__code__, variables, function.__name__, closure=closure)
+    memo[id(function)] = made  # before its closure, which may hold the function itself
+    for cell, new in zip(cells, closure, strict=True):
+        if _is_set(cell):
+            new.cell_contents = _in_copy(cell.cell_contents, memo)
+    made.__defaults__ = _in_copy(function.__defaults__, memo)
+    made.__kwdefaults__ = _in_copy(function.__kwdefaults__, memo)
     made.__dict__.update(function.__dict__)
     return made
 
@@ -239,16 +313,6 @@ def _is_set(cell: types.CellType) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _in_copy(value: Any, memo: dict[int, Any]) -> Any:
-    """Return the counterpart in the copy of a layer, tensor, method or function."""
-    if isinstance(value, (nn.Module, Tensor)):
-        return memo.get(id(value), value)
-    if isinstance(value, types.MethodType):
-        owner = memo.get(id(value.__self__), value.__self__)
-        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-    return _rebound(value, memo) if isinstance(value, types.FunctionType) else value
 
 
 def _remove_reparametrizations(layer: nn.Module) -> None:
@@ -348,7 +412,7 @@ def with_weights(
     ValueError
         If names or shapes differ.
     """
-    copied = frozen_copy(module, example.device, dtype)
+    copied = frozen_copy(unwrapped(module), example.device, dtype)
     if has_lazy_parameters(copied):
         run_once(copied, example)
     tensors = {name: _real(tensor) for name, tensor in _named_tensors(copied).items()}

@@ -54,6 +54,7 @@ from sklearn_gradfeat.backbones._graph import (
     CaptureError,
     Layer,
     out_channels,
+    run_once,
     tied_names,
 )
 from sklearn_gradfeat.backbones._independence import check_independence
@@ -72,8 +73,9 @@ _LOCK = threading.RLock()
 _DIFFERENCE = 0.05
 # Gradients below this share of the largest one count as if they had that size.
 _ROUNDING = 1e-2
-# So many units of rounding of the output are no gradient, for a parameter of this norm at least.
-_NOISE, _SMALLEST = 1000.0, 0.1
+# So many units of rounding of the output are no gradient, for a parameter of this norm at least. A
+# norm of one number, whose output is constant, divides them by the root of 1e-5 or less.
+_NOISE, _SMALLEST = 1e5, 0.1
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,15 @@ class FrozenBackbone:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the module without a graph."""
         self.__dict__.update(state, _networks={}, _others={}, _probe=None, _compared={}, cast=None)
+
+    def runs_in(self, dtype: torch.dtype) -> bool:
+        """Whether the network runs in a dtype; it may not if it casts to another one inside."""
+        other = self.to(self.example.device, dtype)
+        try:
+            run_once(other.module, other.example)
+        except ValueError:
+            return False
+        return True
 
     @property
     def layers(self) -> tuple[Layer, ...] | None:
@@ -345,7 +356,7 @@ class FrozenBackbone:
         gone = {
             name: "is not a floating point tensor"
             if not value.is_floating_point()
-            else "lies above the activation, or does not change it"
+            else "lies above the activation, does not change it, or is below a detach"
             for name, value in every.items()
         }
         gone |= dict.fromkeys(
@@ -380,7 +391,10 @@ class FrozenBackbone:
             output = network.head(tuple(network.parameters.values()), boundary)
         noise = _NOISE * torch.finfo(output.dtype).eps * float(output.norm())
         whole = EagerHead(self.module, common, as_written=True)
-        expected = _gradients(lambda leaves: whole(*leaves, probe)[0], values)
+        try:
+            expected = _gradients(lambda leaves: whole(*leaves, probe)[0], values)
+        except RuntimeError:  # autograd refuses, as in reentrant checkpoints
+            return self._compared.setdefault(names, [])
         graph = tuple(network.parameters.values())
         found = _gradients(lambda leaves: network.head(leaves, boundary), graph)
         largest = max((float(gradient.norm()) for gradient in expected), default=0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +130,8 @@ class Layer(NamedTuple):
 class ActivationModule(nn.Module):
     """A network whose output is the activation, of shape (n_samples, n_activations).
 
+    It has the dtype of the network, also where that casts its output to another one.
+
     Parameters
     ----------
     module : nn.Module
@@ -147,8 +150,16 @@ class ActivationModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation."""
         if isinstance(self.layer, tuple):
-            return joined(self.module, self.layer, x)
-        return activation(self.module, self.layer, x)
+            rows = joined(self.module, self.layer, x)
+        else:
+            rows = activation(self.module, self.layer, x)
+        dtype = self._dtype()
+        return rows if dtype in (None, rows.dtype) else rows.to(dtype)
+
+    def _dtype(self) -> torch.dtype | None:
+        """Return the floating dtype of the network, None if it has no tensors."""
+        tensors = chain(self.module.parameters(), self.module.buffers())
+        return next((t.dtype for t in tensors if t.is_floating_point()), None)
 
 
 @contextmanager
@@ -233,9 +244,16 @@ def check_activation(output: Any, n_samples: int) -> None:
             f"backbone must return one row per sample: it was given {n_samples} samples and "
             f"returned shape {tuple(output.shape)}. {advice}"
         )
-    if not output.is_floating_point():
+    if not output.numel():
+        raise ValueError(
+            "backbone must return at least one activation per sample, it returned shape "
+            f"{tuple(output.shape)}. {advice}"
+        )
+    if not output.is_floating_point() or output.layout is not torch.strided:
+        layout = "" if output.layout is torch.strided else f" with the layout {output.layout}"
         raise TypeError(
-            f"backbone must return floating point numbers, it returned {output.dtype}. {advice}"
+            "backbone must return a dense tensor of floating point numbers, it returned "
+            f"{output.dtype}{layout}. {advice}"
         )
 
 

@@ -18,6 +18,7 @@ from sklearn_gradfeat.backbones import (
     FrozenBackbone,
     Network,
     UndigestibleError,
+    check_transform,
     digest,
     freeze,
     resolve_backbone,
@@ -231,11 +232,16 @@ def build_extractor(
     owner = backbone if callable(backbone) else None
     with seeded(seed):
         samples = Samples(X, transform, trunk_dtype, resolved_device, indices)
-        example = rows_of_all_ranks(samples.batch(slice(0, 2)))[0][:2]
+        first = samples.read(slice(0, 2))
+        if transform is not resolved.preprocess:
+            check_transform(samples.prepare, first)
+        example = rows_of_all_ranks(samples.prepare(first))[0][:2]
         frozen = freeze(resolved.module, example, trunk_dtype, activation_layer, owner)
         if transform is None:
             warn_of_unscaled_images(frozen.module, example)
         names = [] if gradient_layers is None else frozen.choose(gradient_layers)
+    if names and dtype != trunk_dtype and not frozen.runs_in(dtype):
+        dtype = trunk_dtype
     half = precision == "bfloat16"
     slope = None if negative_slope is None else float(negative_slope)
     tokenizer, layers = resolved.tokenizer, frozen.layers

@@ -36,6 +36,7 @@ from sklearn_gradfeat.data._targets import (
     encode_classes,
     normalized_weights,
     numeric_targets,
+    plain_weights,
     weighted_mean,
     weighted_median,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "numeric_targets",
     "of_first_rank",
     "on_all_ranks",
+    "plain_weights",
     "resolve_device",
     "restored_on_error",
     "row_blocks",

@@ -36,7 +36,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise RuntimeError("the tensors of this device have no values")
+        return found
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device={device!r} cannot be used here: {error}. "
@@ -51,7 +54,8 @@ def compute_dtypes(
 
     ``"auto"`` follows scikit-learn for tabular data: float64, unless ``X`` has a narrower floating
     dtype. It follows torch for all other data: float32. The head of a network for tabular data is
-    small and always computes in float64. The device mps has no float64.
+    small and computes in float64, unless the network cannot, as where it casts to float32 inside.
+    The device mps has no float64.
 
     Parameters
     ----------

@@ -50,6 +50,7 @@ def to_numpy_input(X: Any) -> Any:
     """
     if isinstance(X, Tensor):
         return to_numpy(X)
+    check_not_masked(X, "X")
     _check_container(X)
     if _is_dataset(X):
         dataset = _DatasetItems(X)
@@ -75,12 +76,23 @@ def to_numpy_input(X: Any) -> Any:
     return items if isinstance(X, Sequence) else X
 
 
+def check_not_masked(values: Any, name: str) -> None:
+    """Raise an error for an array with masked values, which numpy and torch would use."""
+    if np.ma.is_masked(values):
+        raise ValueError(
+            f"{name} has masked values, and their mask would be ignored. Leave these samples out, "
+            f"or replace the values, as {name}.filled(0) does."
+        )
+
+
 def to_numpy(X: Any) -> Any:
     """Convert tensors, and sequences with tensors, to arrays; return other input unchanged."""
     if isinstance(X, (list, tuple)) and any(isinstance(item, Tensor) for item in X):
         return [to_numpy(item) for item in X]
     if not isinstance(X, Tensor):
         return X
+    if X.is_meta:
+        raise ValueError("A tensor on the meta device has no values. Pass one with values.")
     host = X.detach().cpu()
     return (host.float() if host.dtype == torch.bfloat16 else host).numpy()
 

@@ -402,8 +402,8 @@ def _nested(folder: str, other: str) -> bool:
 
 def _each_file_once(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return pairs of class and path without links to files that are in the list otherwise."""
-    chosen: dict[str, tuple[bool, int]] = {}
-    reals = [os.path.realpath(path) for _, path in found]
+    chosen: dict[str | tuple[int, int], tuple[bool, int]] = {}
+    reals = [_identity(path) for _, path in found]
     for row, (real, (_, path)) in enumerate(zip(reals, found, strict=True)):
         place = os.path.islink(path), row
         chosen[real] = min(chosen.get(real, place), place)
@@ -420,6 +420,15 @@ def _each_file_once(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
             stacklevel=3,
         )
     return [pair for row, pair in enumerate(found) if row in kept]
+
+
+def _identity(path: str) -> str | tuple[int, int]:
+    """Return what all links to a file have in common: its number, or else its real path."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
 def _size(path: str) -> int | None:

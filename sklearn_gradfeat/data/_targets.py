@@ -13,6 +13,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, check_array, column_or_1d
 
+from sklearn_gradfeat.data._containers import check_not_masked, to_numpy
 from sklearn_gradfeat.data._ranks import (
     gather_over_ranks,
     n_ranks,
@@ -122,6 +123,11 @@ def _classes(y: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.intp
 
 def numeric_targets(y: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return the targets of a regression, of shape (n_samples,) or (n_samples, n_outputs)."""
+    if y.dtype.kind in "mM":
+        raise ValueError(
+            f"y must hold finite real numbers, not dates or durations of the dtype {y.dtype}. "
+            "Convert them to numbers of a unit of your choice."
+        )
     try:
         numbers: npt.NDArray[np.float64] = check_array(
             y, ensure_2d=False, dtype=np.float64, input_name="y"
@@ -158,6 +164,17 @@ def weighted_median(
     return median
 
 
+def plain_weights(sample_weight: Any, y: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return the weights of samples as an array, with ones for None."""
+    check_not_masked(sample_weight, "sample_weight")
+    # The samples of one rank may all have weight zero.
+    zeros = _ALLOW_ZEROS if n_ranks() > 1 else {}
+    weights: npt.NDArray[np.float64] = _check_sample_weight(
+        to_numpy(sample_weight), y, dtype=np.float64, ensure_non_negative=True, **zeros
+    )
+    return weights
+
+
 def normalized_weights(
     y: npt.NDArray[Any], sample_weight: Any, class_weight: Any = None
 ) -> npt.NDArray[np.float64]:
@@ -175,16 +192,14 @@ def normalized_weights(
     Raises
     ------
     ValueError
-        If a weight is negative, or if all weights are zero.
+        If a weight or a factor is negative, or if all weights are zero.
     """
-    # The samples of one rank may all have weight zero.
-    zeros = _ALLOW_ZEROS if n_ranks() > 1 else {}
-    weights = _check_sample_weight(
-        sample_weight, y, dtype=np.float64, ensure_non_negative=True, **zeros
-    )
-    weights = _scaled(weights)
+    weights = _scaled(plain_weights(sample_weight, y))
     if class_weight is not None:
-        weights = _scaled(weights * _class_factors(class_weight, y, weights))
+        factors = _class_factors(class_weight, y, weights)
+        if (factors < 0).any():
+            raise ValueError("class_weight: a factor is negative. Pass factors of at least zero.")
+        weights = _scaled(weights * factors)
     total = sum_over_ranks(weights.sum())
     if not total > 0:
         raise ValueError(

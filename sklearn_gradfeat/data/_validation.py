@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from sklearn_gradfeat.data._batches import is_lazy
-from sklearn_gradfeat.data._containers import to_numpy, to_numpy_input
+from sklearn_gradfeat.data._containers import check_not_masked, to_numpy, to_numpy_input
 from sklearn_gradfeat.data._ranks import n_ranks
 from sklearn_gradfeat.data._targets import plain_targets
 
@@ -53,6 +53,7 @@ def validate_samples(estimator: Any, X: Any, y: Any = "no_validation") -> tuple[
     y : ndarray
         The targets.
     """
+    check_not_masked(y, "y")
     X, y = to_numpy_input(X), to_numpy(y)
     y = y.toarray() if sp.issparse(y) else y
     if y is not None and not isinstance(y, str):

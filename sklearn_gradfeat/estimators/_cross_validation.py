@@ -26,12 +26,20 @@ from sklearn.utils.metadata_routing import (
     process_routing,
 )
 from sklearn.utils.parallel import Parallel, delayed
-from sklearn.utils.validation import _check_method_params, _check_sample_weight
+from sklearn.utils.validation import _check_method_params
 from tqdm.auto import tqdm
 
 from sklearn_gradfeat.backbones import neutral_state
 from sklearn_gradfeat.curvature import MAX_ROWS
-from sklearn_gradfeat.data import Ranks, Rows, alone, n_ranks, restored_on_error, validate_samples
+from sklearn_gradfeat.data import (
+    Ranks,
+    Rows,
+    alone,
+    n_ranks,
+    plain_weights,
+    restored_on_error,
+    validate_samples,
+)
 from sklearn_gradfeat.estimators._base import BaseGradientFeature
 from sklearn_gradfeat.estimators._same_on_ranks import check_same_on_ranks, check_same_samples
 from sklearn_gradfeat.linearized import to_numpy
@@ -148,7 +156,7 @@ class CrossValidated(BaseGradientFeature):
             check_same_samples(self, cv=folds)
             weights = {} if sample_weight is None else {"sample_weight": sample_weight}
             if sample_weight is not None:
-                sample_weight = _check_sample_weight(sample_weight, y, dtype=np.float64)
+                sample_weight = plain_weights(sample_weight, y)
             with Progress(self, X=X, y=y, metadata={**params, **weights}) as progress:
                 # Scales of activation layers, which use no labels, come from all samples. Their
                 # weights add up to one over all ranks, each of which passes all samples.

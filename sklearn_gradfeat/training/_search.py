@@ -13,7 +13,7 @@ on to stronger ones.
 The choice is the strongest penalty whose loss is within half a standard error of the smallest one;
 the standard error is that of the difference, sample by sample. If that is the penalty with the
 smallest loss itself, the choice is the minimum of a parabola through it and its neighbours, in the
-logarithm of the penalty.
+logarithm of the penalty. A gradient term that makes no fall that counts is left out.
 
 With several linearisations, the loss of a ``gradient_alpha`` is that of the best of the linear
 models and moved networks that the fit may return, see :class:`Relinearized`. A moved network fits
@@ -217,8 +217,8 @@ class _Path:
     def best_from(self, start: float, infinite: bool = False) -> float:
         """Return the best penalty of a path that begins at ``start``.
 
-        ``infinite`` says whether an infinite penalty is a choice, too; it is the choice if its loss
-        is negligible.
+        ``infinite`` says whether an infinite penalty is a choice, too; it is the choice if no other
+        one has a loss that is smaller by more than a negligible fall.
         """
         if infinite:
             self._try(math.inf)
@@ -289,6 +289,8 @@ class _Path:
     def _chosen(self) -> float:
         """Return the choice, see the top of this module."""
         best = self._lowest()
+        if self._means.get(math.inf, math.inf) - self._means[best] <= self._negligible:
+            return math.inf
         rounding = _ROUNDING * abs(self._means[best])
         tolerated = {p: max(_TOLERATED * self._error(p), rounding) for p in self._means}
         limit = {p: self._means[best] + tolerated[p] for p in self._means}

@@ -68,6 +68,29 @@ def test_module_that_cannot_be_copied():
         estimator(network).fit(X, Y)
 
 
+class Singleton(nn.Linear):
+    """A layer that its copies share."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_copies_that_share_a_layer_are_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), Singleton(6, 6))
+    with pytest.raises(ValueError, match=r"its copy shares '2' with it. Take __deepcopy__ out"):
+        estimator(network).fit(X, Y)
+    assert network[2].training
+    assert network[2].weight.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_errors_of_copies_are_explained():
+    network = tiny_net()
+    network.attached = torch.jit.script(scripted_function)
+    with pytest.raises(ValueError, match=r"backbone cannot be copied .*no object that copy"):
+        estimator(network).fit(X, Y)
+
+
 # --- tensors that a cast would change ----------------------------------------------------------
 
 
@@ -101,6 +124,10 @@ def test_complex_weights_keep_their_imaginary_part(precision, layers):
     np.testing.assert_allclose(plain.decision_function(X), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"'filter' is not a floating point tensor"):
         estimator(network, gradient_layers="filter").fit(X, Y)
+
+
+def scripted_function(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
 
 
 class Named(nn.Parameter):

@@ -36,7 +36,8 @@ def test_the_trunk_sees_every_sample_once(features):
     model = estimator(
         features=features, preprocess=Counting(), batch_size=7, feature_store=None
     ).fit(X, Y)
-    assert Counting.seen == len(X) + 2  # two samples show the shape of a batch
+    # Two samples show the shape of a batch, and must be mapped alike together and alone.
+    assert Counting.seen == len(X) + 2 + 2 + 3 + 3
     assert features == "activation" or model.n_passes_ > 2
     Counting.seen = 0
     model.predict(X)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -151,6 +152,55 @@ def test_fit_and_predict_leave_the_module_alone(name):
     with torch.no_grad():
         expected = evaluated(torch.from_numpy(X))
         assert torch.allclose(frozen(torch.from_numpy(X)), expected, rtol=1e-5, atol=1e-6)
+
+
+class ByReference(nn.Module):
+    """A network that reaches its second layer by a reference that a deep copy shares."""
+
+    def __init__(self, reference):
+        super().__init__()
+        self.first, self.second = nn.Linear(50, 6), nn.Linear(6, 6)
+        self.scale = reference(self.second)
+
+    def forward(self, x):
+        return self.first(x.flatten(1)) * self.scale()
+
+
+def by_global(layer):
+    variables = {"layer": layer}
+    exec("def scale():\n    return (lambda: layer.weight.sum())()", variables)
+    return variables["scale"]
+
+
+def by_recursion(layer):
+    def scale(n=3):
+        return layer.weight.sum() if n == 0 else scale(n - 1)
+
+    return scale
+
+
+REFERENCES = {
+    "list": lambda layer: lambda held=[layer]: held[0].weight.sum(),
+    "partial": lambda layer: functools.partial(lambda d: d["a"][0].weight.sum(), d={"a": (layer,)}),
+    "keyword": lambda layer: lambda *, held=layer: held.weight.sum(),
+    "method": lambda layer: lambda f=layer.get_parameter: f("weight").sum(),
+    "weak": lambda layer: functools.partial(lambda held: held().weight.sum(), weakref.ref(layer)),
+    "global": by_global,
+    "recursion": by_recursion,
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_functions_of_a_copy_refer_to_the_copy(name):
+    network = ByReference(REFERENCES[name])
+    frozen = frozen_copy(network, torch.device("cpu"), torch.float64)
+    x = torch.ones(2, 2, 5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        before = frozen(x)
+        network.second.weight.zero_()
+        assert torch.equal(frozen(x), before)
+        frozen.second.weight.zero_()
+        assert not frozen(x).any()
 
 
 def test_layers_in_closures_are_copied_too():

@@ -228,6 +228,8 @@ def test_the_check_of_preprocess_pickles_no_values(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is present")
 def test_absent_device():
+    with pytest.raises(ValueError, match=r"device='meta' cannot be used here.*have no values"):
+        estimator(device="meta").fit(X, Y)
     with pytest.raises(ValueError, match=r"device='cuda' cannot be used here.*device='auto'"):
         estimator(device="cuda").fit(X, Y)
 

@@ -92,6 +92,15 @@ def test_file_in_two_classes_warns(root):
         ImageFiles.from_folder(root)
 
 
+@links
+def test_hard_links_are_one_file(root):
+    os.link(root / "cat" / "1.png", root / "cat" / "2.png")
+    assert paths(root) == ["cat/1.png", "dog/1.png"]
+    os.link(root / "cat" / "1.png", root / "dog" / "2.png")
+    with pytest.warns(UserWarning, match=r"Links place 1 files in two classes, .*dog/2\.png"):
+        assert paths(root) == ["cat/1.png", "dog/1.png"]
+
+
 # --- equal files ------------------------------------------------------------------------------
 
 

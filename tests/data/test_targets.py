@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_sample_weight
@@ -126,6 +127,12 @@ def test_numeric_targets_that_cannot_be_used(y):
         numeric_targets(np.array(y))
 
 
+@pytest.mark.parametrize("dtype", ["M8[D]", "m8[s]"])
+def test_dates_are_no_numbers(dtype):
+    with pytest.raises(ValueError, match="y must hold finite real numbers, not dates"):
+        numeric_targets(np.zeros(3, dtype))
+
+
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8), st.integers(0, 1000))
 def test_weighted_mean(column, seed):
     weights = np.random.default_rng(seed).random(len(column)) + 0.01
@@ -190,6 +197,20 @@ def test_balanced_classes_count_their_samples_by_weight():
 def test_weights_that_cannot_be_used(weights, message):
     with pytest.raises(ValueError, match=message):
         normalized_weights(CLASSES, np.array(weights, float))
+
+
+def test_masks_and_negative_factors_are_refused():
+    masked = np.ma.masked_array(np.ones(6), mask=[1, 0, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match=r"sample_weight has masked values.*replace the values"):
+        normalized_weights(CLASSES, masked)
+    with pytest.raises(ValueError, match="class_weight: a factor is negative"):
+        normalized_weights(CLASSES, None, {"a": 1, "b": -1, "c": 1})
+
+
+def test_weights_may_be_tensors_with_gradients():
+    weights = torch.arange(1.0, 7.0, requires_grad=True)
+    found = normalized_weights(CLASSES, weights)
+    assert np.array_equal(found, normalized_weights(CLASSES, weights.tolist()))
 
 
 def test_classes_without_weight_leave_nothing():

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from PIL import Image
 from sklearn.exceptions import ConvergenceWarning, DataConversionWarning, NotFittedError
 from torch import nn
@@ -39,6 +40,8 @@ def fitted():
         (X[:, :, :, :0], ValueError, "0 feature"),
         (np.char.add(X.astype(str), "a"), ValueError, "numeric"),
         (np.char.add(X.astype(str), "a").astype(object), ValueError, "could not convert string"),
+        (np.ma.masked_array(X, mask=X > 1), ValueError, "X has masked values"),
+        (torch.empty(24, 1, 8, 8, device="meta"), ValueError, "meta device has no values"),
         (sp.csr_array(X.reshape(24, -1)), TypeError, "Sparse data was passed for X"),
         (sp.csc_matrix(X.reshape(24, -1)), TypeError, "Sparse data was passed for X"),
     ],
@@ -162,6 +165,7 @@ def test_wrong_number_of_columns():
         (np.linspace(0, 1, 24), "Unknown label type"),
         (np.stack([Y, Y], 1), "several columns"),
         (None, "y"),
+        (np.ma.masked_array(Y, mask=Y == 1), "y has masked values, and their mask"),
     ],
 )
 def test_bad_y(y, match, wrap):

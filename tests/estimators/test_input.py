@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sklearn_gradfeat import (
     GradientFeatureClassifier,
@@ -27,6 +28,12 @@ class Then(nn.Module):
 
     def forward(self, x):
         return self.function(self.net(x))
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 @pytest.fixture(scope="module")
@@ -122,15 +129,60 @@ def test_too_many_blocks():
         (lambda z: z.mean(1), ValueError, r"n_samples, n_activations\).*it returned shape \(2,\)"),
         (lambda z: z.sum(), ValueError, r"\(n_samples, n_activations\).*it returned shape \(\)"),
         (lambda z: z.long(), TypeError, "floating point numbers, it returned torch.int64"),
+        (lambda z: z.to_sparse(), TypeError, "it returned torch.float32 with the layout"),
+        (lambda z: z[:, :0], ValueError, r"at least one activation .*it returned shape \(2, 0\)"),
+        (lambda z: z.detach(), ValueError, "or detaches its output from all of them"),
         (lambda z: z @ torch.ones(5, 2), ValueError, r"failed on a batch of shape \(2, 1, 8, 8\)"),
         (lambda z: z.new_ones(z.shape), ValueError, "does not depend on"),
     ],
-    ids=["tuple", "dict", "none", "nan", "inf", "first", "twice", "1-D", "0-D", "int", "raises",
-         "constant"],
+    ids=["tuple", "dict", "none", "nan", "inf", "first", "twice", "1-D", "0-D", "int", "sparse",
+         "empty", "detached", "raises", "constant"],
 )  # fmt: skip
 def test_bad_output_of_the_backbone(function, error, match):
     with pytest.raises(error, match=match):
         estimator(Then(function)).fit(X, Y)
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured as a graph")
+@pytest.mark.parametrize("graph", [True, False])
+def test_output_of_another_precision(graph):
+    network = Then(lambda z: z.float() if graph or float(z.detach().sum()) < 1e9 else z)
+    with pytest.warns(UserWarning, match="casts to lower precision inside"):
+        model = estimator(network, precision="float64").fit(X, Y)
+    with torch.no_grad():
+        expected = copy.deepcopy(network).double()(torch.from_numpy(X).double()).numpy()
+    np.testing.assert_allclose(model.transform(X), expected)
+
+
+@pytest.mark.parametrize("rows", [np.float32, np.float64])
+def test_network_that_casts_to_single_precision_in_its_head(rows):
+    """The head of a network for tabular data is in float64, if the network can be."""
+    network = nn.Sequential(nn.Linear(64, 6), Function(lambda z: z.float()), nn.Linear(6, 4))
+    samples = X.reshape(24, 64).astype(rows)
+    model = estimator(network, gradient_layers="all", precision="float32").fit(samples, Y)
+    assert model.transform(samples).dtype == np.float32
+    assert sorted(model.gradient_layers_) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+
+
+def test_layers_below_a_detach_have_no_derivative():
+    detach = Function(torch.Tensor.detach)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), detach, nn.Conv2d(4, 6, 3))
+    model = estimator(network, gradient_layers="all").fit(X, Y)
+    assert sorted(model.gradient_layers_) == ["2.bias", "2.weight"]
+    with pytest.raises(ValueError, match=r"'0\.weight' .* or is below a detach"):
+        estimator(network, gradient_layers="0").fit(X, Y)
+    above = nn.Sequential(nn.Conv2d(1, 6, 3), detach, nn.PReLU())
+    assert estimator(above, gradient_layers="all").fit(X, Y).gradient_layers_ == ["2.weight"]
+    with pytest.raises(ValueError, match="more blocks than the backbone has: 0"):
+        estimator(above).fit(X, Y)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_reentrant_checkpoint():
+    """Autograd refuses it, and the graph needs none."""
+    model = estimator(Then(lambda z: checkpoint(torch.sin, z, use_reentrant=True))).fit(X, Y)
+    plain = estimator(Then(torch.sin)).fit(X, Y)
+    np.testing.assert_allclose(model.predict_proba(X), plain.predict_proba(X))
 
 
 def test_backbone_that_takes_two_arguments():

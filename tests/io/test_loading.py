@@ -54,6 +54,31 @@ def test_other_architecture(saved, backbone, message):
         load(saved, backbone.eval())
 
 
+def test_compiled_module(saved):
+    compiled = torch.compile(tiny_net(), backend="eager")
+    assert same(load(saved, NET), load(saved, compiled))
+
+
+class Counting(nn.Module):
+    """A network that counts its samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny_net()
+        self.register_buffer("n_seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.n_seen += len(x)
+        return self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured as a graph")
+def test_network_that_counts_its_samples(path):
+    model = estimator(Counting()).fit(X, Y)
+    model.save(path)
+    assert same(model, load(path, Counting))
+
+
 def test_other_sample_shape(saved):
     with pytest.raises(ValueError, match=r"shape \(1, 6, 6\).*fitted with samples of shape"):
         load(saved, NET).predict(X[:, :, :6, :6])

@@ -169,14 +169,16 @@ def minimum(loss, columns, intercept, shape):
     """Return the smallest ``loss(b + A z) + ‖z‖² / 2`` and the logits there, by Newton's method.
 
     ``columns`` is a list of arrays (n_samples * n_outputs, p), already divided by the square
-    roots of their penalties.
+    roots of their penalties. The unknowns are the coordinates along the singular vectors of ``A``,
+    in units in which the curvature of a squared loss would be one: singular values of 1e6 would
+    cost all digits.
     """
     n, c = shape
     A = np.hstack(columns) if columns else np.zeros((n * c, 0))
     left, sizes, _ = np.linalg.svd(A, full_matrices=False)
     free = np.tile(np.eye(c), (n, 1)) if intercept else np.zeros((n * c, 0))
-    rows = np.hstack([free, left * sizes])
-    penalty = np.repeat([0.0, 1.0], [free.shape[1], len(sizes)])
+    rows = np.hstack([free, left * (sizes / np.sqrt(1 + sizes**2))])
+    penalty = np.append(np.zeros(free.shape[1]), 1 / (1 + sizes**2))
     blocks, x = rows.reshape(n, c, -1), np.zeros(rows.shape[1])
 
     def logits(x):
@@ -185,7 +187,8 @@ def minimum(loss, columns, intercept, shape):
     def value(x):
         return loss.value(logits(x)) + penalty @ x**2 / 2
 
-    current, stuck = value(x), 0
+    start = current = value(x)
+    stuck = 0
     for i in range(1000):
         Z = logits(x)
         gradient = rows.T @ loss.gradient(Z).ravel() + penalty * x
@@ -195,7 +198,7 @@ def minimum(loss, columns, intercept, shape):
         decrement, t = -gradient @ step, 1.0
         while value(x + t * step) > current - 1e-4 * t * decrement and t > 1e-10:
             t /= 2
-        stuck = stuck + 1 if t <= 1e-10 or decrement <= 1e-15 * abs(current) else 0
+        stuck = stuck + 1 if t <= 1e-10 or decrement <= 1e-15 * start else 0
         if stuck == 2:  # both curvatures leave nothing but rounding errors
             return current, logits(x)
         if t > 1e-10:

@@ -333,8 +333,9 @@ def check_predictions(case, model, found, u):
         assert ((P >= 0) & (P <= 1)).all()
         if case.kind != "labels":
             assert_allclose(P.sum(1), 1, rtol=1e-5)
-            chosen = np.asarray(model.classes_)[P.argmax(1)]
-            assert_array_equal(model.predict(case.new), chosen)
+            chosen = np.searchsorted(model.classes_, model.predict(case.new))
+            of_chosen = P[np.arange(len(P)), chosen]  # logits below 1e-7 are ties in float32
+            assert_allclose(of_chosen, P.max(1), rtol=4 * np.finfo(P.dtype).eps)
     assert model.predict(case.new).reshape(shape).shape[0] == len(case.new)
 
 
@@ -396,9 +397,10 @@ def close(case, value, best, start):
     """Check that the objective is within the tolerance of the optimum.
 
     The Newton decrement takes an approximate Hessian. For such small and ill-conditioned problems,
-    what is left to gain can be thousands of times larger. The oracle is solved to a millionth.
+    what is left to gain can be thousands of times larger; with penalties below 1e-5, which make
+    condition numbers of 1e11, a hundred thousand times. The oracle is solved to a millionth.
     """
-    tol = 1e4 * case.options["tol"]
+    tol = case.options["tol"] * (1e5 if min(case.alpha, case.gradient_alpha) < 1e-5 else 1e4)
     rounding = (1e-9 if case.exact else 1e-4) * start
     below = max(rounding, 1e-6 * start)
     assert -below <= value - best <= tol * (start - best) + rounding, (value, best, start)
@@ -418,7 +420,7 @@ def failures(seeds, folder):
     return found
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [*range(3), 965, 5233])
 def test_random_network(seed, tmp_path):
     check(seed, tmp_path)
 

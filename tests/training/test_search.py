@@ -80,6 +80,13 @@ def test_a_negligible_loss_needs_no_gradient_term(loss, n_tried):
     assert len(given.tried) == n_tried
 
 
+@pytest.mark.parametrize(("fall", "without"), [(5e-4, True), (5e-3, False)])
+def test_a_negligible_fall_needs_no_gradient_term(fall, without):
+    given = Given(lambda a: 1.0 if math.isinf(a) else 1.0 - fall)
+    path = _Path(given, lambda a: (a, 0.0), None, negligible=1e-3)
+    assert math.isinf(path.best_from(1.0, infinite=True)) == without
+
+
 @pytest.mark.parametrize("better", [True, False])
 def test_infinite_penalty_competes(better):
     best, tried = path(lambda a: 1.0 if math.isinf(a) else 1.1 - 0.2 * better, infinite=True)
