@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sklearn_gradfeat.backbones import threads_for, threads_for_head
+from sklearn_gradfeat.curvature._factored_term import factored
 from sklearn_gradfeat.curvature._kfac import per_sample_gradients
 from sklearn_gradfeat.curvature._layer_rows import multiplications, output_gradients, record
 from sklearn_gradfeat.curvature._sample_space import SampleInverse
@@ -72,7 +73,7 @@ def with_rows_if_cheap(tangent: TangentTerm, n_samples: int, max_bytes: int) -> 
     sampled = torch.float64.itemsize * numbers * _most_sampled(n_samples, n_outputs)
     n_bytes = n_samples * numbers * tangent.omega.element_size() + sampled
     if not on_all_ranks(cheap and n_bytes <= max_bytes):
-        return tangent
+        return factored(tangent, n_samples, max_bytes) or tangent
     rows = tangent.retry(lambda: _rows(tangent, n_samples))
     if not on_all_ranks(rows is not None):
         return tangent
