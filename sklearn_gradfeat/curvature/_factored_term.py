@@ -54,16 +54,13 @@ class _Linear:
     @classmethod
     def from_call(cls, call: LayerCall, gradients: Sequence[Tensor], n_samples: int) -> _Linear:
         """Keep the rows of some samples that have a gradient."""
-        rows = torch.stack(
-            [replace(call, part=None).output_rows(g, n_samples)[0].flatten(0, 1) for g in gradients]
-        )
+        own = replace(call, part=None)
+        flat = [own.output_rows(g, n_samples)[0].flatten(0, 1) for g in gradients]
         inputs = call.input_rows((), n_samples)[0]
-        samples = torch.arange(n_samples, device=rows.device).repeat_interleave(inputs.shape[1])
-        seen = rows.any(2).any(0)
-        inputs, call = inputs.flatten(0, 1), call.without_tensors()
-        if seen.all():
-            return cls(call, inputs.clone(), rows, samples)
-        return cls(call, inputs[seen], rows[:, seen], samples[seen])
+        samples = torch.arange(n_samples, device=inputs.device).repeat_interleave(inputs.shape[1])
+        seen = torch.stack([g.any(1) for g in flat]).any(0).nonzero()[:, 0]
+        rows = torch.stack([g[seen] for g in flat])
+        return cls(call.without_tensors(), inputs.flatten(0, 1)[seen], rows, samples[seen])
 
     def _blocks(self) -> Iterator[slice]:
         return row_blocks(len(self.inputs), self.gradients.shape[2] + self.inputs.shape[1])
