@@ -180,7 +180,7 @@ def factors(
         for grads in output_gradients(activation, [*calls, *norms], columns):
             rows_out = [c.output_rows(g, len(w)) for c, g in zip(calls, grads, strict=False)]
             for i, gradient in _norm_gradients(norms, grads[len(calls) :], len(w)).items():
-                squares[i] = squares.get(i, 0.0) + w @ gradient**2
+                squares[i] = squares.get(i, 0.0) + w @ (head.scales[i] * gradient) ** 2
             if not chosen:  # by the first column, which is the strongest
                 chosen = [_strongest(r, w) for r in rows_out]
                 for call, positions in zip(calls, chosen, strict=True):
