@@ -10,7 +10,8 @@ through the network takes about three times as long: it computes the value as we
 derivatives through all layers. The rows take a backward pass for every logit, or for every
 dimension that the output weights ``Ω`` span, which is one less with a softmax.
 
-Rows of linear layers at positions without a gradient, such as padded tokens, are left out.
+Rows of linear layers at positions without a gradient, such as padded tokens, are left out. Where
+memory is too small for all samples, the others pass the network.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ from sklearn_gradfeat.curvature._layer_rows import (
     record_with_norms,
 )
 from sklearn_gradfeat.data import on_all_ranks, row_blocks
-from sklearn_gradfeat.linearized import TangentTerm, Tensors, agrees
+from sklearn_gradfeat.linearized import Batches, TangentTerm, Tensors, agrees
 
 # Passes of a fit, and the cost of one through the network, in forward passes of the head.
 _PASSES, _NETWORK = 10, 3
@@ -50,6 +52,11 @@ class _Linear:
     inputs: Tensor
     gradients: Tensor
     samples: Tensor
+
+    @property
+    def n_bytes(self) -> int:
+        """The size of all tensors."""
+        return self.inputs.nbytes + self.gradients.nbytes
 
     @classmethod
     def from_call(cls, call: LayerCall, gradients: Sequence[Tensor], n_samples: int) -> _Linear:
@@ -103,6 +110,11 @@ class _Convolution:
     inputs: Tensor
     gradients: Tensor
 
+    @property
+    def n_bytes(self) -> int:
+        """The size of all tensors."""
+        return self.inputs.nbytes + self.gradients.nbytes
+
     @classmethod
     def from_call(cls, call: LayerCall, gradients: Sequence[Tensor]) -> _Convolution:
         """Keep all inputs and gradients."""
@@ -143,6 +155,11 @@ class _Norm:
 
     gradients: dict[int, Tensor]
 
+    @property
+    def n_bytes(self) -> int:
+        """The size of all tensors."""
+        return sum(gradients.nbytes for gradients in self.gradients.values())
+
     @classmethod
     def from_call(cls, call: NormCall, gradients: Sequence[Tensor], n_samples: int) -> _Norm:
         """Sum the gradients over the positions of every sample."""
@@ -173,24 +190,28 @@ class FactoredTerm(TangentTerm):
         Orthonormal columns that span those of ``Ω``.
     kept : list of (slice, list)
         The rows of a batch, and what is kept of every layer.
+    rest : TangentTerm or None
+        The term of the samples that are not kept, if any.
     """
 
     outer: Tensor
     kept: list[tuple[slice, list[_Kept]]] = field(repr=False)
+    rest: TangentTerm | None = None
 
     def add_forward(self, u: Tensor, logits: Tensor) -> Tensor:
         """Return ``logits + Ω J u``."""
         total, moves = logits.clone(), self.head.displacements(u)
         for rows, layers in self.kept:
             total[rows] += self._forward(layers, moves, rows).to(logits)
-        return total
+        return total if self.rest is None else self.rest.add_forward(u, total)
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """Return ``Σᵢ Jᵢᵀ Ωᵀ cotangentᵢ``."""
         totals = [torch.zeros_like(value) for value in self.head.values]
         for rows, layers in self.kept:
             self._adjoint(layers, cotangent[rows], totals)
-        return self._flat(totals)
+        pulled = self._flat(totals)
+        return pulled if self.rest is None else pulled + self.rest.adjoint(cotangent)
 
     def add_forward_adjoint(
         self, u: Tensor, logits: Tensor, cotangent_of: Callable[[slice, Tensor], Tensor]
@@ -204,7 +225,11 @@ class FactoredTerm(TangentTerm):
         for rows, layers in self.kept:
             total[rows] += self._forward(layers, moves, rows).to(logits)
             self._adjoint(layers, cotangent_of(rows, total[rows]), totals)
-        return total, self._flat(totals)
+        pulled = self._flat(totals)
+        if self.rest is None:
+            return total, pulled
+        total, others = self.rest.add_forward_adjoint(u, total, cotangent_of)
+        return total, pulled + others
 
     def _forward(self, layers: Sequence[_Kept], moves: Tensors, rows: slice) -> Tensor:
         n_samples = rows.stop - rows.start
@@ -228,7 +253,7 @@ class FactoredTerm(TangentTerm):
 
 
 def factored(tangent: TangentTerm, n_samples: int, max_bytes: int) -> FactoredTerm | None:
-    """Return the gradient term with kept rows, where they save time and fit into memory.
+    """Return the gradient term with the rows of as many samples as possible, if they save time.
 
     Parameters
     ----------
@@ -237,41 +262,51 @@ def factored(tangent: TangentTerm, n_samples: int, max_bytes: int) -> FactoredTe
     n_samples : int
         Number of samples.
     max_bytes : int
-        Largest size of the rows.
+        Largest size of the rows. Other samples pass the network.
 
     Returns
     -------
     FactoredTerm or None
-        The same map. It is None where the rows take too much time or memory, or do not determine
-        the map, as where a parameter has another use besides the layers.
+        The same map. It is None where the rows take too much time, those of a batch take too much
+        memory, or the rows do not determine the map, as where a parameter has another use besides
+        the layers.
     """
     left, singular, right = torch.linalg.svd(tangent.omega, full_matrices=False)
     n_columns = int((singular > 10 * torch.finfo(singular.dtype).eps * singular.max()).sum())
     outer, columns = left[:, :n_columns], singular[:n_columns, None] * right[:n_columns]
     _, few = next(iter(tangent.batches(math.ceil(n_samples / 2))))
-    cheap, numbers = _is_cheap(tangent, few, n_columns)
-    n_bytes = numbers * n_samples * tangent.omega.element_size()
-    if not on_all_ranks(cheap and n_bytes <= max_bytes):
+    if not on_all_ranks(_is_cheap(tangent, few, n_columns)):
         return None
-    kept = tangent.retry(lambda: _rows(tangent, outer, columns))
+    kept = tangent.retry(lambda: _rows(tangent, outer, columns, max_bytes))
     if not on_all_ranks(kept is not None):
         return None
     assert kept is not None
-    return FactoredTerm(**vars(tangent), outer=outer, kept=kept)
+    rest, n_kept = None, kept[-1][0].stop
+    if n_kept < n_samples:
+        rest = replace(tangent, batches=partial(_after, tangent.batches, n_kept))
+    return FactoredTerm(**vars(tangent), outer=outer, kept=kept, rest=rest)
 
 
-def _is_cheap(tangent: TangentTerm, few: Tensors, n_columns: int) -> tuple[bool, float]:
-    """Return whether the rows save time, and how many numbers a sample has."""
+def _after(batches: Batches, n: int) -> Iterator[tuple[slice, Tensors]]:
+    """Iterate over (rows, boundary tensors) of the samples after the first ``n``."""
+    for rows, boundary in batches():
+        first = max(n, rows.start)
+        if first < rows.stop:
+            yield slice(first, rows.stop), tuple(z[first - rows.start :] for z in boundary)
+
+
+def _is_cheap(tangent: TangentTerm, few: Tensors, n_columns: int) -> bool:
+    """Return whether the rows save time."""
     head, n_samples = tangent.head, len(few[0])
     _, calls, norms = record_with_norms(head, few)
     if n_columns == 0 or not _covers(calls, norms, len(head.values), n_samples):
-        return False, 0
+        return False
     forward = multiplications(head, few)
     layers = sum(call.output.numel() * head.values[call.weight][0].numel() for call in calls)
     numbers = sum(call.inputs.numel() + n_columns * call.output.numel() for call in calls)
     saved = _PASSES * (_NETWORK * forward - layers - READING * numbers)
     cost = (_CHECKED + n_columns * backward_share(head, few, calls)) * forward
-    return saved >= cost, numbers / n_samples
+    return saved >= cost
 
 
 def _covers(
@@ -285,10 +320,11 @@ def _covers(
 
 
 def _rows(
-    tangent: TangentTerm, outer: Tensor, columns: Tensor
+    tangent: TangentTerm, outer: Tensor, columns: Tensor, max_bytes: int
 ) -> list[tuple[slice, list[_Kept]]] | None:
-    """Return what is kept of all samples, or None if it disagrees with Jacobian products."""
-    head, kept = tangent.head, []
+    """Return what is kept of the first samples, or None if it disagrees with Jacobian products."""
+    head, n_bytes = tangent.head, 0
+    kept: list[tuple[slice, list[_Kept]]] = []
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(head.size, generator=generator, dtype=torch.float64).to(columns)
     moves = head.displacements(u)
@@ -298,13 +334,16 @@ def _rows(
             layers = _kept(tangent, boundary, columns, n_samples)
         if layers is None:
             return None
+        n_bytes += sum(layer.n_bytes for layer in layers)
+        if n_bytes > max_bytes:
+            break
         found = columns.new_zeros(n_samples, len(columns))
         for layer in layers:
             layer.add_forward(moves, found)
         if not agrees(found @ outer.T, head.jvp(boundary, u) @ tangent.omega.T, columns.dtype):
             return None
         kept.append((rows, layers))
-    return kept
+    return kept or None
 
 
 def _kept(

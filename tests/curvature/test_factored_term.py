@@ -1,12 +1,14 @@
 """The gradient term from rows of layers, against the same term through the network."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from sklearn_gradfeat.curvature import FactoredTerm, _factored_term, with_rows_if_cheap
 from sklearn_gradfeat.curvature._factored_term import factored
-from tests.curvature.problems import image_term, module_term, normal
+from tests.curvature.problems import batches, image_term, module_term, normal
 from tests.curvature.test_explicit_rows import Twice
 
 N = 20
@@ -101,6 +103,21 @@ def test_none_where_a_parameter_is_outside_of_layers():
     module = nn.Sequential(nn.Linear(6, 6), nn.PReLU(6), nn.Flatten()).double()
     names = ["0.weight", "0.bias", "1.weight"]
     assert factored(module_term(module, names, normal(N, 6)), N, 2**30) is None
+
+
+def test_samples_for_which_memory_is_too_small_pass_the_network():
+    term = masked_term()
+    size = sum(layer.n_bytes for layer in factored(term, N, 2**30).kept[0][1])
+    found = factored(term, N, int(2.5 * size))
+    assert 0 < found.kept[-1][0].stop < N
+    u, logits, cotangent = normal(term.head.size), normal(N, 3, seed=1), normal(N, 3, seed=2)
+    torch.testing.assert_close(found.add_forward(u, logits), term.add_forward(u, logits))
+    torch.testing.assert_close(found.adjoint(cotangent), term.adjoint(cotangent))
+    both = found.add_forward_adjoint(u, logits, lambda rows, moved: moved.square())
+    expected = term.add_forward_adjoint(u, logits, lambda rows, moved: moved.square())
+    torch.testing.assert_close(both, expected)
+    rest = [rows for rows, _ in _factored_term._after(partial(batches, (TOKENS,), 6), 8)]
+    assert [(rows.start, rows.stop) for rows in rest] == [(8, 12), (12, 18), (18, N)]
 
 
 def test_none_where_memory_or_time_is_short(monkeypatch):
