@@ -441,8 +441,9 @@ class TwoStageFit:
     def _choose_term(self, first: FirstStage) -> None:
         """Choose between explicit rows and Jacobian products for the second stages of a first."""
         if first.term is None:
-            term, n_samples = self.tangent(first.model.omega, 0.0), len(self.samples.activation)
-            first.term = with_rows_if_cheap(term, n_samples, self.samples.room)
+            term, samples = self.tangent(first.model.omega, 0.0), self.samples
+            n_samples = len(samples.activation)
+            first.term = with_rows_if_cheap(term, n_samples, samples.room, samples.room_for_rows)
 
     def _term(self, first: FirstStage, gradient_alpha: float) -> TangentTerm:
         """Return the gradient term of a second stage."""

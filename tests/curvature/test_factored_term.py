@@ -125,9 +125,9 @@ def test_none_where_memory_or_time_is_short(monkeypatch):
     assert factored(term, N, 1000) is None
     monkeypatch.setattr(_factored_term, "_PASSES", 0)
     assert factored(term, N, 2**30) is None
-    assert with_rows_if_cheap(term, N, 1000) is term
 
 
 def test_takes_the_place_of_explicit_rows_that_are_too_large():
-    n_bytes = 8 * 3 * N * masked_term().head.size
-    assert isinstance(with_rows_if_cheap(masked_term(), N, n_bytes), FactoredTerm)
+    assert isinstance(with_rows_if_cheap(masked_term(), N, 1000, 2**30), FactoredTerm)
+    term = masked_term()
+    assert with_rows_if_cheap(term, N, 1000, 1000) is term
