@@ -271,11 +271,13 @@ def factored(tangent: TangentTerm, n_samples: int, max_bytes: int) -> FactoredTe
         memory, or the rows do not determine the map, as where a parameter has another use besides
         the layers.
     """
+    _, few = next(iter(tangent.batches(math.ceil(n_samples / 2))))
+    if not on_all_ranks(max_bytes > 0 and _is_cheap(tangent, few)):
+        return None
     left, singular, right = torch.linalg.svd(tangent.omega, full_matrices=False)
     n_columns = int((singular > 10 * torch.finfo(singular.dtype).eps * singular.max()).sum())
     outer, columns = left[:, :n_columns], singular[:n_columns, None] * right[:n_columns]
-    _, few = next(iter(tangent.batches(math.ceil(n_samples / 2))))
-    if not on_all_ranks(_is_cheap(tangent, few, n_columns)):
+    if n_columns == 0:
         return None
     kept = tangent.retry(lambda: _rows(tangent, outer, columns, max_bytes))
     if not on_all_ranks(kept is not None):
@@ -295,11 +297,11 @@ def _after(batches: Batches, n: int) -> Iterator[tuple[slice, Tensors]]:
             yield slice(first, rows.stop), tuple(z[first - rows.start :] for z in boundary)
 
 
-def _is_cheap(tangent: TangentTerm, few: Tensors, n_columns: int) -> bool:
+def _is_cheap(tangent: TangentTerm, few: Tensors) -> bool:
     """Return whether the rows save time."""
-    head, n_samples = tangent.head, len(few[0])
+    head, n_samples, n_columns = tangent.head, len(few[0]), min(tangent.omega.shape)
     _, calls, norms = record_with_norms(head, few)
-    if n_columns == 0 or not _covers(calls, norms, len(head.values), n_samples):
+    if not _covers(calls, norms, len(head.values), n_samples):
         return False
     forward = multiplications(head, few)
     layers = sum(call.output.numel() * head.values[call.weight][0].numel() for call in calls)
@@ -316,7 +318,9 @@ def _covers(
     every: list[LayerCall | NormCall] = [*calls, *norms]
     used = {i for call in every for i in (call.weight, call.bias)}
     by_sample = all(call.is_by_sample(n_samples) for call in every)
-    return by_sample and used >= set(range(n_parameters))
+    # The backward operator of convolutions takes no padding by name.
+    named = any(isinstance(option, str) for call in calls for option in call.options)
+    return by_sample and not named and used >= set(range(n_parameters))
 
 
 def _rows(
@@ -338,8 +342,9 @@ def _rows(
         if n_bytes > max_bytes:
             break
         found = columns.new_zeros(n_samples, len(columns))
-        for layer in layers:
-            layer.add_forward(moves, found)
+        with threads_for_head(head.values, boundary):
+            for layer in layers:
+                layer.add_forward(moves, found)
         if not agrees(found @ outer.T, head.jvp(boundary, u) @ tangent.omega.T, columns.dtype):
             return None
         kept.append((rows, layers))

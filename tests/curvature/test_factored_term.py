@@ -120,6 +120,18 @@ def test_samples_for_which_memory_is_too_small_pass_the_network():
     assert [(rows.start, rows.stop) for rows in rest] == [(8, 12), (12, 18), (18, N)]
 
 
+def test_none_where_padding_has_a_name():
+    module = nn.Sequential(nn.Conv2d(1, 2, 3, padding="same"), nn.Flatten()).double()
+    term = module_term(module, ["0.weight", "0.bias"], normal(N, 1, 4, 4))
+    assert factored(term, N, 2**30) is None
+
+
+def test_none_where_the_output_weights_vanish():
+    term = masked_term()
+    term.omega.zero_()
+    assert factored(term, N, 2**30) is None
+
+
 def test_none_where_memory_or_time_is_short(monkeypatch):
     term = masked_term()
     assert factored(term, N, 1000) is None
