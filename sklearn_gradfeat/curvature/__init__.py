@@ -1,6 +1,7 @@
 """Curvature of the linear model: preconditioners, the coarse space, leave-one-out."""
 
 from sklearn_gradfeat.curvature._explicit_rows import with_rows_if_cheap
+from sklearn_gradfeat.curvature._factored_term import FactoredTerm
 from sklearn_gradfeat.curvature._inverses import (
     Inverses,
     largest_curvature,
@@ -13,6 +14,7 @@ from sklearn_gradfeat.curvature._sample_space import (
 
 __all__ = [
     "MAX_ROWS",
+    "FactoredTerm",
     "Inverses",
     "largest_curvature",
     "leave_one_out",

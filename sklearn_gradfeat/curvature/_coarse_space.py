@@ -28,6 +28,7 @@ those layers of which every activation sees one channel.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,8 +45,9 @@ from sklearn_gradfeat.curvature._coarse_rows import (
     SummedRows,
 )
 from sklearn_gradfeat.curvature._layer_rows import (
+    READING,
     LayerCall,
-    multiplications,
+    backward_share,
     output_gradients,
     record,
 )
@@ -66,13 +68,13 @@ from sklearn_gradfeat.linearized import (
 
 # Cost of an evaluation in the subspace, as a share of the cost of the layers in a pass.
 _SHARE = 1 / 8
-# Multiplications that take as long as reading a number.
-_READING = 16
 # Largest size of the rows of all samples, in bytes.
 _MAX_BYTES = 2**31
 # Projecting the rows takes a backward pass for every output: at most as many as take the time of
 # this many passes through the head.
 _MAX_OUTPUTS = 32
+# Samples that show the layouts of the layers; the map is compared with the network for all.
+_FEW = 8
 # Layers with fewer multiplications per sample have passes that are already cheap.
 _MIN_COST = 2**15
 # Candidate lower bounds on the eigenvalues, as shares of the largest one.
@@ -332,8 +334,9 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     """
     tangent = objective.tangent
     assert tangent is not None
-    rows, boundary = next(iter(tangent.batches()))
-    found = layouts(tangent, boundary, rows.stop - rows.start)
+    few = tangent.batches(math.ceil(objective.n_samples / _FEW))
+    _, boundary = next(iter(few))
+    found = layouts(tangent, boundary, len(boundary[0]))
     found = dict(set.intersection(*(set(of.items()) for of in gather_over_ranks(found))))
     layers = [layer for layer in curvature.layers if layer.weight in found and layer.decomposed]
     cost = sum(
@@ -343,7 +346,8 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     if not layers or cost < _MIN_COST:
         return None
     n_outputs = min(tangent.omega.shape)
-    share = max(gather_over_ranks(_backward_share(tangent, boundary)))
+    _, calls = record(tangent.head, boundary)
+    share = max(gather_over_ranks(backward_share(tangent.head, boundary, calls)))
     many = n_outputs * share > _MAX_OUTPUTS
     if many:
         layers = [layer for layer in layers if found[layer.weight].channelwise]
@@ -365,15 +369,6 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
         return None
     assert subspace is not None
     return _checked(objective, subspace)
-
-
-def _backward_share(tangent: TangentTerm, boundary: Tensors) -> float:
-    """Return the cost of a backward pass to the outputs of all layers, as a share of the head."""
-    _, calls = record(tangent.head, boundary)
-    total, first = multiplications(tangent.head, boundary), calls[0]
-    below = first.output.numel() * tangent.head.values[first.weight][0].numel()
-    above = total - below + _READING * sum(call.output.numel() for call in calls)
-    return min(above / total, 1.0) if total > 0 else 1.0
 
 
 def _largest(
@@ -410,7 +405,7 @@ def _cheapest(
 
 def _evaluation(cost: Cost) -> int:
     """Return the cost of an evaluation, in multiplications."""
-    return cost.multiplications + _READING * cost.numbers
+    return cost.multiplications + READING * cost.numbers
 
 
 def _checked(objective: TangentObjective, subspace: Subspace) -> Subspace | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sklearn_gradfeat.backbones import threads_for, threads_for_head
+from sklearn_gradfeat.curvature._factored_term import factored
 from sklearn_gradfeat.curvature._kfac import per_sample_gradients
 from sklearn_gradfeat.curvature._layer_rows import multiplications, output_gradients, record
 from sklearn_gradfeat.curvature._sample_space import SampleInverse
@@ -46,7 +47,9 @@ _FEWEST, _MOST = 64, 2048
 _SHARE = 64
 
 
-def with_rows_if_cheap(tangent: TangentTerm, n_samples: int, max_bytes: int) -> TangentTerm:
+def with_rows_if_cheap(
+    tangent: TangentTerm, n_samples: int, max_bytes: int, max_factored: int = 0
+) -> TangentTerm:
     """Return the gradient term with explicit rows, where these are cheap and fit into memory.
 
     Parameters
@@ -57,12 +60,15 @@ def with_rows_if_cheap(tangent: TangentTerm, n_samples: int, max_bytes: int) -> 
         Number of samples.
     max_bytes : int
         Largest size of the rows and of their copies.
+    max_factored : int, default=0
+        Largest size of the factors of the rows, see :func:`factored`.
 
     Returns
     -------
-    ExplicitTerm or TangentTerm
-        The same map. It is the given term if rows are not cheap, if they take too much memory, or
-        if they do not determine the map, as where a parameter has another use besides the layers.
+    ExplicitTerm, FactoredTerm or TangentTerm
+        The same map. It is the given term if neither kind of rows is cheap, if they take too much
+        memory, or if they do not determine the map, as where a parameter has another use besides
+        the layers.
     """
     n_outputs = len(tangent.omega)
     _, few = next(iter(tangent.batches(math.ceil(n_samples / 2))))
@@ -72,7 +78,7 @@ def with_rows_if_cheap(tangent: TangentTerm, n_samples: int, max_bytes: int) -> 
     sampled = torch.float64.itemsize * numbers * _most_sampled(n_samples, n_outputs)
     n_bytes = n_samples * numbers * tangent.omega.element_size() + sampled
     if not on_all_ranks(cheap and n_bytes <= max_bytes):
-        return tangent
+        return factored(tangent, n_samples, max_factored) or tangent
     rows = tangent.retry(lambda: _rows(tangent, n_samples))
     if not on_all_ranks(rows is not None):
         return tangent

@@ -38,7 +38,13 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from sklearn_gradfeat.backbones import differentiable_attention
-from sklearn_gradfeat.curvature._layer_rows import LayerCall, output_gradients, record
+from sklearn_gradfeat.curvature._layer_rows import (
+    LayerCall,
+    NormCall,
+    output_gradients,
+    record,
+    record_with_norms,
+)
 from sklearn_gradfeat.curvature._spectrum import Spectrum
 from sklearn_gradfeat.data import gather_over_ranks, n_ranks, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import LinearizedHead, Tensors
@@ -165,12 +171,16 @@ def factors(
     diagonals: dict[int, Tensor] = {}
     for rows, boundary in batches:
         w = weights[rows]
-        activation, calls = record(head, boundary, differentiable=True)
+        activation, calls, norms = record_with_norms(head, boundary, differentiable=True)
+        norms = [call for call in norms if call.is_by_sample(len(w))]
         if not activation.requires_grad:
             raise ValueError("The activation does not depend on the gradient layers.")
         chosen: list[_Positions] = []
-        for grads in output_gradients(activation, calls, columns):
-            rows_out = [c.output_rows(g, len(w)) for c, g in zip(calls, grads, strict=True)]
+        squares: dict[int, Tensor] = {}
+        for grads in output_gradients(activation, [*calls, *norms], columns):
+            rows_out = [c.output_rows(g, len(w)) for c, g in zip(calls, grads, strict=False)]
+            for i, gradient in _norm_gradients(norms, grads[len(calls) :], len(w)).items():
+                squares[i] = squares.get(i, 0.0) + w @ (head.scales[i] * gradient) ** 2
             if not chosen:  # by the first column, which is the strongest
                 chosen = [_strongest(r, w) for r in rows_out]
                 for call, positions in zip(calls, chosen, strict=True):
@@ -179,11 +189,23 @@ def factors(
             n_rows = n_samples * len(columns)
             for call, gradient, positions in zip(calls, rows_out, chosen, strict=True):
                 found[call.weight].add_output(positions.strongest(gradient, n_rows), w)
-        covered = {*found, *(f.bias for f in found.values())}
+        covered = {*found, *(f.bias for f in found.values()), *squares}
         rest = [i for i in range(len(head.values)) if i not in covered]
-        for i, square in zip(rest, _squares(head, rest, boundary, columns, w), strict=True):
+        others = zip(rest, _squares(head, rest, boundary, columns, w), strict=True)
+        for i, square in (*squares.items(), *others):
             diagonals[i] = diagonals.get(i, 0.0) + square
     return found, diagonals
+
+
+def _norm_gradients(
+    norms: Sequence[NormCall], gradients: Tensors, n_samples: int
+) -> dict[int, Tensor]:
+    """Return the gradients of every sample in the weights and biases of norms."""
+    found: dict[int, Tensor] = {}
+    for call, gradient in zip(norms, gradients, strict=True):
+        for i, part in call.sample_gradients(gradient, n_samples).items():
+            found[i] = found[i] + part if i in found else part
+    return found
 
 
 def sums_over_ranks(

@@ -24,7 +24,10 @@ from sklearn_gradfeat.linearized import LinearizedHead, Tensors
 
 _LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 _VIEWS = {"flatten", "slice", "index_select"}
+_NORM = ("input", "normalized_shape", "weight", "bias", "eps")
 _ALL = slice(None)
+# Multiplications that take as long as reading a number.
+READING = 16
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,24 @@ class LayerCall:
         """Number of groups of a convolution; one for a linear layer."""
         return int(self.options[3]) if len(self.options) > 3 else 1
 
+    def is_by_sample(self, n_samples: int) -> bool:
+        """Return whether every row of the output belongs to one sample."""
+        if self.kind == "linear":
+            return _by_sample(self.output, n_samples).shape[1] == n_samples
+        return len(self.output) == n_samples and self.output.ndim == self.inputs.ndim
+
+    def without_tensors(self) -> LayerCall:
+        """Return the call without its input and output, which take memory."""
+        none = self.inputs.new_empty(0)
+        return replace(self, inputs=none, output=none)
+
     def input_rows(
         self, kernel: Sequence[int], n_samples: int, positions: Tensor | slice = _ALL
     ) -> Tensor:
         """Return the input rows at some positions."""
         if self.kind == "linear":
             return _by_sample(self.inputs, n_samples)[:, :, positions]
-        stride, padding, dilation, _ = _complete(self.options, len(kernel))
+        stride, padding, dilation, _ = complete(self.options, len(kernel))
         x = _pad(self.inputs, kernel, padding, dilation)
         pieces = []
         for offset in product(*map(range, kernel)):
@@ -115,6 +129,38 @@ class LayerCall:
         return flat.permute(1, 0, 3, 2)
 
 
+@dataclass(frozen=True)
+class NormCall:
+    """One application of a layer norm over the last axis.
+
+    Parameters
+    ----------
+    weight : int
+        Position of the weight in the tuple of parameters.
+    bias : int or None
+        Position of the bias; None where it is not among the parameters.
+    normalised, output : tensor
+        The result without weight and bias, and with them.
+    """
+
+    weight: int
+    bias: int | None
+    normalised: Tensor
+    output: Tensor
+
+    def is_by_sample(self, n_samples: int) -> bool:
+        """Return whether every row of the output belongs to one sample."""
+        return _by_sample(self.output, n_samples).shape[1] == n_samples
+
+    def sample_gradients(self, gradient: Tensor, n_samples: int) -> dict[int, Tensor]:
+        """Return the gradients in weight and bias of every sample, from that in the output."""
+        rows = _by_sample(gradient, n_samples)[0]
+        found = {self.weight: (rows * _by_sample(self.normalised, n_samples)[0]).sum(1)}
+        if self.bias is not None:
+            found[self.bias] = rows.sum(1)
+        return found
+
+
 class LayerRecorder(TorchFunctionMode):
     """Records the layers that a head applies, if their weight is among given parameters."""
 
@@ -123,6 +169,7 @@ class LayerRecorder(TorchFunctionMode):
         self.positions = {id(p): i for i, p in enumerate(parameters)}
         self.parts: dict[int, tuple[Tensor, int]] = {}
         self.calls: list[LayerCall] = []
+        self.norms: list[NormCall] = []
         self.derived: list[Tensor] = []  # from parameters, kept alive for their ids
 
     def __torch_function__(
@@ -143,7 +190,20 @@ class LayerRecorder(TorchFunctionMode):
             self.calls.append(LayerCall(weight, bias, kind, inputs, output, options, part))
             # An operator that works in place must not change the recorded output.
             return output.clone()
+        if kind == "layer_norm":
+            return self._note_norm(dict(zip(_NORM, args, strict=False)) | (kwargs or {}), output)
         return output
+
+    def _note_norm(self, given: dict[str, Any], output: Tensor) -> Tensor:
+        """Record a layer norm over the last axis whose weight is a parameter."""
+        shape, weight = given["normalized_shape"], self.positions.get(id(given.get("weight")))
+        if len(shape) != 1 or weight is None:
+            return output
+        bias = self.positions.get(id(given.get("bias")))
+        eps = given.get("eps", 1e-5)
+        normalised = torch.layer_norm(given["input"].detach(), shape, eps=eps)
+        self.norms.append(NormCall(weight, bias, normalised, output))
+        return output.clone()
 
     def _note_derived(self, kind: str, args: tuple[Any, ...], output: Tensor) -> None:
         """Note a weight flattened to (n_outputs, n_inputs), or some rows of a weight or bias."""
@@ -174,6 +234,13 @@ def record(
     head: LinearizedHead, boundary: Tensors, *, differentiable: bool = False
 ) -> tuple[Tensor, list[LayerCall]]:
     """Return the activation and every application of a layer whose weight is a parameter."""
+    return record_with_norms(head, boundary, differentiable=differentiable)[:2]
+
+
+def record_with_norms(
+    head: LinearizedHead, boundary: Tensors, *, differentiable: bool = False
+) -> tuple[Tensor, list[LayerCall], list[NormCall]]:
+    """Return the same, and every application of a layer norm whose weight is a parameter."""
     values = tuple(value.detach().requires_grad_(differentiable) for value in head.values)
     with (
         torch.set_grad_enabled(differentiable),
@@ -181,7 +248,7 @@ def record(
         LayerRecorder(values) as recorder,
     ):
         activation = head.head(values, boundary)
-    return activation, _with_one_width(recorder.calls)
+    return activation, _with_one_width(recorder.calls), recorder.norms
 
 
 def _with_one_width(calls: list[LayerCall]) -> list[LayerCall]:
@@ -191,7 +258,7 @@ def _with_one_width(calls: list[LayerCall]) -> list[LayerCall]:
 
 
 def output_gradients(
-    activation: Tensor, calls: Sequence[LayerCall], columns: Tensor
+    activation: Tensor, calls: Sequence[LayerCall | NormCall], columns: Tensor
 ) -> Iterator[Tensors]:
     """Yield, for every column, the gradients of ``column · activation`` in the recorded outputs."""
     outputs = [call.output for call in calls]
@@ -208,6 +275,14 @@ def multiplications(head: LinearizedHead, boundary: Tensors) -> float:
         head.head(head.values, boundary)
     total: float = counter.total
     return total
+
+
+def backward_share(head: LinearizedHead, boundary: Tensors, calls: Sequence[LayerCall]) -> float:
+    """Return the cost of a backward pass to the outputs of all layers, as a share of the head."""
+    total, first = multiplications(head, boundary), calls[0]
+    below = first.output.numel() * head.values[first.weight][0].numel()
+    above = total - below + READING * sum(call.output.numel() for call in calls)
+    return min(above / total, 1.0) if total > 0 else 1.0
 
 
 class _Counter(TorchDispatchMode):
@@ -239,7 +314,7 @@ def _by_sample(rows: Tensor, n_samples: int) -> Tensor:
     return flat.view(1, n_samples, -1, flat.shape[-1])
 
 
-def _complete(options: tuple[Any, ...], n_axes: int) -> list[Any]:
+def complete(options: tuple[Any, ...], n_axes: int) -> list[Any]:
     """Return stride, padding, dilation and groups of a convolution, with their defaults."""
     given = [*options, *(1, 0, 1, 1)[len(options) :]]
     return [

@@ -25,12 +25,14 @@ from sklearn_gradfeat.linearized._losses import (
     Squared,
 )
 from sklearn_gradfeat.linearized._objective import (
+    Batches,
     TangentObjective,
     TangentTerm,
     agrees,
 )
 
 __all__ = [
+    "Batches",
     "Bernoulli",
     "ExplicitTerm",
     "Huber",

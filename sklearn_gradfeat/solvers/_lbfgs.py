@@ -173,6 +173,7 @@ def minimize(
     callback: Callable[[int, float, Tensor, float, float], bool] | None = None,
     curvature_pairs: CurvaturePairs | None = None,
     coarse: Callable[[Inverse], CoarseSolver | None] | None = None,
+    coarse_after: int = 0,
     state: State | None = None,
     keep: Callable[[State], None] | None = None,
 ) -> Solution:
@@ -197,7 +198,7 @@ def minimize(
        suffices: with ``Q`` the Hessian of the loss, it is ``g + t (AᵀQD + penalty d)``.
     5. *Coarse-space solve.* With ``coarse``, the point then moves to an approximate minimiser
        of ``F`` over ``x + V``, where ``V`` is a subspace on which ``A`` is cheap. The first
-       iteration consists of this solve alone. An iteration then costs two passes, but far
+       iteration with it consists of this solve alone. An iteration then costs two passes, but far
        fewer iterations are needed.
     6. *New preconditioner.* When the summed curvature of the loss has changed by a factor of
        two since ``P`` was built, ``P`` is built anew at ``Z`` and the pairs are dropped.
@@ -225,9 +226,13 @@ def minimize(
     curvature_pairs : CurvaturePairs, default=None
         The curvature pairs of a fit that ended at ``x``, of the same loss under any penalty.
     coarse : callable, default=None
-        Called with every preconditioner, unless the starting point is nearly optimal. Returns
-        None or a function ``solve(x, logits, norm)``, which returns an approximate minimiser
-        over the coarse space through ``x``, its logits and the change of the objective.
+        Called with every preconditioner, unless the point is nearly optimal after the first
+        ``coarse_after`` iterations. Returns None or a function ``solve(x, logits, norm)``, which
+        returns an approximate minimiser over the coarse space through ``x``, its logits and the
+        change of the objective.
+    coarse_after : int, default=0
+        Number of iterations without coarse-space solves at the start. They may be enough where a
+        pass is cheap.
     state : State, default=None
         Where a former call ended an iteration, with the same arguments. This call then returns
         the same as that one would have, up to rounding errors.
@@ -255,18 +260,20 @@ def minimize(
     memory.recall(curvature_pairs, penalty)
     preconditioned = memory.inverse(point.gradient)
     norm = _norm(point.gradient, preconditioned)
-    far = norm**2 / 2 > _FAR**2 * tolerance(point.value)
-    two_levels = far if state is None else state.coarse_pairs is not None
-    solve = coarse(memory.inverse) if coarse and two_levels else None
-    if solve and state and state.coarse_pairs:
-        solve.recall(state.coarse_pairs)
     n_iter = len(path) - 1
+    coarse_pairs = None if state is None else state.coarse_pairs
+    solve = None if coarse is None or coarse_pairs is None else coarse(memory.inverse)
+    if solve and coarse_pairs:
+        solve.recall(coarse_pairs)
     status: Status = "converged"
     while norm**2 / 2 > tolerance(point.value):
         if n_iter == max_iter:
             status = "max_iter"
             break
-        moved, cost = _step(objective, point, memory, preconditioned, norm, solve, n_iter == 0)
+        begins = n_iter == coarse_after
+        if begins and coarse and norm**2 / 2 > _FAR**2 * tolerance(point.value):
+            solve = solve or coarse(memory.inverse)
+        moved, cost = _step(objective, point, memory, preconditioned, norm, solve, begins)
         passes += cost
         if moved is None:
             if not memory.pairs:

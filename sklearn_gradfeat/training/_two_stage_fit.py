@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.cache import CachedSamples
-from sklearn_gradfeat.curvature import Inverses, with_rows_if_cheap
+from sklearn_gradfeat.curvature import FactoredTerm, Inverses, with_rows_if_cheap
 from sklearn_gradfeat.data import (
     Result,
     accumulation_device,
@@ -58,6 +58,8 @@ from sklearn_gradfeat.training._progress import Progress, Watch
 # The first stage is solved to this share of tol. Its iterations are cheap; the second stage would
 # need passes over the head to remove the error that it leaves.
 _FIRST_STAGE = 0.01
+# Where passes need no network, the coarse space is built if these iterations are not enough.
+_COARSE_AFTER = 2
 # Tolerance where Newton steps are exact: one or two more steps reach it.
 _EXACT = 1e-16
 
@@ -439,8 +441,9 @@ class TwoStageFit:
     def _choose_term(self, first: FirstStage) -> None:
         """Choose between explicit rows and Jacobian products for the second stages of a first."""
         if first.term is None:
-            term, n_samples = self.tangent(first.model.omega, 0.0), len(self.samples.activation)
-            first.term = with_rows_if_cheap(term, n_samples, self.samples.room)
+            term, samples = self.tangent(first.model.omega, 0.0), self.samples
+            n_samples = len(samples.activation)
+            first.term = with_rows_if_cheap(term, n_samples, samples.room, samples.room_for_rows)
 
     def _term(self, first: FirstStage, gradient_alpha: float) -> TangentTerm:
         """Return the gradient term of a second stage."""
@@ -547,6 +550,7 @@ class TwoStageFit:
             callback=callback,
             curvature_pairs=inverses.curvature_pairs,
             coarse=lambda inverse: self._retry(partial(coarse, inverse)),
+            coarse_after=_COARSE_AFTER if isinstance(objective.tangent, FactoredTerm) else 0,
             state=state,
             keep=partial(self.journal.keep, stage, inverses),
         )

@@ -1,7 +1,10 @@
 """Training samples after the frozen layers, kept on the host or on the device."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from sklearn_gradfeat import (
@@ -9,8 +12,10 @@ from sklearn_gradfeat import (
     GradientFeatureClassifierCV,
     config_context,
 )
+from sklearn_gradfeat.cache._runner import CachedSamples
 from sklearn_gradfeat.cache._sample_files import FileBoundary
 from sklearn_gradfeat.cache._store import Boundary
+from sklearn_gradfeat.data import BatchSize
 
 
 @pytest.mark.parametrize(
@@ -44,3 +49,13 @@ def test_a_device_keeps_the_boundary_where_it_has_room(kind, options, where, mon
         counts.append(len(taken))
         assert np.array_equal(model.decision_function(X), expected)
     assert counts[2] < counts[0] <= counts[1]
+
+
+def test_rows_of_a_fold_have_less_room():
+    X = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+    activation = torch.from_numpy(X)
+    whole = CachedSamples(activation, Boundary([]), BatchSize(4), np.arange(20, dtype=np.uint64))
+    moved = whole.with_activation(2 * activation)
+    assert whole.room_for_rows == moved.room_for_rows == whole.room > 0
+    fold = replace(whole, part_of=(whole, torch.arange(10)))
+    assert fold.room_for_rows == whole.room // 8

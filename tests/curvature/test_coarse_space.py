@@ -35,7 +35,7 @@ N, CLASSES = 40, 3
 def every_size_is_worth_it(monkeypatch):
     """Let tiny layers have a subspace of more than one direction."""
     monkeypatch.setattr(coarse_space, "_MIN_COST", 0)
-    monkeypatch.setattr(coarse_space, "_READING", 0)
+    monkeypatch.setattr(coarse_space, "READING", 0)
     monkeypatch.setattr(coarse_space, "_SHARE", 0.5)
 
 
@@ -90,7 +90,7 @@ def test_map_against_the_dense_one():
     ],
 )
 def test_the_fastest_rows_are_kept(monkeypatch, layout, ranks, n_outputs, kind):
-    monkeypatch.setattr(coarse_space, "_READING", 16)
+    monkeypatch.setattr(coarse_space, "READING", 16)
     cost, chosen = coarse_space._cheapest(layout, ranks, n_outputs, many=False)
     assert chosen is kind
     rows = kind(torch.zeros(layout.n_channels, ranks[0]), ranks[1], layout.n_positions)
@@ -226,7 +226,7 @@ def test_more_outputs_than_activations(kind):
 def test_many_outputs_leave_layers_that_need_a_backward_pass_for_each(monkeypatch, kind, kept):
     problem = image_objective(kind)
     monkeypatch.setattr(coarse_space, "_MAX_OUTPUTS", 0)
-    monkeypatch.setattr(coarse_space, "_READING", 0.01)
+    monkeypatch.setattr(coarse_space, "READING", 0.01)
     subspace = subspace_of(problem)
     assert {block.rows.channelwise for block in subspace.blocks} == kept
     x = normal(sum(subspace.sizes))

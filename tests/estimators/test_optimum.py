@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
-from sklearn_gradfeat.curvature import _coarse_space, _explicit_rows
+from sklearn_gradfeat.curvature import _coarse_space, _explicit_rows, _factored_term
 from tests.networks import NETWORKS, build
 from tests.oracles import dense_jacobian, dense_optimum, ntk_scales
 from tests.tiny import estimator
@@ -76,12 +76,28 @@ def with_rows(monkeypatch):
     monkeypatch.setattr(_explicit_rows, "_FEWEST", 16)
 
 
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.fixture
+def with_factors(monkeypatch):
+    """Rows of layers cost nothing, and explicit ones too much, so fits use the first."""
+    monkeypatch.setattr(_explicit_rows, "_NUMBER", 1e12)
+    monkeypatch.setattr(_factored_term, "READING", 0)
+    monkeypatch.setattr(_factored_term, "_PASSES", 10**6)
+    made = []
+    monkeypatch.setattr(
+        _explicit_rows,
+        "factored",
+        lambda *args: made.append(_factored_term.factored(*args)) or made[-1],
+    )
+    yield
+    assert made and None not in made
+
+
+@pytest.mark.parametrize("rows", [None, "with_rows", "with_factors"])
 @pytest.mark.parametrize("target", ["multinomial", "multilabel"])
 @pytest.mark.parametrize("kind", ["plain", "normed"])
 def test_optimum_matches_a_dense_solve(kind, target, rows, request):
     if rows:
-        request.getfixturevalue("with_rows")
+        request.getfixturevalue(rows)
     alpha, gradient_alpha = 0.01, 0.003
     model, module = fit(kind, target, alpha=alpha, gradient_alpha=gradient_alpha)
     f, g = explicit(model, module)
@@ -104,12 +120,13 @@ def test_optimum_matches_a_dense_solve(kind, target, rows, request):
         {"alpha": "auto", "gradient_alpha": "auto"},
     ],
 )
-def test_explicit_rows_reach_the_optimum_of_jacobian_products(options, request):
+@pytest.mark.parametrize("rows", ["with_rows", "with_factors"])
+def test_rows_reach_the_optimum_of_jacobian_products(options, rows, request):
     rng = np.random.default_rng(0)
     images = rng.normal(size=(N, 1, 8, 8)).astype(np.float32)
     model = estimator(tol=1e-9, max_iter=500, **options)
     expected = model.fit(images, TARGETS["multinomial"], WEIGHTS).objective_path_[-1]
-    request.getfixturevalue("with_rows")
+    request.getfixturevalue(rows)
     found = model.fit(images, TARGETS["multinomial"], WEIGHTS).objective_path_[-1]
     assert found == pytest.approx(expected, rel=1e-4)
 
@@ -274,7 +291,7 @@ def test_fit_of_tied_weights_reaches_the_optimum():
 
 @pytest.mark.parametrize("estimator", [GradientFeatureClassifier, GradientFeatureRegressor])
 def test_estimators_use_the_coarse_space(estimator, monkeypatch):
-    for name, value in (("_MIN_COST", 0), ("_READING", 0), ("_SHARE", 0.5)):
+    for name, value in (("_MIN_COST", 0), ("READING", 0), ("_SHARE", 0.5)):
         monkeypatch.setattr(_coarse_space, name, value)
     made = []
     monkeypatch.setattr(

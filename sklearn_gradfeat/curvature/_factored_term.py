@@ -1,0 +1,373 @@
+"""The gradient term from the inputs and the output gradients of every layer.
+
+With input rows ``a_t`` and gradients ``g_ct`` of logit ``c`` in the output rows of a layer, at the
+positions ``t`` of a sample, a displacement ``D`` of the layer adds to that logit::
+
+    Σ_t g_ctᵀ D a_t
+
+Both are kept for all samples. Then a pass multiplies every layer with its inputs once. A pass
+through the network takes about three times as long: it computes the value as well, and takes the
+derivatives through all layers. The rows take a backward pass for every logit, or for every
+dimension that the output weights ``Ω`` span, which is one less with a softmax.
+
+Rows of linear layers at positions without a gradient, such as padded tokens, are left out. Where
+memory is too small for all samples, the others pass the network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sklearn_gradfeat.backbones import threads_for, threads_for_head
+from sklearn_gradfeat.curvature._layer_rows import (
+    READING,
+    LayerCall,
+    NormCall,
+    backward_share,
+    complete,
+    multiplications,
+    output_gradients,
+    record_with_norms,
+)
+from sklearn_gradfeat.data import on_all_ranks, row_blocks
+from sklearn_gradfeat.linearized import Batches, TangentTerm, Tensors, agrees
+
+# Passes of a fit, and the cost of one through the network, in forward passes of the head.
+_PASSES, _NETWORK = 10, 3
+# The cost of the rows besides the backward passes: the value, and a pass for the check.
+_CHECKED = 1 + _NETWORK
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear layer: inputs (n_rows, n_inputs), gradients (n_columns, n_rows, n_outputs)."""
+
+    call: LayerCall
+    inputs: Tensor
+    gradients: Tensor
+    samples: Tensor
+
+    @property
+    def n_bytes(self) -> int:
+        """The size of all tensors."""
+        return self.inputs.nbytes + self.gradients.nbytes
+
+    @classmethod
+    def from_call(cls, call: LayerCall, gradients: Sequence[Tensor], n_samples: int) -> _Linear:
+        """Keep the rows of some samples that have a gradient."""
+        own = replace(call, part=None)
+        flat = [own.output_rows(g, n_samples)[0].flatten(0, 1) for g in gradients]
+        inputs = call.input_rows((), n_samples)[0]
+        samples = torch.arange(n_samples, device=inputs.device).repeat_interleave(inputs.shape[1])
+        seen = torch.stack([g.any(1) for g in flat]).any(0).nonzero()[:, 0]
+        rows = torch.stack([g[seen] for g in flat])
+        return cls(call.without_tensors(), inputs.flatten(0, 1)[seen], rows, samples[seen])
+
+    def _blocks(self) -> Iterator[slice]:
+        return row_blocks(len(self.inputs), self.gradients.shape[2] + self.inputs.shape[1])
+
+    def add_forward(self, moves: Tensors, total: Tensor) -> None:
+        """Add the change of every column to ``total``, of shape (n_samples, n_columns)."""
+        weight = moves[self.call.weight].flatten(1)
+        bias = None if self.call.bias is None else moves[self.call.bias]
+        if self.call.part is not None:
+            channels = self.call.part[0]
+            weight, bias = weight[channels], None if bias is None else bias[channels]
+        for rows in self._blocks():
+            moved = torch.nn.functional.linear(self.inputs[rows], weight, bias)
+            seen = torch.stack([torch.linalg.vecdot(g[rows], moved) for g in self.gradients], 1)
+            total.index_add_(0, self.samples[rows], seen)
+
+    def add_adjoint(self, cotangent: Tensor, totals: Sequence[Tensor]) -> None:
+        """Add the transpose of :meth:`add_forward`, applied to ``cotangent``."""
+        for rows in self._blocks():
+            factors = cotangent[self.samples[rows]]
+            pulled = factors[:, :1] * self.gradients[0, rows]
+            for factor, gradient in zip(factors.T[1:], self.gradients[1:], strict=True):
+                pulled.addcmul_(factor[:, None], gradient[rows])
+            found = {self.call.weight: pulled.T @ self.inputs[rows]}
+            if self.call.bias is not None:
+                found[self.call.bias] = pulled.sum(0)
+            for i, piece in found.items():
+                total = totals[i].view(len(totals[i]), *piece.shape[1:])
+                if self.call.part is None:
+                    total += piece
+                else:
+                    total.index_add_(0, self.call.part[0], piece)
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A convolution: inputs (n_samples, ...), gradients (n_samples, n_columns, ...)."""
+
+    call: LayerCall
+    inputs: Tensor
+    gradients: Tensor
+
+    @property
+    def n_bytes(self) -> int:
+        """The size of all tensors."""
+        return self.inputs.nbytes + self.gradients.nbytes
+
+    @classmethod
+    def from_call(cls, call: LayerCall, gradients: Sequence[Tensor]) -> _Convolution:
+        """Keep all inputs and gradients."""
+        return cls(call.without_tensors(), call.inputs.clone(), torch.stack(list(gradients), 1))
+
+    def _blocks(self) -> Iterator[slice]:
+        return row_blocks(len(self.inputs), self.gradients[0, 0].numel() + self.inputs[0].numel())
+
+    def add_forward(self, moves: Tensors, total: Tensor) -> None:
+        """Add the change of every column to ``total``, of shape (n_samples, n_columns)."""
+        bias = None if self.call.bias is None else moves[self.call.bias]
+        layer: Callable[..., Tensor] = getattr(torch, self.call.kind)
+        for rows in self._blocks():
+            moved = layer(self.inputs[rows], moves[self.call.weight], bias, *self.call.options)
+            gradients = self.gradients[rows].flatten(2)
+            total[rows] += (gradients @ moved.reshape(len(moved), -1, 1))[:, :, 0]
+
+    def add_adjoint(self, cotangent: Tensor, totals: Sequence[Tensor]) -> None:
+        """Add the transpose of :meth:`add_forward`, applied to ``cotangent``."""
+        weight, bias = totals[self.call.weight], self.call.bias
+        stride, padding, dilation, groups = complete(self.call.options, weight.ndim - 2)
+        none = [0] * (weight.ndim - 2)
+        for rows in self._blocks():
+            gradients = self.gradients[rows]
+            pulled = (cotangent[rows, None] @ gradients.flatten(2)).view_as(gradients[:, 0])
+            _, piece, _ = torch.ops.aten.convolution_backward(
+                pulled, self.inputs[rows], weight, None, stride, padding, dilation, False, none,
+                groups, (False, True, False),
+            )  # fmt: skip
+            weight += piece
+            if bias is not None:
+                totals[bias].add_(pulled.transpose(0, 1).flatten(1).sum(1))
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """The gradients in the vectors of a norm, each of shape (n_samples, n_columns, size)."""
+
+    gradients: dict[int, Tensor]
+
+    @property
+    def n_bytes(self) -> int:
+        """The size of all tensors."""
+        return sum(gradients.nbytes for gradients in self.gradients.values())
+
+    @classmethod
+    def from_call(cls, call: NormCall, gradients: Sequence[Tensor], n_samples: int) -> _Norm:
+        """Sum the gradients over the positions of every sample."""
+        found = [call.sample_gradients(g, n_samples) for g in gradients]
+        return cls({i: torch.stack([one[i] for one in found], 1) for i in found[0]})
+
+    def add_forward(self, moves: Tensors, total: Tensor) -> None:
+        """Add the change of every column to ``total``, of shape (n_samples, n_columns)."""
+        for i, gradients in self.gradients.items():
+            total += gradients @ moves[i].flatten()
+
+    def add_adjoint(self, cotangent: Tensor, totals: Sequence[Tensor]) -> None:
+        """Add the transpose of :meth:`add_forward`, applied to ``cotangent``."""
+        for i, gradients in self.gradients.items():
+            totals[i].view(-1).add_(cotangent.flatten() @ gradients.flatten(0, 1))
+
+
+_Kept = _Linear | _Convolution | _Norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactoredTerm(TangentTerm):
+    """The gradient term ``Ω J u`` from the inputs and output gradients of the layers.
+
+    Parameters
+    ----------
+    outer : tensor of shape (n_outputs, n_columns)
+        Orthonormal columns that span those of ``Ω``.
+    kept : list of (slice, list)
+        The rows of a batch, and what is kept of every layer.
+    rest : TangentTerm or None
+        The term of the samples that are not kept, if any.
+    """
+
+    outer: Tensor
+    kept: list[tuple[slice, list[_Kept]]] = field(repr=False)
+    rest: TangentTerm | None = None
+
+    def add_forward(self, u: Tensor, logits: Tensor) -> Tensor:
+        """Return ``logits + Ω J u``."""
+        total, moves = logits.clone(), self.head.displacements(u)
+        for rows, layers in self.kept:
+            total[rows] += self._forward(layers, moves, rows).to(logits)
+        return total if self.rest is None else self.rest.add_forward(u, total)
+
+    def adjoint(self, cotangent: Tensor) -> Tensor:
+        """Return ``Σᵢ Jᵢᵀ Ωᵀ cotangentᵢ``."""
+        totals = [torch.zeros_like(value) for value in self.head.values]
+        for rows, layers in self.kept:
+            self._adjoint(layers, cotangent[rows], totals)
+        pulled = self._flat(totals)
+        return pulled if self.rest is None else pulled + self.rest.adjoint(cotangent)
+
+    def add_forward_adjoint(
+        self, u: Tensor, logits: Tensor, cotangent_of: Callable[[slice, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``logits + Ω J u`` and its adjoint at ``cotangent_of(rows, logits)``.
+
+        The cotangent of a batch may depend on the logits of that batch alone.
+        """
+        total, moves = logits.clone(), self.head.displacements(u)
+        totals = [torch.zeros_like(value) for value in self.head.values]
+        for rows, layers in self.kept:
+            total[rows] += self._forward(layers, moves, rows).to(logits)
+            self._adjoint(layers, cotangent_of(rows, total[rows]), totals)
+        pulled = self._flat(totals)
+        if self.rest is None:
+            return total, pulled
+        total, others = self.rest.add_forward_adjoint(u, total, cotangent_of)
+        return total, pulled + others
+
+    def _forward(self, layers: Sequence[_Kept], moves: Tensors, rows: slice) -> Tensor:
+        n_samples = rows.stop - rows.start
+        total = self.outer.new_zeros(n_samples, self.outer.shape[1])
+        with threads_for(n_samples * self.head.size):
+            for layer in layers:
+                layer.add_forward(moves, total)
+        return total @ self.outer.T
+
+    def _adjoint(
+        self, layers: Sequence[_Kept], cotangent: Tensor, totals: Sequence[Tensor]
+    ) -> None:
+        pulled = cotangent.to(self.outer) @ self.outer
+        with threads_for(len(pulled) * self.head.size):
+            for layer in layers:
+                layer.add_adjoint(pulled, totals)
+
+    def _flat(self, totals: Sequence[Tensor]) -> Tensor:
+        pieces = zip(totals, self.head.scales, strict=True)
+        return torch.cat([scale * piece.reshape(-1) for piece, scale in pieces])
+
+
+def factored(tangent: TangentTerm, n_samples: int, max_bytes: int) -> FactoredTerm | None:
+    """Return the gradient term with the rows of as many samples as possible, if they save time.
+
+    Parameters
+    ----------
+    tangent : TangentTerm
+        The gradient term.
+    n_samples : int
+        Number of samples.
+    max_bytes : int
+        Largest size of the rows. Other samples pass the network.
+
+    Returns
+    -------
+    FactoredTerm or None
+        The same map. It is None where the rows take too much time, those of a batch take too much
+        memory, or the rows do not determine the map, as where a parameter has another use besides
+        the layers.
+    """
+    _, few = next(iter(tangent.batches(math.ceil(n_samples / 2))))
+    if not on_all_ranks(max_bytes > 0 and _is_cheap(tangent, few)):
+        return None
+    left, singular, right = torch.linalg.svd(tangent.omega, full_matrices=False)
+    n_columns = int((singular > 10 * torch.finfo(singular.dtype).eps * singular.max()).sum())
+    outer, columns = left[:, :n_columns], singular[:n_columns, None] * right[:n_columns]
+    if n_columns == 0:
+        return None
+    kept = tangent.retry(lambda: _rows(tangent, outer, columns, max_bytes))
+    if not on_all_ranks(kept is not None):
+        return None
+    assert kept is not None
+    rest, n_kept = None, kept[-1][0].stop
+    if n_kept < n_samples:
+        rest = replace(tangent, batches=partial(_after, tangent.batches, n_kept))
+    return FactoredTerm(**vars(tangent), outer=outer, kept=kept, rest=rest)
+
+
+def _after(batches: Batches, n: int) -> Iterator[tuple[slice, Tensors]]:
+    """Iterate over (rows, boundary tensors) of the samples after the first ``n``."""
+    for rows, boundary in batches():
+        first = max(n, rows.start)
+        if first < rows.stop:
+            yield slice(first, rows.stop), tuple(z[first - rows.start :] for z in boundary)
+
+
+def _is_cheap(tangent: TangentTerm, few: Tensors) -> bool:
+    """Return whether the rows save time."""
+    head, n_samples, n_columns = tangent.head, len(few[0]), min(tangent.omega.shape)
+    _, calls, norms = record_with_norms(head, few)
+    if not _covers(calls, norms, len(head.values), n_samples):
+        return False
+    forward = multiplications(head, few)
+    layers = sum(call.output.numel() * head.values[call.weight][0].numel() for call in calls)
+    numbers = sum(call.inputs.numel() + n_columns * call.output.numel() for call in calls)
+    saved = _PASSES * (_NETWORK * forward - layers - READING * numbers)
+    cost = (_CHECKED + n_columns * backward_share(head, few, calls)) * forward
+    return saved >= cost
+
+
+def _covers(
+    calls: Sequence[LayerCall], norms: Sequence[NormCall], n_parameters: int, n_samples: int
+) -> bool:
+    """Return whether all parameters are those of layers whose rows belong to samples."""
+    every: list[LayerCall | NormCall] = [*calls, *norms]
+    used = {i for call in every for i in (call.weight, call.bias)}
+    by_sample = all(call.is_by_sample(n_samples) for call in every)
+    # The backward operator of convolutions takes no padding by name.
+    named = any(isinstance(option, str) for call in calls for option in call.options)
+    return by_sample and not named and used >= set(range(n_parameters))
+
+
+def _rows(
+    tangent: TangentTerm, outer: Tensor, columns: Tensor, max_bytes: int
+) -> list[tuple[slice, list[_Kept]]] | None:
+    """Return what is kept of the first samples, or None if it disagrees with Jacobian products."""
+    head, n_bytes = tangent.head, 0
+    kept: list[tuple[slice, list[_Kept]]] = []
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(head.size, generator=generator, dtype=torch.float64).to(columns)
+    moves = head.displacements(u)
+    for rows, boundary in tangent.batches():
+        n_samples = rows.stop - rows.start
+        with threads_for_head(head.values, boundary):
+            layers = _kept(tangent, boundary, columns, n_samples)
+        if layers is None:
+            return None
+        n_bytes += sum(layer.n_bytes for layer in layers)
+        if n_bytes > max_bytes:
+            break
+        found = columns.new_zeros(n_samples, len(columns))
+        with threads_for_head(head.values, boundary):
+            for layer in layers:
+                layer.add_forward(moves, found)
+        if not agrees(found @ outer.T, head.jvp(boundary, u) @ tangent.omega.T, columns.dtype):
+            return None
+        kept.append((rows, layers))
+    return kept or None
+
+
+def _kept(
+    tangent: TangentTerm, boundary: Tensors, columns: Tensor, n_samples: int
+) -> list[_Kept] | None:
+    """Return what is kept of a batch, or None if a layer has rows of no sample."""
+    head = tangent.head
+    activation, calls, norms = record_with_norms(head, boundary, differentiable=True)
+    if not (activation.requires_grad and _covers(calls, norms, len(head.values), n_samples)):
+        return None
+    every: list[LayerCall | NormCall] = [*calls, *norms]
+    pulled = zip(*output_gradients(activation, every, columns), strict=True)
+    return [_keep(call, g, n_samples) for call, g in zip(every, pulled, strict=True)]
+
+
+def _keep(call: LayerCall | NormCall, gradients: Tensors, n_samples: int) -> _Kept:
+    """Return what is kept of a layer, from the gradients in its output for every column."""
+    if isinstance(call, NormCall):
+        return _Norm.from_call(call, gradients, n_samples)
+    if call.kind == "linear":
+        return _Linear.from_call(call, gradients, n_samples)
+    return _Convolution.from_call(call, gradients)

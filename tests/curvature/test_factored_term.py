@@ -1,0 +1,145 @@
+"""The gradient term from rows of layers, against the same term through the network."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from sklearn_gradfeat.curvature import FactoredTerm, _factored_term, with_rows_if_cheap
+from sklearn_gradfeat.curvature._factored_term import factored
+from tests.curvature.problems import batches, image_term, module_term, normal
+from tests.curvature.test_explicit_rows import Twice
+
+N = 20
+
+
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch):
+    """Let tiny layers have rows."""
+    monkeypatch.setattr(_factored_term, "READING", 0)
+    monkeypatch.setattr(_factored_term, "_PASSES", 10**6)
+
+
+class MaskedBlock(nn.Module):
+    """The upper part of a transformer layer, and a mean over the tokens that are not padded."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.norm, self.upper = nn.LayerNorm(6), nn.LayerNorm(6)
+            self.wide, self.narrow = nn.Linear(6, 9), nn.Linear(9, 6)
+        self.double()
+
+    def forward(self, x):
+        padded = (x[:, :, 0] > 0) & (torch.arange(x.shape[1]) > 0)
+        mixed = self.attention(x, x, x, key_padding_mask=padded, need_weights=False)[0]
+        x = self.norm(x + mixed)
+        x = self.upper(x + self.narrow(torch.relu(self.wide(x))))
+        read = (~padded).to(x)[..., None]
+        return (x * read).sum(1) / read.sum(1)
+
+
+TOKENS = normal(N, 7, 6)
+UPPER = [
+    f"{name}.{of}" for name in ("norm", "upper", "wide", "narrow") for of in ("weight", "bias")
+]
+
+
+def masked_term():
+    return module_term(MaskedBlock(), UPPER, TOKENS, n_outputs=3)
+
+
+TERMS = {
+    "masked": masked_term,
+    "plain": lambda: image_term("plain", N)[0],
+    "whole": lambda: image_term("whole", N)[0],
+    "grouped": lambda: image_term("grouped", N)[0],
+    "normed": lambda: image_term("normed", N)[0],
+    "residual": lambda: image_term("residual", N)[0],
+}
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_products_are_those_of_the_network(kind):
+    term = TERMS[kind]()
+    found = factored(term, N, 2**30)
+    u, logits, cotangent = normal(term.head.size), normal(N, 3, seed=1), normal(N, 3, seed=2)
+
+    def cotangent_of(rows, moved):
+        return cotangent[rows] + moved.square()
+
+    torch.testing.assert_close(found.add_forward(u, logits), term.add_forward(u, logits))
+    torch.testing.assert_close(found.adjoint(cotangent), term.adjoint(cotangent))
+    both = found.add_forward_adjoint(u, logits, cotangent_of)
+    torch.testing.assert_close(both, term.add_forward_adjoint(u, logits, cotangent_of))
+
+
+def test_rows_of_padded_tokens_are_left_out():
+    wide = factored(masked_term(), N, 2**30).kept[0][1][0]
+    n_read = int((TOKENS[:5, 1:, 0] <= 0).sum()) + 5
+    assert len(wide.inputs) == wide.gradients.shape[1] == n_read < 5 * 7
+
+
+def test_columns_span_the_output_weights():
+    term = masked_term()
+    term.omega[2] = -term.omega[:2].sum(0)
+    found = factored(term, N, 2**30)
+    assert found.outer.shape == (3, 2)
+    u, logits = normal(term.head.size), normal(N, 3, seed=1)
+    torch.testing.assert_close(found.add_forward(u, logits), term.add_forward(u, logits))
+
+
+def test_none_where_a_parameter_has_another_use_for_a_single_sample():
+    x, names = normal(N, 3), ["layer.weight", "layer.bias"]
+    assert factored(module_term(Twice(), names, x), N, 2**30) is not None
+    x[N - 2] = 10
+    assert factored(module_term(Twice(), names, x), N, 2**30) is None
+
+
+def test_none_where_a_parameter_is_outside_of_layers():
+    module = nn.Sequential(nn.Linear(6, 6), nn.PReLU(6), nn.Flatten()).double()
+    names = ["0.weight", "0.bias", "1.weight"]
+    assert factored(module_term(module, names, normal(N, 6)), N, 2**30) is None
+
+
+def test_samples_for_which_memory_is_too_small_pass_the_network():
+    term = masked_term()
+    size = sum(layer.n_bytes for layer in factored(term, N, 2**30).kept[0][1])
+    found = factored(term, N, int(2.5 * size))
+    assert 0 < found.kept[-1][0].stop < N
+    u, logits, cotangent = normal(term.head.size), normal(N, 3, seed=1), normal(N, 3, seed=2)
+    torch.testing.assert_close(found.add_forward(u, logits), term.add_forward(u, logits))
+    torch.testing.assert_close(found.adjoint(cotangent), term.adjoint(cotangent))
+    both = found.add_forward_adjoint(u, logits, lambda rows, moved: moved.square())
+    expected = term.add_forward_adjoint(u, logits, lambda rows, moved: moved.square())
+    torch.testing.assert_close(both, expected)
+    rest = [rows for rows, _ in _factored_term._after(partial(batches, (TOKENS,), 6), 8)]
+    assert [(rows.start, rows.stop) for rows in rest] == [(8, 12), (12, 18), (18, N)]
+
+
+def test_none_where_padding_has_a_name():
+    module = nn.Sequential(nn.Conv2d(1, 2, 3, padding="same"), nn.Flatten()).double()
+    term = module_term(module, ["0.weight", "0.bias"], normal(N, 1, 4, 4))
+    assert factored(term, N, 2**30) is None
+
+
+def test_none_where_the_output_weights_vanish():
+    term = masked_term()
+    term.omega.zero_()
+    assert factored(term, N, 2**30) is None
+
+
+def test_none_where_memory_or_time_is_short(monkeypatch):
+    term = masked_term()
+    assert factored(term, N, 1000) is None
+    monkeypatch.setattr(_factored_term, "_PASSES", 0)
+    assert factored(term, N, 2**30) is None
+
+
+def test_takes_the_place_of_explicit_rows_that_are_too_large():
+    assert isinstance(with_rows_if_cheap(masked_term(), N, 1000, 2**30), FactoredTerm)
+    term = masked_term()
+    assert with_rows_if_cheap(term, N, 1000, 1000) is term
