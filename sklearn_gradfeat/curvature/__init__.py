@@ -1,5 +1,6 @@
 """Curvature of the linear model: preconditioners, the coarse space, leave-one-out."""
 
+from sklearn_gradfeat.curvature._coarse_path import CoarsePath
 from sklearn_gradfeat.curvature._inverses import (
     Inverses,
     largest_curvature,
@@ -12,6 +13,7 @@ from sklearn_gradfeat.curvature._sample_space import (
 
 __all__ = [
     "MAX_ROWS",
+    "CoarsePath",
     "Inverses",
     "largest_curvature",
     "leave_one_out",

@@ -15,6 +15,9 @@ None of the expensive parts depends on the penalties, so all penalties share the
 * the Kronecker factors, until the summed curvature of the loss has changed by a factor of two;
 * the coarse space, for good: later preconditioners rescale its curvature;
 * the curvature pairs of the last solve, for the next one, which starts at its solution.
+
+Fits to a part of the samples share the factors of the layers with the fit to all of them, up to the
+scale. Where there is a coarse space, its minimum takes the place of such a fit.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.curvature._coarse_path import CoarsePath
 from sklearn_gradfeat.curvature._coarse_solve import CoarseSolve
 from sklearn_gradfeat.curvature._coarse_space import Subspace, leading_subspace
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Preconditioner
@@ -57,11 +61,33 @@ class Inverses:
         self._subspaces: list[Subspace | None] = []  # empty until the first coarse solve
         self._layers_of: Curvature | None = None
 
-    def of_next_point(self) -> Inverses:
-        """Return inverses for a linearisation around another point, with the same factors."""
+    def with_layers(self) -> Inverses:
+        """Return inverses with the same factors of the layers, up to the scale.
+
+        They serve a linearisation around another point, or the loss of a part of the samples.
+        """
         following = Inverses()
         following._layers_of = self._curvature or self._layers_of
+        following._gram_is_cheap = self._gram_is_cheap
         return following
+
+    def learn_layers(self, objective: TangentObjective, logits: Tensor) -> None:
+        """Compute the factors of the layers, unless the Gram matrix of the samples is cheap."""
+        self.at(objective)
+        if self._gram is None:
+            self._preconditioner(objective, logits)
+
+    def coarse_path(self, objective: TangentObjective, x: Tensor) -> CoarsePath | None:
+        """Return the minima in the coarse space from ``x`` on, or None without such a space.
+
+        It needs the factors of the layers, see :meth:`with_layers`.
+        """
+        if self._layers_of is None:
+            return None
+        logits = objective.forward(x)
+        curvature = self._preconditioner(objective, logits).curvature
+        subspace = leading_subspace(objective, curvature)
+        return None if subspace is None else CoarsePath(x, logits, subspace, curvature)
 
     def at(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
         """Return the function from logits to the inverse Hessian there."""

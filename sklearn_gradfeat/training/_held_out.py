@@ -31,7 +31,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.curvature import leave_one_out, tangent_gram
+from sklearn_gradfeat.curvature import CoarsePath, Inverses, leave_one_out, tangent_gram
 from sklearn_gradfeat.data import n_ranks, number_of_first_rank, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Squared, to_numpy
 from sklearn_gradfeat.solvers import newton
@@ -123,6 +123,8 @@ class _Fold:
         self._weights = np.where(is_held_out, problem.weights, 0)[self._test]
         self._first_stages: dict[float, FirstStage] = {}
         self._models: dict[tuple[float, float], LinearModel] = {}
+        self._shared: Inverses | None = None
+        self._paths: dict[float, CoarsePath | None] = {}
         # Copies of a sample are one sample, with the sum of their weights.
         names = prepared.samples.names[is_held_out]
         distinct = np.unique(rows_of_all_ranks(names)[0])
@@ -134,6 +136,13 @@ class _Fold:
         """The fits to the training samples."""
         weights = np.where(self._is_held_out, 0, self._problem.weights)
         return self._fits(self._train, weights)
+
+    @functools.cached_property
+    def _weighted(self) -> TwoStageFit:
+        """The same fits, with the held-out samples at weight zero."""
+        weights = np.where(self._is_held_out, 0, self._problem.weights)
+        problem = self._problem.subset(np.arange(len(weights)), weights)
+        return TwoStageFit(self._prepared, problem)
 
     @functools.cached_property
     def held(self) -> TwoStageFit:
@@ -187,12 +196,27 @@ class _Fold:
         first = self._first_stages[alpha]
         model = first.model
         if math.isfinite(gradient_alpha):
+            path = self._path(first)
+            if path is not None:
+                objective = self._weighted.second_objective(first, gradient_alpha)
+                return path.minimum(objective, self.stages.settings.tol)[self._test]
             start = self._start(alpha, gradient_alpha)
             model, _ = self.stages.fit_gradient(first, gradient_alpha, start)
             self._models[alpha, gradient_alpha] = model
             for oldest in list(self._models)[:-_KEPT]:
                 del self._models[oldest]
         return cached_logits(model, self._prepared.subset(self._test))
+
+    def share(self, inverses: Inverses) -> None:
+        """Use the factors of the gradient layers of the fit to all samples."""
+        self._shared = inverses
+
+    def _path(self, first: FirstStage) -> CoarsePath | None:
+        """Return the fits in the coarse space, if there is one."""
+        if self._shared is not None and first.alpha not in self._paths:
+            first.inverses = self._shared.with_layers()
+            self._paths[first.alpha] = self._weighted.coarse_path(first, first.inverses)
+        return self._paths.get(first.alpha)
 
     def _start(self, alpha: float, gradient_alpha: float) -> LinearModel:
         """Return the model with the next stronger penalty, or the first stage."""
@@ -301,6 +325,11 @@ class Folds:
             return None
         held = np.cumsum([len(fold.weights) for fold in self._folds])
         return Folds(self._folds[: int(np.searchsorted(held, n_samples)) + 1])
+
+    def share(self, inverses: Inverses) -> None:
+        """Use the factors of the gradient layers of the fit to all samples."""
+        for fold in self._folds:
+            fold.share(inverses)
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""

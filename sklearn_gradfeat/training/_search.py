@@ -124,7 +124,9 @@ def choose_penalties(
             rows += path.rows()
     n_models = 1 if n_linearizations in (1, None) else 2 * n_linearizations
     if gradient_alpha is None or n_linearizations is None:
-        of_gradients = _held_out_of_gradients(folds, left_out, alpha, n_linearizations, negligible)
+        of_gradients = _held_out_of_gradients(
+            folds, left_out, stages, alpha, n_linearizations, negligible
+        )
         if gradient_alpha is None:
             scale = stages.curvature_of_step(stages.fit_activation(alpha))
             gradient_alpha = math.inf if features == "full" else scale or 1.0
@@ -169,6 +171,7 @@ def _best_pair(
 def _held_out_of_gradients(
     folds: Folds,
     left_out: LeftOut | None,
+    stages: TwoStageFit,
     alpha: float,
     n_linearizations: int | None,
     negligible: float,
@@ -179,6 +182,10 @@ def _held_out_of_gradients(
     enough = folds.enough(ENOUGH)
     if enough is not None:
         enough = enough.typical_first(alpha).enough(ENOUGH_WITH_GRADIENTS)
+    if enough is not None and n_linearizations == 1:
+        first = stages.fit_activation(alpha)
+        stages.learn_layers(first)
+        enough.share(first.inverses)
     if enough is None or n_linearizations == 1:
         return enough
     return Relinearized(enough, n_linearizations, negligible)

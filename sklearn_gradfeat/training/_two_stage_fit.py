@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.cache import CachedSamples
-from sklearn_gradfeat.curvature import Inverses
+from sklearn_gradfeat.curvature import CoarsePath, Inverses
 from sklearn_gradfeat.data import (
     Result,
     accumulation_device,
@@ -206,7 +206,7 @@ class TwoStageFit:
             network.out_channels,
         )
         self.like = self.samples.activation.new_empty(0)
-        self.inverses = Inverses()
+        self.inverses, self._at_zero = Inverses(), Inverses()
         self._first: FirstStage | None = None
 
     def moved(self, point: Mapping[str, Tensor]) -> TwoStageFit:
@@ -308,7 +308,7 @@ class TwoStageFit:
         objective = self.objective(alpha, self.samples.activation, None)
         zero = self.like.new_zeros(sum(objective.sizes))
         value = self.loss.value(objective.forward(zero))
-        is_zero = _is_optimum(objective, zero, self._inverse(objective, self.inverses))
+        is_zero = _is_optimum(objective, zero, self._inverse(objective, self._at_zero))
         start = zero
         if warm is not None and not is_zero:
             start = self._unknowns(warm.omega, warm.intercept, zero[:0])
@@ -369,6 +369,17 @@ class TwoStageFit:
             return 0.0
         seen = objective.forward(gradient / size)
         return float(sum_over_ranks((self.loss.curvatures(logits) * seen.square()).sum()))
+
+    def learn_layers(self, first: FirstStage) -> None:
+        """Compute the part of the inverses of second stages that takes passes over the network."""
+        objective = self.second_objective(first, 1.0)
+        logits = objective.forward(self._second_unknowns(first.model))
+        self._retry(partial(first.inverses.learn_layers, objective, logits))
+
+    def coarse_path(self, first: FirstStage, inverses: Inverses) -> CoarsePath | None:
+        """Return the minima of second stages in the coarse space, or None without such a space."""
+        objective, start = self.second_objective(first, 1.0), self._second_unknowns(first.model)
+        return self._retry(partial(inverses.coarse_path, objective, start))
 
     def objective(
         self,
