@@ -124,8 +124,10 @@ def choose_penalties(
             rows += path.rows()
     n_models = 1 if n_linearizations in (1, None) else 2 * n_linearizations
     if gradient_alpha is None or n_linearizations is None:
+        tried_alphas = [row[0] for row in rows] or [alpha]
+        nearest = min(tried_alphas, key=lambda tried: abs(math.log(tried / alpha)))
         of_gradients = _held_out_of_gradients(
-            folds, left_out, stages, alpha, n_linearizations, negligible
+            folds, left_out, stages, alpha, nearest, n_linearizations, negligible
         )
         if gradient_alpha is None:
             scale = stages.curvature_of_step(stages.fit_activation(alpha))
@@ -173,6 +175,7 @@ def _held_out_of_gradients(
     left_out: LeftOut | None,
     stages: TwoStageFit,
     alpha: float,
+    nearest: float,
     n_linearizations: int | None,
     negligible: float,
 ) -> HeldOut | None:
@@ -181,7 +184,7 @@ def _held_out_of_gradients(
         return left_out
     enough = folds.enough(ENOUGH)
     if enough is not None:
-        enough = enough.typical_first(alpha).enough(ENOUGH_WITH_GRADIENTS)
+        enough = enough.typical_first(nearest).enough(ENOUGH_WITH_GRADIENTS)
     if enough is not None and n_linearizations == 1:
         first = stages.fit_activation(alpha)
         stages.learn_layers(first)

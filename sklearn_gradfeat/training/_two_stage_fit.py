@@ -206,7 +206,7 @@ class TwoStageFit:
             network.out_channels,
         )
         self.like = self.samples.activation.new_empty(0)
-        self.inverses, self._at_zero = Inverses(), Inverses()
+        self.inverses = Inverses()
         self._first: FirstStage | None = None
 
     def moved(self, point: Mapping[str, Tensor]) -> TwoStageFit:
@@ -308,7 +308,10 @@ class TwoStageFit:
         objective = self.objective(alpha, self.samples.activation, None)
         zero = self.like.new_zeros(sum(objective.sizes))
         value = self.loss.value(objective.forward(zero))
-        is_zero = _is_optimum(objective, zero, self._inverse(objective, self._at_zero))
+        moved = warm is not None and self._first is not None and not self._first.is_zero
+        is_zero = not moved and _is_optimum(
+            objective, zero, self._inverse(objective, self.inverses)
+        )
         start = zero
         if warm is not None and not is_zero:
             start = self._unknowns(warm.omega, warm.intercept, zero[:0])
