@@ -7,6 +7,7 @@ from sklearn_gradfeat.curvature._inverses import (
 )
 from sklearn_gradfeat.curvature._sample_space import (
     MAX_ROWS,
+    activation_gram,
     leave_one_out,
     tangent_gram,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "MAX_ROWS",
     "CoarsePath",
     "Inverses",
+    "activation_gram",
     "largest_curvature",
     "leave_one_out",
     "tangent_gram",

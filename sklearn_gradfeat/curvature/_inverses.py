@@ -61,6 +61,11 @@ class Inverses:
         self._subspaces: list[Subspace | None] = []  # empty until the first coarse solve
         self._layers_of: Curvature | None = None
 
+    @property
+    def gram(self) -> Tensor | None:
+        """The Gram matrix of the samples, if :meth:`at` found it cheap."""
+        return self._gram
+
     def with_layers(self) -> Inverses:
         """Return inverses with the same factors of the layers, up to the scale.
 

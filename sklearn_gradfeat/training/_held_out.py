@@ -31,7 +31,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.curvature import CoarsePath, Inverses, leave_one_out, tangent_gram
+from sklearn_gradfeat.curvature import (
+    CoarsePath,
+    Inverses,
+    activation_gram,
+    leave_one_out,
+    tangent_gram,
+)
 from sklearn_gradfeat.data import n_ranks, number_of_first_rank, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Squared, to_numpy
 from sklearn_gradfeat.solvers import newton
@@ -64,6 +70,9 @@ class HeldOut(Protocol):
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the mean losses of the distinct held-out samples."""
+
+    def correction(self, alpha: float, gradient_alpha: float) -> float:
+        """Return how far the mean loss is below that of a closer fit; zero where it is exact."""
 
     @property
     def weights(self) -> Array:
@@ -173,6 +182,16 @@ class _Fold:
         if logits is None:
             logits = self._logits(alpha, gradient_alpha)
         return self._losses(logits)
+
+    def correction(self, alpha: float, gradient_alpha: float) -> float:
+        """Return the change of the mean loss over a step out of the coarse space."""
+        path = self._paths.get(alpha)
+        if path is None or math.isinf(gradient_alpha):
+            return 0.0
+        objective = self._weighted.second_objective(self._first_stages[alpha], gradient_alpha)
+        both = path.with_step(objective, self.stages.settings.tol)
+        before, after = (self._losses(logits[self._test]) for logits in both)
+        return float(np.average(after - before, weights=self.weights))
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""
@@ -363,6 +382,10 @@ class Folds:
         """Return the mean losses of the distinct held-out samples."""
         return np.concatenate([fold.losses(alpha, gradient_alpha) for fold in self._folds])
 
+    def correction(self, alpha: float, gradient_alpha: float) -> float:
+        """Return the correction of the first fold."""
+        return self._folds[0].correction(alpha, gradient_alpha)
+
 
 class Relinearized:
     """The losses of samples that are left out of several linearisations.
@@ -396,6 +419,10 @@ class Relinearized:
         losses, number = self._while_it_falls(models) if n is None else self._last(models, n)
         self._best[alpha, gradient_alpha] = number
         return losses
+
+    def correction(self, alpha: float, gradient_alpha: float) -> float:
+        """Return zero: these models are fitted in full."""
+        return 0.0
 
     def _while_it_falls(self, models: Iterator[Array]) -> tuple[Array, int]:
         """Return the losses and the number of the best model, until two in turn are no better."""
@@ -447,13 +474,15 @@ class LeftOut:
     """
 
     def __init__(self, prepared: Prepared, stages: TwoStageFit) -> None:
-        loss = stages.loss
-        assert isinstance(loss, Squared)
+        assert isinstance(stages.loss, Squared)
+        self._loss, self._stages = stages.loss, stages
         _, rows, groups = np.unique(prepared.samples.names, return_index=True, return_inverse=True)
-        self._loss = loss.merged(torch.from_numpy(groups).to(loss.weights.device))
-        problem = replace(stages.problem, loss=lambda _: self._loss)
-        self._stages = TwoStageFit(prepared.subset(rows), problem)
+        if len(rows) < len(groups):
+            self._loss = stages.loss.merged(torch.from_numpy(groups).to(self._loss.weights.device))
+            problem = replace(stages.problem, loss=lambda _: self._loss)
+            self._stages = TwoStageFit(prepared.subset(rows), problem)
         self._grams: dict[float, Tensor | None] = {}
+        self._activation_gram: Tensor | None = None
 
     @classmethod
     def where_cheap(cls, prepared: Prepared, stages: TwoStageFit) -> LeftOut | None:
@@ -474,25 +503,30 @@ class LeftOut:
     def gram(self, alpha: float) -> Tensor | None:
         """Return the Gram matrix of the gradient term, or None if it is not cheap or exact."""
         if alpha not in self._grams:
-            tangent = self._stages.tangent(self._stages.fit_activation(alpha).model.omega, 0.0)
-            exact = self._stages.like.dtype == torch.float64
-            n_samples = len(self._loss.weights)
-            self._grams[alpha] = tangent_gram(tangent, n_samples) if exact else None
+            first = self._stages.fit_activation(alpha)
+            first.inverses.at(self._stages.second_objective(first, 1.0))
+            self._grams[alpha] = first.inverses.gram
         return self._grams[alpha]
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the losses of the distinct samples, infinite where rounding errors dominate."""
-        stages = self._stages
+        stages, gram = self._stages, None
+        objective = stages.objective(alpha, stages.samples.activation, None)
+        if self._activation_gram is None:
+            self._activation_gram = activation_gram(objective)
         if math.isfinite(gradient_alpha):
             objective = stages.second_objective(stages.fit_activation(alpha), gradient_alpha)
             gram = self.gram(alpha)
-        else:
-            objective, gram = stages.objective(alpha, stages.samples.activation, None), None
         try:
-            losses: Array = to_numpy(self._loss.losses(leave_one_out(objective, gram)))
+            predictions = leave_one_out(objective, gram, self._activation_gram)
+            losses: Array = to_numpy(self._loss.losses(predictions))
         except ValueError:
             losses = np.full(len(self._loss.weights), np.inf)
         return losses
+
+    def correction(self, alpha: float, gradient_alpha: float) -> float:
+        """Return zero: these losses are exact."""
+        return 0.0
 
 
 def cached_logits(model: LinearModel, prepared: Prepared) -> Tensor:

@@ -124,8 +124,8 @@ def choose_penalties(
             rows += path.rows()
     n_models = 1 if n_linearizations in (1, None) else 2 * n_linearizations
     if gradient_alpha is None or n_linearizations is None:
-        tried_alphas = [row[0] for row in rows] or [alpha]
-        nearest = min(tried_alphas, key=lambda tried: abs(math.log(tried / alpha)))
+        distances = [abs(math.log(row[0] / alpha)) for row in rows]
+        nearest = rows[int(np.argmin(distances))][0] if rows else alpha
         of_gradients = _held_out_of_gradients(
             folds, left_out, stages, alpha, nearest, n_linearizations, negligible
         )
@@ -244,7 +244,21 @@ class _Path:
             penalty *= STEP
             if not self._try(penalty):
                 break
+        self._correct()
         return self._chosen()
+
+    def _correct(self) -> None:
+        """Correct the smallest loss until it is that of a corrected penalty.
+
+        Corrections grow from strong to weak penalties. So weaker ones get the same at least.
+        """
+        corrected: set[float] = set()
+        while (best := self._lowest()) not in {math.inf, *corrected}:
+            correction = self._held_out.correction(*self._pair_of(best))
+            for penalty in [p for p in self._means if p <= best and p not in corrected]:
+                self._losses[penalty] = self._losses[penalty] + correction
+                self._means[penalty] += correction
+                corrected.add(penalty)
 
     @property
     def smallest(self) -> float:
