@@ -16,8 +16,8 @@ table has the differences "full" minus "LogisticRegressionCV" or "RidgeCV", with
 of paired test samples.
 
 ``--cost`` measures another ratio instead: the time of a fit that chooses the penalties, in units of
-that of a fit with the chosen ones, and the median over the problems. ``--tolerance`` measures the loss of "full" in units of that of
-the same model with ``tol=1e-8``.
+that of a fit with the chosen ones, and the median over the problems. ``--tolerance`` measures the
+loss of "full" in units of that of the same model with ``tol=1e-8``.
 
     python examples/benchmarks/defaults.py --data cifar10.zip --output defaults.json
     python examples/benchmarks/defaults.py --problems wine diabetes --splits 1

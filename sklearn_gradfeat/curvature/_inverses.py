@@ -32,7 +32,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.curvature._coarse_path import CoarsePath
 from sklearn_gradfeat.curvature._coarse_solve import CoarseSolve
-from sklearn_gradfeat.curvature._coarse_space import Subspace, leading_subspace
+from sklearn_gradfeat.curvature._coarse_space import Block, Subspace, leading_subspace
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Preconditioner
 from sklearn_gradfeat.curvature._sample_space import SampleInverse, tangent_gram
 from sklearn_gradfeat.curvature._spectrum import NOT_FINITE
@@ -60,6 +60,8 @@ class Inverses:
         self._gram_is_cheap = True  # until it turns out otherwise
         self._subspaces: list[Subspace | None] = []  # empty until the first coarse solve
         self._layers_of: Curvature | None = None
+        # The blocks of a coarse space of these layers, with its curvature, once one was found.
+        self._blocks: list[tuple[list[Block], float]] = []
 
     @property
     def gram(self) -> Tensor | None:
@@ -74,6 +76,7 @@ class Inverses:
         following = Inverses()
         following._layers_of = self._curvature or self._layers_of
         following._gram_is_cheap = self._gram_is_cheap
+        following._blocks = self._blocks
         return following
 
     def learn_layers(self, objective: TangentObjective, logits: Tensor) -> None:
@@ -91,8 +94,13 @@ class Inverses:
             return None
         logits = objective.forward(x)
         curvature = self._preconditioner(objective, logits).curvature
+        if self._blocks:
+            return CoarsePath(x, logits, Subspace(objective, *self._blocks[0]), curvature)
         subspace = leading_subspace(objective, curvature)
-        return None if subspace is None else CoarsePath(x, logits, subspace, curvature)
+        if subspace is None:
+            return None
+        self._blocks.append((subspace.blocks, subspace.total))
+        return CoarsePath(x, logits, subspace, curvature)
 
     def at(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
         """Return the function from logits to the inverse Hessian there."""

@@ -477,7 +477,9 @@ class LeftOut:
         assert isinstance(stages.loss, Squared)
         self._loss, self._stages = stages.loss, stages
         _, rows, groups = np.unique(prepared.samples.names, return_index=True, return_inverse=True)
+        self._order = rows  # of the names, as with copies
         if len(rows) < len(groups):
+            self._order = np.arange(len(rows))
             self._loss = stages.loss.merged(torch.from_numpy(groups).to(self._loss.weights.device))
             problem = replace(stages.problem, loss=lambda _: self._loss)
             self._stages = TwoStageFit(prepared.subset(rows), problem)
@@ -497,7 +499,7 @@ class LeftOut:
     @property
     def weights(self) -> Array:
         """The weights of the distinct samples."""
-        weights: Array = to_numpy(self._loss.weights)
+        weights: Array = to_numpy(self._loss.weights)[self._order]
         return weights
 
     def gram(self, alpha: float) -> Tensor | None:
@@ -522,7 +524,7 @@ class LeftOut:
             losses: Array = to_numpy(self._loss.losses(predictions))
         except ValueError:
             losses = np.full(len(self._loss.weights), np.inf)
-        return losses
+        return losses[self._order]
 
     def correction(self, alpha: float, gradient_alpha: float) -> float:
         """Return zero: these losses are exact."""
