@@ -308,10 +308,7 @@ class TwoStageFit:
         objective = self.objective(alpha, self.samples.activation, None)
         zero = self.like.new_zeros(sum(objective.sizes))
         value = self.loss.value(objective.forward(zero))
-        moved = warm is not None and self._first is not None and not self._first.is_zero
-        is_zero = not moved and _is_optimum(
-            objective, zero, self._inverse(objective, self.inverses)
-        )
+        is_zero = _is_optimum(objective, zero, self._inverse(objective, self.inverses))
         start = zero
         if warm is not None and not is_zero:
             start = self._unknowns(warm.omega, warm.intercept, zero[:0])
