@@ -1,5 +1,6 @@
 """Curvature of the linear model: preconditioners, the coarse space, leave-one-out."""
 
+from sklearn_gradfeat.curvature._coarse_path import CoarsePath
 from sklearn_gradfeat.curvature._explicit_rows import with_rows_if_cheap
 from sklearn_gradfeat.curvature._inverses import (
     Inverses,
@@ -7,13 +8,16 @@ from sklearn_gradfeat.curvature._inverses import (
 )
 from sklearn_gradfeat.curvature._sample_space import (
     MAX_ROWS,
+    activation_gram,
     leave_one_out,
     tangent_gram,
 )
 
 __all__ = [
     "MAX_ROWS",
+    "CoarsePath",
     "Inverses",
+    "activation_gram",
     "largest_curvature",
     "leave_one_out",
     "tangent_gram",

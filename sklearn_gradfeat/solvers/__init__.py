@@ -10,13 +10,15 @@ from sklearn_gradfeat.solvers._lbfgs import (
     same_curvature,
 )
 from sklearn_gradfeat.solvers._newton import newton
-from sklearn_gradfeat.solvers._steps import penalised
+from sklearn_gradfeat.solvers._steps import Point, line_and_coarse_step, penalised
 
 __all__ = [
     "CurvaturePairs",
+    "Point",
     "Solution",
     "State",
     "Status",
+    "line_and_coarse_step",
     "minimize",
     "newton",
     "penalised",

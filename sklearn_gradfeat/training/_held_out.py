@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
@@ -31,7 +32,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.curvature import leave_one_out, tangent_gram
+from sklearn_gradfeat.curvature import (
+    CoarsePath,
+    Inverses,
+    activation_gram,
+    leave_one_out,
+    tangent_gram,
+)
 from sklearn_gradfeat.data import n_ranks, number_of_first_rank, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Squared, to_numpy
 from sklearn_gradfeat.solvers import newton
@@ -64,6 +71,9 @@ class HeldOut(Protocol):
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the mean losses of the distinct held-out samples."""
+
+    def correction(self, alpha: float, gradient_alpha: float) -> float:
+        """Return how far the mean loss is below that of a closer fit; zero where it is exact."""
 
     @property
     def weights(self) -> Array:
@@ -123,6 +133,10 @@ class _Fold:
         self._weights = np.where(is_held_out, problem.weights, 0)[self._test]
         self._first_stages: dict[float, FirstStage] = {}
         self._models: dict[tuple[float, float], LinearModel] = {}
+        self._shared: Inverses | None = None
+        self._has_subspace = False
+        self._paths: dict[float, CoarsePath] = {}
+        self._to_minimize: defaultdict[float, list[float]] = defaultdict(list)
         # Copies of a sample are one sample, with the sum of their weights.
         names = prepared.samples.names[is_held_out]
         distinct = np.unique(rows_of_all_ranks(names)[0])
@@ -134,6 +148,13 @@ class _Fold:
         """The fits to the training samples."""
         weights = np.where(self._is_held_out, 0, self._problem.weights)
         return self._fits(self._train, weights)
+
+    @functools.cached_property
+    def _weighted(self) -> TwoStageFit:
+        """The same fits, with the held-out samples at weight zero."""
+        weights = np.where(self._is_held_out, 0, self._problem.weights)
+        problem = self._problem.subset(np.arange(len(weights)), weights)
+        return TwoStageFit(self._prepared, problem)
 
     @functools.cached_property
     def held(self) -> TwoStageFit:
@@ -163,7 +184,42 @@ class _Fold:
         logits = None if self._rows is None else self._rows.logits(alpha, gradient_alpha)
         if logits is not None:
             return self._losses(lambda: logits)
+        if self._has_subspace and math.isfinite(gradient_alpha):
+            first = self._first(alpha)
+            self._to_minimize[alpha].append(gradient_alpha)
+            return self._losses(lambda: self._minimum(first)[self._test])
         return self._losses_of(self._model(alpha, gradient_alpha))
+
+    def correction(self, alpha: float, gradient_alpha: float) -> float:
+        """Return the change of the mean loss over a step out of the coarse space."""
+        if alpha not in self._to_minimize or math.isinf(gradient_alpha):
+            return 0.0
+        first = self._first(alpha)
+        self._to_minimize[alpha].append(gradient_alpha)
+
+        def compute() -> float:
+            before = self._minimum(first)
+            objective = self._weighted.second_objective(first, gradient_alpha)
+            after = self._paths[alpha].after_step(objective)
+            change = self._mean_losses(after[self._test]) - self._mean_losses(before[self._test])
+            return float(np.average(change, weights=self.weights))
+
+        return self._prepared.journal.number("correction of held-out losses", compute)
+
+    def _minimum(self, first: FirstStage) -> Tensor:
+        """Return the logits of all samples at the minimum over the coarse space.
+
+        Each minimum starts from the former one. A fit that goes on after a kill repeats those that
+        its journal has the losses of.
+        """
+        if first.alpha not in self._paths:
+            self._paths[first.alpha] = self._weighted.coarse_path(first)
+        penalties = self._to_minimize[first.alpha]
+        for gradient_alpha in penalties:
+            objective = self._weighted.second_objective(first, gradient_alpha)
+            logits = self._paths[first.alpha].minimum(objective, self.stages.settings.tol)
+        penalties.clear()
+        return logits
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""
@@ -176,23 +232,29 @@ class _Fold:
 
     def _losses(self, logits: Callable[[], Tensor]) -> Array:
         """Return the mean losses of the distinct held-out samples for their logits."""
+        return self._prepared.journal.numbers(
+            "losses of held-out samples", lambda: self._mean_losses(logits())
+        )
 
-        def compute() -> Array:
-            shift = self.stages.problem.offset - self.held.problem.offset
-            found = logits()
-            found = found + torch.from_numpy(shift).to(found)
-            losses: Array = to_numpy(self.held.loss.losses(found.to(self.held.loss.weights)))
-            return self._sums(self._weights * losses) / self.weights
+    def _mean_losses(self, logits: Tensor) -> Array:
+        shift = self.stages.problem.offset - self.held.problem.offset
+        logits = logits + torch.from_numpy(shift).to(logits)
+        losses: Array = to_numpy(self.held.loss.losses(logits.to(self.held.loss.weights)))
+        return self._sums(self._weights * losses) / self.weights
 
-        return self._prepared.journal.numbers("losses of held-out samples", compute)
-
-    def _model(self, alpha: float, gradient_alpha: float) -> LinearModel:
-        """Return the model of the samples that are not held out."""
+    def _first(self, alpha: float) -> FirstStage:
+        """Return the fit of the output weights to the samples that are not held out."""
         if alpha not in self._first_stages:
             stronger = min((a for a in self._first_stages if a > alpha), default=None)
             warm = None if stronger is None else self._first_stages[stronger].model
-            self._first_stages[alpha] = self.stages.fit_activation(alpha, warm)
-        first = self._first_stages[alpha]
+            first = self._first_stages[alpha] = self.stages.fit_activation(alpha, warm)
+            if self._shared is not None:
+                first.inverses = self._shared.with_layers()
+        return self._first_stages[alpha]
+
+    def _model(self, alpha: float, gradient_alpha: float) -> LinearModel:
+        """Return the model of the samples that are not held out."""
+        first = self._first(alpha)
         model = first.model
         if math.isfinite(gradient_alpha):
             start = self._start(alpha, gradient_alpha)
@@ -201,6 +263,12 @@ class _Fold:
             for oldest in list(self._models)[:-_KEPT]:
                 del self._models[oldest]
         return model
+
+    def share(self, inverses: Inverses, has_subspace: bool) -> None:
+        """Use the factors of the gradient layers of the fit to all samples."""
+        self._shared, self._has_subspace = inverses, has_subspace
+        for first in self._first_stages.values():
+            first.inverses = inverses.with_layers()
 
     def _start(self, alpha: float, gradient_alpha: float) -> LinearModel:
         """Return the model with the next stronger penalty, or the first stage."""
@@ -310,6 +378,14 @@ class Folds:
         held = np.cumsum([len(fold.weights) for fold in self._folds])
         return Folds(self._folds[: int(np.searchsorted(held, n_samples)) + 1])
 
+    def share(self, inverses: Inverses, has_subspace: bool) -> None:
+        """Use the factors of the gradient layers of the fit to all samples.
+
+        With a coarse space, its minima take the place of fits with a gradient term.
+        """
+        for fold in self._folds:
+            fold.share(inverses, has_subspace)
+
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""
         runs = [fold.relinearized(alpha, gradient_alpha) for fold in self._folds]
@@ -341,6 +417,10 @@ class Folds:
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the mean losses of the distinct held-out samples."""
         return np.concatenate([fold.losses(alpha, gradient_alpha) for fold in self._folds])
+
+    def correction(self, alpha: float, gradient_alpha: float) -> float:
+        """Return the correction of the first fold."""
+        return self._folds[0].correction(alpha, gradient_alpha)
 
 
 class Relinearized:
@@ -375,6 +455,10 @@ class Relinearized:
         losses, number = self._while_it_falls(models) if n is None else self._last(models, n)
         self._best[alpha, gradient_alpha] = number
         return losses
+
+    def correction(self, alpha: float, gradient_alpha: float) -> float:
+        """Return zero: these models are fitted in full."""
+        return 0.0
 
     def _while_it_falls(self, models: Iterator[Array]) -> tuple[Array, int]:
         """Return the losses and the number of the best model, until two in turn are no better."""
@@ -426,13 +510,17 @@ class LeftOut:
     """
 
     def __init__(self, prepared: Prepared, stages: TwoStageFit) -> None:
-        loss = stages.loss
-        assert isinstance(loss, Squared)
+        assert isinstance(stages.loss, Squared)
+        self._loss, self._stages = stages.loss, stages
         _, rows, groups = np.unique(prepared.samples.names, return_index=True, return_inverse=True)
-        self._loss = loss.merged(torch.from_numpy(groups).to(loss.weights.device))
-        problem = replace(stages.problem, loss=lambda _: self._loss)
-        self._stages = TwoStageFit(prepared.subset(rows), problem)
+        self._order = rows  # of the names, as with copies
+        if len(rows) < len(groups):
+            self._order = np.arange(len(rows))
+            self._loss = stages.loss.merged(torch.from_numpy(groups).to(self._loss.weights.device))
+            problem = replace(stages.problem, loss=lambda _: self._loss)
+            self._stages = TwoStageFit(prepared.subset(rows), problem)
         self._grams: dict[float, Tensor | None] = {}
+        self._activation_gram: Tensor | None = None
 
     @classmethod
     def where_cheap(cls, prepared: Prepared, stages: TwoStageFit) -> LeftOut | None:
@@ -447,31 +535,36 @@ class LeftOut:
     @property
     def weights(self) -> Array:
         """The weights of the distinct samples."""
-        weights: Array = to_numpy(self._loss.weights)
+        weights: Array = to_numpy(self._loss.weights)[self._order]
         return weights
 
     def gram(self, alpha: float) -> Tensor | None:
         """Return the Gram matrix of the gradient term, or None if it is not cheap or exact."""
         if alpha not in self._grams:
-            tangent = self._stages.tangent(self._stages.fit_activation(alpha).model.omega, 0.0)
-            exact = self._stages.like.dtype == torch.float64
-            n_samples = len(self._loss.weights)
-            self._grams[alpha] = tangent_gram(tangent, n_samples) if exact else None
+            first = self._stages.fit_activation(alpha)
+            first.inverses.at(self._stages.second_objective(first, 1.0))
+            self._grams[alpha] = first.inverses.gram
         return self._grams[alpha]
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the losses of the distinct samples, infinite where rounding errors dominate."""
-        stages = self._stages
+        stages, gram = self._stages, None
+        objective = stages.objective(alpha, stages.samples.activation, None)
+        if self._activation_gram is None:
+            self._activation_gram = activation_gram(objective)
         if math.isfinite(gradient_alpha):
             objective = stages.second_objective(stages.fit_activation(alpha), gradient_alpha)
             gram = self.gram(alpha)
-        else:
-            objective, gram = stages.objective(alpha, stages.samples.activation, None), None
         try:
-            losses: Array = to_numpy(self._loss.losses(leave_one_out(objective, gram)))
+            predictions = leave_one_out(objective, gram, self._activation_gram)
+            losses: Array = to_numpy(self._loss.losses(predictions))
         except ValueError:
             losses = np.full(len(self._loss.weights), np.inf)
-        return losses
+        return losses[self._order]
+
+    def correction(self, alpha: float, gradient_alpha: float) -> float:
+        """Return zero: these losses are exact."""
+        return 0.0
 
 
 def cached_logits(model: LinearModel, prepared: Prepared) -> Tensor:

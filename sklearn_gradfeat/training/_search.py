@@ -127,7 +127,11 @@ def choose_penalties(
             rows += path.rows()
     n_models = 1 if n_linearizations in (1, None) else 2 * n_linearizations
     if gradient_alpha is None or n_linearizations is None:
-        of_gradients = _held_out_of_gradients(folds, left_out, alpha, n_linearizations, negligible)
+        distances = [abs(math.log(row[0] / alpha)) for row in rows]
+        nearest = rows[int(np.argmin(distances))][0] if rows else alpha
+        of_gradients = _held_out_of_gradients(
+            folds, left_out, stages, alpha, nearest, n_linearizations, negligible
+        )
         if gradient_alpha is None:
             scale = stages.curvature_of_step(stages.fit_activation(alpha))
             gradient_alpha = math.inf if features == "full" else scale or 1.0
@@ -172,7 +176,9 @@ def _best_pair(
 def _held_out_of_gradients(
     folds: Folds,
     left_out: LeftOut | None,
+    stages: TwoStageFit,
     alpha: float,
+    nearest: float,
     n_linearizations: int | None,
     negligible: float,
 ) -> HeldOut | None:
@@ -181,7 +187,11 @@ def _held_out_of_gradients(
         return left_out
     enough = folds.enough(ENOUGH)
     if enough is not None:
-        enough = enough.typical_first(alpha).enough(ENOUGH_WITH_GRADIENTS)
+        enough = enough.typical_first(nearest).enough(ENOUGH_WITH_GRADIENTS)
+    if enough is not None and n_linearizations == 1:
+        shared = stages.shared(stages.fit_activation(alpha))
+        if shared is not None:
+            enough.share(*shared)
     if enough is None or n_linearizations == 1:
         return enough
     return Relinearized(enough, n_linearizations, negligible)
@@ -237,7 +247,21 @@ class _Path:
             penalty *= STEP
             if not self._try(penalty):
                 break
+        self._correct()
         return self._chosen()
+
+    def _correct(self) -> None:
+        """Correct the smallest loss until it is that of a corrected penalty.
+
+        Corrections grow from strong to weak penalties. So weaker ones get the same at least.
+        """
+        corrected: set[float] = set()
+        while (best := self._lowest()) not in {math.inf, *corrected}:
+            correction = self._held_out.correction(*self._pair_of(best))
+            for penalty in [p for p in self._means if p <= best and p not in corrected]:
+                self._losses[penalty] = self._losses[penalty] + correction
+                self._means[penalty] += correction
+                corrected.add(penalty)
 
     @property
     def smallest(self) -> float:
