@@ -20,13 +20,13 @@ from sklearn_gradfeat.curvature._coarse_space import Subspace
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Preconditioner
 from sklearn_gradfeat.data import number_of_first_rank, of_first_rank
 from sklearn_gradfeat.linearized import TangentObjective
-from sklearn_gradfeat.solvers import Point, Solution, line_and_coarse_step, minimize, penalised
+from sklearn_gradfeat.solvers import CurvaturePairs, Point, best_on_line, minimize, penalised
 
 _MAX_ITER = 100
 
 
 class CoarsePath:
-    """The logits at the minima of objectives that differ in the penalty on the displacements.
+    """The minima of objectives that differ in the penalty on the displacements.
 
     Parameters
     ----------
@@ -43,26 +43,25 @@ class CoarsePath:
     def __init__(self, x: Tensor, logits: Tensor, subspace: Subspace, curvature: Curvature) -> None:
         self._logits, self._subspace, self._curvature = logits, subspace, curvature
         self._start = of_first_rank(subspace.restrict(x))
-        self._last: tuple[float, Solution] | None = None
+        self._minima: dict[float, tuple[Tensor, float]] = {}  # with the objective, by penalty
+        self._pairs: CurvaturePairs | None = None
 
-    def minimum(self, objective: TangentObjective, tol: float) -> Tensor:
-        """Return the logits of all samples at the minimum.
+    def minimize(self, objective: TangentObjective, tol: float) -> None:
+        """Find the minimum.
 
         The solver starts from the last minimum, if that had a stronger penalty. It stops when the
         Newton decrement is ``tol`` times the fall of the objective since the first start.
         """
-        assert objective.tangent is not None
-        inverse = Preconditioner(objective, self._logits, self._curvature)
-        solve = CoarseSolve(objective, self._subspace, inverse, True)
+        solve = self._solve(objective, True)
         coarse = CoarseObjective(
             objective.loss, solve.penalty, self._subspace, torch.zeros_like(self._logits)
         )
         baseline = objective.loss.value(self._logits)
         baseline += penalised(coarse, self._start, self._start) / 2
         rounding = torch.finfo(self._start.dtype).eps * abs(baseline)
-        start, pairs = self._start, None
-        if self._last is not None and self._last[0] >= objective.tangent.alpha:
-            start, pairs = self._last[1].x, self._last[1].curvature_pairs
+        start, pairs, alpha = self._start, None, _alpha(objective)
+        if self._minima and (last := next(reversed(self._minima))) >= alpha:
+            start, pairs = self._minima[last][0], self._pairs
         solution = minimize(
             coarse,
             start,
@@ -71,23 +70,32 @@ class CoarsePath:
             max_iter=_MAX_ITER,
             curvature_pairs=pairs,
         )
-        self._last = objective.tangent.alpha, solution
-        return self._subspace.forward(solution.x)
+        self._minima[alpha] = solution.x, solution.objective_path[-1]
+        self._pairs = solution.curvature_pairs
 
-    def after_step(self, objective: TangentObjective) -> Tensor:
-        """Return the logits after a step along all directions from the last minimum."""
-        assert self._last is not None
-        solution = self._last[1]
-        logits = self._subspace.forward(solution.x)
-        x = of_first_rank(self._subspace.extend(solution.x))
-        inverse = Preconditioner(objective, self._logits, self._curvature)
+    def logits(self, objective: TangentObjective) -> Tensor:
+        """Return the logits of all samples at the minimum."""
+        return self._subspace.forward(self._minima[_alpha(objective)][0])
+
+    def logits_after_step(self, objective: TangentObjective) -> Tensor:
+        """Return the logits after a step along all directions from the minimum."""
+        logits, (coordinates, value) = self.logits(objective), self._minima[_alpha(objective)]
+        x = of_first_rank(self._subspace.extend(coordinates))
+        solve = self._solve(objective, False)
         gradient = objective.adjoint(objective.loss.gradient(logits)) + objective.penalty * x
-        direction = of_first_rank(-inverse(gradient))
+        direction = of_first_rank(-solve.inverse.whole(gradient))
         norm = math.sqrt(abs(number_of_first_rank(float(gradient @ direction))))
-        solve = CoarseSolve(objective, self._subspace, inverse, False)
-        point = Point(x, logits, gradient, solution.objective_path[-1])
-        moved, _ = line_and_coarse_step(objective, point, direction, solve, norm)
-        return logits if moved is None else moved.logits
+        moved = best_on_line(objective, Point(x, logits, gradient, value), direction)
+        return logits if moved is None else solve(moved.x, moved.logits, norm)[1]
+
+    def _solve(self, objective: TangentObjective, first: bool) -> CoarseSolve:
+        inverse = Preconditioner(objective, self._logits, self._curvature)
+        return CoarseSolve(objective, self._subspace, inverse, first)
+
+
+def _alpha(objective: TangentObjective) -> float:
+    assert objective.tangent is not None
+    return objective.tangent.alpha
 
 
 def _tolerance(baseline: float, tol: float, rounding: float, value: float) -> float:

@@ -10,7 +10,7 @@ from sklearn_gradfeat.solvers._lbfgs import (
     same_curvature,
 )
 from sklearn_gradfeat.solvers._newton import newton
-from sklearn_gradfeat.solvers._steps import Point, line_and_coarse_step, penalised
+from sklearn_gradfeat.solvers._steps import Point, best_on_line, penalised
 
 __all__ = [
     "CurvaturePairs",
@@ -18,7 +18,7 @@ __all__ = [
     "Solution",
     "State",
     "Status",
-    "line_and_coarse_step",
+    "best_on_line",
     "minimize",
     "newton",
     "penalised",

@@ -40,7 +40,13 @@ from sklearn_gradfeat.curvature import (
     tangent_gram,
 )
 from sklearn_gradfeat.data import n_ranks, number_of_first_rank, rows_of_all_ranks, sum_over_ranks
-from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Squared, to_numpy
+from sklearn_gradfeat.linearized import (
+    LinearizedHead,
+    LinearModel,
+    Squared,
+    TangentObjective,
+    to_numpy,
+)
 from sklearn_gradfeat.solvers import newton
 from sklearn_gradfeat.training._problem import Problem
 from sklearn_gradfeat.training._relinearization import relinearized
@@ -136,7 +142,7 @@ class _Fold:
         self._shared: Inverses | None = None
         self._has_subspace = False
         self._paths: dict[float, CoarsePath] = {}
-        self._to_minimize: defaultdict[float, list[float]] = defaultdict(list)
+        self._to_minimize: defaultdict[float, list[TangentObjective]] = defaultdict(list)
         # Copies of a sample are one sample, with the sum of their weights.
         names = prepared.samples.names[is_held_out]
         distinct = np.unique(rows_of_all_ranks(names)[0])
@@ -186,8 +192,9 @@ class _Fold:
             return self._losses(lambda: logits)
         if self._has_subspace and math.isfinite(gradient_alpha):
             first = self._first(alpha)
-            self._to_minimize[alpha].append(gradient_alpha)
-            return self._losses(lambda: self._minimum(first)[self._test])
+            objective = self._weighted.second_objective(first, gradient_alpha)
+            self._to_minimize[alpha].append(objective)
+            return self._losses(lambda: self._path(first).logits(objective)[self._test])
         return self._losses_of(self._model(alpha, gradient_alpha))
 
     def correction(self, alpha: float, gradient_alpha: float) -> float:
@@ -195,31 +202,29 @@ class _Fold:
         if alpha not in self._to_minimize or math.isinf(gradient_alpha):
             return 0.0
         first = self._first(alpha)
-        self._to_minimize[alpha].append(gradient_alpha)
+        objective = self._weighted.second_objective(first, gradient_alpha)
 
         def compute() -> float:
-            before = self._minimum(first)
-            objective = self._weighted.second_objective(first, gradient_alpha)
-            after = self._paths[alpha].after_step(objective)
-            change = self._mean_losses(after[self._test]) - self._mean_losses(before[self._test])
-            return float(np.average(change, weights=self.weights))
+            path = self._path(first)
+            both = path.logits(objective), path.logits_after_step(objective)
+            before, after = (self._mean_losses(logits[self._test]) for logits in both)
+            return float(np.average(after - before, weights=self.weights))
 
         return self._prepared.journal.number("correction of held-out losses", compute)
 
-    def _minimum(self, first: FirstStage) -> Tensor:
-        """Return the logits of all samples at the minimum over the coarse space.
+    def _path(self, first: FirstStage) -> CoarsePath:
+        """Return the minima over the coarse space, with those that were asked for.
 
-        Each minimum starts from the former one. A fit that goes on after a kill repeats those that
-        its journal has the losses of.
+        Each starts from the former one. So a fit that goes on after a kill repeats them, unless
+        its journal has the losses of all.
         """
         if first.alpha not in self._paths:
             self._paths[first.alpha] = self._weighted.coarse_path(first)
-        penalties = self._to_minimize[first.alpha]
-        for gradient_alpha in penalties:
-            objective = self._weighted.second_objective(first, gradient_alpha)
-            logits = self._paths[first.alpha].minimum(objective, self.stages.settings.tol)
-        penalties.clear()
-        return logits
+        path, objectives = self._paths[first.alpha], self._to_minimize[first.alpha]
+        for objective in objectives:
+            path.minimize(objective, self.stages.settings.tol)
+        objectives.clear()
+        return path
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""

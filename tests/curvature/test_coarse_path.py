@@ -49,14 +49,16 @@ def test_logits_are_those_of_the_minimum_in_the_space():
         n = path._subspace.sizes[0]
         penalty = torch.cat([changed.penalty[:n], torch.full_like(identity[0, n:], alpha)])
         expected = rows @ newton(problem.loss, rows, penalty, torch.zeros_like(penalty))
-        found = path.minimum(changed, 1e-14)
+        path.minimize(changed, 1e-14)
+        found = path.logits(changed)
         assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_a_step_along_all_directions_comes_closer_to_the_optimum():
     problem = image_objective("plain", alpha=1e-4)
     path = path_of(problem)
-    before, after = path.minimum(problem, 1e-6), path.after_step(problem)
+    path.minimize(problem, 1e-6)
+    before, after = path.logits(problem), path.logits_after_step(problem)
     x = torch.zeros(sum(problem.sizes), dtype=torch.float64)
     inverse = Inverses().at(problem)
     best = minimize(problem, x, inverse, tolerance=lambda _: 1e-14, max_iter=500)
