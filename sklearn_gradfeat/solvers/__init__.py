@@ -10,15 +10,13 @@ from sklearn_gradfeat.solvers._lbfgs import (
     same_curvature,
 )
 from sklearn_gradfeat.solvers._newton import newton
-from sklearn_gradfeat.solvers._steps import Point, best_on_line, penalised
+from sklearn_gradfeat.solvers._steps import penalised
 
 __all__ = [
     "CurvaturePairs",
-    "Point",
     "Solution",
     "State",
     "Status",
-    "best_on_line",
     "minimize",
     "newton",
     "penalised",

@@ -101,21 +101,14 @@ def line_and_coarse_step(
     objective: LinearObjective, point: Point, direction: Tensor, solve: CoarseSolver, norm: float
 ) -> tuple[Point | None, int]:
     """Return the same after a coarse-space solve; the gradient on the line is not needed."""
-    on_line = best_on_line(objective, point, direction)
-    if on_line is None:
-        return None, 1
-    moved, cost = coarse_step(objective, on_line, solve, norm)
-    return moved, 1 + cost
-
-
-def best_on_line(objective: LinearObjective, point: Point, direction: Tensor) -> Point | None:
-    """Return the best point on a line, with the former gradient, or None without a decrease."""
     change = objective.forward(direction)
     step, gain = _search(objective, point, direction, change)
     if gain >= 0:
-        return None
+        return None, 1
     x, logits = point.x + step * direction, point.logits + step * change
-    return Point(x, logits, point.gradient, point.value + gain)
+    on_line = Point(x, logits, point.gradient, point.value + gain)
+    moved, cost = coarse_step(objective, on_line, solve, norm)
+    return moved, 1 + cost
 
 
 def coarse_step(

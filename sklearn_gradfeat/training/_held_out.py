@@ -59,6 +59,9 @@ ENOUGH = 500
 ENOUGH_WITH_GRADIENTS = 100
 # Held-out losses need no more digits than this tolerance gives.
 _TOL = 1e-3
+# The same over the coarse space, where iterations are cheap. With a larger one, the fit with a weak
+# penalty would end at the former minimum, which looks better than that of the final fit.
+_COARSE_TOL = 1e-4
 # Largest n_samples * n_outputs of leave-one-out: a factorisation then takes less than a fit.
 _MAX_LEFT_OUT = 1024
 # Largest n_samples * n_outputs of a fold with explicit rows.
@@ -77,9 +80,6 @@ class HeldOut(Protocol):
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the mean losses of the distinct held-out samples."""
-
-    def correction(self, alpha: float, gradient_alpha: float) -> float:
-        """Return how far the mean loss is below that of a closer fit; zero where it is exact."""
 
     @property
     def weights(self) -> Array:
@@ -194,37 +194,22 @@ class _Fold:
             first = self._first(alpha)
             objective = self._weighted.second_objective(first, gradient_alpha)
             self._to_minimize[alpha].append(objective)
-            return self._losses(lambda: self._path(first).logits(objective)[self._test])
+            return self._losses(lambda: self._minimum(first))
         return self._losses_of(self._model(alpha, gradient_alpha))
 
-    def correction(self, alpha: float, gradient_alpha: float) -> float:
-        """Return the change of the mean loss over a step out of the coarse space."""
-        if alpha not in self._to_minimize or math.isinf(gradient_alpha):
-            return 0.0
-        first = self._first(alpha)
-        objective = self._weighted.second_objective(first, gradient_alpha)
+    def _minimum(self, first: FirstStage) -> Tensor:
+        """Return the logits at the last minimum over the coarse space that was asked for.
 
-        def compute() -> float:
-            path = self._path(first)
-            both = path.logits(objective), path.logits_after_step(objective)
-            before, after = (self._mean_losses(logits[self._test]) for logits in both)
-            return float(np.average(after - before, weights=self.weights))
-
-        return self._prepared.journal.number("correction of held-out losses", compute)
-
-    def _path(self, first: FirstStage) -> CoarsePath:
-        """Return the minima over the coarse space, with those that were asked for.
-
-        Each starts from the former one. So a fit that goes on after a kill repeats them, unless
-        its journal has the losses of all.
+        Each starts from the former one. So a fit that goes on after a kill repeats those that its
+        journal has the losses of.
         """
         if first.alpha not in self._paths:
             self._paths[first.alpha] = self._weighted.coarse_path(first)
-        path, objectives = self._paths[first.alpha], self._to_minimize[first.alpha]
+        tol, objectives = min(_COARSE_TOL, self.stages.settings.tol), self._to_minimize[first.alpha]
         for objective in objectives:
-            path.minimize(objective, self.stages.settings.tol)
+            logits = self._paths[first.alpha].minimum(objective, tol)
         objectives.clear()
-        return path
+        return logits[self._test]
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""
@@ -423,10 +408,6 @@ class Folds:
         """Return the mean losses of the distinct held-out samples."""
         return np.concatenate([fold.losses(alpha, gradient_alpha) for fold in self._folds])
 
-    def correction(self, alpha: float, gradient_alpha: float) -> float:
-        """Return the correction of the first fold."""
-        return self._folds[0].correction(alpha, gradient_alpha)
-
 
 class Relinearized:
     """The losses of samples that are left out of several linearisations.
@@ -460,10 +441,6 @@ class Relinearized:
         losses, number = self._while_it_falls(models) if n is None else self._last(models, n)
         self._best[alpha, gradient_alpha] = number
         return losses
-
-    def correction(self, alpha: float, gradient_alpha: float) -> float:
-        """Return zero: these models are fitted in full."""
-        return 0.0
 
     def _while_it_falls(self, models: Iterator[Array]) -> tuple[Array, int]:
         """Return the losses and the number of the best model, until two in turn are no better."""
@@ -566,10 +543,6 @@ class LeftOut:
         except ValueError:
             losses = np.full(len(self._loss.weights), np.inf)
         return losses[self._order]
-
-    def correction(self, alpha: float, gradient_alpha: float) -> float:
-        """Return zero: these losses are exact."""
-        return 0.0
 
 
 def cached_logits(model: LinearModel, prepared: Prepared) -> Tensor:

@@ -247,21 +247,7 @@ class _Path:
             penalty *= STEP
             if not self._try(penalty):
                 break
-        self._correct()
         return self._chosen()
-
-    def _correct(self) -> None:
-        """Correct the smallest loss until it is that of a corrected penalty.
-
-        Corrections grow from strong to weak penalties. So weaker ones get the same at least.
-        """
-        corrected: set[float] = set()
-        while (best := self._lowest()) not in {math.inf, *corrected}:
-            correction = self._held_out.correction(*self._pair_of(best))
-            for penalty in [p for p in self._means if p <= best and p not in corrected]:
-                self._losses[penalty] = self._losses[penalty] + correction
-                self._means[penalty] += correction
-                corrected.add(penalty)
 
     @property
     def smallest(self) -> float:
@@ -271,13 +257,13 @@ class _Path:
     def rows(self) -> list[Row]:
         """Return penalties, mean loss, and the standard error of its difference to the best."""
         return [
-            (*self._pair_of(penalty), mean, self._error(penalty))
+            (*self._pair_of(penalty), mean, self._error(penalty, self._lowest()))
             for penalty, mean in self._means.items()
         ]
 
     def _try(self, penalty: float) -> bool:
-        """Try a penalty, and return whether its loss is below all others."""
-        former = min(self._means.values(), default=math.inf)
+        """Try a penalty, and return whether its loss is clearly below all others."""
+        former = self._lowest() if self._means else None
         self._losses[penalty] = losses = self._held_out.losses(*self._pair_of(penalty))
         finite = bool(np.isfinite(losses).all())
         mean = float(np.average(losses, weights=self._held_out.weights)) if finite else math.inf
@@ -285,25 +271,30 @@ class _Path:
         if self._progress is not None:
             best = self._lowest()
             self._progress.tried(*self._pair_of(best), self._means[best])
-        return mean < (1 - FLAT) * former and former - mean > self._negligible
+        if former is None:
+            return True
+        smallest = self._means[former]
+        clear = max(FLAT * smallest, self._negligible, _TOLERATED * self._error(penalty, former))
+        return smallest - mean > clear
 
     def _lowest(self) -> float:
         """Return the strongest of the penalties with the smallest loss."""
         return min(self._means, key=lambda penalty: (self._means[penalty], -penalty))
 
-    def _error(self, penalty: float) -> float:
-        """Return the standard error of the difference to the smallest loss."""
+    def _error(self, penalty: float, other: float) -> float:
+        """Return the standard error of the difference of two losses."""
         weights = self._held_out.weights
         with np.errstate(invalid="ignore"):
-            difference = self._losses[penalty] - self._losses[self._lowest()]
+            difference = self._losses[penalty] - self._losses[other]
             apart = weights * (difference - np.average(difference, weights=weights))
         return float(np.sqrt(np.square(apart).sum()) / weights.sum())
 
     def _rises(self, penalty: float) -> bool:
         """Whether the loss is clearly above the smallest one."""
-        smallest = self._means[self._lowest()]
+        best = self._lowest()
+        smallest = self._means[best]
         rise = self._means[penalty] - smallest
-        return not rise <= max(_CLEAR * smallest, self._error(penalty))
+        return not rise <= max(_CLEAR * smallest, _TOLERATED * self._error(penalty, best))
 
     def _near(self, penalty: float) -> float:
         """Return the loss of a penalty, up to rounding errors, infinite if it was not tried."""
@@ -314,7 +305,7 @@ class _Path:
         """Return the choice, see the top of this module."""
         best = self._lowest()
         rounding = _ROUNDING * abs(self._means[best])
-        tolerated = {p: max(_TOLERATED * self._error(p), rounding) for p in self._means}
+        tolerated = {p: max(_TOLERATED * self._error(p, best), rounding) for p in self._means}
         limit = {p: self._means[best] + tolerated[p] for p in self._means}
         strongest = max(p for p in self._means if self._means[p] <= limit[p] or p == best)
         if strongest != best:

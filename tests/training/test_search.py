@@ -34,9 +34,8 @@ def automatic(**options):
 class Given:
     """Held-out losses that are a function of the penalty."""
 
-    def __init__(self, loss, noise=0.0, n=400, correction=lambda _: 0.0):
-        self.loss, self.tried, self.corrected = loss, [], []
-        self._correction = correction
+    def __init__(self, loss, noise=0.0, n=400):
+        self.loss, self.tried = loss, []
         self.weights = np.full(n, 1 / n)
         self.noise = noise
 
@@ -44,10 +43,6 @@ class Given:
         self.tried.append(alpha)
         noise = self.noise * np.random.default_rng(len(self.tried)).normal(size=len(self.weights))
         return self.loss(alpha) + noise - noise.mean()
-
-    def correction(self, alpha, _):
-        self.corrected.append(alpha)
-        return self._correction(alpha)
 
 
 def path(loss, start=1.0, infinite=False, **options):
@@ -97,22 +92,6 @@ def test_strongest_penalty_within_half_a_standard_error():
     loss = lambda a: levels.get(round(-math.log10(a)), 1.5)  # noqa: E731
     assert 1e-2 < path(loss)[0] < 0.1  # the minimum of the parabola
     assert path(loss, noise=1.0)[0] == pytest.approx(0.1)
-
-
-def test_corrected_losses_decide():
-    """Weak penalties look too good, the more the weaker they are."""
-    approximate = {1.0: 3.0, 0.1: 2.0, 0.01: 1.5, 1e-3: 1.4, 1e-4: 1.41, 1e-5: 1.42}
-    corrections = {0.1: 0.1, 0.01: 0.2, 1e-3: 0.8}
-    given = Given(
-        lambda a: min(approximate.items(), key=lambda pair: abs(pair[0] - a))[1],
-        correction=lambda a: min(corrections.items(), key=lambda pair: abs(pair[0] - a))[1],
-    )
-    found = _Path(given, lambda a: (a, 0.0), None)
-    assert 0.01 < found.best_from(1.0) < 0.1  # the parabola through 2.0, 1.7 and 2.2
-    assert given.corrected == pytest.approx([1e-3, 0.01])
-    losses = {round(math.log10(alpha)): loss for alpha, _, loss, _ in found.rows()}
-    expected = {0: 3.0, -1: 2.0, -2: 1.7, -3: 2.2, -4: 2.21, -5: 2.22}
-    assert losses == pytest.approx(expected)
 
 
 def test_losses_that_are_not_finite():
