@@ -4,11 +4,11 @@
 2. ``gradient_alpha`` with that ``alpha``. The model without a gradient term competes.
 
 A path goes from strong to weak by powers of ten, until the loss rises clearly, or has not fallen
-twice in a row; falls by a ten-thousandth of the loss of the zero model do not count. Every fit
-starts from the one with the next stronger penalty. The path of ``alpha`` starts at the largest
-curvature of the loss, that of ``gradient_alpha`` at the curvature along the first step of the
-second stage. So penalties follow the scale of the data. A path whose best value is its first goes
-on to stronger ones.
+twice in a row. A fall by less than half a standard error does not count, nor does one by less than
+a ten-thousandth of the loss of the zero model. Every fit starts from the one with the next stronger
+penalty. The path of ``alpha`` starts at the largest curvature of the loss, that of
+``gradient_alpha`` at the curvature along the first step of the second stage. So penalties follow
+the scale of the data. A path whose best value is its first goes on to stronger ones.
 
 The choice is the strongest penalty whose loss is within half a standard error of the smallest one;
 the standard error is that of the difference, sample by sample. If that is the penalty with the
@@ -48,9 +48,9 @@ from sklearn_gradfeat.training._penalties import FLAT, STEP
 from sklearn_gradfeat.training._progress import Progress
 from sklearn_gradfeat.training._two_stage_fit import Prepared, TwoStageFit
 
-# A rise by a larger share, and by more than the standard error, ends a path at once.
+# A rise by a larger share that is not tolerated ends a path at once.
 _CLEAR = 0.02
-# Standard errors that a stronger penalty may be worse.
+# Standard errors that a stronger penalty may be worse. A smaller difference does not count.
 _TOLERATED = 0.5
 # Losses that differ by a smaller share are equal up to rounding errors.
 _ROUNDING = 1e-9
