@@ -247,10 +247,9 @@ def activation_gram(objective: TangentObjective) -> Tensor:
     A free intercept makes the common mean of all samples irrelevant. It is subtracted, since a
     large mean would cost digits.
     """
-    weights, rows = objective.loss.weights, objective.activation
-    if rows is None:
-        return torch.zeros_like(weights.outer(weights))
-    rows = rows.to(weights)
+    assert objective.activation is not None
+    weights = objective.loss.weights
+    rows = objective.activation.to(weights)
     if objective.fit_intercept:
         rows = rows - weights @ rows
     return rows @ rows.T

@@ -223,15 +223,15 @@ class _Fold:
 
     def _losses(self, logits: Callable[[], Tensor]) -> Array:
         """Return the mean losses of the distinct held-out samples for their logits."""
-        return self._prepared.journal.numbers(
-            "losses of held-out samples", lambda: self._mean_losses(logits())
-        )
 
-    def _mean_losses(self, logits: Tensor) -> Array:
-        shift = self.stages.problem.offset - self.held.problem.offset
-        logits = logits + torch.from_numpy(shift).to(logits)
-        losses: Array = to_numpy(self.held.loss.losses(logits.to(self.held.loss.weights)))
-        return self._sums(self._weights * losses) / self.weights
+        def compute() -> Array:
+            shift = self.stages.problem.offset - self.held.problem.offset
+            found = logits()
+            found = found + torch.from_numpy(shift).to(found)
+            losses: Array = to_numpy(self.held.loss.losses(found.to(self.held.loss.weights)))
+            return self._sums(self._weights * losses) / self.weights
+
+        return self._prepared.journal.numbers("losses of held-out samples", compute)
 
     def _first(self, alpha: float) -> FirstStage:
         """Return the fit of the output weights to the samples that are not held out."""
@@ -285,7 +285,8 @@ class _Grams:
 
     def __init__(self, both: TwoStageFit, train: TwoStageFit) -> None:
         self._both, self._train = both, train
-        weights, self._activation = train.loss.weights, both.samples.activation.to(torch.float64)
+        weights = train.loss.weights
+        self._activation = both.samples.activation.to(weights)
         if train.settings.fit_intercept:  # then the mean is no direction of its own
             self._activation = self._activation - self._activation[: len(weights)].mean(0)
         one = torch.eye(train.loss.n_outputs).to(self._activation)
