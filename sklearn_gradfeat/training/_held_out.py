@@ -6,14 +6,15 @@ integer weight has the same effect as repetitions. A class with one distinct sam
 out. One fold of many samples says enough, and five folds of a few say little: folds are used until
 they hold enough samples together, more of them for the cheap models on the activations.
 
-A fold with few samples is fitted by Newton's method, with the Gram matrices of the activations and
-of the gradient term.
+A fold with few samples is solved with explicit rows, by Newton's method. With the right singular
+vectors ``V`` of the activations, ``W f`` is linear in ``Vᵀ f``; with a root ``A Aᵀ`` of the Gram
+matrix of the gradient term, the term has the rows of ``A``, and the penalty stays as it is.
 
 *Leave-one-out*, for squared errors and few samples, needs no fits, see
 :mod:`sklearn_gradfeat.curvature._sample_space`. Copies of a sample count as one sample.
 
-Ranks that fit together have the same folds as one process with all samples. They use neither
-these Gram matrices nor leave-one-out, whose systems take all samples into one process.
+Ranks that fit together have the same folds as one process with all samples. They have neither
+explicit rows nor leave-one-out, whose systems take all samples into one process.
 """
 
 from __future__ import annotations
@@ -63,10 +64,8 @@ _TOL = 1e-3
 _COARSE_TOL = 1e-4
 # Largest n_samples * n_outputs of leave-one-out: a factorisation then takes less than a fit.
 _MAX_LEFT_OUT = 1024
-# Largest n_samples * n_outputs of a fold that is fitted in the space of samples.
+# Largest n_samples * n_outputs of a fold with explicit rows.
 _MAX_DENSE = 400
-# A smaller penalty, as a share of the curvature, has no effect: float64 has no digits for it.
-_FLOOR = 1e-11
 # Models of a path that are kept, for later fits to start from.
 _KEPT = 4
 _MAX_LINEARIZATIONS = 10
@@ -170,11 +169,11 @@ class _Fold:
         return self._fits(self._test, weights)
 
     @functools.cached_property
-    def _grams(self) -> _Grams | None:
+    def _rows(self) -> _Rows | None:
         if n_ranks() > 1 or len(self._train) * self.stages.loss.n_outputs > _MAX_DENSE:
             return None
         both = np.concatenate([self._train, self._test])
-        return _Grams(self._fits(both, self._problem.weights), self.stages)
+        return _Rows(self._fits(both, self._problem.weights), self.stages)
 
     def _fits(self, rows: npt.NDArray[np.intp], weights: Array) -> TwoStageFit:
         problem = self._problem.subset(rows, weights[rows])
@@ -188,7 +187,7 @@ class _Fold:
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the losses of the model that was fitted on all other samples."""
-        logits = None if self._grams is None else self._grams.logits(alpha, gradient_alpha)
+        logits = None if self._rows is None else self._rows.logits(alpha, gradient_alpha)
         if logits is not None:
             return self._losses(lambda: logits)
         if self._has_subspace and math.isfinite(gradient_alpha):
@@ -272,8 +271,8 @@ def _some(chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
     return np.flatnonzero(chosen) if chosen.any() else np.zeros(1, dtype=np.intp)
 
 
-class _Grams:
-    """The logits of held-out samples from Gram matrices.
+class _Rows:
+    """The logits of held-out samples from explicit rows.
 
     Parameters
     ----------
@@ -285,52 +284,59 @@ class _Grams:
 
     def __init__(self, both: TwoStageFit, train: TwoStageFit) -> None:
         self._both, self._train = both, train
-        weights = train.loss.weights
-        self._activation = both.samples.activation.to(weights)
+        one = torch.eye(train.loss.n_outputs).to(train.loss.weights)
+        n_train, activation = len(train.loss.weights), both.samples.activation.to(one)
         if train.settings.fit_intercept:  # then the mean is no direction of its own
-            self._activation = self._activation - self._activation[: len(weights)].mean(0)
-        one = torch.eye(train.loss.n_outputs).to(self._activation)
-        self._inner = torch.kron(self._activation @ self._activation.T, one)
-        self._tangents: dict[float, Tensor | None] = {}
-        self._last: Tensor | None = None
+            activation = activation - activation[:n_train].mean(0)
+        self._basis = torch.linalg.svd(activation[:n_train], full_matrices=False).Vh.T
+        inner = activation @ self._basis
+        self._activation = torch.einsum("nr,ce->ncer", inner, one).flatten(2)
+        self._intercept = one.expand(len(activation), -1, -1)
+        if not train.settings.fit_intercept:
+            self._intercept = self._intercept[..., :0]
+        self._roots: dict[float, Tensor | None] = {}
+        self._last: dict[tuple[int, ...], Tensor] = {}
 
     def logits(self, alpha: float, gradient_alpha: float) -> Tensor | None:
         """Return the logits, or None if the gradient term has no cheap Gram matrix."""
-        gram = self._inner / self._level(alpha, self._inner)
+        blocks = {self._activation: alpha, self._intercept: 0.0}
         if math.isfinite(gradient_alpha):
-            if alpha not in self._tangents:
-                self._tangents[alpha] = self._tangent(alpha)
-            tangent = self._tangents[alpha]
-            if tangent is None:
+            if alpha not in self._roots:
+                self._roots[alpha] = self._root(alpha)
+            root = self._roots[alpha]
+            if root is None:
                 return None
             if self._train.settings.features == "gradient":
-                gram = torch.zeros_like(gram)
-            gram = gram + tangent / self._level(gradient_alpha, tangent)
-        dual, intercept = self._solve(gram)
-        n_train = dual.numel()
-        return (gram[n_train:, :n_train] @ dual.reshape(-1)).view(-1, len(intercept)) + intercept
+                del blocks[self._activation]
+            blocks[root] = gradient_alpha
+        rows, x = self._solve(blocks)
+        return rows[len(self._train.loss.weights) :] @ x
 
-    def _level(self, penalty: float, gram: Tensor) -> float:
-        """Return the penalty, at least a tiny share of the curvature."""
-        weights = self._train.loss.weights.repeat_interleave(self._train.loss.n_outputs)
-        curvature = float(weights @ gram.diagonal()[: len(weights)])
-        return max(penalty, _FLOOR * curvature) or 1.0
+    def _solve(self, blocks: dict[Tensor, float]) -> tuple[Tensor, Tensor]:
+        """Return the rows of all samples, and the optimum on the training samples."""
+        rows, loss = torch.cat(list(blocks), dim=2), self._train.loss
+        penalty = torch.cat([block.new_full(block.shape[2:], p) for block, p in blocks.items()])
+        terms = tuple(map(id, blocks))
+        start = self._last.get(terms, torch.zeros_like(penalty))
+        self._last[terms] = newton(loss, rows[: len(loss.weights)], penalty, start)
+        return rows, self._last[terms]
 
-    def _solve(self, gram: Tensor) -> tuple[Tensor, Tensor]:
-        loss = self._train.loss
-        own = slice(len(loss.weights) * loss.n_outputs)
-        fit_intercept = self._train.settings.fit_intercept
-        dual, intercept, self._last = newton(loss, gram[own, own], fit_intercept, self._last)
-        return dual, intercept
-
-    def _tangent(self, alpha: float) -> Tensor | None:
-        """Return the Gram matrix of the gradient term, with the ``Ω`` of ``alpha``."""
+    def _root(self, alpha: float) -> Tensor | None:
+        """Return a root of the Gram matrix of the gradient term, with the ``Ω`` of ``alpha``."""
         if self._both.like.dtype != torch.float64:
             return None
-        level = self._level(alpha, self._inner)
-        dual, _ = self._solve(self._inner / level)
-        omega = dual.T @ self._activation[: len(dual)] / level
-        return tangent_gram(self._both.tangent(omega, 0.0), len(self._activation))
+        _, x = self._solve({self._activation: alpha, self._intercept: 0.0})
+        n_outputs, n_samples = self._train.loss.n_outputs, len(self._activation)
+        omega = x[: self._activation.shape[2]].view(n_outputs, -1) @ self._basis.T
+        gram = tangent_gram(self._both.tangent(omega, 0.0), n_samples)
+        if gram is None:
+            return None
+        n_train = len(self._train.loss.weights) * n_outputs
+        values, vectors = torch.linalg.eigh(gram[:n_train, :n_train])
+        kept = values > torch.finfo(values.dtype).eps * len(values) * values[-1]
+        root = gram[:, :n_train] @ vectors[:, kept] / values[kept].sqrt()
+        found: Tensor = root.reshape(n_samples, n_outputs, int(kept.sum()))
+        return found
 
 
 class Folds:
