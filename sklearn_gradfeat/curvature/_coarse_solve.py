@@ -78,7 +78,7 @@ class CoarseSolve:
         rest = logits - self.subspace.forward(start)
         share, max_iter = self.limits
         solution = minimize(
-            _CoarseObjective(self.loss, self.penalty, self.subspace, rest),
+            CoarseObjective(self.loss, self.penalty, self.subspace, rest),
             start,
             lambda _: self.inverse,
             tolerance=lambda _: (share * norm) ** 2 / 2,
@@ -106,7 +106,7 @@ class _CoarseInverse:
 
 
 @dataclass(frozen=True)
-class _CoarseObjective:
+class CoarseObjective:
     """The objective as a function of the coordinates; ``rest`` are the remaining logits."""
 
     loss: Loss

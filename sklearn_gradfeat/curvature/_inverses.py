@@ -17,6 +17,9 @@ None of the expensive parts depends on the penalties, so all penalties share the
 * the coarse space, for good: later preconditioners rescale its curvature;
 * the curvature pairs of the last solve, for the next one, which starts at its solution.
 
+Fits to a part of the samples share the factors of the layers with the fit to all of them, up to the
+scale. Where there is a coarse space, its minimum takes the place of such a fit.
+
 A checkpoint holds the unknowns at which the factors and the coarse space were computed. A fit that
 goes on computes both there again, once it needs them, see :meth:`Inverses.recall`.
 """
@@ -31,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.curvature._coarse_path import CoarsePath
 from sklearn_gradfeat.curvature._coarse_solve import CoarseSolve
 from sklearn_gradfeat.curvature._coarse_space import Subspace, leading_subspace
 from sklearn_gradfeat.curvature._explicit_rows import SampledRows
@@ -67,15 +71,54 @@ class Inverses:
         self._gram: Tensor | None = None
         self._gram_is_cheap = True  # until it turns out otherwise
         self._sampled: SampledRows | None = None
-        self._subspaces: list[Subspace | None] = []  # empty until the first coarse solve
-        self._of_first_point: Inverses | None = None
-        self._missing: TangentObjective | None = None  # of what a fit that goes on computes again
+        self._subspaces: list[Subspace | None] = []  # empty until one was looked for
+        self._has_solved = False  # in the coarse space
+        self._layers_of: Inverses | None = None
+        self._missing: TangentObjective | None = None  # of what is computed once it is needed
 
-    def of_next_point(self) -> Inverses:
-        """Return inverses for a linearisation around another point, with the same factors."""
+    @property
+    def gram(self) -> Tensor | None:
+        """The Gram matrix of the samples, if :meth:`at` found it cheap."""
+        return self._gram
+
+    def with_layers(self) -> Inverses:
+        """Return inverses with the same factors of the layers, up to the scale.
+
+        They serve a linearisation around another point, or the loss of a part of the samples.
+        """
         following = Inverses()
-        following._of_first_point = self._of_first_point or self
+        following._layers_of = self._layers_of or self
         return following
+
+    def learn_layers(self, objective: TangentObjective, x: Tensor) -> bool:
+        """Compute the factors and the coarse space at some unknowns, once they are needed.
+
+        Returns
+        -------
+        bool
+            Whether they ever are: not where the rows of the samples give the inverses.
+        """
+        self.at(objective)
+        if self._gram is not None or isinstance(objective.tangent, ExplicitTerm):
+            return False
+        self.curvature_at = self.subspace_at = x
+        self._missing = objective
+        return True
+
+    def has_subspace(self) -> bool:
+        """Return whether there is a coarse space; call :meth:`learn_layers` before."""
+        self._restore()
+        return self._subspaces != [None]
+
+    def coarse_path(self, objective: TangentObjective, x: Tensor) -> CoarsePath:
+        """Return the minima from ``x`` on in the coarse space of the shared layers."""
+        logits, self.x = objective.forward(x), x
+        curvature = self._preconditioner(objective, logits).curvature
+        assert self._layers_of is not None
+        (subspace,) = self._layers_of._subspaces
+        assert subspace is not None
+        own = Subspace(objective, subspace.blocks, subspace.total)
+        return CoarsePath(x, logits, own, curvature)
 
     def recall(
         self,
@@ -89,10 +132,11 @@ class Inverses:
         if curvature_at is not None or subspace_at is not None:
             self.curvature_at = self.curvature_at if curvature_at is None else curvature_at
             self.subspace_at = self.subspace_at if subspace_at is None else subspace_at
+            self._has_solved = self.subspace_at is not None
             self._missing = objective
 
     def _restore(self) -> None:
-        """Compute the factors and the coarse space where :meth:`recall` says."""
+        """Compute what :meth:`recall` or :meth:`learn_layers` left for later."""
         objective, at = self._missing, None
         if objective is None:
             return
@@ -109,15 +153,14 @@ class Inverses:
         return Curvature(objective, objective.forward(x), self._known_layers(objective))
 
     def _known_layers(self, objective: TangentObjective) -> Curvature | None:
-        """Return the factors at the first point, whose layers serve all other points."""
-        if self._of_first_point is None or objective.tangent is None:
+        """Return the factors that :meth:`with_layers` gave, if any."""
+        if self._layers_of is None or objective.tangent is None:
             return None
-        self._of_first_point._restore()
-        return self._of_first_point._curvature
+        self._layers_of._restore()
+        return self._layers_of._curvature
 
     def at(self, objective: TangentObjective) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
         """Return the function from logits to the inverse Hessian there."""
-        self._restore()
         wide = objective.like.dtype == torch.float64
         untried = self._gram_is_cheap and self._gram is None and n_ranks() == 1
         if wide and untried and objective.tangent is not None:
@@ -158,8 +201,8 @@ class Inverses:
         """Return the coarse-space solve, or None if the inverse is exact or no space is cheap."""
         if objective.tangent is None or not isinstance(inverse, Preconditioner):
             return None
-        first = not self._subspaces
-        if first:
+        first, self._has_solved = not self._has_solved, True
+        if not self._subspaces:
             self._subspaces = [leading_subspace(objective, inverse.curvature)]
             self.subspace_at = self.curvature_at
         (subspace,) = self._subspaces
@@ -167,6 +210,7 @@ class Inverses:
 
     def _preconditioner(self, objective: TangentObjective, logits: Tensor) -> Preconditioner:
         """Return the K-FAC inverse, with the former Kronecker factors while they hold."""
+        self._restore()
         known = self._curvature
         if known is not None and not same_curvature(known.total, objective.loss, logits):
             known = None

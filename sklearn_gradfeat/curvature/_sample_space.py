@@ -182,7 +182,9 @@ def _all_linear(calls: list[LayerCall], n_parameters: int, n_samples: int) -> bo
 _DIGITS = 1e12
 
 
-def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
+def leave_one_out(
+    objective: TangentObjective, gram: Tensor | None, inner: Tensor | None = None
+) -> Tensor:
     """Return the leave-one-out predictions.
 
     Leaving a sample out removes its term from the loss. The weights of the other samples, the
@@ -194,6 +196,8 @@ def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
         Squared errors, with penalties above zero.
     gram : tensor of shape (n_samples * n_outputs, n_samples * n_outputs) or None
         ``Ω J Jᵀ Ωᵀ`` from :func:`tangent_gram`; None without displacements.
+    inner : tensor of shape (n_samples, n_samples) or None
+        The result of :func:`activation_gram`; None computes it.
 
     Returns
     -------
@@ -207,7 +211,7 @@ def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
     """
     targets, weights = objective.loss.quadratic_minimizer, objective.loss.weights
     assert targets is not None
-    kernel = _kernel(objective, gram).to(targets)
+    kernel = _kernel(objective, gram, inner).to(targets)
     n_outputs = targets.shape[1]
     used = (weights > 0).repeat_interleave(n_outputs)
     y = targets.reshape(-1)[used]
@@ -237,20 +241,30 @@ def leave_one_out(objective: TangentObjective, gram: Tensor | None) -> Tensor:
     return predictions
 
 
-def _kernel(objective: TangentObjective, gram: Tensor | None) -> Tensor:
-    """Return the part of ``K`` of the penalised unknowns.
+def activation_gram(objective: TangentObjective) -> Tensor:
+    """Return the Gram matrix of the activations, of shape (n_samples, n_samples), float64.
 
     A free intercept makes the common mean of all samples irrelevant. It is subtracted, since a
     large mean would cost digits.
     """
+    assert objective.activation is not None
+    weights = objective.loss.weights
+    rows = objective.activation.to(weights)
+    if objective.fit_intercept:
+        rows = rows - weights @ rows
+    return rows @ rows.T
+
+
+def _kernel(
+    objective: TangentObjective, gram: Tensor | None, inner: Tensor | None = None
+) -> Tensor:
+    """Return the part of ``K`` of the penalised unknowns, see :func:`activation_gram`."""
     weights = objective.loss.weights
     one = torch.eye(objective.loss.n_outputs).to(weights)
     kernel = torch.zeros_like(one).repeat((objective.n_samples,) * 2)
     if objective.activation is not None:
-        rows = objective.activation.to(one)
-        if objective.fit_intercept:
-            rows = rows - weights @ rows
-        kernel += torch.kron(rows @ rows.T / objective.alpha, one)
+        inner = activation_gram(objective) if inner is None else inner
+        kernel = torch.kron(inner / objective.alpha, one)
     if objective.tangent is not None:
         assert gram is not None
         gram = gram.to(one)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
@@ -31,9 +32,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.curvature import leave_one_out, tangent_gram
+from sklearn_gradfeat.curvature import (
+    CoarsePath,
+    Inverses,
+    activation_gram,
+    leave_one_out,
+    tangent_gram,
+)
 from sklearn_gradfeat.data import n_ranks, number_of_first_rank, rows_of_all_ranks, sum_over_ranks
-from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Squared, to_numpy
+from sklearn_gradfeat.linearized import (
+    LinearizedHead,
+    LinearModel,
+    Squared,
+    TangentObjective,
+    to_numpy,
+)
 from sklearn_gradfeat.solvers import newton
 from sklearn_gradfeat.training._problem import Problem
 from sklearn_gradfeat.training._relinearization import relinearized
@@ -46,6 +59,9 @@ ENOUGH = 500
 ENOUGH_WITH_GRADIENTS = 100
 # Held-out losses need no more digits than this tolerance gives.
 _TOL = 1e-3
+# The same over the coarse space, where iterations are cheap. With a larger one, the fit with a weak
+# penalty would end at the former minimum, which looks better than that of the final fit.
+_COARSE_TOL = 1e-4
 # Largest n_samples * n_outputs of leave-one-out: a factorisation then takes less than a fit.
 _MAX_LEFT_OUT = 1024
 # Largest n_samples * n_outputs of a fold with explicit rows.
@@ -123,6 +139,10 @@ class _Fold:
         self._weights = np.where(is_held_out, problem.weights, 0)[self._test]
         self._first_stages: dict[float, FirstStage] = {}
         self._models: dict[tuple[float, float], LinearModel] = {}
+        self._shared: Inverses | None = None
+        self._has_subspace = False
+        self._paths: dict[float, CoarsePath] = {}
+        self._to_minimize: defaultdict[float, list[TangentObjective]] = defaultdict(list)
         # Copies of a sample are one sample, with the sum of their weights.
         names = prepared.samples.names[is_held_out]
         distinct = np.unique(rows_of_all_ranks(names)[0])
@@ -134,6 +154,13 @@ class _Fold:
         """The fits to the training samples."""
         weights = np.where(self._is_held_out, 0, self._problem.weights)
         return self._fits(self._train, weights)
+
+    @functools.cached_property
+    def _weighted(self) -> TwoStageFit:
+        """The same fits, with the held-out samples at weight zero."""
+        weights = np.where(self._is_held_out, 0, self._problem.weights)
+        problem = self._problem.subset(np.arange(len(weights)), weights)
+        return TwoStageFit(self._prepared, problem)
 
     @functools.cached_property
     def held(self) -> TwoStageFit:
@@ -163,7 +190,26 @@ class _Fold:
         logits = None if self._rows is None else self._rows.logits(alpha, gradient_alpha)
         if logits is not None:
             return self._losses(lambda: logits)
+        if self._has_subspace and math.isfinite(gradient_alpha):
+            first = self._first(alpha)
+            objective = self._weighted.second_objective(first, gradient_alpha)
+            self._to_minimize[alpha].append(objective)
+            return self._losses(lambda: self._minimum(first))
         return self._losses_of(self._model(alpha, gradient_alpha))
+
+    def _minimum(self, first: FirstStage) -> Tensor:
+        """Return the logits at the last minimum over the coarse space that was asked for.
+
+        Each starts from the former one. So a fit that goes on after a kill repeats those that its
+        journal has the losses of.
+        """
+        if first.alpha not in self._paths:
+            self._paths[first.alpha] = self._weighted.coarse_path(first)
+        tol, objectives = min(_COARSE_TOL, self.stages.settings.tol), self._to_minimize[first.alpha]
+        for objective in objectives:
+            logits = self._paths[first.alpha].minimum(objective, tol)
+        objectives.clear()
+        return logits[self._test]
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""
@@ -186,13 +232,19 @@ class _Fold:
 
         return self._prepared.journal.numbers("losses of held-out samples", compute)
 
-    def _model(self, alpha: float, gradient_alpha: float) -> LinearModel:
-        """Return the model of the samples that are not held out."""
+    def _first(self, alpha: float) -> FirstStage:
+        """Return the fit of the output weights to the samples that are not held out."""
         if alpha not in self._first_stages:
             stronger = min((a for a in self._first_stages if a > alpha), default=None)
             warm = None if stronger is None else self._first_stages[stronger].model
-            self._first_stages[alpha] = self.stages.fit_activation(alpha, warm)
-        first = self._first_stages[alpha]
+            first = self._first_stages[alpha] = self.stages.fit_activation(alpha, warm)
+            if self._shared is not None:
+                first.inverses = self._shared.with_layers()
+        return self._first_stages[alpha]
+
+    def _model(self, alpha: float, gradient_alpha: float) -> LinearModel:
+        """Return the model of the samples that are not held out."""
+        first = self._first(alpha)
         model = first.model
         if math.isfinite(gradient_alpha):
             start = self._start(alpha, gradient_alpha)
@@ -201,6 +253,12 @@ class _Fold:
             for oldest in list(self._models)[:-_KEPT]:
                 del self._models[oldest]
         return model
+
+    def share(self, inverses: Inverses, has_subspace: bool) -> None:
+        """Use the factors of the gradient layers of the fit to all samples."""
+        self._shared, self._has_subspace = inverses, has_subspace
+        for first in self._first_stages.values():
+            first.inverses = inverses.with_layers()
 
     def _start(self, alpha: float, gradient_alpha: float) -> LinearModel:
         """Return the model with the next stronger penalty, or the first stage."""
@@ -309,6 +367,14 @@ class Folds:
             return None
         held = np.cumsum([len(fold.weights) for fold in self._folds])
         return Folds(self._folds[: int(np.searchsorted(held, n_samples)) + 1])
+
+    def share(self, inverses: Inverses, has_subspace: bool) -> None:
+        """Use the factors of the gradient layers of the fit to all samples.
+
+        With a coarse space, its minima take the place of fits with a gradient term.
+        """
+        for fold in self._folds:
+            fold.share(inverses, has_subspace)
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""
@@ -426,13 +492,17 @@ class LeftOut:
     """
 
     def __init__(self, prepared: Prepared, stages: TwoStageFit) -> None:
-        loss = stages.loss
-        assert isinstance(loss, Squared)
+        assert isinstance(stages.loss, Squared)
+        self._loss, self._stages = stages.loss, stages
         _, rows, groups = np.unique(prepared.samples.names, return_index=True, return_inverse=True)
-        self._loss = loss.merged(torch.from_numpy(groups).to(loss.weights.device))
-        problem = replace(stages.problem, loss=lambda _: self._loss)
-        self._stages = TwoStageFit(prepared.subset(rows), problem)
+        self._order = rows  # of the names, as with copies
+        if len(rows) < len(groups):
+            self._order = np.arange(len(rows))
+            self._loss = stages.loss.merged(torch.from_numpy(groups).to(self._loss.weights.device))
+            problem = replace(stages.problem, loss=lambda _: self._loss)
+            self._stages = TwoStageFit(prepared.subset(rows), problem)
         self._grams: dict[float, Tensor | None] = {}
+        self._activation_gram: Tensor | None = None
 
     @classmethod
     def where_cheap(cls, prepared: Prepared, stages: TwoStageFit) -> LeftOut | None:
@@ -447,31 +517,32 @@ class LeftOut:
     @property
     def weights(self) -> Array:
         """The weights of the distinct samples."""
-        weights: Array = to_numpy(self._loss.weights)
+        weights: Array = to_numpy(self._loss.weights)[self._order]
         return weights
 
     def gram(self, alpha: float) -> Tensor | None:
         """Return the Gram matrix of the gradient term, or None if it is not cheap or exact."""
         if alpha not in self._grams:
-            tangent = self._stages.tangent(self._stages.fit_activation(alpha).model.omega, 0.0)
-            exact = self._stages.like.dtype == torch.float64
-            n_samples = len(self._loss.weights)
-            self._grams[alpha] = tangent_gram(tangent, n_samples) if exact else None
+            first = self._stages.fit_activation(alpha)
+            first.inverses.at(self._stages.second_objective(first, 1.0))
+            self._grams[alpha] = first.inverses.gram
         return self._grams[alpha]
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the losses of the distinct samples, infinite where rounding errors dominate."""
-        stages = self._stages
+        stages, gram = self._stages, None
+        objective = stages.objective(alpha, stages.samples.activation, None)
+        if self._activation_gram is None:
+            self._activation_gram = activation_gram(objective)
         if math.isfinite(gradient_alpha):
             objective = stages.second_objective(stages.fit_activation(alpha), gradient_alpha)
             gram = self.gram(alpha)
-        else:
-            objective, gram = stages.objective(alpha, stages.samples.activation, None), None
         try:
-            losses: Array = to_numpy(self._loss.losses(leave_one_out(objective, gram)))
+            predictions = leave_one_out(objective, gram, self._activation_gram)
+            losses: Array = to_numpy(self._loss.losses(predictions))
         except ValueError:
             losses = np.full(len(self._loss.weights), np.inf)
-        return losses
+        return losses[self._order]
 
 
 def cached_logits(model: LinearModel, prepared: Prepared) -> Tensor:

@@ -201,7 +201,7 @@ def _move(
             found = trial.fit_activation(first.alpha, start, progress)
             value = _objective(trial, found, gradient_alpha)
             if value < objective - _SUFFICIENT * step * promised:
-                found.inverses = first.inverses.of_next_point()
+                found.inverses = first.inverses.with_layers()
                 return trial, found
         step /= 2
     return None

@@ -4,11 +4,11 @@
 2. ``gradient_alpha`` with that ``alpha``. The model without a gradient term competes.
 
 A path goes from strong to weak by powers of ten, until the loss rises clearly, or has not fallen
-twice in a row; falls by a ten-thousandth of the loss of the zero model do not count. Every fit
-starts from the one with the next stronger penalty. The path of ``alpha`` starts at the largest
-curvature of the loss, that of ``gradient_alpha`` at the curvature along the first step of the
-second stage. So penalties follow the scale of the data. A path whose best value is its first goes
-on to stronger ones.
+twice in a row. A fall by less than half a standard error does not count, nor does one by less than
+a ten-thousandth of the loss of the zero model. Every fit starts from the one with the next stronger
+penalty. The path of ``alpha`` starts at the largest curvature of the loss, that of
+``gradient_alpha`` at the curvature along the first step of the second stage. So penalties follow
+the scale of the data. A path whose best value is its first goes on to stronger ones.
 
 The choice is the strongest penalty whose loss is within half a standard error of the smallest one;
 the standard error is that of the difference, sample by sample. If that is the penalty with the
@@ -48,9 +48,9 @@ from sklearn_gradfeat.training._penalties import FLAT, STEP
 from sklearn_gradfeat.training._progress import Progress
 from sklearn_gradfeat.training._two_stage_fit import Prepared, TwoStageFit
 
-# A rise by a larger share, and by more than the standard error, ends a path at once.
+# A rise by a larger share that is not tolerated ends a path at once.
 _CLEAR = 0.02
-# Standard errors that a stronger penalty may be worse.
+# Standard errors that a stronger penalty may be worse. A smaller difference does not count.
 _TOLERATED = 0.5
 # Losses that differ by a smaller share are equal up to rounding errors.
 _ROUNDING = 1e-9
@@ -127,7 +127,11 @@ def choose_penalties(
             rows += path.rows()
     n_models = 1 if n_linearizations in (1, None) else 2 * n_linearizations
     if gradient_alpha is None or n_linearizations is None:
-        of_gradients = _held_out_of_gradients(folds, left_out, alpha, n_linearizations, negligible)
+        distances = [abs(math.log(row[0] / alpha)) for row in rows]
+        nearest = rows[int(np.argmin(distances))][0] if rows else alpha
+        of_gradients = _held_out_of_gradients(
+            folds, left_out, stages, alpha, nearest, n_linearizations, negligible
+        )
         if gradient_alpha is None:
             scale = stages.curvature_of_step(stages.fit_activation(alpha))
             gradient_alpha = math.inf if features == "full" else scale or 1.0
@@ -172,7 +176,9 @@ def _best_pair(
 def _held_out_of_gradients(
     folds: Folds,
     left_out: LeftOut | None,
+    stages: TwoStageFit,
     alpha: float,
+    nearest: float,
     n_linearizations: int | None,
     negligible: float,
 ) -> HeldOut | None:
@@ -181,7 +187,11 @@ def _held_out_of_gradients(
         return left_out
     enough = folds.enough(ENOUGH)
     if enough is not None:
-        enough = enough.typical_first(alpha).enough(ENOUGH_WITH_GRADIENTS)
+        enough = enough.typical_first(nearest).enough(ENOUGH_WITH_GRADIENTS)
+    if enough is not None and n_linearizations == 1:
+        shared = stages.shared(stages.fit_activation(alpha))
+        if shared is not None:
+            enough.share(*shared)
     if enough is None or n_linearizations == 1:
         return enough
     return Relinearized(enough, n_linearizations, negligible)
@@ -247,13 +257,13 @@ class _Path:
     def rows(self) -> list[Row]:
         """Return penalties, mean loss, and the standard error of its difference to the best."""
         return [
-            (*self._pair_of(penalty), mean, self._error(penalty))
+            (*self._pair_of(penalty), mean, self._error(penalty, self._lowest()))
             for penalty, mean in self._means.items()
         ]
 
     def _try(self, penalty: float) -> bool:
-        """Try a penalty, and return whether its loss is below all others."""
-        former = min(self._means.values(), default=math.inf)
+        """Try a penalty, and return whether its loss is clearly below all others."""
+        former = self._lowest() if self._means else None
         self._losses[penalty] = losses = self._held_out.losses(*self._pair_of(penalty))
         finite = bool(np.isfinite(losses).all())
         mean = float(np.average(losses, weights=self._held_out.weights)) if finite else math.inf
@@ -261,25 +271,30 @@ class _Path:
         if self._progress is not None:
             best = self._lowest()
             self._progress.tried(*self._pair_of(best), self._means[best])
-        return mean < (1 - FLAT) * former and former - mean > self._negligible
+        if former is None:
+            return True
+        smallest = self._means[former]
+        clear = max(FLAT * smallest, self._negligible, _TOLERATED * self._error(penalty, former))
+        return smallest - mean > clear
 
     def _lowest(self) -> float:
         """Return the strongest of the penalties with the smallest loss."""
         return min(self._means, key=lambda penalty: (self._means[penalty], -penalty))
 
-    def _error(self, penalty: float) -> float:
-        """Return the standard error of the difference to the smallest loss."""
+    def _error(self, penalty: float, other: float) -> float:
+        """Return the standard error of the difference of two losses."""
         weights = self._held_out.weights
         with np.errstate(invalid="ignore"):
-            difference = self._losses[penalty] - self._losses[self._lowest()]
+            difference = self._losses[penalty] - self._losses[other]
             apart = weights * (difference - np.average(difference, weights=weights))
         return float(np.sqrt(np.square(apart).sum()) / weights.sum())
 
     def _rises(self, penalty: float) -> bool:
         """Whether the loss is clearly above the smallest one."""
-        smallest = self._means[self._lowest()]
+        best = self._lowest()
+        smallest = self._means[best]
         rise = self._means[penalty] - smallest
-        return not rise <= max(_CLEAR * smallest, self._error(penalty))
+        return not rise <= max(_CLEAR * smallest, _TOLERATED * self._error(penalty, best))
 
     def _near(self, penalty: float) -> float:
         """Return the loss of a penalty, up to rounding errors, infinite if it was not tried."""
@@ -292,7 +307,7 @@ class _Path:
         if self._means.get(math.inf, math.inf) - self._means[best] <= self._negligible:
             return math.inf
         rounding = _ROUNDING * abs(self._means[best])
-        tolerated = {p: max(_TOLERATED * self._error(p), rounding) for p in self._means}
+        tolerated = {p: max(_TOLERATED * self._error(p, best), rounding) for p in self._means}
         limit = {p: self._means[best] + tolerated[p] for p in self._means}
         strongest = max(p for p in self._means if self._means[p] <= limit[p] or p == best)
         if strongest != best:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.cache import CachedSamples
-from sklearn_gradfeat.curvature import FactoredTerm, Inverses, with_rows_if_cheap
+from sklearn_gradfeat.curvature import CoarsePath, FactoredTerm, Inverses, with_rows_if_cheap
 from sklearn_gradfeat.data import (
     Result,
     accumulation_device,
@@ -401,6 +401,26 @@ class TwoStageFit:
             return 0.0
         seen = objective.forward(gradient / size)
         return float(sum_over_ranks((self.loss.curvatures(logits) * seen.square()).sum()))
+
+    def shared(self, first: FirstStage) -> tuple[Inverses, bool] | None:
+        """Return what serves second stages on parts of the samples, too, or None.
+
+        These are the inverses, whose layers are the same, and whether they have a coarse space.
+        """
+        self._choose_term(first)
+        objective, start = self.second_objective(first, 1.0), self._second_unknowns(first.model)
+        inverses = first.inverses
+        if not self._retry(partial(inverses.learn_layers, objective, start)):
+            return None
+        has_subspace = self.journal.number(
+            "coarse space", lambda: self._retry(inverses.has_subspace)
+        )
+        return inverses, bool(has_subspace)
+
+    def coarse_path(self, first: FirstStage) -> CoarsePath:
+        """Return the minima of second stages in the coarse space."""
+        objective, start = self.second_objective(first, 1.0), self._second_unknowns(first.model)
+        return self._retry(partial(first.inverses.coarse_path, objective, start))
 
     def objective(
         self,

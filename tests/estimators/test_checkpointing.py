@@ -12,8 +12,10 @@ from sklearn_gradfeat import (
     config_context,
     load,
 )
+from sklearn_gradfeat.curvature import _coarse_space as coarse_space
 from sklearn_gradfeat.io import Checkpoint, _checkpoint
 from sklearn_gradfeat.linearized import LinearizedHead
+from sklearn_gradfeat.training import _held_out as held_out
 from tests.counting import Counted
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
@@ -120,6 +122,20 @@ def test_many_kills(name, kill, tmp_path):
     assert n_kills > 4
     assert kill(clone(model), 61, *samples)
     assert_same(clone(model).fit(*samples), whole)
+
+
+@pytest.mark.parametrize("after", [13, 31])
+def test_losses_from_the_coarse_space(after, kill, monkeypatch, tmp_path):
+    """Each minimum over the space starts from the former one, also after a kill."""
+    monkeypatch.setattr(coarse_space, "_MIN_COST", 1)
+    monkeypatch.setattr(held_out, "_MAX_DENSE", 0)
+    model = estimator(gradient_alpha="auto", **IMAGES)
+    whole = clone(model).fit(*data(30))
+    model.set_params(checkpoint=tmp_path / "checkpoint")
+    assert kill(clone(model), after, *data(30))
+    while kill(clone(model), after, *data(30)):
+        pass
+    assert_same(clone(model).fit(*data(30)), whole)
 
 
 def test_weights_and_a_warm_start(kill, tmp_path):

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 
 from sklearn_gradfeat import GradientFeatureRegressor
+from sklearn_gradfeat.curvature import _coarse_space as coarse_space
 from sklearn_gradfeat.training import TwoStageFit
+from sklearn_gradfeat.training import _held_out as held_out_module
 from sklearn_gradfeat.training._held_out import (
     N_FOLDS,
     Folds,
@@ -81,6 +83,33 @@ def test_losses_are_those_of_fits_without_the_samples():
             test = test[np.argsort(prepared.samples.names[test])]
             expected.append(-fitted.predict_log_proba(X[test])[np.arange(len(test)), Y[test]])
         np.testing.assert_allclose(losses, np.concatenate(expected), rtol=0.05, atol=0.02)
+
+
+def shared(model, samples, y, weights=None, alpha=0.03):
+    """Return the folds of a problem, with the coarse space where there is one."""
+    prepared, stages = held_out(model, samples, y, weights)
+    folds, first = Folds.of(prepared, stages), stages.fit_activation(alpha)
+    folds.share(*stages.shared(first))
+    return folds
+
+
+def test_the_coarse_space_takes_the_place_of_fits(monkeypatch):
+    """The losses are close to those of fits, and those of copies of a sample are the same."""
+    monkeypatch.setattr(coarse_space, "_MIN_COST", 1)
+    monkeypatch.setattr(held_out_module, "_MAX_DENSE", 0)
+    model = estimator(precision="float64", tol=1e-6)
+    monkeypatch.setattr(held_out_module, "_TOL", 1e-6)
+    folds, fits = shared(model, X, Y), Folds.of(*held_out(model, X, Y))
+    for gradient_alpha in (1.0, 0.1):
+        found, expected = (f.losses(0.03, gradient_alpha) for f in (folds, fits))
+        assert list(folds._folds[0]._paths) == [0.03]
+        np.testing.assert_allclose(found, expected, atol=0.02)
+
+    weights = np.arange(len(X)) % 2 + 1
+    repeated = shared(model, X.repeat(weights, 0), Y.repeat(weights, 0))
+    weighted = shared(model, X, Y, weights.astype(float) / weights.sum())
+    found, expected = (f.losses(0.03, 0.1) for f in (repeated, weighted))
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
 def test_folds_until_they_hold_enough_samples():

@@ -101,6 +101,11 @@ def test_strongest_penalty_within_half_a_standard_error():
     assert path(loss, noise=1.0)[0] == pytest.approx(0.1)
 
 
+def test_falls_by_less_than_half_a_standard_error_end_a_path():
+    loss = lambda a: 1 + 0.001 * math.log10(a)  # noqa: E731
+    assert len(path(loss, noise=1.0)[1]) == 3 < len(path(loss)[1])
+
+
 def test_losses_that_are_not_finite():
     best, _ = path(lambda a: math.nan if a < 1e-2 else 1 + abs(math.log10(a) + 2))
     assert best == pytest.approx(1e-2)

@@ -1,0 +1,75 @@
+"""Minima over the coarse space alone, for one penalty after the other.
+
+Most of the decrease of an objective lies in the coarse space, where an evaluation needs no pass
+over the network and the preconditioner is diagonal. That is close enough to compare penalties.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sklearn_gradfeat.curvature._coarse_solve import CoarseObjective, CoarseSolve
+from sklearn_gradfeat.curvature._coarse_space import Subspace
+from sklearn_gradfeat.curvature._preconditioner import Curvature, Preconditioner
+from sklearn_gradfeat.data import of_first_rank
+from sklearn_gradfeat.linearized import TangentObjective
+from sklearn_gradfeat.solvers import Solution, minimize, penalised
+
+_MAX_ITER = 100
+
+
+class CoarsePath:
+    """The minima of objectives that differ in the penalty on the displacements.
+
+    Parameters
+    ----------
+    x : tensor of shape (n,)
+        The unknowns of the objectives at the start, without displacements.
+    logits : tensor of shape (n_samples, n_outputs), float64
+        Their logits.
+    subspace : Subspace
+        The coarse space of the objectives.
+    curvature : Curvature
+        The blocks of their Hessian.
+    """
+
+    def __init__(self, x: Tensor, logits: Tensor, subspace: Subspace, curvature: Curvature) -> None:
+        self._logits, self._subspace, self._curvature = logits, subspace, curvature
+        self._start = of_first_rank(subspace.restrict(x))
+        self._last: tuple[float, Solution] | None = None
+
+    def minimum(self, objective: TangentObjective, tol: float) -> Tensor:
+        """Return the logits of all samples at the minimum.
+
+        The solver starts from the last minimum, if that had a stronger penalty. It stops when the
+        Newton decrement is ``tol`` times the fall of the objective since the first start.
+        """
+        assert objective.tangent is not None
+        inverse = Preconditioner(objective, self._logits, self._curvature)
+        solve = CoarseSolve(objective, self._subspace, inverse, True)
+        coarse = CoarseObjective(
+            objective.loss, solve.penalty, self._subspace, torch.zeros_like(self._logits)
+        )
+        baseline = objective.loss.value(self._logits)
+        baseline += penalised(coarse, self._start, self._start) / 2
+        rounding = torch.finfo(self._start.dtype).eps * abs(baseline)
+        start, pairs = self._start, None
+        if self._last is not None and self._last[0] >= objective.tangent.alpha:
+            start, pairs = self._last[1].x, self._last[1].curvature_pairs
+        solution = minimize(
+            coarse,
+            start,
+            lambda _: solve.inverse,
+            tolerance=partial(_tolerance, baseline, tol, rounding),
+            max_iter=_MAX_ITER,
+            curvature_pairs=pairs,
+        )
+        self._last = objective.tangent.alpha, solution
+        return self._subspace.forward(solution.x)
+
+
+def _tolerance(baseline: float, tol: float, rounding: float, value: float) -> float:
+    return max(tol * (baseline - value), rounding)
