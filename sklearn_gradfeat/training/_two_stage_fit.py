@@ -58,7 +58,7 @@ from sklearn_gradfeat.training._progress import Progress, Watch
 # The first stage is solved to this share of tol. Its iterations are cheap; the second stage would
 # need passes over the head to remove the error that it leaves.
 _FIRST_STAGE = 0.01
-# Where passes need no network, the coarse space is built if these iterations are not enough.
+# Where passes need no network, the coarse space is built only if these iterations are not enough.
 _COARSE_AFTER = 2
 # Tolerance where Newton steps are exact: one or two more steps reach it.
 _EXACT = 1e-16
@@ -561,6 +561,7 @@ class TwoStageFit:
 
         inverses.x = x if state is None else state.built_at
         wanted = min(tol, _EXACT) if inverses.exact_for(objective) else tol
+        without_space = inverses.subspace_at is None and isinstance(objective.tangent, FactoredTerm)
         solution = minimize(
             objective,
             x,
@@ -570,7 +571,7 @@ class TwoStageFit:
             callback=callback,
             curvature_pairs=inverses.curvature_pairs,
             coarse=lambda inverse: self._retry(partial(coarse, inverse)),
-            coarse_after=_COARSE_AFTER if isinstance(objective.tangent, FactoredTerm) else 0,
+            coarse_after=_COARSE_AFTER if without_space else 0,
             state=state,
             keep=partial(self.journal.keep, stage, inverses),
         )
