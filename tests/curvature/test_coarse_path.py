@@ -23,7 +23,7 @@ from tests.curvature.problems import (
 @pytest.fixture(autouse=True)
 def small_layers(monkeypatch):
     monkeypatch.setattr(coarse_space, "_MIN_COST", 0)
-    monkeypatch.setattr(coarse_space, "_READING", 0)
+    monkeypatch.setattr(coarse_space, "READING", 0)
     monkeypatch.setattr(coarse_space, "_SHARE", 0.5)
 
 
