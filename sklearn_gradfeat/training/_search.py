@@ -8,7 +8,8 @@ twice in a row. A fall by less than half a standard error does not count, nor do
 a ten-thousandth of the loss of the zero model. Every fit starts from the one with the next stronger
 penalty. The path of ``alpha`` starts at the largest curvature of the loss, that of
 ``gradient_alpha`` at the curvature along the first step of the second stage. So penalties follow
-the scale of the data. A path whose best value is its first goes on to stronger ones.
+the scale of the data. A path whose best value is its first goes on to stronger ones. The model
+without a gradient term ends no path: strong penalties may be worse than none, and weak ones better.
 
 The choice is the strongest penalty whose loss is within half a standard error of the smallest one;
 the standard error is that of the difference, sample by sample. If that is the penalty with the
@@ -262,8 +263,8 @@ class _Path:
         ]
 
     def _try(self, penalty: float) -> bool:
-        """Try a penalty, and return whether its loss is clearly below all others."""
-        former = self._lowest() if self._means else None
+        """Try a penalty, and return whether its loss is clearly below those of the path."""
+        former = self._lowest_of_path()
         self._losses[penalty] = losses = self._held_out.losses(*self._pair_of(penalty))
         finite = bool(np.isfinite(losses).all())
         mean = float(np.average(losses, weights=self._held_out.weights)) if finite else math.inf
@@ -281,6 +282,11 @@ class _Path:
         """Return the strongest of the penalties with the smallest loss."""
         return min(self._means, key=lambda penalty: (self._means[penalty], -penalty))
 
+    def _lowest_of_path(self) -> float | None:
+        """Return the same among finite penalties, None before the first."""
+        finite = [penalty for penalty in self._means if math.isfinite(penalty)]
+        return min(finite, key=lambda p: (self._means[p], -p), default=None)
+
     def _error(self, penalty: float, other: float) -> float:
         """Return the standard error of the difference of two losses."""
         weights = self._held_out.weights
@@ -290,8 +296,8 @@ class _Path:
         return float(np.sqrt(np.square(apart).sum()) / weights.sum())
 
     def _rises(self, penalty: float) -> bool:
-        """Whether the loss is clearly above the smallest one."""
-        best = self._lowest()
+        """Whether the loss is clearly above the smallest one of the path."""
+        best = self._lowest_of_path() or penalty
         smallest = self._means[best]
         rise = self._means[penalty] - smallest
         return not rise <= max(_CLEAR * smallest, _TOLERATED * self._error(penalty, best))
