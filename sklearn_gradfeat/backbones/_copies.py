@@ -227,7 +227,7 @@ def _in_copy(value: Any, memo: dict[int, Any]) -> Any:
     """
     if id(value) in memo:
         return memo[id(value)]
-    if not _refers(value, memo, set()):
+    if not refers(value, memo):
         return value
     if isinstance(value, types.FunctionType):
         return _rebound(value, memo)
@@ -251,14 +251,15 @@ def _in_copy(value: Any, memo: dict[int, Any]) -> Any:
     return made
 
 
-def _refers(value: Any, memo: dict[int, Any], seen: set[int]) -> bool:
-    """Whether a value refers to an original of a copy."""
+def refers(value: Any, memo: dict[int, Any], seen: set[int] | None = None) -> bool:
+    """Whether a value refers to an original of a copy; ``seen`` are values that do not."""
+    seen = set() if seen is None else seen
     if id(value) in memo:
         return True
     if id(value) in seen:
         return False
     seen.add(id(value))
-    return any(_refers(part, memo, seen) for part in _parts(value))
+    return any(refers(part, memo, seen) for part in _parts(value))
 
 
 def _parts(value: Any) -> list[Any]:

@@ -1,7 +1,9 @@
 """Pickles of modules whose numbers are one array, which worker processes of joblib share.
 
 joblib writes a large array to a file once for all tasks of a search, and its workers map the file.
-Tensors would be pickled with each task.
+Tensors would be pickled with each task. A module is pickled as it is if its structure alone cannot
+be: if its layers define how they are copied or pickled, which may need the numbers, if it has no
+deep copy, or if that refers to the layers of the module, as functions do.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sklearn_gradfeat.backbones._copies import on_host
+from sklearn_gradfeat.backbones._copies import on_host, refers
 from sklearn_gradfeat.backbones._fingerprint import named_tensors, tensor_bytes
 
 _Kind = tuple[str, torch.dtype, torch.Size]
+
+_METHODS = {"__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__"}
 
 # joblib recognises an array by its identity, so that equal numbers must be the same object.
 _NUMBERS: WeakKeyDictionary[nn.Module, npt.NDArray[np.uint8]] = WeakKeyDictionary()
@@ -34,13 +38,32 @@ class Pickled:
         """Return how to build the module from its structure, kinds of tensors, and numbers."""
         module = on_host(self.module)
         plain = {id(t): (name, t) for name, t in named_tensors(module) if _is_plain(t)}
-        memo: dict[int, Any] = {key: _without_numbers(t) for key, (_, t) in plain.items()}
+        structure = _structure(module, {k: _without_numbers(t) for k, (_, t) in plain.items()})
+        if structure is None:
+            return _unpickled, (module, [], np.empty(0, np.uint8))
         kinds = [(name, tensor.dtype, tensor.shape) for name, tensor in plain.values()]
         numbers = np.frombuffer(b"".join(tensor_bytes(t) for _, t in plain.values()), np.uint8)
         known = _NUMBERS.get(self.module)
         if known is None or not np.array_equal(known, numbers):
             _NUMBERS[self.module] = known = numbers
-        return _unpickled, (copy.deepcopy(module, memo), kinds, known)
+        return _unpickled, (structure, kinds, known)
+
+
+def _structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
+    """Return a deep copy of a module with the tensors in ``memo``, or None if it is no equal."""
+    if any(_has_own_methods(type(layer)) for layer in module.modules()):
+        return None
+    try:
+        copied = copy.deepcopy(module, memo)
+    except (RuntimeError, TypeError, ValueError):  # lazy parameters, tensors that are not leaves
+        return None
+    return None if any(refers(vars(layer), memo) for layer in copied.modules()) else copied
+
+
+def _has_own_methods(kind: type) -> bool:
+    """Whether a class that is not of torch defines how objects are copied or pickled."""
+    own = (cls for cls in kind.__mro__ if cls.__module__.split(".")[0] not in ("torch", "builtins"))
+    return any(not _METHODS.isdisjoint(vars(cls)) for cls in own)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -52,6 +52,42 @@ def test_module_is_the_same_after_a_pickle(network):
             assert a.is_sparse or not a.numel() or a.data_ptr() != b.data_ptr()
 
 
+class Derived(nn.Linear):
+    """A layer that computes a number from its weight when it is unpickled."""
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.total = float(self.weight.detach().sum())
+
+
+class Doubled(nn.Module):
+    """Runs a layer from a function that it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = layer = nn.Linear(3, 3)
+        self.forward = lambda x: 2 * layer(x)
+
+
+def test_state_is_restored_with_the_numbers():
+    layer = Derived(3, 2)
+    loaded = pickle.loads(pickle.dumps(Pickled(layer)))
+    assert loaded.total == float(layer.weight.detach().sum()) != 0
+
+
+def test_module_whose_copy_refers_to_it_is_pickled_as_it_is():
+    module = Doubled()
+    assert Pickled(module).__reduce__()[1][0] is module
+
+
+@pytest.mark.parametrize("kind", ["computed", "lazy buffers"])
+def test_module_without_a_deep_copy_is_pickled(kind):
+    net = nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d() if kind != "computed" else nn.ReLU())
+    net.held = 2 * net[0].weight
+    loaded = pickle.loads(pickle.dumps(Pickled(net)))
+    assert torch.equal(loaded.held, net.held) and torch.equal(loaded[0].bias, net[0].bias)
+
+
 def tensors(module):
     return [
         *module.named_parameters(remove_duplicate=False),
