@@ -263,7 +263,7 @@ def refers(value: Any, memo: dict[int, Any], seen: set[int] | None = None) -> bo
 
 
 def _parts(value: Any) -> list[Any]:
-    """Return what a function, a container or a reference holds."""
+    """Return the objects to which a function, a container or a reference refers."""
     if isinstance(value, types.FunctionType):
         cells = [c.cell_contents for c in value.__closure__ or () if _is_set(c)]
         defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]

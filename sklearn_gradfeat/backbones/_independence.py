@@ -55,7 +55,7 @@ def check_independence(module: nn.Module, example: Tensor) -> None:
     output = run_once(module, example)
     check_activation(output, len(example))
     for name, total in _sums(module).items():
-        if name in sums and not torch.allclose(total, sums[name], 0, 0, equal_nan=True):
+        if name in sums and not _equal(total, sums[name]):
             raise ValueError(
                 f"backbone changes its parameter {name.removeprefix('module.')!r} in a forward "
                 "pass, although it is in evaluation mode, as layers do that are initialised by "
@@ -93,10 +93,10 @@ def check_transform(transform: Callable[[Tensor], Tensor], samples: Tensor) -> N
     prepared = transform(samples.clone())
     same = True
     if not torch.equal(_generator_state(samples.device), before):
-        for run in (nullcontext(), _Replaced(0), _Replaced(1)):
+        for run in _other_draws():
             with run:
                 found = transform(samples.clone())
-            same = same and torch.allclose(found, prepared, 0, 0, equal_nan=True)
+            same = same and _equal(found, prepared)
     alone = (_agree(transform(samples[rows]), prepared[rows]) for rows in _ALONE)
     if not (same and all(alone)):
         raise ValueError(
@@ -132,15 +132,20 @@ def _changed(example: Tensor) -> Tensor:
 
 def _check_random_numbers(module: nn.Module, example: Tensor, output: Tensor) -> None:
     """Raise an error if random numbers change the output."""
-    runs: tuple[AbstractContextManager[Any], ...] = (nullcontext(), _Replaced(0), _Replaced(1))
+    runs = _other_draws()
     for run in runs:
         try:
             with run:
                 found = run_once(module, example)
         except ValueError:  # outside the domain of the network
             continue
-        if not torch.allclose(found, output, 0, 0, equal_nan=True):
+        if not _equal(found, output):
             raise _random(module, example, runs[1:])
+
+
+def _other_draws() -> tuple[AbstractContextManager[Any], ...]:
+    """Return contexts of runs that draw new random numbers, zeros, and ones."""
+    return nullcontext(), _Replaced(0), _Replaced(1)
 
 
 class _Replaced(TorchDispatchMode):
@@ -170,6 +175,11 @@ def _generator_state(device: torch.device) -> Tensor:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return torch.cat(states)
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors have the same numbers; NaN equals NaN."""
+    return torch.allclose(found, expected, 0, 0, equal_nan=True)
 
 
 def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -1,9 +1,9 @@
 """Pickles of modules whose numbers are one array, which worker processes of joblib share.
 
 joblib writes a large array to a file once for all tasks of a search, and its workers map the file.
-Tensors would be pickled with each task. A module is pickled as it is if its structure alone cannot
-be: if its layers define how they are copied or pickled, which may need the numbers, if it has no
-deep copy, or if that refers to the layers of the module, as functions do.
+Tensors would be pickled with each task. Some modules are pickled as they are: those whose layers
+define how they are copied or pickled, which may need the numbers; those without a deep copy; and
+those whose deep copy has functions that refer to layers of the original.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Pickled:
 
 
 def _structure(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
-    """Return a deep copy of a module with the tensors in ``memo``, or None if it is no equal."""
+    """Return a deep copy of a module with the tensors in ``memo``, or None if it may differ."""
     if any(_has_own_methods(type(layer)) for layer in module.modules()):
         return None
     try:

@@ -53,7 +53,7 @@ _BY_STRIDES = ("aten.as_strided", "aten.view_as_complex", "aten.view.dtype")
 
 # Explicit gradients take at most a quarter of the memory: folds have some of their own.
 _SHARE = 4
-# Folds with some of their penalties, which have rows of layers at the same time.
+# Largest number of fits to folds that have rows of layers at the same time.
 _FOLDS = 8
 
 NOT_FINITE = (

@@ -28,7 +28,6 @@ those layers of which every activation sees one channel.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -48,6 +47,7 @@ from sklearn_gradfeat.curvature._layer_rows import (
     READING,
     LayerCall,
     backward_share,
+    multiplications,
     output_gradients,
     record,
 )
@@ -334,8 +334,7 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     """
     tangent = objective.tangent
     assert tangent is not None
-    few = tangent.batches(math.ceil(objective.n_samples / _FEW))
-    _, boundary = next(iter(few))
+    boundary = tangent.few(objective.n_samples, _FEW)
     found = layouts(tangent, boundary, len(boundary[0]))
     found = dict(set.intersection(*(set(of.items()) for of in gather_over_ranks(found))))
     layers = [layer for layer in curvature.layers if layer.weight in found and layer.decomposed]
@@ -347,7 +346,8 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
         return None
     n_outputs = min(tangent.omega.shape)
     _, calls = record(tangent.head, boundary)
-    share = max(gather_over_ranks(backward_share(tangent.head, boundary, calls)))
+    forward = multiplications(tangent.head, boundary)
+    share = max(gather_over_ranks(backward_share(tangent.head, forward, calls)))
     many = n_outputs * share > _MAX_OUTPUTS
     if many:
         layers = [layer for layer in layers if found[layer.weight].channelwise]

@@ -71,7 +71,7 @@ def with_rows_if_cheap(
         the layers.
     """
     n_outputs = len(tangent.omega)
-    _, few = next(iter(tangent.batches(math.ceil(n_samples / 2))))
+    few = tangent.few(n_samples)
     forward = multiplications(tangent.head, few) / len(few[0])
     numbers = n_outputs * tangent.head.size
     cheap = _LOGIT * n_outputs * forward + _NUMBER * numbers <= _NETWORK * forward
@@ -89,7 +89,7 @@ def with_rows_if_cheap(
 def _rows(tangent: TangentTerm, n_samples: int) -> Tensor | None:
     """Return the rows of all samples, or None if they do not agree with Jacobian products."""
     head, omega = tangent.head, tangent.omega
-    _, few = next(iter(tangent.batches(math.ceil(n_samples / 2))))
+    few = tangent.few(n_samples)
     n_inputs = sum(
         call.output_rows(call.output, len(few[0])).shape[2] * head.values[call.weight][0].numel()
         for call in record(head, few)[1]

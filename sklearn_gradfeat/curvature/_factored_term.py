@@ -16,7 +16,6 @@ memory is too small for all samples, the others pass the network.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -189,7 +188,7 @@ class FactoredTerm(TangentTerm):
     outer : tensor of shape (n_outputs, n_columns)
         Orthonormal columns that span those of ``Ω``.
     kept : list of (slice, list)
-        The rows of a batch, and what is kept of every layer.
+        The rows of a batch, and its layers with their inputs and output gradients.
     rest : TangentTerm or None
         The term of the samples that are not kept, if any.
     """
@@ -271,8 +270,7 @@ def factored(tangent: TangentTerm, n_samples: int, max_bytes: int) -> FactoredTe
         memory, or the rows do not determine the map, as where a parameter has another use besides
         the layers.
     """
-    _, few = next(iter(tangent.batches(math.ceil(n_samples / 2))))
-    if not on_all_ranks(max_bytes > 0 and _is_cheap(tangent, few)):
+    if not on_all_ranks(max_bytes > 0 and _is_cheap(tangent, tangent.few(n_samples))):
         return None
     left, singular, right = torch.linalg.svd(tangent.omega, full_matrices=False)
     n_columns = int((singular > 10 * torch.finfo(singular.dtype).eps * singular.max()).sum())
@@ -307,7 +305,7 @@ def _is_cheap(tangent: TangentTerm, few: Tensors) -> bool:
     layers = sum(call.output.numel() * head.values[call.weight][0].numel() for call in calls)
     numbers = sum(call.inputs.numel() + n_columns * call.output.numel() for call in calls)
     saved = _PASSES * (_NETWORK * forward - layers - READING * numbers)
-    cost = (_CHECKED + n_columns * backward_share(head, few, calls)) * forward
+    cost = (_CHECKED + n_columns * backward_share(head, forward, calls)) * forward
     return saved >= cost
 
 
@@ -326,7 +324,7 @@ def _covers(
 def _rows(
     tangent: TangentTerm, outer: Tensor, columns: Tensor, max_bytes: int
 ) -> list[tuple[slice, list[_Kept]]] | None:
-    """Return what is kept of the first samples, or None if it disagrees with Jacobian products."""
+    """Return the layers of the first samples, or None if they and the network disagree."""
     head, n_bytes = tangent.head, 0
     kept: list[tuple[slice, list[_Kept]]] = []
     generator = torch.Generator().manual_seed(0)
@@ -354,7 +352,7 @@ def _rows(
 def _kept(
     tangent: TangentTerm, boundary: Tensors, columns: Tensor, n_samples: int
 ) -> list[_Kept] | None:
-    """Return what is kept of a batch, or None if a layer has rows of no sample."""
+    """Return the layers of a batch, or None if a row of one belongs to several samples."""
     head = tangent.head
     activation, calls, norms = record_with_norms(head, boundary, differentiable=True)
     if not (activation.requires_grad and _covers(calls, norms, len(head.values), n_samples)):
@@ -365,7 +363,7 @@ def _kept(
 
 
 def _keep(call: LayerCall | NormCall, gradients: Tensors, n_samples: int) -> _Kept:
-    """Return what is kept of a layer, from the gradients in its output for every column."""
+    """Return one layer with the gradients in its output, one for every column."""
     if isinstance(call, NormCall):
         return _Norm.from_call(call, gradients, n_samples)
     if call.kind == "linear":

@@ -240,7 +240,7 @@ def record(
 def record_with_norms(
     head: LinearizedHead, boundary: Tensors, *, differentiable: bool = False
 ) -> tuple[Tensor, list[LayerCall], list[NormCall]]:
-    """Return the same, and every application of a layer norm whose weight is a parameter."""
+    """Return the activation, and every application of a layer or layer norm with parameters."""
     values = tuple(value.detach().requires_grad_(differentiable) for value in head.values)
     with (
         torch.set_grad_enabled(differentiable),
@@ -277,12 +277,15 @@ def multiplications(head: LinearizedHead, boundary: Tensors) -> float:
     return total
 
 
-def backward_share(head: LinearizedHead, boundary: Tensors, calls: Sequence[LayerCall]) -> float:
-    """Return the cost of a backward pass to the outputs of all layers, as a share of the head."""
-    total, first = multiplications(head, boundary), calls[0]
+def backward_share(head: LinearizedHead, forward: float, calls: Sequence[LayerCall]) -> float:
+    """Return the cost of a backward pass to the outputs of all layers, as a share of the head.
+
+    ``forward`` is the number of multiplications of the pass that recorded the calls.
+    """
+    first = calls[0]
     below = first.output.numel() * head.values[first.weight][0].numel()
-    above = total - below + READING * sum(call.output.numel() for call in calls)
-    return min(above / total, 1.0) if total > 0 else 1.0
+    above = forward - below + READING * sum(call.output.numel() for call in calls)
+    return min(above / forward, 1.0) if forward > 0 else 1.0
 
 
 class _Counter(TorchDispatchMode):

@@ -176,7 +176,7 @@ def _layer_factors(
     tangent: TangentTerm, curvature: Tensor, weights: Tensor
 ) -> tuple[dict[int, Factor], dict[int, Tensor]]:
     """Return the factors of the layers and the diagonals, from every k-th sample."""
-    _, few = next(iter(tangent.batches(math.ceil(len(weights) / 2))))
+    few = tangent.few(len(weights))
     stride = math.ceil(_count(weights) / enough_samples(tangent.head, few))
     part = weights[::stride]
     total = sum_over_ranks(part.sum())

@@ -384,9 +384,10 @@ def _warn_of_parts(root: str | os.PathLike[str], found: list[tuple[str, str]]) -
         inside = os.path.relpath(path, folder).split(os.sep)
         if len(inside) > 1:
             warnings.warn(
-                f"The classes are {', '.join(map(repr, classes))}, by the subfolders of "
-                f"{os.fsdecode(root)}. If the classes are one level deeper, such as {inside[0]!r}, "
-                f"pass ImageFiles.from_folder({folder!r}), and likewise for each part.",
+                f"The subfolders of {os.fsdecode(root)} give the classes "
+                f"{', '.join(map(repr, classes))}. If the classes are one level deeper, such as "
+                f"{inside[0]!r}, pass ImageFiles.from_folder({folder!r}), and likewise for each "
+                "part.",
                 stacklevel=3,
             )
             return
@@ -423,7 +424,7 @@ def _each_file_once(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _identity(path: str) -> str | tuple[int, int]:
-    """Return what all links to a file have in common: its number, or else its real path."""
+    """Return the device and the number of a file, which its links share; else its real path."""
     try:
         found = os.stat(path)
     except OSError:

@@ -19,6 +19,7 @@ sum over the samples of all ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -82,6 +83,11 @@ class TangentTerm:
     alpha: float
     batch_size: BatchSize | None = None
     empty: Callable[..., Tensor] | None = None
+
+    def few(self, n_samples: int, n: int = 2) -> Tensors:
+        """Return the boundary tensors of at most ``n`` of the ``n_samples`` samples."""
+        _, boundary = next(iter(self.batches(math.ceil(n_samples / n))))
+        return boundary
 
     def add_forward(self, u: Tensor, logits: Tensor) -> Tensor:
         """Return ``logits + Ω J u``."""

@@ -137,6 +137,7 @@ class _Fold:
         self._prepared, self._problem, self._is_held_out = prepared, problem, is_held_out
         self._train, self._test = _some(~is_held_out), _some(is_held_out)
         self._weights = np.where(is_held_out, problem.weights, 0)[self._test]
+        self._train_weights = np.where(is_held_out, 0, problem.weights)
         self._first_stages: dict[float, FirstStage] = {}
         self._models: dict[tuple[float, float], LinearModel] = {}
         self._shared: Inverses | None = None
@@ -152,14 +153,12 @@ class _Fold:
     @functools.cached_property
     def stages(self) -> TwoStageFit:
         """The fits to the training samples."""
-        weights = np.where(self._is_held_out, 0, self._problem.weights)
-        return self._fits(self._train, weights)
+        return self._fits(self._train, self._train_weights)
 
     @functools.cached_property
     def _weighted(self) -> TwoStageFit:
         """The same fits, with the held-out samples at weight zero."""
-        weights = np.where(self._is_held_out, 0, self._problem.weights)
-        problem = self._problem.subset(np.arange(len(weights)), weights)
+        problem = self._problem.subset(np.arange(len(self._train_weights)), self._train_weights)
         return TwoStageFit(self._prepared, problem)
 
     @functools.cached_property

@@ -283,7 +283,7 @@ class _Path:
         return min(self._means, key=lambda penalty: (self._means[penalty], -penalty))
 
     def _lowest_of_path(self) -> float | None:
-        """Return the same among finite penalties, None before the first."""
+        """Return the strongest of the finite penalties with the smallest loss, None without any."""
         finite = [penalty for penalty in self._means if math.isfinite(penalty)]
         return min(finite, key=lambda p: (self._means[p], -p), default=None)
 

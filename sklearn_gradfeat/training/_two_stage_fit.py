@@ -403,9 +403,9 @@ class TwoStageFit:
         return float(sum_over_ranks((self.loss.curvatures(logits) * seen.square()).sum()))
 
     def shared(self, first: FirstStage) -> tuple[Inverses, bool] | None:
-        """Return what serves second stages on parts of the samples, too, or None.
+        """Return inverses for fits to parts of the samples, and if they have a coarse space.
 
-        These are the inverses, whose layers are the same, and whether they have a coarse space.
+        The result is None where the rows of the samples give the inverses.
         """
         self._choose_term(first)
         objective, start = self.second_objective(first, 1.0), self._second_unknowns(first.model)

@@ -363,8 +363,11 @@ def test_defaults(scripts, tmp_path, monkeypatch, capsys):
     assert rows["oracle"]["loss"] < full["loss"]
     defaults.main(["--table", str(output)])
     assert capsys.readouterr().out in printed
-    defaults.main(["--cost", "--repeats", "1", "--problems", "wine", *options])
-    assert [row["trunk"] for row in json.loads(output.read_text())["rows"]] == [False]
+    small = defaults.Problem({"backbone": "convnet-rotation"}, rng.random((60, 8, 8)), y)
+    monkeypatch.setitem(defaults.PROBLEMS, "digit images", lambda _: small)
+    problems = ["--problems", "wine", "digit images"]
+    defaults.main(["--cost", "--repeats", "1", *problems, *options])
+    assert [row["trunk"] for row in json.loads(output.read_text())["rows"]] == [False, False, True]
     defaults.main(["--tolerance", "--splits", "1", "--problems", "wine", *options])
     (row,) = json.loads(output.read_text())["rows"]
     assert row["loss_ratio"] == row["losses"][0] / row["losses"][1] == pytest.approx(1, abs=0.1)
