@@ -362,10 +362,16 @@ class Folds:
 
     def enough(self, n_samples: int) -> Folds | None:
         """Return the first folds that hold so many distinct samples, all, or None."""
-        if not self._folds:
-            return None
+        return self.divided(n_samples)[0] if self._folds else None
+
+    def divided(self, n_samples: int) -> tuple[Folds, Folds]:
+        """Return the first folds that hold so many distinct samples, and the others."""
         held = np.cumsum([len(fold.weights) for fold in self._folds])
-        return Folds(self._folds[: int(np.searchsorted(held, n_samples)) + 1])
+        n_folds = int(np.searchsorted(held, n_samples)) + 1
+        return Folds(self._folds[:n_folds]), Folds(self._folds[n_folds:])
+
+    def __bool__(self) -> bool:
+        return bool(self._folds)
 
     def share(self, inverses: Inverses, has_subspace: bool) -> None:
         """Use the factors of the gradient layers of the fit to all samples.

@@ -1,7 +1,10 @@
 """The choice of penalties by the loss of held-out samples.
 
 1. ``alpha``, for the model on the activations alone, whose fits are cheap.
-2. ``gradient_alpha`` with that ``alpha``. The model without a gradient term competes.
+2. ``gradient_alpha``. The model without a gradient term competes. Those with one have the strongest
+   ``alpha`` whose loss is within a standard error of the smallest one. With a weak ``alpha``, the
+   output weights are large, and with them the gradient features; a strong one costs little where
+   the gradient term fits what the activations cannot.
 
 A path goes from strong to weak by powers of ten, until the loss rises clearly, or has not fallen
 twice in a row. A fall by less than half a standard error does not count, nor does one by less than
@@ -14,7 +17,8 @@ without a gradient term ends no path: strong penalties may be worse than none, a
 The choice is the strongest penalty whose loss is within half a standard error of the smallest one;
 the standard error is that of the difference, sample by sample. If that is the penalty with the
 smallest loss itself, the choice is the minimum of a parabola through it and its neighbours, in the
-logarithm of the penalty. A gradient term that makes no fall that counts is left out.
+logarithm of the penalty. A gradient term that makes no fall that counts is left out; if its loss
+was smaller, more samples are held out first, where there are more folds.
 
 With several linearisations, the loss of a ``gradient_alpha`` is that of the best of the linear
 models and moved networks that the fit may return, see :class:`Relinearized`. A moved network fits
@@ -102,100 +106,152 @@ def choose_penalties(
     Choice
     """
     features, n_linearizations = stages.settings.features, stages.settings.n_linearizations
-    rows = []
     if features == "activation":
         gradient_alpha = math.inf
     if gradient_alpha == math.inf:
         n_linearizations = 1
-    loss = stages.loss
-    zero = loss.weights.new_zeros(len(loss.weights), loss.n_outputs)
-    negligible = _NEGLIGIBLE * loss.value(zero)
-    if alpha is None or gradient_alpha is None or n_linearizations is None:
-        if progress is not None:
-            progress.search()
-        folds, left_out = Folds.of(prepared, stages), LeftOut.where_cheap(prepared, stages)
-    any_alpha = alpha is None and n_linearizations != 1
-    if alpha is None:
-        held_out = left_out or folds.enough(ENOUGH)
-        alpha = stages.journal.number("scale of alpha", lambda: _alpha_by_scale(stages))
-        if held_out is not None:
-            objective = stages.objective(0.0, stages.samples.activation, None)
-            path = _Path(held_out, lambda a: (a, math.inf), progress, negligible)
-            largest = stages.journal.number(
-                "largest curvature", lambda: largest_curvature(objective)
-            )
-            alpha = path.best_from(largest or 1.0)
-            rows += path.rows()
     n_models = 1 if n_linearizations in (1, None) else 2 * n_linearizations
+    if alpha is not None and gradient_alpha is not None and n_linearizations is not None:
+        return Choice(alpha, gradient_alpha, n_models, _columns([]))
+    search = _Search(prepared, stages, n_linearizations, progress)
+    any_alpha, without = alpha is None and n_linearizations != 1, alpha
+    if without is None:
+        without, alpha = search.alphas()
+    if alpha is None or any_alpha or gradient_alpha == math.inf:
+        alpha = without
     if gradient_alpha is None or n_linearizations is None:
-        distances = [abs(math.log(row[0] / alpha)) for row in rows]
-        nearest = rows[int(np.argmin(distances))][0] if rows else alpha
-        of_gradients = _held_out_of_gradients(
-            folds, left_out, stages, alpha, nearest, n_linearizations, negligible
-        )
+        held_out, others = search.of_gradients(alpha)
         if gradient_alpha is None:
-            scale = stages.curvature_of_step(stages.fit_activation(alpha))
-            gradient_alpha = math.inf if features == "full" else scale or 1.0
-            if of_gradients is not None and scale > 0:
-                alpha, gradient_alpha, tried = _best_pair(
-                    of_gradients, alpha, scale, features == "full", any_alpha, progress, negligible
-                )
-                rows += tried
-        elif of_gradients is not None:
-            of_gradients.losses(alpha, gradient_alpha)
-        if isinstance(of_gradients, Relinearized):
-            n_models = of_gradients.n_models(alpha, gradient_alpha)
+            alpha, gradient_alpha = search.pair(held_out, others, without, alpha, any_alpha)
+        elif held_out is not None:
+            held_out.losses(alpha, gradient_alpha)
+        if isinstance(held_out, Relinearized):
+            n_models = held_out.n_models(alpha, gradient_alpha)
+    return Choice(alpha, gradient_alpha, n_models, _columns(search.rows))
+
+
+def _columns(rows: list[Row]) -> dict[str, Array]:
     names = "alpha", "gradient_alpha", "loss", "standard_error"
     columns = np.array(rows, dtype=np.float64).reshape(-1, len(names)).T
-    return Choice(alpha, gradient_alpha, n_models, dict(zip(names, columns, strict=True)))
+    return dict(zip(names, columns, strict=True))
 
 
-def _best_pair(
-    held_out: HeldOut,
-    alpha: float,
-    scale: float,
-    infinite: bool,
-    any_alpha: bool,
-    progress: Progress | None,
-    negligible: float,
-) -> tuple[float, float, list[Row]]:
-    """Return both penalties of the best model with a gradient term, and all that were tried.
+class _Search:
+    """The search for the penalties of a problem.
 
-    ``any_alpha`` lets a stronger ``alpha`` compete.
+    Parameters
+    ----------
+    prepared, stages, progress
+        As in :func:`choose_penalties`.
+    n_linearizations : int or None
+        Their number. None is chosen as well.
+
+    Attributes
+    ----------
+    rows : list of Row
+        All pairs of penalties that were tried.
     """
-    path = _Path(held_out, lambda g: (alpha, g), progress, negligible)
-    best = path.best_from(scale, infinite)
-    if not any_alpha:
-        return alpha, best, path.rows()
-    stronger = STEP * alpha
-    other = _Path(held_out, lambda g: (stronger, g), progress, negligible)
-    found = other.best_from(min(scale, best))
-    rows = path.rows() + other.rows()
-    return (stronger, found, rows) if other.smallest < path.smallest else (alpha, best, rows)
 
+    def __init__(
+        self,
+        prepared: Prepared,
+        stages: TwoStageFit,
+        n_linearizations: int | None,
+        progress: Progress | None,
+    ) -> None:
+        if progress is not None:
+            progress.search()
+        self._stages, self._progress = stages, progress
+        self._n_linearizations = n_linearizations
+        self._folds = Folds.of(prepared, stages)
+        self._left_out = LeftOut.where_cheap(prepared, stages)
+        loss = stages.loss
+        zero = loss.weights.new_zeros(len(loss.weights), loss.n_outputs)
+        self._negligible = _NEGLIGIBLE * loss.value(zero)
+        self.rows: list[Row] = []
 
-def _held_out_of_gradients(
-    folds: Folds,
-    left_out: LeftOut | None,
-    stages: TwoStageFit,
-    alpha: float,
-    nearest: float,
-    n_linearizations: int | None,
-    negligible: float,
-) -> HeldOut | None:
-    """Return the held-out samples of models with a gradient term, or None without any."""
-    if n_linearizations == 1 and left_out is not None and left_out.gram(alpha) is not None:
-        return left_out
-    enough = folds.enough(ENOUGH)
-    if enough is not None:
-        enough = enough.typical_first(nearest).enough(ENOUGH_WITH_GRADIENTS)
-    if enough is not None and n_linearizations == 1:
+    def _path(self, held_out: HeldOut, pair_of: Callable[[float], tuple[float, float]]) -> _Path:
+        return _Path(held_out, pair_of, self._progress, self._negligible)
+
+    def alphas(self) -> tuple[float, float]:
+        """Return the best ``alpha`` without a gradient term, and the one for a gradient term."""
+        stages, held_out = self._stages, self._left_out or self._folds.enough(ENOUGH)
+        by_scale = stages.journal.number("scale of alpha", lambda: _alpha_by_scale(stages))
+        if held_out is None:
+            return by_scale, by_scale
+        objective = stages.objective(0.0, stages.samples.activation, None)
+        path = self._path(held_out, lambda a: (a, math.inf))
+        largest = stages.journal.number("largest curvature", lambda: largest_curvature(objective))
+        best = path.best_from(largest or 1.0)
+        self.rows += path.rows()
+        return best, max(best, path.strongest(1.0))
+
+    def of_gradients(self, alpha: float) -> tuple[HeldOut | None, Folds]:
+        """Return the held-out samples of models with a gradient term, and folds with others.
+
+        The former are None if no sample can be held out.
+        """
+        stages, left_out = self._stages, self._left_out
+        if (
+            self._n_linearizations == 1
+            and left_out is not None
+            and left_out.gram(alpha) is not None
+        ):
+            return left_out, Folds([])
+        enough = self._folds.enough(ENOUGH)
+        if enough is None:
+            return None, Folds([])
+        tried = [row[0] for row in self.rows] or [alpha]
+        nearest = min(tried, key=lambda other: abs(math.log(other / alpha)))
+        first, others = enough.typical_first(nearest).divided(ENOUGH_WITH_GRADIENTS)
+        if self._n_linearizations != 1:
+            return Relinearized(first, self._n_linearizations, self._negligible), Folds([])
         shared = stages.shared(stages.fit_activation(alpha))
         if shared is not None:
-            enough.share(*shared)
-    if enough is None or n_linearizations == 1:
-        return enough
-    return Relinearized(enough, n_linearizations, negligible)
+            first.share(*shared)
+            others.share(*shared)
+        return first, others
+
+    def pair(
+        self,
+        held_out: HeldOut | None,
+        others: Folds,
+        without: float,
+        alpha: float,
+        any_alpha: bool,
+    ) -> tuple[float, float]:
+        """Return the best pair of penalties.
+
+        Parameters
+        ----------
+        held_out : HeldOut or None
+            The held-out samples.
+        others : Folds
+            Folds that hold out others.
+        without, alpha : float
+            The ``alpha`` of the model without a gradient term, and of those with one.
+        any_alpha : bool
+            Whether a stronger ``alpha`` competes.
+
+        Returns
+        -------
+        alpha, gradient_alpha : float
+        """
+        stages, infinite = self._stages, self._stages.settings.features == "full"
+        scale = stages.curvature_of_step(stages.fit_activation(alpha))
+        if held_out is None or not scale > 0:
+            return (without, math.inf) if infinite else (alpha, scale or 1.0)
+        path = self._path(held_out, lambda g: (without if math.isinf(g) else alpha, g))
+        best = path.best_from(scale, infinite, others)
+        self.rows += path.rows()
+        if any_alpha:
+            stronger = STEP * alpha
+            other = self._path(held_out, lambda g: (stronger, g))
+            found = other.best_from(min(scale, best))
+            self.rows += other.rows()
+            if other.smallest < path.smallest:
+                return stronger, found
+        return without if math.isinf(best) else alpha, best
 
 
 class _Path:
@@ -221,15 +277,16 @@ class _Path:
         negligible: float = 0.0,
     ) -> None:
         self._held_out, self._pair_of, self._progress = held_out, pair_of, progress
-        self._negligible = negligible
+        self._weights, self._negligible = held_out.weights, negligible
         self._losses: dict[float, Array] = {}
         self._means: dict[float, float] = {}
 
-    def best_from(self, start: float, infinite: bool = False) -> float:
+    def best_from(self, start: float, infinite: bool = False, others: Folds | None = None) -> float:
         """Return the best penalty of a path that begins at ``start``.
 
         ``infinite`` says whether an infinite penalty is a choice, too; it is the choice if no other
-        one has a loss that is smaller by more than a negligible fall.
+        one has a loss that is smaller by more than a negligible fall. Before it takes the place of
+        another one with a smaller loss, the samples of ``others`` are held out as well.
         """
         if infinite:
             self._try(math.inf)
@@ -248,7 +305,25 @@ class _Path:
             penalty *= STEP
             if not self._try(penalty):
                 break
+        chosen = self._chosen()
+        fall = self._means.get(chosen, 0.0) - self.smallest
+        if not others or math.isfinite(chosen) or fall <= self._negligible:
+            return chosen
+        for penalty, losses in self._losses.items():
+            further = others.losses(*self._pair_of(penalty))
+            self._losses[penalty] = np.concatenate([losses, further])
+        self._weights = np.concatenate([self._weights, others.weights])
+        self._means = {penalty: self._mean(losses) for penalty, losses in self._losses.items()}
         return self._chosen()
+
+    def strongest(self, errors: float) -> float:
+        """Return the strongest penalty whose loss is so many standard errors above the smallest."""
+        best = self._lowest()
+        rounding = _ROUNDING * abs(self._means[best])
+        limit = {
+            p: self._means[best] + max(errors * self._error(p, best), rounding) for p in self._means
+        }
+        return max(p for p in self._means if self._means[p] <= limit[p] or p == best)
 
     @property
     def smallest(self) -> float:
@@ -266,9 +341,7 @@ class _Path:
         """Try a penalty, and return whether its loss is clearly below those of the path."""
         former = self._lowest_of_path()
         self._losses[penalty] = losses = self._held_out.losses(*self._pair_of(penalty))
-        finite = bool(np.isfinite(losses).all())
-        mean = float(np.average(losses, weights=self._held_out.weights)) if finite else math.inf
-        self._means[penalty] = mean = number_of_first_rank(mean)
+        self._means[penalty] = mean = self._mean(losses)
         if self._progress is not None:
             best = self._lowest()
             self._progress.tried(*self._pair_of(best), self._means[best])
@@ -277,6 +350,12 @@ class _Path:
         smallest = self._means[former]
         clear = max(FLAT * smallest, self._negligible, _TOLERATED * self._error(penalty, former))
         return smallest - mean > clear
+
+    def _mean(self, losses: Array) -> float:
+        finite = bool(np.isfinite(losses).all())
+        return number_of_first_rank(
+            float(np.average(losses, weights=self._weights)) if finite else math.inf
+        )
 
     def _lowest(self) -> float:
         """Return the strongest of the penalties with the smallest loss."""
@@ -289,7 +368,7 @@ class _Path:
 
     def _error(self, penalty: float, other: float) -> float:
         """Return the standard error of the difference of two losses."""
-        weights = self._held_out.weights
+        weights = self._weights
         with np.errstate(invalid="ignore"):
             difference = self._losses[penalty] - self._losses[other]
             apart = weights * (difference - np.average(difference, weights=weights))
@@ -312,10 +391,7 @@ class _Path:
         best = self._lowest()
         if self._means.get(math.inf, math.inf) - self._means[best] <= self._negligible:
             return math.inf
-        rounding = _ROUNDING * abs(self._means[best])
-        tolerated = {p: max(_TOLERATED * self._error(p, best), rounding) for p in self._means}
-        limit = {p: self._means[best] + tolerated[p] for p in self._means}
-        strongest = max(p for p in self._means if self._means[p] <= limit[p] or p == best)
+        strongest = self.strongest(_TOLERATED)
         if strongest != best:
             return strongest
         stronger, weaker = self._near(best * STEP), self._near(best / STEP)

@@ -36,7 +36,7 @@ class Given:
 
     def __init__(self, loss, noise=0.0, n=400):
         self.loss, self.tried = loss, []
-        self.weights = np.full(n, 1 / n)
+        self.weights = np.full(n, 1 / 400)
         self.noise = noise
 
     def losses(self, alpha, _):
@@ -99,6 +99,35 @@ def test_strongest_penalty_within_half_a_standard_error():
     loss = lambda a: levels.get(round(-math.log10(a)), 1.5)  # noqa: E731
     assert 1e-2 < path(loss)[0] < 0.1  # the minimum of the parabola
     assert path(loss, noise=1.0)[0] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("with_gradients", "without"), [(0.5, False), (1.5, True)])
+def test_more_samples_decide_before_a_gradient_term_is_left_out(with_gradients, without):
+    """Of the first samples, the loss without one is worse by less than half a standard error."""
+    given = Given(lambda a: 1.0 if math.isinf(a) else 0.99, noise=1.0)
+    others = Given(lambda a: 1.0 if math.isinf(a) else with_gradients, n=2000)
+    path = _Path(given, lambda a: (a, 0.0), None)
+    assert math.isinf(path.best_from(1.0, infinite=True, others=others)) == without
+    assert others.tried == given.tried
+    loss = np.average([0.99, with_gradients], weights=[400, 2000])
+    assert [row[2] for row in path.rows()] == pytest.approx([1.0] + [loss] * (len(given.tried) - 1))
+
+
+def test_other_samples_are_not_needed_for_a_clear_choice():
+    others = Given(lambda a: 1.0)
+    for loss in (0.5, 1.5):
+        given = Given(lambda a, loss=loss: 1.0 if math.isinf(a) else loss)
+        path = _Path(given, lambda a: (a, 0.0), None)
+        assert math.isinf(path.best_from(1.0, infinite=True, others=others)) == (loss > 1)
+    assert not others.tried
+
+
+def test_strongest_penalty_within_a_standard_error():
+    levels = {0: 2.0, 1: 1.05, 2: 1.0, 3: 1.2}
+    given = Given(lambda a: levels.get(round(-math.log10(a)), 1.5), noise=1.0)
+    path = _Path(given, lambda a: (a, 0.0), None)
+    path.best_from(1.0)
+    assert [path.strongest(errors) for errors in (0.0, 1.0)] == pytest.approx([1e-2, 1e-1])
 
 
 def test_falls_by_less_than_half_a_standard_error_end_a_path():
