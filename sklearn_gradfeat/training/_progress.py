@@ -47,7 +47,9 @@ class Progress:
         self._context = None
         if hasattr(estimator, "_init_callback_context"):
             n = estimator.n_linearizations
-            n_subtasks = None if n == "auto" else estimator.max_iter * n
+            names = "n_linearizations", "alpha", "gradient_alpha"
+            searched = any(getattr(estimator, name, None) == "auto" for name in names)
+            n_subtasks = None if searched else estimator.max_iter * n
             self._context = estimator._init_callback_context(max_subtasks=n_subtasks)
             self._context.call_on_fit_task_begin(estimator=estimator, **data)
 
@@ -94,23 +96,19 @@ class Progress:
         )
         if to_attributes is None:
             return False
-        stops = self._called_back(iteration, lambda: to_attributes(to_model(x)))
-        return not on_all_ranks(not stops)
-
-    def _called_back(self, iteration: int, attributes: Callable[[], dict[str, Any]]) -> bool:
-        """Report an iteration to callbacks, and return whether one of them asks to stop."""
-        if self._context is None:
-            return False
         name = f"{self._linearization}iteration {iteration}"
-        task = self._context.subcontext(task_name=name)
-        task.call_on_fit_task_begin(estimator=self._estimator, **self._data)
-        return bool(
-            task.call_on_fit_task_end(
-                estimator=self._estimator,
-                **self._data,
-                reconstruction_attributes=attributes,
+        return self._called_back(name, lambda: to_attributes(to_model(x)))
+
+    def _called_back(self, name: str, attributes: Callable[[], dict[str, Any]] | None) -> bool:
+        """Report a task to callbacks, and return whether one of them asks to stop, on any rank."""
+        stops = False
+        if self._context is not None:
+            task = self._context.subcontext(task_name=name)
+            task.call_on_fit_task_begin(estimator=self._estimator, **self._data)
+            stops = task.call_on_fit_task_end(
+                estimator=self._estimator, **self._data, reconstruction_attributes=attributes
             )
-        )
+        return not on_all_ranks(not stops)
 
     def linearization(self, number: int) -> None:
         """Name the stages that follow by the number of their linearisation."""
@@ -120,9 +118,14 @@ class Progress:
         """Begin the search for penalties."""
         self._begin("auto: {n_fmt} tried")
 
-    def tried(self, alpha: float, gradient_alpha: float, loss: float) -> None:
-        """Count a pair of penalties, and show the best pair so far and its held-out loss."""
-        self._show(f"best alpha {alpha:.2g}, gradient_alpha {gradient_alpha:.2g}, loss {loss:.4g}")
+    def tried(self, pair: tuple[float, float], best: tuple[float, float], loss: float) -> bool:
+        """Count a pair of penalties, and return whether a callback asks to stop.
+
+        ``best`` is the best pair so far, and ``loss`` its held-out loss.
+        """
+        texts = [f"alpha {alpha:.2g}, gradient_alpha {other:.2g}" for alpha, other in (pair, best)]
+        self._show(f"best {texts[1]}, loss {loss:.4g}")
+        return self._called_back(f"auto: {texts[0]}", None)
 
     def _begin(self, text: str) -> None:
         """Begin a line; ``{n_fmt}`` in it is how often it was updated."""

@@ -168,6 +168,7 @@ class _Search:
         loss = stages.loss
         zero = loss.weights.new_zeros(len(loss.weights), loss.n_outputs)
         self._negligible = _NEGLIGIBLE * loss.value(zero)
+        self._stopped = False
         self.rows: list[Row] = []
 
     def _path(self, held_out: HeldOut, pair_of: Callable[[float], tuple[float, float]]) -> _Path:
@@ -184,14 +185,17 @@ class _Search:
         largest = stages.journal.number("largest curvature", lambda: largest_curvature(objective))
         best = path.best_from(largest or 1.0)
         self.rows += path.rows()
+        self._stopped = path.stopped
         return best, max(best, path.strongest(1.0))
 
     def of_gradients(self, alpha: float) -> tuple[HeldOut | None, Folds]:
         """Return the held-out samples of models with a gradient term, and folds with others.
 
-        The former are None if no sample can be held out.
+        The former are None if no sample can be held out, or if a callback ended the search.
         """
         stages, left_out = self._stages, self._left_out
+        if self._stopped:
+            return None, Folds([])
         if (
             self._n_linearizations == 1
             and left_out is not None
@@ -244,7 +248,7 @@ class _Search:
         path = self._path(held_out, lambda g: (without if math.isinf(g) else alpha, g))
         best = path.best_from(scale, infinite, others)
         self.rows += path.rows()
-        if any_alpha:
+        if any_alpha and not path.stopped:
             stronger = STEP * alpha
             other = self._path(held_out, lambda g: (stronger, g))
             found = other.best_from(min(scale, best))
@@ -264,9 +268,14 @@ class _Path:
     pair_of : callable
         Maps a value of the penalty to ``(alpha, gradient_alpha)``.
     progress : Progress or None
-        Shows the best value so far.
+        Shows the best value so far, and may end the path.
     negligible : float, default=0.0
         The largest fall of the loss that counts as none, however small the loss.
+
+    Attributes
+    ----------
+    stopped : bool
+        Whether a callback asked to stop.
     """
 
     def __init__(
@@ -280,6 +289,7 @@ class _Path:
         self._weights, self._negligible = held_out.weights, negligible
         self._losses: dict[float, Array] = {}
         self._means: dict[float, float] = {}
+        self.stopped = False
 
     def best_from(self, start: float, infinite: bool = False, others: Folds | None = None) -> float:
         """Return the best penalty of a path that begins at ``start``.
@@ -290,24 +300,24 @@ class _Path:
         """
         if infinite:
             self._try(math.inf)
-            if self._means[math.inf] <= self._negligible:
+            if self._means[math.inf] <= self._negligible or self.stopped:
                 return math.inf
         failures, penalty = 0, start
         for _ in range(_MAX_STEPS):
             failures = 0 if self._try(penalty) else failures + 1
-            if failures == 2 or self._rises(penalty):
+            if failures == 2 or self._rises(penalty) or self.stopped:
                 break
             penalty /= STEP
         penalty = start
         for _ in range(_MAX_STEPS):
-            if self._lowest() not in (penalty, math.inf):
+            if self._lowest() not in (penalty, math.inf) or self.stopped:
                 break
             penalty *= STEP
             if not self._try(penalty):
                 break
         chosen = self._chosen()
         fall = self._means.get(chosen, 0.0) - self.smallest
-        if not others or math.isfinite(chosen) or fall <= self._negligible:
+        if not others or math.isfinite(chosen) or fall <= self._negligible or self.stopped:
             return chosen
         for penalty, losses in self._losses.items():
             further = others.losses(*self._pair_of(penalty))
@@ -344,7 +354,9 @@ class _Path:
         self._means[penalty] = mean = self._mean(losses)
         if self._progress is not None:
             best = self._lowest()
-            self._progress.tried(*self._pair_of(best), self._means[best])
+            self.stopped = self._progress.tried(
+                self._pair_of(penalty), self._pair_of(best), self._means[best]
+            )
         if former is None:
             return True
         smallest = self._means[former]

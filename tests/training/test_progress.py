@@ -10,12 +10,18 @@ import sklearn
 from sklearn.base import clone
 from sklearn.utils.fixes import parse_version
 
-from sklearn_gradfeat import GradientFeatureClassifierCV, GradientFeatureRegressor
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    GradientFeatureClassifierCV,
+    GradientFeatureRegressor,
+)
 from tests.tiny import NET, X, Y, estimator
 
 has_callbacks = pytest.mark.skipif(
     parse_version(sklearn.__version__).release < (1, 9), reason="scikit-learn has no callbacks"
 )
+PENALTIES = "alpha", "gradient_alpha"
+FAST = {"gradient_layers": ["2"], "tol": 1e-2}
 
 
 class Recorder:
@@ -24,7 +30,7 @@ class Recorder:
     def __init__(self, stop_after=None):
         self.stop_after = stop_after
         self.begun, self.ended, self.stages = [], [], []
-        self.predictions, self.probabilities = [], []
+        self.predictions, self.probabilities, self.models = [], [], []
 
     def setup(self, estimator, context):
         self.stages.append("setup")
@@ -38,10 +44,12 @@ class Recorder:
     def on_fit_task_end(self, estimator, context, *, X=None, y=None, fitted_estimator=None):
         self.ended.append(context.task_name)
         if context.parent is not None:
+            self.models.append(fitted_estimator)
+        if fitted_estimator is not None and context.parent is not None:
             self.predictions.append(fitted_estimator.predict(X))
             if hasattr(fitted_estimator, "predict_proba"):
                 self.probabilities.append(fitted_estimator.predict_proba(X))
-        return self.stop_after is not None and len(self.predictions) >= self.stop_after
+        return self.stop_after is not None and len(self.models) >= self.stop_after
 
 
 @has_callbacks
@@ -88,6 +96,51 @@ def test_callback_may_stop_between_linearizations():
     model = estimator(n_linearizations=3, gradient_alpha=1e-3).set_callbacks(recorder).fit(X, Y)
     assert model.n_linearizations_ == model.n_iter_ == 1
     assert np.array_equal(recorder.probabilities[-1], model.predict_proba(X))
+
+
+@has_callbacks
+@pytest.mark.parametrize("features", ["full", "activation"])
+def test_callback_sees_every_pair_of_penalties(features):
+    recorder = Recorder()
+    model = GradientFeatureClassifier(NET, features=features, **FAST)
+    model.set_callbacks(recorder).fit(X, Y)
+    tried = [name for name in recorder.ended if name.startswith("auto: alpha ")]
+    assert len(tried) == len(model.validation_scores_["loss"])
+    assert recorder.ended[: len(tried)] == tried
+    pairs = zip(*(model.validation_scores_[name] for name in PENALTIES), strict=True)
+    assert tried == [f"auto: alpha {pair[0]:.2g}, gradient_alpha {pair[1]:.2g}" for pair in pairs]
+    assert recorder.models[0] is None
+    assert recorder.models[-1] is not None
+
+
+@has_callbacks
+@pytest.mark.parametrize(
+    ("features", "n_linearizations"), [("full", 1), ("full", "auto"), ("gradient", 1)]
+)
+@pytest.mark.parametrize("of_gradients", [False, True])
+def test_callback_may_stop_the_search(features, n_linearizations, of_gradients):
+    """The fit takes the best penalties so far, without a gradient term if none was tried."""
+
+    class StopSearch(Recorder):
+        def on_fit_task_end(self, estimator, context):
+            self.ended.append(context.task_name)
+            return (
+                "auto: " in context.task_name and ("inf" not in context.task_name) == of_gradients
+            )
+
+    recorder = StopSearch()
+    model = GradientFeatureClassifier(
+        NET, features=features, n_linearizations=n_linearizations, **FAST
+    )
+    model.set_callbacks(recorder).fit(X, Y)
+    tried = model.validation_scores_["gradient_alpha"]
+    assert sum("auto: " in name for name in recorder.ended) == len(tried)
+    assert np.isfinite(tried).sum() == of_gradients
+    assert np.isfinite(tried[-1]) == of_gradients
+    assert len(tried) == 1 or of_gradients
+    assert model.n_iter_ > 1  # the fit itself goes on
+    if features == "full" and not of_gradients:
+        assert model.gradient_alpha_ == np.inf
 
 
 @has_callbacks
@@ -159,8 +212,8 @@ def test_the_search_for_penalties_has_a_line(capsys):
     pattern = r"auto: (\d+) tried \[\d\d:\d\d\], best alpha (\S+), gradient_alpha (\S+), loss (\S+)"
     n_tried, *best = re.fullmatch(pattern, line).groups()
     assert int(n_tried) == len(scores["loss"])
-    last_path = scores["alpha"] == model.alpha_
-    i = np.flatnonzero(last_path)[scores["loss"][last_path].argmin()]
+    start = np.isfinite(scores["gradient_alpha"]).argmax() - 1  # the model without a gradient term
+    i = start + scores["loss"][start:].argmin()
     expected = [scores[name][i] for name in ("alpha", "gradient_alpha", "loss")]
     np.testing.assert_allclose([float(value) for value in best], expected, rtol=0.05)
 
