@@ -130,19 +130,18 @@ def choose_penalties(
     if gradient_alpha is None or n_linearizations is None:
         distances = [abs(math.log(row[0] / alpha)) for row in rows]
         nearest = rows[int(np.argmin(distances))][0] if rows else alpha
+        larger = STEP * alpha if any_alpha and gradient_alpha is None else alpha
         of_gradients = _held_out_of_gradients(
-            folds, left_out, stages, alpha, nearest, n_linearizations, negligible
+            folds, left_out, stages, alpha, larger, nearest, n_linearizations, negligible
         )
         if gradient_alpha is None:
-            scale = stages.curvature_of_step(stages.fit_activation(alpha))
+            scale = stages.curvature_of_step(stages.fit_activation(larger))
             gradient_alpha = math.inf if features == "full" else scale or 1.0
             if of_gradients is not None and scale > 0:
                 alpha, gradient_alpha, tried = _best_pair(
-                    of_gradients, alpha, scale, features == "full", any_alpha, progress, negligible
+                    of_gradients, alpha, larger, scale, features == "full", progress, negligible
                 )
                 rows += tried
-        elif of_gradients is not None:
-            of_gradients.losses(alpha, gradient_alpha)
         if isinstance(of_gradients, Relinearized):
             n_models = of_gradients.n_models(alpha, gradient_alpha)
     names = "alpha", "gradient_alpha", "loss", "standard_error"
@@ -153,25 +152,30 @@ def choose_penalties(
 def _best_pair(
     held_out: HeldOut,
     alpha: float,
+    larger: float,
     scale: float,
     infinite: bool,
-    any_alpha: bool,
     progress: Progress | None,
     negligible: float,
 ) -> tuple[float, float, list[Row]]:
     """Return both penalties of the best model with a gradient term, and all that were tried.
 
-    ``any_alpha`` lets a stronger ``alpha`` compete.
+    The path has the ``larger`` of two ``alpha``. It is tried again with the other one if there is
+    no gradient term, or if moved networks are better with its output weights.
     """
-    path = _Path(held_out, lambda g: (alpha, g), progress, negligible)
-    best = path.best_from(scale, infinite)
-    if not any_alpha:
-        return alpha, best, path.rows()
-    stronger = STEP * alpha
-    other = _Path(held_out, lambda g: (stronger, g), progress, negligible)
-    found = other.best_from(min(scale, best))
-    rows = path.rows() + other.rows()
-    return (stronger, found, rows) if other.smallest < path.smallest else (alpha, best, rows)
+    path = _Path(
+        held_out, lambda g: (larger if math.isfinite(g) else alpha, g), progress, negligible
+    )
+    best, rows = path.best_from(scale, infinite), path.rows()
+    settled = not isinstance(held_out, Relinearized) or held_out.refitted >= path.smallest
+    if larger == alpha or (math.isfinite(best) and settled):
+        return larger, best, rows
+    other = _Path(held_out, lambda g: (alpha, g), progress, negligible)
+    found = other.best_from(best if math.isfinite(best) else scale)
+    rows += other.rows()
+    if path.smallest - other.smallest > negligible:
+        return alpha, found, rows
+    return (larger if math.isfinite(best) else alpha), best, rows
 
 
 def _held_out_of_gradients(
@@ -179,6 +183,7 @@ def _held_out_of_gradients(
     left_out: LeftOut | None,
     stages: TwoStageFit,
     alpha: float,
+    larger: float,
     nearest: float,
     n_linearizations: int | None,
     negligible: float,
@@ -187,15 +192,19 @@ def _held_out_of_gradients(
     if n_linearizations == 1 and left_out is not None and left_out.gram(alpha) is not None:
         return left_out
     enough = folds.enough(ENOUGH)
-    if enough is not None:
-        enough = enough.typical_first(nearest).enough(ENOUGH_WITH_GRADIENTS)
-    if enough is not None and n_linearizations == 1:
-        shared = stages.shared(stages.fit_activation(alpha))
+    if enough is None:
+        return None
+    enough = enough.typical_first(nearest).enough(ENOUGH_WITH_GRADIENTS)
+    assert enough is not None
+    first = stages.fit_activation(larger)
+    if n_linearizations == 1:
+        shared = stages.shared(first)
         if shared is not None:
             enough.share(*shared)
-    if enough is None or n_linearizations == 1:
         return enough
-    return Relinearized(enough, n_linearizations, negligible)
+    if stages.has_coarse_space(first):
+        enough.share(first.inverses, True)
+    return Relinearized(enough, n_linearizations, negligible, alpha)
 
 
 class _Path:
