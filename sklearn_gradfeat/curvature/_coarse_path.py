@@ -6,8 +6,10 @@ over the network and the preconditioner is diagonal. That is close enough to com
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,31 +56,46 @@ class CoarsePath:
         if self._last is not None and self._last[0] >= objective.tangent.alpha:
             start, pairs = self._last[1].x, self._last[1].curvature_pairs
         rest = torch.zeros_like(self._logits)
-        solution = self._minimize(objective, rest, start, pairs, tol, _MAX_ITER)
+        solution = self._minimize(
+            objective, rest, start, tol, max_iter=_MAX_ITER, curvature_pairs=pairs
+        )
         self._last = objective.tangent.alpha, solution
         return self._subspace.forward(solution.x)
 
-    def solution(self, objective: TangentObjective, tol: float, max_iter: int) -> Solution:
-        """Return the minimum from ``x`` on, as unknowns of the objective.
-
-        Its only pass over the data is the one that gave the rows of the samples.
-        """
-        rest = self._logits - self._subspace.forward(self._start)
-        found = self._minimize(objective, rest, self._start, None, tol, max_iter)
-        x = of_first_rank(self._x + self._subspace.extend(found.x - self._start))
-        value = objective.loss.value(self._logits) + penalised(objective, self._x, self._x) / 2
-        path = [value + (of - found.objective_path[0]) for of in found.objective_path]
-        none = CurvaturePairs([], objective.penalty)
-        return replace(found, x=x, objective_path=path, n_passes=1, curvature_pairs=none)
-
-    def _minimize(
+    def solution(
         self,
         objective: TangentObjective,
-        rest: Tensor,
-        start: Tensor,
-        pairs: CurvaturePairs | None,
         tol: float,
         max_iter: int,
+        callback: Callable[[int, float, Tensor, float, float], bool] | None,
+    ) -> Solution:
+        """Return the minimum from ``x`` on, as unknowns of the objective.
+
+        Its only pass over the data is the one that gave the rows of the samples. ``callback`` is
+        that of :func:`minimize`, with the unknowns of the objective.
+        """
+        start, subspace = self._start, self._subspace
+        outside = self._x - subspace.extend(start)
+        constant = penalised(objective, outside, outside) / 2
+
+        def whole(x: Tensor) -> Tensor:
+            return of_first_rank(self._x + subspace.extend(x - start))
+
+        def called_back(n_iter: int, found: float, x: Tensor, *decrement: float) -> bool:
+            return callback is not None and callback(n_iter, constant + found, whole(x), *decrement)
+
+        rest = self._logits - subspace.forward(start)
+        found = self._minimize(objective, rest, start, tol, max_iter=max_iter, callback=called_back)
+        return replace(
+            found,
+            x=whole(found.x),
+            objective_path=[constant + value for value in found.objective_path],
+            n_passes=1,
+            curvature_pairs=CurvaturePairs([], objective.penalty),
+        )
+
+    def _minimize(
+        self, objective: TangentObjective, rest: Tensor, start: Tensor, tol: float, **options: Any
     ) -> Solution:
         inverse = Preconditioner(objective, self._logits, self._curvature)
         solve = CoarseSolve(objective, self._subspace, inverse, True)
@@ -91,8 +108,7 @@ class CoarsePath:
             start,
             lambda _: solve.inverse,
             tolerance=partial(_tolerance, baseline, tol, rounding),
-            max_iter=max_iter,
-            curvature_pairs=pairs,
+            **options,
         )
 
 

@@ -50,7 +50,12 @@ from sklearn_gradfeat.linearized import (
 from sklearn_gradfeat.solvers import newton
 from sklearn_gradfeat.training._problem import Problem
 from sklearn_gradfeat.training._relinearization import relinearized
-from sklearn_gradfeat.training._two_stage_fit import FirstStage, Prepared, TwoStageFit
+from sklearn_gradfeat.training._two_stage_fit import (
+    FirstStage,
+    FitResult,
+    Prepared,
+    TwoStageFit,
+)
 
 N_FOLDS = 5
 # Distinct held-out samples that are enough to compare penalties, of the models on the activations
@@ -213,12 +218,23 @@ class _Fold:
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""
-        first = self._first(alpha)
-        for result, self._moved in relinearized(self.stages, alpha, gradient_alpha, first=first):
+        for result, _ in self._relinearized(alpha, gradient_alpha):
             yield self._losses_of(self.stages.problem.reduced(result.model))
 
+    def moved(self, alpha: float, gradient_alpha: float) -> Array:
+        """Return the losses of the first moved network, or of the linear model without a move."""
+        models = itertools.islice(self._relinearized(alpha, gradient_alpha), 2)
+        *_, (result, self._moved) = models
+        return self._losses_of(self.stages.problem.reduced(result.model))
+
+    def _relinearized(
+        self, alpha: float, gradient_alpha: float
+    ) -> Iterator[tuple[FitResult, TwoStageFit]]:
+        first = self._first(alpha)
+        return relinearized(self.stages, alpha, gradient_alpha, first=first)
+
     def refitted(self, alpha: float) -> Array:
-        """Return the losses of other output weights for the network of the last linearisation."""
+        """Return the losses of the network of :meth:`moved`, with output weights of this alpha."""
         assert self._moved is not None
         return self._losses_of(self._moved.fit_activation(alpha).model)
 
@@ -394,8 +410,12 @@ class Folds:
             pairs = zip(following, losses, strict=True)
             losses = [former if found is None else found for found, former in pairs]
 
+    def moved(self, alpha: float, gradient_alpha: float) -> Array:
+        """Return the losses of the first moved networks, or of linear models without a move."""
+        return np.concatenate([fold.moved(alpha, gradient_alpha) for fold in self._folds])
+
     def refitted(self, alpha: float) -> Array:
-        """Return the losses of other output weights for the networks of the last linearisation."""
+        """Return the losses of the networks of :meth:`moved`, with output weights of this alpha."""
         return np.concatenate([fold.refitted(alpha) for fold in self._folds])
 
     def typical_first(self, alpha: float) -> Folds:
@@ -459,29 +479,42 @@ class Relinearized:
         """
         if math.isinf(gradient_alpha):
             return self._folds.losses(alpha, gradient_alpha)
-        *_, last = itertools.islice(self._folds.relinearized(alpha, gradient_alpha), 2)
+        losses = self._folds.moved(alpha, gradient_alpha)
         if alpha != self._alpha:
             self.refitted = min(self.refitted, self._mean(self._folds.refitted(self._alpha)))
-        return last
+        return losses
 
     def n_models(self, alpha: float, gradient_alpha: float) -> int:
         """Return the number of linear models and moved networks up to the best one."""
         if math.isinf(gradient_alpha):
             return 1
         models, n = self._folds.relinearized(alpha, gradient_alpha), self._n_linearizations
-        return self._while_it_falls(models) if n is None else self._last(models, 2 * n)
+        if n is not None:
+            return self._last(models, 2 * n)
+        return self._while_it_falls(self._mean(self._folds.losses(alpha, math.inf)), models)
 
-    def _while_it_falls(self, models: Iterator[Array]) -> int:
-        """Return the number of the best model, until two in turn are no better."""
-        smallest, number_of_best = math.inf, 0
+    def _while_it_falls(self, unmoved: float, models: Iterator[Array]) -> int:
+        """Return the number of the best model, until the next ones are no better.
+
+        That is where two in turn are not, or where the gains of the moved networks, if they go on
+        to shrink by the last factor, become too small.
+        """
+        smallest, number_of_best, gain, former = math.inf, 0, 0.0, unmoved
         for number, losses in enumerate(itertools.islice(models, 2 * _MAX_LINEARIZATIONS), 1):
             mean = self._mean(losses)
-            gains = mean < (1 - _GAIN) * smallest and smallest - mean > self._negligible
-            if not number_of_best or gains:
+            if not number_of_best or self._counts(smallest, mean):
                 smallest, number_of_best = mean, number
             elif number - number_of_best == 2:
                 break
+            if number % 2 == 0:
+                former_gain, gain, former = gain, former - mean, mean
+                if 0 < gain < former_gain and not self._counts(mean, mean - gain**2 / former_gain):
+                    break
         return number_of_best
+
+    def _counts(self, former: float, following: float) -> bool:
+        """Whether the fall of the loss is worth a linearisation."""
+        return following < (1 - _GAIN) * former and former - following > self._negligible
 
     def _last(self, models: Iterator[Array], last: int) -> int:
         """Return the number of the last linear model or of the last moved network."""

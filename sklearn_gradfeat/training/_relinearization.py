@@ -16,6 +16,11 @@ never increases, and the method stops at a stationary point. The first linear mo
 the paper. The models in their order are: the linear model around the pretrained parameters;
 the network after the first move; the linear model around this point; and so on.
 
+Where the first linear model has a coarse space, all linear models are minima over its leading
+directions of the curvature, with the rows of the samples at the point. So a linear model takes one
+pass, and none but the first needs factors of the curvature. The point at the end is then stationary
+along these directions.
+
 References
 ----------
 .. [1] J. V. Burke, Descent methods for composite nondifferentiable optimization problems,
@@ -91,10 +96,6 @@ def relinearized(
     first: FirstStage | None = None,
 ) -> Iterator[tuple[FitResult, TwoStageFit]]:
     """Iterate over the linear models and the moved networks, in turn.
-
-    Where the first linear model has a coarse space, all are minima over it: the leading directions
-    of the first curvature, with the rows of the samples at the point. So a linear model takes one
-    pass, and no linear model but the first needs factors of the curvature.
 
     It ends where a linear model promises to decrease ``F`` by less than ``tol`` times its fall so
     far, where no move decreases it, or where a callback stops the fit.

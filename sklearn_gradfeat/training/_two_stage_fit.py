@@ -398,12 +398,8 @@ class TwoStageFit:
             unmoved = self.objective(first.alpha, activation, None)
             logits = unmoved.forward(x[: sum(unmoved.sizes)])
             path = self._retry(partial(inverses.coarse_path, objective, x, logits))
-            solution = path.solution(objective, tol, self.settings.max_iter)
-            value, decrement = solution.objective_path[-1], solution.norm**2 / 2
-            wanted = tol * (solution.objective_path[0] - value)
             watch = self._watch(stage, to_model, True, progress)
-            if watch and watch(solution.n_iter, value, solution.x, decrement, wanted):
-                solution = replace(solution, status="interrupted")
+            solution = path.solution(objective, tol, self.settings.max_iter, watch)
             self.journal.finish(stage, solution, inverses)
         model = to_model(solution.x)
         self.journal.used_by(model)

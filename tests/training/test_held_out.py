@@ -1,5 +1,6 @@
 """The folds of held-out samples, and their losses."""
 
+import itertools
 import math
 
 import numpy as np
@@ -187,11 +188,15 @@ class Losses:
 
     weights = np.ones(1)
 
-    def __init__(self, *losses):
-        self.given, self.n_computed = losses, 0
+    def __init__(self, *losses, unmoved=0.5):
+        self.given, self.n_computed, self.unmoved = losses, 0, unmoved
 
     def losses(self, alpha, gradient_alpha):
-        return np.array([0.5])
+        return np.array([self.unmoved])
+
+    def moved(self, alpha, gradient_alpha):
+        *_, last = itertools.islice(self.relinearized(alpha, gradient_alpha), 2)
+        return last
 
     def relinearized(self, alpha, gradient_alpha):
         for loss in self.given:
@@ -217,6 +222,14 @@ def test_linearizations_go_on_while_the_loss_falls(losses, best, n_computed):
     folds = Losses(*losses)
     held = Relinearized(folds, None, 0.0, 1.0)
     assert (held.n_models(1.0, 1.0), folds.n_computed) == (best, n_computed)
+
+
+def test_linearizations_end_where_the_next_gain_would_be_too_small():
+    """The gains of the moved networks shrink by a factor of 24, and by a factor of two."""
+    for losses, n_computed in (((9, 1.05, 9, 1.01, 0.5), 4), ((9, 1.5, 9, 1.25, 9, 1.125, 9), 7)):
+        folds = Losses(*losses, unmoved=2.0)
+        Relinearized(folds, None, 0.0, 1.0).n_models(1.0, 1.0)
+        assert folds.n_computed == n_computed
 
 
 @pytest.mark.parametrize(
