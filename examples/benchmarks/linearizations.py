@@ -182,7 +182,7 @@ def compare(name, arguments, seed):
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fill the store
-            estimator.set_params(alpha=1.0, gradient_alpha=1.0, max_iter=1).fit(X, y)
+            estimator.set_params(alpha=1.0, gradient_alpha=np.inf, max_iter=1).fit(X, y)
         estimator.set_params(alpha="auto", gradient_alpha="auto", max_iter=100)
         fitted[model], seconds = timed(estimator.fit, X, y)
         known = {

@@ -101,23 +101,33 @@ class Inverses:
         self.at(objective)
         if self._gram is not None or isinstance(objective.tangent, ExplicitTerm):
             return False
-        self.curvature_at = self.subspace_at = x
-        self._missing = objective
+        if self._layers_of is None and self.subspace_at is None:
+            self.curvature_at = self.subspace_at = x
+            self._missing = objective
         return True
 
     def has_subspace(self) -> bool:
         """Return whether there is a coarse space; call :meth:`learn_layers` before."""
-        self._restore()
-        return self._subspaces != [None]
+        layers_of = self._layers_of or self
+        layers_of._restore()
+        return layers_of._subspaces not in ([], [None])
 
-    def coarse_path(self, objective: TangentObjective, x: Tensor) -> CoarsePath:
-        """Return the minima from ``x`` on in the coarse space of the shared layers."""
-        logits, self.x = objective.forward(x), x
+    def coarse_path(
+        self, objective: TangentObjective, x: Tensor, logits: Tensor | None = None
+    ) -> CoarsePath:
+        """Return the minima from ``x`` on in the coarse space of the shared layers.
+
+        ``logits`` are those at ``x``; None computes them.
+        """
+        logits, self.x = objective.forward(x) if logits is None else logits, x
         curvature = self._preconditioner(objective, logits).curvature
-        assert self._layers_of is not None
-        (subspace,) = self._layers_of._subspaces
-        assert subspace is not None
-        own = Subspace(objective, subspace.blocks, subspace.total)
+        if not self._subspaces:
+            assert self._layers_of is not None
+            (subspace,) = self._layers_of._subspaces
+            assert subspace is not None
+            self._subspaces = [Subspace(objective, subspace.blocks, subspace.total)]
+        (own,) = self._subspaces
+        assert own is not None
         return CoarsePath(x, logits, own, curvature)
 
     def recall(

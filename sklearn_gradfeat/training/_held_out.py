@@ -50,7 +50,12 @@ from sklearn_gradfeat.linearized import (
 from sklearn_gradfeat.solvers import newton
 from sklearn_gradfeat.training._problem import Problem
 from sklearn_gradfeat.training._relinearization import relinearized
-from sklearn_gradfeat.training._two_stage_fit import FirstStage, Prepared, TwoStageFit
+from sklearn_gradfeat.training._two_stage_fit import (
+    FirstStage,
+    FitResult,
+    Prepared,
+    TwoStageFit,
+)
 
 N_FOLDS = 5
 # Distinct held-out samples that are enough to compare penalties, of the models on the activations
@@ -144,6 +149,7 @@ class _Fold:
         self._has_subspace = False
         self._paths: dict[float, CoarsePath] = {}
         self._to_minimize: defaultdict[float, list[TangentObjective]] = defaultdict(list)
+        self._moved: TwoStageFit | None = None
         # Copies of a sample are one sample, with the sum of their weights.
         names = prepared.samples.names[is_held_out]
         distinct = np.unique(rows_of_all_ranks(names)[0])
@@ -212,8 +218,25 @@ class _Fold:
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""
-        for result in relinearized(self.stages, alpha, gradient_alpha):
+        for result, _ in self._relinearized(alpha, gradient_alpha):
             yield self._losses_of(self.stages.problem.reduced(result.model))
+
+    def moved(self, alpha: float, gradient_alpha: float) -> Array:
+        """Return the losses of the first moved network, or of the linear model without a move."""
+        models = itertools.islice(self._relinearized(alpha, gradient_alpha), 2)
+        *_, (result, self._moved) = models
+        return self._losses_of(self.stages.problem.reduced(result.model))
+
+    def _relinearized(
+        self, alpha: float, gradient_alpha: float
+    ) -> Iterator[tuple[FitResult, TwoStageFit]]:
+        first = self._first(alpha)
+        return relinearized(self.stages, alpha, gradient_alpha, first=first)
+
+    def refitted(self, alpha: float) -> Array:
+        """Return the losses of the network of :meth:`moved`, with output weights of this alpha."""
+        assert self._moved is not None
+        return self._losses_of(self._moved.fit_activation(alpha).model)
 
     def _losses_of(self, model: LinearModel) -> Array:
         """Return the mean losses of the distinct held-out samples for a model."""
@@ -393,6 +416,14 @@ class Folds:
             pairs = zip(following, losses, strict=True)
             losses = [former if found is None else found for found, former in pairs]
 
+    def moved(self, alpha: float, gradient_alpha: float) -> Array:
+        """Return the losses of the first moved networks, or of linear models without a move."""
+        return np.concatenate([fold.moved(alpha, gradient_alpha) for fold in self._folds])
+
+    def refitted(self, alpha: float) -> Array:
+        """Return the losses of the networks of :meth:`moved`, with output weights of this alpha."""
+        return np.concatenate([fold.refitted(alpha) for fold in self._folds])
+
     def typical_first(self, alpha: float) -> Folds:
         """Return the folds, ordered by how far their loss is from the mean of all folds.
 
@@ -425,12 +456,22 @@ class Relinearized:
         Their number. None goes on until the loss does not fall any more.
     negligible : float
         The largest fall of the loss that counts as none, however small the loss.
+    alpha : float
+        The penalty of output weights that :attr:`refitted` has the losses of.
+
+    Attributes
+    ----------
+    refitted : float
+        The smallest mean loss of the moved networks that were tried, with the output weights that
+        suit ``alpha``, for moves with another penalty.
     """
 
-    def __init__(self, folds: Folds, n_linearizations: int | None, negligible: float = 0.0) -> None:
+    def __init__(
+        self, folds: Folds, n_linearizations: int | None, negligible: float, alpha: float
+    ) -> None:
         self._folds, self._n_linearizations = folds, n_linearizations
-        self._negligible = negligible
-        self._best: dict[tuple[float, float], int] = {}
+        self._negligible, self._alpha = negligible, alpha
+        self.refitted = math.inf
 
     @property
     def weights(self) -> Array:
@@ -438,51 +479,58 @@ class Relinearized:
         return self._folds.weights
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
-        """Return the mean losses of the distinct held-out samples for the best model."""
+        """Return the mean losses of the distinct held-out samples for the first moved network.
+
+        Without a move, they are those of the linear model.
+        """
         if math.isinf(gradient_alpha):
             return self._folds.losses(alpha, gradient_alpha)
-        models = self._folds.relinearized(alpha, gradient_alpha)
-        n = self._n_linearizations
-        losses, number = self._while_it_falls(models) if n is None else self._last(models, n)
-        self._best[alpha, gradient_alpha] = number
+        losses = self._folds.moved(alpha, gradient_alpha)
+        if alpha != self._alpha:
+            self.refitted = min(self.refitted, self._mean(self._folds.refitted(self._alpha)))
         return losses
 
-    def _while_it_falls(self, models: Iterator[Array]) -> tuple[Array, int]:
-        """Return the losses and the number of the best model, until two in turn are no better."""
-        best, smallest, number_of_best = np.empty(0), math.inf, 0
+    def n_models(self, alpha: float, gradient_alpha: float) -> int:
+        """Return the number of linear models and moved networks up to the best one."""
+        if math.isinf(gradient_alpha):
+            return 1
+        models, n = self._folds.relinearized(alpha, gradient_alpha), self._n_linearizations
+        if n is not None:
+            return self._last(models, 2 * n)
+        return self._while_it_falls(self._mean(self._folds.losses(alpha, math.inf)), models)
+
+    def _while_it_falls(self, unmoved: float, models: Iterator[Array]) -> int:
+        """Return the number of the best model, until the next ones are no better.
+
+        That is where two in turn are not, or where the gains of the moved networks, if they go on
+        to shrink by the last factor, become too small.
+        """
+        smallest, number_of_best, gain, former = math.inf, 0, 0.0, unmoved
         for number, losses in enumerate(itertools.islice(models, 2 * _MAX_LINEARIZATIONS), 1):
             mean = self._mean(losses)
-            gains = mean < (1 - _GAIN) * smallest and smallest - mean > self._negligible
-            if not best.size or gains:
-                best, smallest, number_of_best = losses, mean, number
+            if not number_of_best or self._counts(smallest, mean):
+                smallest, number_of_best = mean, number
             elif number - number_of_best == 2:
                 break
-        return best, number_of_best
+            if number % 2 == 0:
+                former_gain, gain, former = gain, former - mean, mean
+                if 0 < gain < former_gain and not self._counts(mean, mean - gain**2 / former_gain):
+                    break
+        return number_of_best
 
-    def _last(self, models: Iterator[Array], n_linearizations: int) -> tuple[Array, int]:
-        """Return the losses and the number of the last linear model or the last moved network."""
-        last = 2 * n_linearizations
+    def _counts(self, former: float, following: float) -> bool:
+        """Whether the fall of the loss is worth a linearisation."""
+        return following < (1 - _GAIN) * former and former - following > self._negligible
+
+    def _last(self, models: Iterator[Array], last: int) -> int:
+        """Return the number of the last linear model or of the last moved network."""
         found = list(enumerate(itertools.islice(models, last), 1))[-2:]
-        number, losses = min(found, key=lambda pair: self._mean(pair[1]))
+        number, _ = min(found, key=lambda pair: self._mean(pair[1]))
         # A fit to other samples may go on where this one ended early.
-        return losses, last if number % 2 == 0 or len(found) == 1 else last - 1
+        return last if number % 2 == 0 or len(found) == 1 else last - 1
 
     def _mean(self, losses: Array) -> float:
         return number_of_first_rank(float(np.average(losses, weights=self.weights)))
-
-    def n_models(self, alpha: float, gradient_alpha: float) -> int:
-        """Return the number of linear models and moved networks up to the best one.
-
-        That is for the ``gradient_alpha`` that was tried with this ``alpha`` and is the nearest to
-        the given one.
-        """
-        if math.isinf(gradient_alpha):
-            return 1
-        if (alpha, gradient_alpha) in self._best:
-            return self._best[alpha, gradient_alpha]
-        tried = [pair for pair in self._best if pair[0] == alpha]
-        nearest = min(tried, key=lambda pair: abs(math.log(pair[1] / gradient_alpha)))
-        return self._best[nearest]
 
 
 class LeftOut:

@@ -16,6 +16,11 @@ never increases, and the method stops at a stationary point. The first linear mo
 the paper. The models in their order are: the linear model around the pretrained parameters;
 the network after the first move; the linear model around this point; and so on.
 
+Where the first linear model has a coarse space, all linear models are minima over its leading
+directions of the curvature, with the rows of the samples at the point. So a linear model takes one
+pass, and none but the first needs factors of the curvature. The point at the end is then stationary
+along these directions.
+
 References
 ----------
 .. [1] J. V. Burke, Descent methods for composite nondifferentiable optimization problems,
@@ -47,6 +52,8 @@ _HALVINGS = 12
 # Least tolerance of a linear model. The next linearisation corrects the rest, and exact optima were
 # found to predict worse.
 _TOL = 0.2
+# The same over the coarse space, where iterations are cheap.
+_COARSE_TOL = 0.02
 
 
 def fit_in_turn(
@@ -73,7 +80,7 @@ def fit_in_turn(
     """
     linear = n_models % 2
     models = relinearized(stages, alpha, gradient_alpha, warm, progress)
-    for number, found in enumerate(itertools.islice(models, n_models), 1):
+    for number, (found, _) in enumerate(itertools.islice(models, n_models), 1):
         # Where the method ends early, the model is of the kind that was asked for.
         if number == 1 or number % 2 == linear or found.is_interrupted:
             result = found
@@ -86,7 +93,8 @@ def relinearized(
     gradient_alpha: float,
     warm: LinearModel | None = None,
     progress: Progress | None = None,
-) -> Iterator[FitResult]:
+    first: FirstStage | None = None,
+) -> Iterator[tuple[FitResult, TwoStageFit]]:
     """Iterate over the linear models and the moved networks, in turn.
 
     It ends where a linear model promises to decrease ``F`` by less than ``tol`` times its fall so
@@ -102,16 +110,20 @@ def relinearized(
         Where to start, unless the pretrained parameters are better; None starts at these.
     progress : Progress or None
         Follows the iterations.
+    first : FirstStage or None
+        The fit of the output weights at the pretrained parameters; None fits them.
 
     Yields
     ------
     FitResult
         Its ``network_path`` holds ``F`` before the first linearisation and after each move.
+    TwoStageFit
+        Both stages at the point of the model.
     """
     if math.isinf(gradient_alpha):
-        yield stages.fit(alpha, gradient_alpha, warm, progress)
+        yield stages.fit(alpha, gradient_alpha, warm, progress), stages
         return
-    first = stages.fit_activation(alpha, progress=progress)
+    first = first or stages.fit_activation(alpha, progress=progress)
     unmoved = _objective(stages, first, gradient_alpha)
     if warm is not None and not first.is_zero:
         warm = stages.problem.reduced(warm)
@@ -122,23 +134,30 @@ def relinearized(
                 stages, first = trial, found
     path = [_objective(stages, first, gradient_alpha)]
     solutions: list[Solution] = []
+    in_coarse_space, tol = stages.has_coarse_space(first), stages.settings.tol
     while True:
         if progress is not None:
             progress.linearization(len(path))
-        tol, start = max(_TOL, stages.settings.tol), first.model
-        model, solution = stages.fit_gradient(first, gradient_alpha, start, progress, tol)
+        if in_coarse_space:
+            model, solution = stages.fit_in_coarse_space(
+                first, gradient_alpha, max(_COARSE_TOL, tol), progress
+            )
+        else:
+            model, solution = stages.fit_gradient(
+                first, gradient_alpha, first.model, progress, max(_TOL, tol)
+            )
         solutions.append(solution)
-        yield _result(stages, first, model, gradient_alpha, solutions, path)
+        yield _result(stages, first, model, gradient_alpha, solutions, path), stages
         end = solution.objective_path[-1]
         promised = path[-1] - end
-        if solution.status == "interrupted" or promised <= stages.settings.tol * (unmoved - end):
+        if solution.status == "interrupted" or promised <= tol * (unmoved - end):
             return
         moved = _move(stages, first, model, gradient_alpha, path[-1], promised, progress)
         if moved is None:
             return
         stages, first = moved
         path.append(_objective(stages, first, gradient_alpha))
-        yield _result(stages, first, first.model, gradient_alpha, solutions, path)
+        yield _result(stages, first, first.model, gradient_alpha, solutions, path), stages
 
 
 def _objective(stages: TwoStageFit, first: FirstStage, gradient_alpha: float) -> float:

@@ -20,9 +20,12 @@ smallest loss itself, the choice is the minimum of a parabola through it and its
 logarithm of the penalty. A gradient term that makes no fall that counts is left out; if its loss
 was smaller, more samples are held out first, where there are more folds.
 
-With several linearisations, the loss of a ``gradient_alpha`` is that of the best of the linear
-models and moved networks that the fit may return, see :class:`Relinearized`. A moved network fits
-the training samples closely, so a ten times larger ``alpha`` competes.
+With several linearisations, the loss of a ``gradient_alpha`` is that of the network after the first
+move. A moved network fits the training samples closely, so ``alpha`` is ten times as large as
+without a gradient term. The path is tried again with the smaller ``alpha`` if no moved network is
+better than the activations, or if the moved networks are better with the output weights for that
+``alpha``. The best pair alone has further linearisations, which give their number, see
+:class:`Relinearized`.
 
 Without samples to hold out, as with one sample of each class, a rule by scale takes their place:
 ``alpha`` is the mean variance of the activations, divided by the number of samples, as in a
@@ -114,18 +117,19 @@ def choose_penalties(
     if alpha is not None and gradient_alpha is not None and n_linearizations is not None:
         return Choice(alpha, gradient_alpha, n_models, _columns([]))
     search = _Search(prepared, stages, n_linearizations, progress)
-    any_alpha, without = alpha is None and n_linearizations != 1, alpha
+    without = alpha
     if without is None:
         without, alpha = search.alphas()
-    if alpha is None or any_alpha or gradient_alpha == math.inf:
-        alpha = without
+        if gradient_alpha is not None and (math.isinf(gradient_alpha) or n_linearizations != 1):
+            alpha = without
+    assert alpha is not None
     if gradient_alpha is None or n_linearizations is None:
-        held_out, others = search.of_gradients(alpha)
+        held_out, others = search.of_gradients(without, alpha)
         if gradient_alpha is None:
-            alpha, gradient_alpha = search.pair(held_out, others, without, alpha, any_alpha)
-        elif held_out is not None:
-            held_out.losses(alpha, gradient_alpha)
-        if isinstance(held_out, Relinearized):
+            alpha, gradient_alpha = search.pair(held_out, others, without, alpha)
+        if n_linearizations is None and held_out is not None and math.isfinite(gradient_alpha):
+            n_models = 2
+        if isinstance(held_out, Relinearized) and not search.stopped:
             n_models = held_out.n_models(alpha, gradient_alpha)
     return Choice(alpha, gradient_alpha, n_models, _columns(search.rows))
 
@@ -150,6 +154,8 @@ class _Search:
     ----------
     rows : list of Row
         All pairs of penalties that were tried.
+    stopped : bool
+        Whether a callback asked to stop.
     """
 
     def __init__(
@@ -168,7 +174,7 @@ class _Search:
         loss = stages.loss
         zero = loss.weights.new_zeros(len(loss.weights), loss.n_outputs)
         self._negligible = _NEGLIGIBLE * loss.value(zero)
-        self._stopped = False
+        self.stopped = False
         self.rows: list[Row] = []
 
     def _path(self, held_out: HeldOut, pair_of: Callable[[float], tuple[float, float]]) -> _Path:
@@ -176,25 +182,27 @@ class _Search:
 
     def alphas(self) -> tuple[float, float]:
         """Return the best ``alpha`` without a gradient term, and the one for a gradient term."""
+        one = self._n_linearizations == 1
         stages, held_out = self._stages, self._left_out or self._folds.enough(ENOUGH)
         by_scale = stages.journal.number("scale of alpha", lambda: _alpha_by_scale(stages))
         if held_out is None:
-            return by_scale, by_scale
+            return by_scale, by_scale if one else STEP * by_scale
         objective = stages.objective(0.0, stages.samples.activation, None)
         path = self._path(held_out, lambda a: (a, math.inf))
         largest = stages.journal.number("largest curvature", lambda: largest_curvature(objective))
         best = path.best_from(largest or 1.0)
         self.rows += path.rows()
-        self._stopped = path.stopped
-        return best, max(best, path.strongest(1.0))
+        self.stopped = path.stopped
+        return best, max(best, path.strongest(1.0)) if one else STEP * best
 
-    def of_gradients(self, alpha: float) -> tuple[HeldOut | None, Folds]:
+    def of_gradients(self, without: float, alpha: float) -> tuple[HeldOut | None, Folds]:
         """Return the held-out samples of models with a gradient term, and folds with others.
 
-        The former are None if no sample can be held out, or if a callback ended the search.
+        The former are None if no sample can be held out, or if a callback ended the search. The
+        parameters are the ``alpha`` of the model without a gradient term, and of those with one.
         """
         stages, left_out = self._stages, self._left_out
-        if self._stopped:
+        if self.stopped:
             return None, Folds([])
         if (
             self._n_linearizations == 1
@@ -208,9 +216,13 @@ class _Search:
         tried = [row[0] for row in self.rows] or [alpha]
         nearest = min(tried, key=lambda other: abs(math.log(other / alpha)))
         first, others = enough.typical_first(nearest).divided(ENOUGH_WITH_GRADIENTS)
+        of_alpha = stages.fit_activation(alpha)
         if self._n_linearizations != 1:
-            return Relinearized(first, self._n_linearizations, self._negligible), Folds([])
-        shared = stages.shared(stages.fit_activation(alpha))
+            if stages.has_coarse_space(of_alpha):
+                first.share(of_alpha.inverses, True)
+            found = Relinearized(first, self._n_linearizations, self._negligible, without)
+            return found, Folds([])
+        shared = stages.shared(of_alpha)
         if shared is not None:
             first.share(*shared)
             others.share(*shared)
@@ -222,9 +234,11 @@ class _Search:
         others: Folds,
         without: float,
         alpha: float,
-        any_alpha: bool,
     ) -> tuple[float, float]:
         """Return the best pair of penalties.
+
+        With several linearisations, models with a gradient term may have either ``alpha``, see the
+        top of this module.
 
         Parameters
         ----------
@@ -234,8 +248,6 @@ class _Search:
             Folds that hold out others.
         without, alpha : float
             The ``alpha`` of the model without a gradient term, and of those with one.
-        any_alpha : bool
-            Whether a stronger ``alpha`` competes.
 
         Returns
         -------
@@ -248,13 +260,17 @@ class _Search:
         path = self._path(held_out, lambda g: (without if math.isinf(g) else alpha, g))
         best = path.best_from(scale, infinite, others)
         self.rows += path.rows()
-        if any_alpha and not path.stopped:
-            stronger = STEP * alpha
-            other = self._path(held_out, lambda g: (stronger, g))
-            found = other.best_from(min(scale, best))
+        self.stopped = path.stopped
+        unsettled = isinstance(held_out, Relinearized) and (
+            math.isinf(best) or held_out.refitted < path.smallest
+        )
+        if unsettled and alpha != without and not path.stopped:
+            other = self._path(held_out, lambda g: (without, g))
+            found = other.best_from(scale if math.isinf(best) else best)
             self.rows += other.rows()
-            if other.smallest < path.smallest:
-                return stronger, found
+            self.stopped = other.stopped
+            if path.smallest - other.smallest > self._negligible:
+                return without, found
         return without if math.isinf(best) else alpha, best
 
 

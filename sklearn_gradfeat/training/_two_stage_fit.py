@@ -379,6 +379,32 @@ class TwoStageFit:
         self.journal.used_by(model)
         return model, solution
 
+    def fit_in_coarse_space(
+        self,
+        first: FirstStage,
+        gradient_alpha: float,
+        tol: float,
+        progress: Progress | None = None,
+    ) -> tuple[LinearModel, Solution]:
+        """Fit the linear model over the coarse space, see :meth:`shared`, from the first stage."""
+        stage, inverses, start = self.settings.features, first.inverses, first.model
+        activation = self.samples.activation
+        objective = self.objective(first.alpha, activation, self._term(first, gradient_alpha))
+        to_model = partial(self._second_model, objective, start)
+        solution = self.journal.finished(stage, objective, inverses)
+        if solution is None:
+            # At the point, the logits of the linear model are those of the first stage.
+            x = self._second_unknowns(start)
+            unmoved = self.objective(first.alpha, activation, None)
+            logits = unmoved.forward(x[: sum(unmoved.sizes)])
+            path = self._retry(partial(inverses.coarse_path, objective, x, logits))
+            watch = self._watch(stage, to_model, True, progress)
+            solution = path.solution(objective, tol, self.settings.max_iter, watch)
+            self.journal.finish(stage, solution, inverses)
+        model = to_model(solution.x)
+        self.journal.used_by(model)
+        return model, solution
+
     def curvature_of_step(self, first: FirstStage) -> float:
         """Return the curvature of the loss along the first step of the second stage.
 
@@ -416,6 +442,15 @@ class TwoStageFit:
             "coarse space", lambda: self._retry(inverses.has_subspace)
         )
         return inverses, bool(has_subspace)
+
+    def has_coarse_space(self, first: FirstStage) -> bool:
+        """Return whether linear models around this and later points are fitted in a coarse space.
+
+        They are not where passes need no network.
+        """
+        self._choose_term(first)
+        shared = None if isinstance(first.term, FactoredTerm) else self.shared(first)
+        return shared is not None and shared[1]
 
     def coarse_path(self, first: FirstStage) -> CoarsePath:
         """Return the minima of second stages in the coarse space."""

@@ -8,7 +8,7 @@ import torch
 from sklearn_gradfeat.curvature import Inverses
 from sklearn_gradfeat.curvature import _coarse_space as coarse_space
 from sklearn_gradfeat.linearized import ExplicitTerm
-from sklearn_gradfeat.solvers import newton
+from sklearn_gradfeat.solvers import newton, penalised
 from tests.curvature.problems import (
     MLP_LAYERS,
     classes,
@@ -67,3 +67,31 @@ def test_no_path_without_a_space(monkeypatch, reason):
         tangent = ExplicitTerm.from_rows(problem.tangent, rows)
         problem = replace(problem, tangent=tangent)
     assert path_of(problem) is None
+
+
+def test_solution_is_the_minimum_over_the_space_through_a_point():
+    """The gradient of the whole objective vanishes along the space, and nothing else moves."""
+    problem = image_objective("plain", alpha=1e-2)
+    subspace = path_of(problem)._subspace
+    x = 0.1 * normal(sum(problem.sizes))
+    inverses = Inverses()
+    inverses.learn_layers(problem, torch.zeros_like(x))
+    seen = []
+    found = (
+        inverses.with_layers()
+        .coarse_path(problem, x, problem.forward(x))
+        .solution(problem, 1e-14, 1000, lambda *state: seen.append(state))
+    )
+    assert found.status == "converged"
+    step = found.x - x
+    torch.testing.assert_close(subspace.extend(subspace.restrict(step)), step)
+    logits = problem.forward(found.x)
+    value = problem.loss.value(logits) + penalised(problem, found.x, found.x) / 2
+    assert found.objective_path[-1] == pytest.approx(value, rel=1e-10)
+    assert [state[1] for state in seen] == found.objective_path[1:]
+    assert torch.equal(seen[-1][2], found.x)
+    along, at_start = (
+        subspace.restrict(problem.adjoint(problem.loss.gradient(z)) + problem.penalty * at)
+        for z, at in ((logits, found.x), (problem.forward(x), x))
+    )
+    assert along.norm() < 1e-5 * at_start.norm()

@@ -124,12 +124,12 @@ def test_many_kills(name, kill, tmp_path):
     assert_same(clone(model).fit(*samples), whole)
 
 
-@pytest.mark.parametrize("after", [13, 31])
-def test_losses_from_the_coarse_space(after, kill, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("after", "n_linearizations"), [(13, 1), (31, 1), (23, "auto")])
+def test_losses_from_the_coarse_space(after, n_linearizations, kill, monkeypatch, tmp_path):
     """Each minimum over the space starts from the former one, also after a kill."""
     monkeypatch.setattr(coarse_space, "_MIN_COST", 1)
     monkeypatch.setattr(held_out, "_MAX_DENSE", 0)
-    model = estimator(gradient_alpha="auto", **IMAGES)
+    model = estimator(gradient_alpha="auto", n_linearizations=n_linearizations, **IMAGES)
     whole = clone(model).fit(*data(30))
     model.set_params(checkpoint=tmp_path / "checkpoint")
     assert kill(clone(model), after, *data(30))

@@ -1,5 +1,6 @@
 """The folds of held-out samples, and their losses."""
 
+import itertools
 import math
 
 import numpy as np
@@ -187,16 +188,23 @@ class Losses:
 
     weights = np.ones(1)
 
-    def __init__(self, *losses):
-        self.given, self.n_computed = losses, 0
+    def __init__(self, *losses, unmoved=0.5):
+        self.given, self.n_computed, self.unmoved = losses, 0, unmoved
 
     def losses(self, alpha, gradient_alpha):
-        return np.array([0.5])
+        return np.array([self.unmoved])
+
+    def moved(self, alpha, gradient_alpha):
+        *_, last = itertools.islice(self.relinearized(alpha, gradient_alpha), 2)
+        return last
 
     def relinearized(self, alpha, gradient_alpha):
         for loss in self.given:
             self.n_computed += 1
             yield np.array([loss])
+
+    def refitted(self, alpha):
+        return np.array([0.6])
 
 
 @pytest.mark.parametrize(
@@ -212,31 +220,37 @@ class Losses:
 )
 def test_linearizations_go_on_while_the_loss_falls(losses, best, n_computed):
     folds = Losses(*losses)
-    held = Relinearized(folds, None)
-    assert held.losses(1.0, 1.0) == [losses[best - 1]]
+    held = Relinearized(folds, None, 0.0, 1.0)
     assert (held.n_models(1.0, 1.0), folds.n_computed) == (best, n_computed)
 
 
+def test_linearizations_end_where_the_next_gain_would_be_too_small():
+    """The gains of the moved networks shrink by a factor of 24, and by a factor of two."""
+    for losses, n_computed in (((9, 1.05, 9, 1.01, 0.5), 4), ((9, 1.5, 9, 1.25, 9, 1.125, 9), 7)):
+        folds = Losses(*losses, unmoved=2.0)
+        Relinearized(folds, None, 0.0, 1.0).n_models(1.0, 1.0)
+        assert folds.n_computed == n_computed
+
+
 @pytest.mark.parametrize(
-    ("losses", "n", "found", "n_models"),
+    ("losses", "n", "n_models"),
     [
-        ((0.1, 0.1, 0.9, 0.8, 0.0), 2, 0.8, 4),
-        ((0.1, 0.1, 0.7, 0.8, 0.0), 2, 0.7, 3),
-        ((0.3, 0.2, 0.9), 5, 0.2, 10),  # no move decreases the objective any further
-        ((0.3,), 5, 0.3, 10),
+        ((0.1, 0.1, 0.9, 0.8, 0.0), 2, 4),
+        ((0.1, 0.1, 0.7, 0.8, 0.0), 2, 3),
+        ((0.3, 0.2, 0.9), 5, 10),  # no move decreases the objective any further
+        ((0.3,), 5, 10),
     ],
 )
-def test_of_a_given_number_the_last_two_models_compete(losses, n, found, n_models):
-    held = Relinearized(Losses(*losses), n)
-    assert held.losses(1.0, 1.0) == [found]
-    assert held.n_models(1.0, 1.0) == n_models
+def test_of_a_given_number_the_last_two_models_compete(losses, n, n_models):
+    assert Relinearized(Losses(*losses), n, 0.0, 1.0).n_models(1.0, 1.0) == n_models
 
 
-def test_number_of_models_is_that_of_the_nearest_penalty():
-    held = Relinearized(Losses(1.0, 0.5, 0.5, 0.5), None)
-    held.losses(1.0, 1.0)
-    held._folds = Losses(1.0, 2.0, 2.0)
-    held.losses(1.0, 1e-2)
-    assert [held.n_models(1.0, g) for g in (10.0, 0.2, 0.05, 1e-9)] == [2, 2, 1, 1]
+@pytest.mark.parametrize(("losses", "judged"), [((1.0, 0.8, 0.1), 0.8), ((1.0,), 1.0)])
+def test_the_first_moved_network_judges_penalties(losses, judged):
+    folds = Losses(*losses)
+    held = Relinearized(folds, None, 0.0, 1.0)
+    assert held.losses(10.0, 1.0) == [judged]
+    assert held.refitted == 0.6
+    assert folds.n_computed == min(2, len(losses))
     assert held.losses(1.0, math.inf) == [0.5]
     assert held.n_models(1.0, math.inf) == 1
