@@ -177,6 +177,12 @@ class Subspace:
         expected = objective.forward(self.extend(x))
         return on_all_ranks(agrees(self.forward(x), expected, x.dtype))
 
+    @property
+    def share(self) -> float:
+        """The share of the parameters that belong to the layers of the space."""
+        places = {i for block in self.blocks for i in (block.weight, block.bias) if i is not None}
+        return sum(self.head.values[i].numel() for i in places) / self.head.size
+
     def only(self, kept: Sequence[int]) -> Subspace:
         """Return the subspace of some of the layers."""
         part = copy.copy(self)

@@ -108,9 +108,17 @@ class Inverses:
 
     def has_subspace(self) -> bool:
         """Return whether there is a coarse space; call :meth:`learn_layers` before."""
+        return self._shared_subspace() is not None
+
+    def share_of_subspace(self) -> float:
+        """Return the share of the parameters whose layers are in the coarse space."""
+        subspace = self._shared_subspace()
+        return 0.0 if subspace is None else subspace.share
+
+    def _shared_subspace(self) -> Subspace | None:
         layers_of = self._layers_of or self
         layers_of._restore()
-        return layers_of._subspaces not in ([], [None])
+        return layers_of._subspaces[0] if layers_of._subspaces else None
 
     def coarse_path(
         self, objective: TangentObjective, x: Tensor, logits: Tensor | None = None
@@ -122,8 +130,7 @@ class Inverses:
         logits, self.x = objective.forward(x) if logits is None else logits, x
         curvature = self._preconditioner(objective, logits).curvature
         if not self._subspaces:
-            assert self._layers_of is not None
-            (subspace,) = self._layers_of._subspaces
+            subspace = self._shared_subspace()
             assert subspace is not None
             self._subspaces = [Subspace(objective, subspace.blocks, subspace.total)]
         (own,) = self._subspaces

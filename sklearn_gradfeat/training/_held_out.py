@@ -457,13 +457,13 @@ class Relinearized:
     negligible : float
         The largest fall of the loss that counts as none, however small the loss.
     alpha : float
-        The penalty of output weights that :attr:`refitted` has the losses of.
+        The penalty that suits the activations.
 
     Attributes
     ----------
     refitted : float
-        The smallest mean loss of the moved networks that were tried, with the output weights that
-        suit ``alpha``, for moves with another penalty.
+        The smallest mean loss of the networks that moved with another penalty, with the output
+        weights for ``alpha``.
     """
 
     def __init__(
@@ -479,15 +479,19 @@ class Relinearized:
         return self._folds.weights
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
-        """Return the mean losses of the distinct held-out samples for the first moved network.
+        """Return the mean losses of the distinct held-out samples after the first linearisation.
 
-        Without a move, they are those of the linear model.
+        They are those of the moved network. With the ``alpha`` that suits the activations, the
+        linear model competes.
         """
         if math.isinf(gradient_alpha):
             return self._folds.losses(alpha, gradient_alpha)
+        if alpha == self._alpha:
+            return min(
+                itertools.islice(self._folds.relinearized(alpha, gradient_alpha), 2), key=self._mean
+            )
         losses = self._folds.moved(alpha, gradient_alpha)
-        if alpha != self._alpha:
-            self.refitted = min(self.refitted, self._mean(self._folds.refitted(self._alpha)))
+        self.refitted = min(self.refitted, self._mean(self._folds.refitted(self._alpha)))
         return losses
 
     def n_models(self, alpha: float, gradient_alpha: float) -> int:

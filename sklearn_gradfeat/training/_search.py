@@ -24,8 +24,8 @@ With several linearisations, the loss of a ``gradient_alpha`` is that of the net
 move. A moved network fits the training samples closely, so ``alpha`` is ten times as large as
 without a gradient term. The path is tried again with the smaller ``alpha`` if no moved network is
 better than the activations, or if the moved networks are better with the output weights for that
-``alpha``. The best pair alone has further linearisations, which give their number, see
-:class:`Relinearized`.
+``alpha``. There, and with a given ``alpha``, the first linear model competes. The best pair alone
+has further linearisations, which give their number, see :class:`Relinearized`.
 
 Without samples to hold out, as with one sample of each class, a rule by scale takes their place:
 ``alpha`` is the mean variance of the activations, divided by the number of samples, as in a

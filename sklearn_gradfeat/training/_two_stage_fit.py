@@ -60,6 +60,8 @@ from sklearn_gradfeat.training._progress import Progress, Watch
 _FIRST_STAGE = 0.01
 # Where passes need no network, the coarse space is built only if these iterations are not enough.
 _COARSE_AFTER = 2
+# Least share of the parameters in a coarse space that takes the place of all of them.
+_SHARE = 0.5
 # Tolerance where Newton steps are exact: one or two more steps reach it.
 _EXACT = 1e-16
 
@@ -387,20 +389,21 @@ class TwoStageFit:
         progress: Progress | None = None,
     ) -> tuple[LinearModel, Solution]:
         """Fit the linear model over the coarse space, see :meth:`shared`, from the first stage."""
-        stage, inverses, start = self.settings.features, first.inverses, first.model
+        stage, start = self.settings.features, first.model
+        nothing = Inverses()  # a minimum over the space learns nothing for later ones
         activation = self.samples.activation
         objective = self.objective(first.alpha, activation, self._term(first, gradient_alpha))
         to_model = partial(self._second_model, objective, start)
-        solution = self.journal.finished(stage, objective, inverses)
+        solution = self.journal.finished(stage, objective, nothing)
         if solution is None:
             # At the point, the logits of the linear model are those of the first stage.
             x = self._second_unknowns(start)
             unmoved = self.objective(first.alpha, activation, None)
             logits = unmoved.forward(x[: sum(unmoved.sizes)])
-            path = self._retry(partial(inverses.coarse_path, objective, x, logits))
+            path = self._retry(partial(first.inverses.coarse_path, objective, x, logits))
             watch = self._watch(stage, to_model, True, progress)
             solution = path.solution(objective, tol, self.settings.max_iter, watch)
-            self.journal.finish(stage, solution, inverses)
+            self.journal.finish(stage, solution, nothing)
         model = to_model(solution.x)
         self.journal.used_by(model)
         return model, solution
@@ -446,11 +449,16 @@ class TwoStageFit:
     def has_coarse_space(self, first: FirstStage) -> bool:
         """Return whether linear models around this and later points are fitted in a coarse space.
 
-        They are not where passes need no network.
+        They are not where passes need no network, or where the space has less than half of the
+        parameters, as with many outputs.
         """
         self._choose_term(first)
-        shared = None if isinstance(first.term, FactoredTerm) else self.shared(first)
-        return shared is not None and shared[1]
+        if isinstance(first.term, FactoredTerm) or self.shared(first) is None:
+            return False
+        share = self.journal.number(
+            "share of the coarse space", lambda: self._retry(first.inverses.share_of_subspace)
+        )
+        return share >= _SHARE
 
     def coarse_path(self, first: FirstStage) -> CoarsePath:
         """Return the minima of second stages in the coarse space."""

@@ -124,7 +124,10 @@ def test_many_kills(name, kill, tmp_path):
     assert_same(clone(model).fit(*samples), whole)
 
 
-@pytest.mark.parametrize(("after", "n_linearizations"), [(13, 1), (31, 1), (23, "auto")])
+@pytest.mark.parametrize(
+    ("after", "n_linearizations"),
+    [(13, 1), (31, 1), pytest.param(23, "auto", marks=pytest.mark.slow)],
+)
 def test_losses_from_the_coarse_space(after, n_linearizations, kill, monkeypatch, tmp_path):
     """Each minimum over the space starts from the former one, also after a kill."""
     monkeypatch.setattr(coarse_space, "_MIN_COST", 1)

@@ -251,6 +251,7 @@ def test_the_first_moved_network_judges_penalties(losses, judged):
     held = Relinearized(folds, None, 0.0, 1.0)
     assert held.losses(10.0, 1.0) == [judged]
     assert held.refitted == 0.6
+    assert Relinearized(Losses(0.7, 0.8), None, 0.0, 1.0).losses(1.0, 1.0) == [0.7]
     assert folds.n_computed == min(2, len(losses))
     assert held.losses(1.0, math.inf) == [0.5]
     assert held.n_models(1.0, math.inf) == 1

@@ -18,8 +18,10 @@ from sklearn_gradfeat import (
     GradientFeatureRegressor,
 )
 from sklearn_gradfeat.cache._runner import Trunk
+from sklearn_gradfeat.curvature import _coarse_space as coarse_space
 from sklearn_gradfeat.training import TwoStageFit
 from sklearn_gradfeat.training._relinearization import fit_in_turn, relinearized
+from tests import tiny
 
 
 def network(seed=0):
@@ -214,3 +216,29 @@ def test_the_model_of_a_number_is_the_one_that_held_out_samples_judge(number):
     assert all(
         torch.equal(found.model.total[name], judged.model.total[name]) for name in found.model.total
     )
+
+
+def test_linear_models_in_the_coarse_space(monkeypatch):
+    """They replace the fits, and the objective is still that of the network, which falls."""
+    monkeypatch.setattr(coarse_space, "_MIN_COST", 1)
+    module = tiny.tiny_net().double()
+    model = classifier(module, n_linearizations=3, precision="float64")
+    with mock.patch.object(TwoStageFit, "fit_gradient", side_effect=AssertionError):
+        model.fit(tiny.X, tiny.Y)
+    assert model.n_linearizations_ == 3
+    assert (np.diff(model.objective_path_) < 0).all()
+    value, _ = objective(model, tiny.X.astype(float), tiny.Y)
+    assert model.objective_path_[-1] == pytest.approx(value, rel=1e-6)
+
+
+def test_no_coarse_space_of_few_of_the_parameters(monkeypatch):
+    """With many outputs, it has the last layer alone."""
+    monkeypatch.setattr(coarse_space, "_MIN_COST", 1)
+    layers = nn.Conv2d(1, 8, 5), nn.ReLU(), nn.Conv2d(8, 2, 1), nn.ReLU()
+    module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    found = []
+    for many in (32, 0):
+        monkeypatch.setattr(coarse_space, "_MAX_OUTPUTS", many)
+        fits = stages(classifier(module, precision="float64"), tiny.X, tiny.Y)
+        found.append(fits.has_coarse_space(fits.fit_activation(1e-2)))
+    assert found == [True, False]
