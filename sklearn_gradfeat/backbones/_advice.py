@@ -15,7 +15,9 @@ _AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
 _CLASSIFIERS = {"fc", "classifier", "head", "heads", "last_linear", "logits"}
 # ImageNet, with or without a class for the background, and its larger variants.
 _NUMBERS_OF_CLASSES = {1000, 1001, 11221, 11821, 21841, 21843}
+# Values of images from 0 to 255: so many levels; if they are no integers, such a maximum.
 _MIN_LEVELS = 32
+_MIN_MAXIMUM = 128
 
 
 def layout_advice(module: object, batch: Tensor) -> str:
@@ -94,8 +96,9 @@ def warn_of_unscaled_images(module: nn.Module, batch: Tensor) -> None:
     if batch.ndim != 4 or batch.is_complex():
         return
     levels = batch.unique()
-    integers = bool((levels == levels.round()).all()) and levels[0] >= 0 and levels[-1] <= 255
-    if not integers or len(levels) < _MIN_LEVELS:
+    if len(levels) < _MIN_LEVELS or not (levels[0] >= 0 and levels[-1] <= 255):
+        return
+    if levels[-1] < _MIN_MAXIMUM and (levels != levels.round()).any():
         return
     with torch.no_grad(), _FirstConvolution() as first:
         module(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -55,8 +56,7 @@ def load_named(name: str) -> tuple[nn.Module, ImagePreprocess]:
         return _load_timm(name, model)
     raise ValueError(
         f"backbone={name!r}: named networks come from 'torchvision/', 'timm/' or 'hf/', not "
-        f"{library!r}. "
-        "Use one of these prefixes, or pass a torch module."
+        f"{library!r}. Use one of these prefixes, or pass a torch module.{_folder_advice(name)}"
     )
 
 
@@ -143,7 +143,16 @@ def _unknown(name: str, model: str, known: Sequence[str]) -> str:
     return (
         f"backbone={name!r} is not known. The closest names are "
         f"{', '.join(map(repr, nearest))}. Pass one of the names, or a torch module."
+        f"{_folder_advice(name)}"
     )
+
+
+def _folder_advice(name: str) -> str:
+    """Return how to pass a folder, if there is one of this name."""
+    if not os.path.isdir(name):
+        return ""
+    path = name if os.path.isabs(name) or name.startswith(".") else f"./{name}"
+    return f" For a folder with a model of Hugging Face, pass backbone={PREFIX + path!r}."
 
 
 def without_classifier(network: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ _MAX_RATIO = 100
 # Flat images have at least this many pixels at a side, and their values as many levels.
 _MIN_SIDE = 16
 _MIN_LEVELS = 32
+_ROUNDING = 1e-3  # of values in [0, 255], in float32
 _N_IMAGES = 100
 # More rows than this would take time and memory, and show little more.
 _MAX_ROWS = 10_000
@@ -32,10 +33,10 @@ def warn_of_tabular(X: npt.NDArray[Any], names: Any = None) -> None:
     shape = _image_shape(X)
     if shape is not None:
         warnings.warn(
-            f"X seems to hold flat images: integers up to 255 in {X.shape[1]} columns. The random "
-            "network for tabular data ignores the positions of pixels. For the pretrained network "
-            "for images, pass X in the shape that it had before it was flattened, such as "
-            f"X.reshape{shape}, as uint8 or divided by 255.",
+            f"X seems to hold flat images: the values of pixels in {X.shape[1]} columns. The "
+            "random network for tabular data ignores the positions of pixels. For the pretrained "
+            "network for images, pass X in the shape that it had before it was flattened, such as "
+            f"X.reshape{shape}, as uint8 or as floats in [0, 1].",
             UserWarning,
             stacklevel=2,
         )
@@ -58,7 +59,8 @@ def warn_of_tabular(X: npt.NDArray[Any], names: Any = None) -> None:
 def _image_shape(X: npt.NDArray[Any]) -> tuple[int, ...] | None:
     """Return a shape for samples that are flat images without doubt, else None.
 
-    Such images are square, grey or RGB, with integer values that reach 255.
+    Such images are square, grey or RGB, with integers that reach 255, as they are or divided by
+    255.
     """
     n_features = X.shape[1]
     for n_channels in (1, 3):
@@ -68,7 +70,9 @@ def _image_shape(X: npt.NDArray[Any]) -> tuple[int, ...] | None:
     else:
         return None
     levels = np.unique(X[:_N_IMAGES])
-    integers = levels.min() >= 0 and levels.max() == 255 and (levels % 1 == 0).all()
-    if not integers or len(levels) < _MIN_LEVELS:
+    if len(levels) < _MIN_LEVELS or levels[0] < 0 or levels[-1] not in (1, 255):
+        return None
+    levels = levels / levels[-1] * 255.0
+    if np.abs(levels - levels.round()).max() > _ROUNDING:
         return None
     return (-1, side, side) if n_channels == 1 else (-1, n_channels, side, side)

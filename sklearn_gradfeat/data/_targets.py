@@ -28,6 +28,12 @@ _ALLOW_ZEROS = {
     if name == "allow_all_zero_weights"
 }
 
+_COLLECTIONS = (
+    "y must hold one target for each sample, or one row of a matrix, but its items are lists, sets "
+    "or arrays. For several labels of one sample, pass a matrix of zeros and ones: "
+    "y=sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y)."
+)
+
 
 def plain_targets(y: Any) -> npt.NDArray[Any]:
     """Return targets as an array, with a numeric dtype of numpy if they are numbers.
@@ -42,11 +48,16 @@ def plain_targets(y: Any) -> npt.NDArray[Any]:
     Raises
     ------
     ValueError
-        If an object is missing: None, NaN or NA.
+        If an object is missing: None, NaN or NA. If it is a collection, such as a list of labels.
     """
-    values: npt.NDArray[Any] = np.asarray(y)
+    try:
+        values: npt.NDArray[Any] = np.asarray(y)
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(_COLLECTIONS) from error
     if values.dtype != object:
         return values
+    if any(isinstance(value, (list, tuple, set, frozenset, np.ndarray)) for value in values.flat):
+        raise ValueError(_COLLECTIONS)
     for position, value in np.ndenumerate(values):
         if _is_missing(value):
             raise ValueError(

@@ -125,8 +125,8 @@ class BaseGradientFeature(
                 fit = stages.fit if one else partial(fit_in_turn, stages, n_models=choice.n_models)
                 result = fit(choice.alpha, choice.gradient_alpha, warm=warm, progress=progress)
             warn_unless_converged(result, prepared.settings)
-        self.__dict__.update(prepared.attributes | problem.attributes | result.attributes())
-        self.validation_scores_ = choice.scores
+        attributes = {"validation_scores_": choice.scores, **result.attributes()}
+        self.__dict__.update(prepared.attributes | problem.attributes | attributes)
         progress.end()
         if checkpoint is not None:
             checkpoint.remove()

@@ -107,6 +107,13 @@ def test_images_that_nobody_scales(dtype):
         fit(network(3), X)
 
 
+def test_resized_images_that_nobody_scales():
+    X = nn.functional.avg_pool2d(pixels() * 0.9, 2).numpy()
+    assert (X % 1).any()
+    with pytest.warns(UserWarning, match=r"values from .* to 1.*, which the backbone does not sca"):
+        fit(network(3), X)
+
+
 class Scaled(nn.Module):
     def __init__(self, net):
         super().__init__()
@@ -124,11 +131,24 @@ class Scaled(nn.Module):
         (network(3), pixels() / 255),
         (network(3), pixels() - 128),
         (network(3), pixels() % 2),
+        (network(3), pixels() / 2.5),
+        (network(3), pixels() * 1.1),
         (network(3), torch.randn(2, 3, 8, 8)),
         (nn.Flatten(), pixels()),
         (network(3, 1), pixels()[:, 0]),
     ],
-    ids=["scales", "normalises", "unit", "centred", "masks", "noise", "flat", "signals"],
+    ids=[
+        "scales",
+        "normalises",
+        "unit",
+        "centred",
+        "masks",
+        "counts",
+        "large",
+        "noise",
+        "flat",
+        "signals",
+    ],
 )
 def test_images_that_are_scaled(net, batch):
     with warnings.catch_warnings():

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_predict
@@ -418,6 +419,21 @@ def test_relative_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module, _, _ = load_huggingface("hf/./model")
     assert load_huggingface("hf/./model")[0] is module
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"), [(huggingface.bert, TOKENS), (huggingface.vit, PIXELS)]
+)
+def test_name_in_the_cache_without_a_connection(model, batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    name, revision = f"own/{model.__name__}", "0" * 40
+    folder = tmp_path / f"models--own--{model.__name__}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    in_folder = saved(folder / "snapshots" / revision, model)
+    found = activations(f"hf/{name}", batch)
+    np.testing.assert_array_equal(found, activations(in_folder, batch))
 
 
 def test_changed_folder_is_read_again(tmp_path):

@@ -1,5 +1,6 @@
 """The module for ``backbone=``: names, modules, factories, and None."""
 
+import re
 import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,19 @@ def same(first, second):
 def test_unknown_name(name, match):
     with pytest.raises(ValueError, match=match):
         estimator(name).fit(IMAGES, Y)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("model", "./model"), ("./model", "./model"), ("models/own", "./models/own")]
+)
+def test_folder_without_a_prefix(name, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=re.escape(f"pass backbone='hf/{path}'.")):
+        load_named(name)
+    absolute = str(tmp_path / name)
+    with pytest.raises(ValueError, match=re.escape(f"pass backbone='hf/{absolute}'.")):
+        load_named(absolute)
 
 
 @pytest.mark.parametrize("name", ["qqqqqq", "", "torchvision/", "timm/qqqqqq", "timm/"])

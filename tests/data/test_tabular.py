@@ -58,6 +58,12 @@ def test_flat_images(n_features, shape, dtype):
         warn_of_tabular(images(9, n_features).astype(dtype))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_flat_images_divided_by_255(dtype):
+    with pytest.warns(UserWarning, match=r"flat images.*X\.reshape\(-1, 28, 28\).*in \[0, 1\]"):
+        warn_of_tabular(images(9, 784).astype(dtype) / 255)
+
+
 @pytest.mark.parametrize(
     "X",
     [
@@ -76,6 +82,8 @@ def test_flat_images(n_features, shape, dtype):
         images(9, 785),
         images(9, 64),
         images(9, 784) - 1,
+        images(9, 784) / 256,
+        np.random.default_rng(0).random((9, 784)).clip(0, 0.9) / 0.9,
         np.minimum(images(9, 784), 1) * 255,  # ink or none
         (normal(9, 256) > 0).astype(np.uint8),
     ],

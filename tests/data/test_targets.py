@@ -111,6 +111,22 @@ def test_missing_targets_are_found(y, row):
         plain_targets(y)
 
 
+@pytest.mark.parametrize(
+    "y",
+    [
+        [["a"], ["a", "b"]],
+        [("a",), ("a", "b")],
+        [{"a"}, {"a", "b"}],
+        [{"a"}, None],
+        pd.Series([["a"], ["b"]]),
+        [np.zeros(1), np.zeros(2)],
+    ],
+)
+def test_collections_of_labels_are_refused(y):
+    with pytest.raises(ValueError, match=r"y must hold one target for each .*MultiLabelBinarizer"):
+        plain_targets(y)
+
+
 # --- numbers ---------------------------------------------------------------------------------
 
 
