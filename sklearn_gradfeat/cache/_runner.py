@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat.backbones import threads_for
+from sklearn_gradfeat.backbones import influenced, threads_for
 from sklearn_gradfeat.cache._config import memory_bytes
 from sklearn_gradfeat.cache._sample_files import (
     FileBoundary,
@@ -235,6 +235,9 @@ class Trunk:
         Holds samples that were computed before, and keeps those that are computed now.
     key : TrunkKey or None
         The key of the samples in the store; None computes all samples.
+    check : callable or None
+        Takes a batch and three of its samples, whose results differ without the others. It raises
+        an error unless rounding is the reason. None compares no results.
     """
 
     samples: Samples
@@ -244,6 +247,7 @@ class Trunk:
     batch_size: BatchSize
     store: Store | None = None
     key: TrunkKey | None = None
+    check: Callable[[Tensor, list[int]], None] | None = None
 
     def batches(self, *, verbose: bool, keep: bool) -> Iterator[Batch]:
         """Iterate over all samples.
@@ -261,19 +265,26 @@ class Trunk:
             spans = slices(len(self.samples), self.batch_size.size)
             for rows, raw in _read_samples(self.samples, spans):
                 names = sample_names(raw)
-                boundary, places, n_computed = self._look_up(raw, names, used, keep, bar)
+                first = rows.start == 0
+                boundary, places, n_computed = self._look_up(raw, names, used, keep, bar, first)
                 if keep:
                     used.update(place.chunk for place in places)
                 bar.update(len(raw), n_computed)
                 yield Batch(rows, boundary, names, places)
 
     def _look_up(
-        self, raw: Tensor, names: Sequence[bytes], used: MutableSet[Chunk], keep: bool, bar: _Bar
+        self,
+        raw: Tensor,
+        names: Sequence[bytes],
+        used: MutableSet[Chunk],
+        keep: bool,
+        bar: _Bar,
+        first: bool,
     ) -> tuple[Tensors, Sequence[Place], int]:
         """Return a batch, where it is kept, and how many of its samples were computed."""
         if self.store is None or self.key is None:
             bar.show()
-            boundary = self._compute(raw)
+            boundary = self._compute(raw, first)
             chunk = held(boundary) if keep else None
             return boundary, [Place(chunk, i) for i in range(len(raw))] if chunk else [], len(raw)
         key = self.key.for_samples(raw)
@@ -285,7 +296,7 @@ class Trunk:
                 new = {name: i for i, name in enumerate(names) if found[i] is None}
                 if new:
                     bar.show()
-                    boundary = self._compute_some(raw, list(new.values()))
+                    boundary = self._compute_some(raw, list(new.values()), first)
                     kept = self.store.add(key, list(new), held(boundary), used)
         if len(new) == len(raw):
             return boundary, [Place(kept, i) for i in range(len(raw))], len(raw)
@@ -294,13 +305,13 @@ class Trunk:
         taken = Boundary(places).take(slice(None))
         return tuple(to_device(z, self.samples.device) for z in taken), places, len(new)
 
-    def _compute_some(self, raw: Tensor, rows: list[int]) -> Tensors:
+    def _compute_some(self, raw: Tensor, rows: list[int], first: bool) -> Tensors:
         """Return the boundary of some samples of a batch."""
         if len(rows) == len(raw):
-            return self._compute(raw)
+            return self._compute(raw, first)
         few = raw.ndim == 2 and not self.samples.indices and len(rows) < MIN_ROWS
         repeated = [rows[i % len(rows)] for i in range(MIN_ROWS)] if few else rows
-        return tuple(z[: len(rows)] for z in self._compute(raw[repeated]))
+        return tuple(z[: len(rows)] for z in self._compute(raw[repeated], first))
 
     @functools.cached_property
     def _ignores_strides(self) -> bool:
@@ -309,11 +320,19 @@ class Trunk:
             str(node.target).startswith(_BY_STRIDES) for node in self.function.graph.nodes
         )
 
-    def _compute(self, raw: Tensor) -> Tensors:
-        """Return the boundary of samples as they were read, in parts where memory runs out."""
+    def _compute(self, raw: Tensor, first: bool) -> Tensors:
+        """Return the boundary of samples as they were read, in parts where memory runs out.
+
+        That of the first batch is compared with that of some of its samples alone.
+        """
         with threads_for(math.inf):
             parts = self.batch_size.run(lambda rows: self._pass(raw[rows]), len(raw))
-        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+            whole = parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+            if first and self.check is not None:
+                rows = influenced(whole, lambda rows: self._pass(raw[rows]))
+                if rows:
+                    self.check(raw, rows)
+        return whole
 
     def _pass(self, raw: Tensor) -> Tensors:
         """Return the boundary of samples from one pass of the trunk."""
@@ -367,10 +386,14 @@ def cache_samples(
     file = folder = None
     for batch in trunk.batches(verbose=verbose, keep=keep):
 
-        def part(rows: slice, boundary: Tensors = batch.boundary) -> Tensor:
+        def part(rows: slice | list[int], boundary: Tensors = batch.boundary) -> Tensor:
             return activation(tuple(z[rows] for z in boundary))
 
         found = torch.cat(trunk.batch_size.run(part, batch.rows.stop - batch.rows.start))
+        if batch.rows.start == 0 and trunk.check is not None:
+            rows = influenced((found,), lambda rows: (part(rows),))
+            if rows:
+                trunk.check(trunk.samples.read(batch.rows), rows)
         if activations is None:
             kept = batch.boundary if keep else ()
             if found.device.type == "cpu":
