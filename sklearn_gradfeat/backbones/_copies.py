@@ -88,12 +88,12 @@ def converted_copy(
 
     Each tensor is converted on its way, so no other copy takes memory.
     """
-    copies = {}
+    copies: dict[int, Any] = {}
     for tensor in chain(module.parameters(), module.buffers()):
         moved = converted(tensor.detach(), device, dtype, copy=True)
         is_parameter = isinstance(tensor, nn.Parameter)
         copies[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
-    return copy.deepcopy(module, copies)
+    return deep_copy(module, copies)
 
 
 def _may_overlap(tensor: Tensor) -> bool:
@@ -189,15 +189,24 @@ def _copy(module: nn.Module) -> nn.Module:
         if has_lazy_parameters(module):
             copied: nn.Module = pickle.loads(pickle.dumps(module))
         else:
-            copied = copy.deepcopy(module, computed)
-            for layer in copied.modules():
-                vars(layer).update({k: _in_copy(v, computed) for k, v in vars(layer).items()})
+            copied = deep_copy(module, computed)
     except Exception as error:
         raise ValueError(
             f"backbone cannot be copied ({error}). Store tensors in it as parameters or buffers, "
             "and no object that copy.deepcopy refuses."
         ) from error
     _check_apart(copied, module)
+    return copied
+
+
+def deep_copy(module: Module, memo: dict[int, Any]) -> Module:
+    """Return a deep copy of a module, whose functions refer to its own layers.
+
+    ``memo`` has the copies of some objects by their ``id``, as in ``copy.deepcopy``.
+    """
+    copied = copy.deepcopy(module, memo)
+    for layer in copied.modules():
+        vars(layer).update({k: _in_copy(v, memo) for k, v in vars(layer).items()})
     return copied
 
 

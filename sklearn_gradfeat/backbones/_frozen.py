@@ -29,6 +29,7 @@ from sklearn_gradfeat.backbones._casts import first_cast, warn_of_cast
 from sklearn_gradfeat.backbones._copies import (
     check_module,
     converted_copy,
+    deep_copy,
     equal_tensors,
     frozen_copy,
     has_lazy_parameters,
@@ -240,12 +241,12 @@ class FrozenBackbone:
         """
         module, own = unwrapped(module), on_host(self.module)
         if not has_lazy_parameters(module):
-            own = copy.deepcopy(own, equal_tensors(own.module, module))
+            own = deep_copy(own, equal_tensors(own.module, module))
         return self._restored(own, self.example.cpu(), self.dtype)
 
     def apart(self) -> FrozenBackbone:
         """Return the backbone with tensors of its own."""
-        module = copy.deepcopy(self.module).requires_grad_(False)
+        module = deep_copy(self.module, {}).requires_grad_(False)
         return self._restored(module, self.example.cpu(), self.dtype)
 
     @functools.cached_property

@@ -17,7 +17,6 @@ capacity. So three samples of the first whole batch of a fit are computed again 
 
 from __future__ import annotations
 
-import copy
 import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sklearn_gradfeat.backbones._copies import converted_copy, has_lazy_parameters
+from sklearn_gradfeat.backbones._copies import converted_copy, deep_copy, has_lazy_parameters
 from sklearn_gradfeat.backbones._graph import check_activation, run_once
 
 # Two activations agree if they differ by no more than this power of the machine epsilon.
@@ -173,7 +172,7 @@ def _check_alone(module: nn.Module, example: Tensor, output: Tensor) -> list[Ten
 
 def _with_own_state(module: nn.Module) -> nn.Module:
     """Return a copy of a module, buffers and attributes included, around the same parameters."""
-    return copy.deepcopy(module, {id(value): value for value in module.parameters()})
+    return deep_copy(module, {id(value): value for value in module.parameters()})
 
 
 def _check_first_batch(

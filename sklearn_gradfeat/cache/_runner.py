@@ -284,7 +284,9 @@ class Trunk:
         """Return a batch, where it is kept, and how many of its samples were computed."""
         if self.store is None or self.key is None:
             bar.show()
-            boundary = self._compute(raw, first)
+            boundary = self._compute(raw)
+            if first:
+                self._compare(raw, boundary)
             chunk = held(boundary) if keep else None
             return boundary, [Place(chunk, i) for i in range(len(raw))] if chunk else [], len(raw)
         key = self.key.for_samples(raw)
@@ -296,7 +298,9 @@ class Trunk:
                 new = {name: i for i, name in enumerate(names) if found[i] is None}
                 if new:
                     bar.show()
-                    boundary = self._compute_some(raw, list(new.values()), first)
+                    boundary = self._compute_some(raw, list(new.values()))
+                    if first:
+                        self._compare(raw[list(new.values())], boundary)
                     kept = self.store.add(key, list(new), held(boundary), used)
         if len(new) == len(raw):
             return boundary, [Place(kept, i) for i in range(len(raw))], len(raw)
@@ -305,13 +309,20 @@ class Trunk:
         taken = Boundary(places).take(slice(None))
         return tuple(to_device(z, self.samples.device) for z in taken), places, len(new)
 
-    def _compute_some(self, raw: Tensor, rows: list[int], first: bool) -> Tensors:
+    def _compute_some(self, raw: Tensor, rows: list[int]) -> Tensors:
         """Return the boundary of some samples of a batch."""
         if len(rows) == len(raw):
-            return self._compute(raw, first)
+            return self._compute(raw)
         few = raw.ndim == 2 and not self.samples.indices and len(rows) < MIN_ROWS
         repeated = [rows[i % len(rows)] for i in range(MIN_ROWS)] if few else rows
-        return tuple(z[: len(rows)] for z in self._compute(raw[repeated], first))
+        return tuple(z[: len(rows)] for z in self._compute(raw[repeated]))
+
+    def _compare(self, raw: Tensor, boundary: Tensors) -> None:
+        """Raise an error if the boundary of samples depends on their batch."""
+        if self.check is not None:
+            rows = influenced(boundary, lambda rows: self._pass(raw[rows]))
+            if rows:
+                self.check(raw, rows)
 
     @functools.cached_property
     def _ignores_strides(self) -> bool:
@@ -320,19 +331,11 @@ class Trunk:
             str(node.target).startswith(_BY_STRIDES) for node in self.function.graph.nodes
         )
 
-    def _compute(self, raw: Tensor, first: bool) -> Tensors:
-        """Return the boundary of samples as they were read, in parts where memory runs out.
-
-        That of the first batch is compared with that of some of its samples alone.
-        """
+    def _compute(self, raw: Tensor) -> Tensors:
+        """Return the boundary of samples as they were read, in parts where memory runs out."""
         with threads_for(math.inf):
             parts = self.batch_size.run(lambda rows: self._pass(raw[rows]), len(raw))
-            whole = parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
-            if first and self.check is not None:
-                rows = influenced(whole, lambda rows: self._pass(raw[rows]))
-                if rows:
-                    self.check(raw, rows)
-        return whole
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def _pass(self, raw: Tensor) -> Tensors:
         """Return the boundary of samples from one pass of the trunk."""
