@@ -182,7 +182,7 @@ def _is_number(dtype: torch.dtype) -> bool:
 
 def _copy(module: nn.Module) -> nn.Module:
     """Return a deep copy of a module, also of one with lazy parameters."""
-    held = chain.from_iterable(vars(layer).values() for layer in module.modules())
+    held = chain(module.buffers(), *(vars(layer).values() for layer in module.modules()))
     # Autograd refuses to copy tensors that are not leaves, such as weights that a hook computes.
     computed = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
     try:
