@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -409,7 +410,8 @@ def with_weights(
     weights : dict of str to ndarray
         Parameters and buffers by name, from :func:`stored_weights`.
     example : tensor of shape (2 or more, ...)
-        A batch as the network receives it, which gives lazy parameters their shape.
+        A batch as the network receives it, which gives lazy parameters their shape, and which
+        lets the network build its layers and tables if it does so in its first pass.
     dtype : torch.dtype
         Floating dtype of the copy.
 
@@ -425,15 +427,21 @@ def with_weights(
     copied = frozen_copy(unwrapped(module), example.device, dtype)
     if has_lazy_parameters(copied):
         run_once(copied, example)
+    elif _differences(copied, weights):
+        with contextlib.suppress(ValueError):
+            run_once(copied, example)
+    differences = _differences(copied, weights)
+    if differences:
+        raise ValueError(f"the module {'; it '.join(differences)}")
     tensors = {name: _real(tensor) for name, tensor in _named_tensors(copied).items()}
-    _compare(tensors, weights)
     for name, array in weights.items():
         tensors[name].copy_(torch.from_numpy(array))
     return copied
 
 
-def _compare(tensors: dict[str, Tensor], weights: dict[str, npt.NDArray[Any]]) -> None:
-    """Raise an error unless tensors and weights agree in names, shapes and dtypes."""
+def _differences(module: nn.Module, weights: dict[str, npt.NDArray[Any]]) -> list[str]:
+    """Return phrases about the differences of a module and weights in names, shapes, dtypes."""
+    tensors = {name: _real(tensor) for name, tensor in _named_tensors(module).items()}
     other = []
     for name, tensor in tensors.items():
         array = weights.get(name)
@@ -443,13 +451,11 @@ def _compare(tensors: dict[str, Tensor], weights: dict[str, npt.NDArray[Any]]) -
             other.append(f"{name!r} has shape {tuple(tensor.shape)} instead of {array.shape}")
         elif str(tensor.dtype) != f"torch.{array.dtype}":
             other.append(f"{name!r} has dtype {tensor.dtype} instead of torch.{array.dtype}")
-    differences = [
+    return [
         *_listed("lacks", [repr(name) for name in weights if name not in tensors]),
         *_listed("has, beyond those weights,", [repr(n) for n in tensors if n not in weights]),
         *_listed("", other),
     ]
-    if differences:
-        raise ValueError(f"the module {'; it '.join(differences)}")
 
 
 def _listed(verb: str, items: list[str]) -> Iterable[str]:
