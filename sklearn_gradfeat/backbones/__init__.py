@@ -6,7 +6,7 @@ from sklearn_gradfeat.backbones._attention import differentiable_attention
 from sklearn_gradfeat.backbones._copies import on_host, stored_weights, unwrapped, with_weights
 from sklearn_gradfeat.backbones._fingerprint import UndigestibleError, digest, tensor_bytes
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, Network, freeze
-from sklearn_gradfeat.backbones._independence import check_transform
+from sklearn_gradfeat.backbones._independence import check_batch, check_transform, influenced
 from sklearn_gradfeat.backbones._layers import ActivationLayer
 from sklearn_gradfeat.backbones._pickling import Pickled
 from sklearn_gradfeat.backbones._sources import (
@@ -27,11 +27,13 @@ __all__ = [
     "Pickled",
     "Resolved",
     "UndigestibleError",
+    "check_batch",
     "check_transform",
     "default_name",
     "differentiable_attention",
     "digest",
     "freeze",
+    "influenced",
     "neutral_state",
     "on_host",
     "resolve_backbone",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -88,12 +89,12 @@ def converted_copy(
 
     Each tensor is converted on its way, so no other copy takes memory.
     """
-    copies = {}
+    copies: dict[int, Any] = {}
     for tensor in chain(module.parameters(), module.buffers()):
         moved = converted(tensor.detach(), device, dtype, copy=True)
         is_parameter = isinstance(tensor, nn.Parameter)
         copies[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
-    return copy.deepcopy(module, copies)
+    return deep_copy(module, copies)
 
 
 def _may_overlap(tensor: Tensor) -> bool:
@@ -182,22 +183,31 @@ def _is_number(dtype: torch.dtype) -> bool:
 
 def _copy(module: nn.Module) -> nn.Module:
     """Return a deep copy of a module, also of one with lazy parameters."""
-    held = chain.from_iterable(vars(layer).values() for layer in module.modules())
+    held = chain(module.buffers(), *(vars(layer).values() for layer in module.modules()))
     # Autograd refuses to copy tensors that are not leaves, such as weights that a hook computes.
     computed = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
     try:
         if has_lazy_parameters(module):
             copied: nn.Module = pickle.loads(pickle.dumps(module))
         else:
-            copied = copy.deepcopy(module, computed)
-            for layer in copied.modules():
-                vars(layer).update({k: _in_copy(v, computed) for k, v in vars(layer).items()})
+            copied = deep_copy(module, computed)
     except Exception as error:
         raise ValueError(
             f"backbone cannot be copied ({error}). Store tensors in it as parameters or buffers, "
             "and no object that copy.deepcopy refuses."
         ) from error
     _check_apart(copied, module)
+    return copied
+
+
+def deep_copy(module: Module, memo: dict[int, Any]) -> Module:
+    """Return a deep copy of a module, whose functions refer to its own layers.
+
+    ``memo`` has the copies of some objects by their ``id``, as in ``copy.deepcopy``.
+    """
+    copied = copy.deepcopy(module, memo)
+    for layer in copied.modules():
+        vars(layer).update({k: _in_copy(v, memo) for k, v in vars(layer).items()})
     return copied
 
 
@@ -400,7 +410,8 @@ def with_weights(
     weights : dict of str to ndarray
         Parameters and buffers by name, from :func:`stored_weights`.
     example : tensor of shape (2 or more, ...)
-        A batch as the network receives it, which gives lazy parameters their shape.
+        A batch as the network receives it, which gives lazy parameters their shape, and which
+        lets the network build its layers and tables if it does so in its first pass.
     dtype : torch.dtype
         Floating dtype of the copy.
 
@@ -416,15 +427,21 @@ def with_weights(
     copied = frozen_copy(unwrapped(module), example.device, dtype)
     if has_lazy_parameters(copied):
         run_once(copied, example)
+    elif _differences(copied, weights):
+        with contextlib.suppress(ValueError):
+            run_once(copied, example)
+    differences = _differences(copied, weights)
+    if differences:
+        raise ValueError(f"the module {'; it '.join(differences)}")
     tensors = {name: _real(tensor) for name, tensor in _named_tensors(copied).items()}
-    _compare(tensors, weights)
     for name, array in weights.items():
         tensors[name].copy_(torch.from_numpy(array))
     return copied
 
 
-def _compare(tensors: dict[str, Tensor], weights: dict[str, npt.NDArray[Any]]) -> None:
-    """Raise an error unless tensors and weights agree in names, shapes and dtypes."""
+def _differences(module: nn.Module, weights: dict[str, npt.NDArray[Any]]) -> list[str]:
+    """Return phrases about the differences of a module and weights in names, shapes, dtypes."""
+    tensors = {name: _real(tensor) for name, tensor in _named_tensors(module).items()}
     other = []
     for name, tensor in tensors.items():
         array = weights.get(name)
@@ -434,13 +451,11 @@ def _compare(tensors: dict[str, Tensor], weights: dict[str, npt.NDArray[Any]]) -
             other.append(f"{name!r} has shape {tuple(tensor.shape)} instead of {array.shape}")
         elif str(tensor.dtype) != f"torch.{array.dtype}":
             other.append(f"{name!r} has dtype {tensor.dtype} instead of torch.{array.dtype}")
-    differences = [
+    return [
         *_listed("lacks", [repr(name) for name in weights if name not in tensors]),
         *_listed("has, beyond those weights,", [repr(n) for n in tensors if n not in weights]),
         *_listed("", other),
     ]
-    if differences:
-        raise ValueError(f"the module {'; it '.join(differences)}")
 
 
 def _listed(verb: str, items: list[str]) -> Iterable[str]:

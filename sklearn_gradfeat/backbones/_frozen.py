@@ -29,6 +29,7 @@ from sklearn_gradfeat.backbones._casts import first_cast, warn_of_cast
 from sklearn_gradfeat.backbones._copies import (
     check_module,
     converted_copy,
+    deep_copy,
     equal_tensors,
     frozen_copy,
     has_lazy_parameters,
@@ -69,7 +70,7 @@ from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_
 from sklearn_gradfeat.backbones._unread_tokens import without_unread_tokens
 
 _LOCK = threading.RLock()
-# Gradients of graph and module agree if they differ by no more than this share.
+# Outputs and gradients of graph and module agree if they differ by no more than this share.
 _DIFFERENCE = 0.05
 # Gradients below this share of the largest one count as if they had that size.
 _ROUNDING = 1e-2
@@ -240,24 +241,54 @@ class FrozenBackbone:
         """
         module, own = unwrapped(module), on_host(self.module)
         if not has_lazy_parameters(module):
-            own = copy.deepcopy(own, equal_tensors(own.module, module))
+            own = deep_copy(own, equal_tensors(own.module, module))
         return self._restored(own, self.example.cpu(), self.dtype)
 
     def apart(self) -> FrozenBackbone:
         """Return the backbone with tensors of its own."""
-        module = copy.deepcopy(self.module).requires_grad_(False)
+        module = deep_copy(self.module, {}).requires_grad_(False)
         return self._restored(module, self.example.cpu(), self.dtype)
 
     @functools.cached_property
+    def _graphs(self) -> tuple[Captured, Captured] | tuple[CaptureError, CaptureError]:
+        captured = _captured(self.module, self.example)
+        if isinstance(captured, CaptureError):
+            return captured, captured
+        computed = without_unread_tokens(captured)
+        if not self._is_function_of_module(computed):
+            error = CaptureError("the graph of torch.export has another output than the module")
+            return error, error
+        return captured, computed
+
+    @property
     def captured(self) -> Captured | CaptureError:
         """The folded graph, or the error that says why there is none."""
-        return _captured(self.module, self.example)
+        return self._graphs[0]
 
-    @functools.cached_property
+    @property
     def computed(self) -> Captured | CaptureError:
         """The graph that is computed: the folded one without the tokens that nobody reads."""
-        captured = self.captured
-        return captured if isinstance(captured, CaptureError) else without_unread_tokens(captured)
+        return self._graphs[1]
+
+    def _is_function_of_module(self, computed: Captured) -> bool:
+        """Whether a graph has the outputs of the module, for samples that the module accepts."""
+        graph = extract(computed, [computed.input], [computed.output])
+        batches = [] if self._probe is None else [self._probe]
+        if self.example.is_floating_point():  # a pickle has no other samples
+            generator = torch.Generator().manual_seed(0)
+            batches.append(torch.randn(self.example.shape, generator=generator).to(self.example))
+        for x in batches:
+            try:
+                expected = run_once(self.module, x)
+            except ValueError:  # outside of the domain of the module
+                continue
+            try:
+                difference = run_once(graph, x)[0] - expected
+            except ValueError:
+                return False
+            if float(difference.norm()) > _DIFFERENCE * float(expected.norm()):
+                return False
+        return True
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:

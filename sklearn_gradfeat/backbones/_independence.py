@@ -4,19 +4,26 @@ A frozen network must be a function of one sample: the outputs of its trunk are 
 prediction must not depend on the other samples of its batch. Evaluation mode does not ensure this.
 ``F.dropout`` is random by default, masked autoencoders draw a mask, some layers normalise over the
 batch. A run on two rows ``a, b`` must agree with runs on ``a, a, a`` and on ``b, b, b``: a batch of
-another size, order, mean and maximum, where each sample has only itself for company. Where the
-first run drew random numbers, another run must agree in all bits, and so must runs in which all
-these numbers are zero or one: a drop of one activation in a thousand hardly ever happens in two
-runs. In case of an error, two runs are compared call by call, and the error names the first call
-that differs.
+another size, order, mean and maximum, where each sample has only itself for company. Layers that
+are initialised by their first batch must not depend on it: copies for which ``b, b, b`` or
+``a, a, a`` is the first batch must agree. Where the first run drew random numbers from torch,
+numpy or Python, another run must agree in all bits, and so must runs in which all these numbers
+are zero or one: a drop of one activation in a thousand hardly ever happens in two runs. In case of
+an error, two runs are compared call by call, and the error names the first call that differs.
+
+Some layers depend on the others only in large batches, such as a mixture of experts of limited
+capacity. So three samples of the first whole batch of a fit are computed again without the others.
 """
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -24,7 +31,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sklearn_gradfeat.backbones._copies import converted_copy
+from sklearn_gradfeat.backbones._copies import converted_copy, deep_copy, has_lazy_parameters
 from sklearn_gradfeat.backbones._graph import check_activation, run_once
 
 # Two activations agree if they differ by no more than this power of the machine epsilon.
@@ -32,6 +39,10 @@ _ROUNDING = 0.4
 _CPU = torch.device("cpu")
 # The second of two samples alone, and the first one.
 _ALONE = ([-1, -1, -1], [0, 0, 0])
+# The size of the state of a Mersenne twister, and the words in it that are returned as words of
+# zeros and of ones: as zero, and as the largest number below one.
+_N_WORDS = 624
+_WORDS = 0, 0x12DD9BB3
 
 
 def check_independence(module: nn.Module, example: Tensor) -> None:
@@ -51,7 +62,8 @@ def check_independence(module: nn.Module, example: Tensor) -> None:
         parameters; or if it fails.
     """
     sums = _sums(module)
-    before = _generator_state(example.device)
+    drawn, torch_states = _states(example.device), _torch_states(example.device)
+    unused = None if has_lazy_parameters(module) else _with_own_state(module)
     output = run_once(module, example)
     check_activation(output, len(example))
     for name, total in _sums(module).items():
@@ -61,9 +73,11 @@ def check_independence(module: nn.Module, example: Tensor) -> None:
                 "pass, although it is in evaluation mode, as layers do that are initialised by "
                 "their first batch. Call it on a batch of data before fit."
             )
-    if not torch.equal(_generator_state(example.device), before):
+    if _states(example.device) != drawn or _has_generator(module):
         _check_random_numbers(module, example, output)
-    _check_alone(module, example, output)
+    alone = _check_alone(module, example, output)
+    if unused is not None:
+        _check_first_batch(unused, example, alone, torch_states)
     if torch.equal(example[0], example[-1]):  # equal samples cannot show an influence
         other = _changed(example)
         try:
@@ -74,7 +88,11 @@ def check_independence(module: nn.Module, example: Tensor) -> None:
                 raise
 
 
-def check_transform(transform: Callable[[Tensor], Tensor], samples: Tensor) -> None:
+def check_transform(
+    transform: Callable[[Tensor], Tensor],
+    samples: Tensor,
+    alone: Sequence[list[int]] = _ALONE,
+) -> None:
     """Raise an error unless ``preprocess`` maps every sample on its own, always in the same way.
 
     Parameters
@@ -83,22 +101,23 @@ def check_transform(transform: Callable[[Tensor], Tensor], samples: Tensor) -> N
         Maps a batch to the input of the network.
     samples : tensor of shape (n_samples, ...)
         One or more samples.
+    alone : sequence of list of int
+        The samples that are transformed without the others.
 
     Raises
     ------
     ValueError
         If the results are random, or depend on the other samples of a batch.
     """
-    before = _generator_state(samples.device)
+    drawn = _states(samples.device)
     prepared = transform(samples.clone())
     same = True
-    if not torch.equal(_generator_state(samples.device), before):
+    if _states(samples.device) != drawn:
         for run in _other_draws():
             with run:
                 found = transform(samples.clone())
             same = same and _equal(found, prepared)
-    alone = (_agree(transform(samples[rows]), prepared[rows]) for rows in _ALONE)
-    if not (same and all(alone)):
+    if not (same and all(agree(transform(samples[rows]), prepared[rows]) for rows in alone)):
         raise ValueError(
             "preprocess must map every sample on its own, and always in the same way. It is "
             "random, or depends on the other samples of a batch. Take random augmentation out of "
@@ -115,11 +134,83 @@ def _sums(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _check_alone(module: nn.Module, example: Tensor, output: Tensor) -> None:
-    """Raise an error unless each of two samples alone has the output that it has among both."""
-    for rows in _ALONE:
-        if not _agree(run_once(module, example[rows]), output[rows]):
+def check_batch(module: nn.Module, batch: Tensor, rows: list[int]) -> None:
+    """Raise an error unless three samples of a batch have the same activations without the others.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The network, which has passed :func:`check_independence`.
+    batch : tensor of shape (n_samples, ...)
+        The samples.
+    rows : list of int
+        The three samples.
+
+    Raises
+    ------
+    ValueError
+        If they have not, for another reason than rounding.
+    """
+    if not agree(run_once(module, batch[rows]), run_once(module, batch)[rows]):
+        _explain(module, batch, rows)
+
+
+def _check_alone(module: nn.Module, example: Tensor, output: Tensor) -> list[Tensor]:
+    """Raise an error unless each of two samples alone has the output that it has among both.
+
+    Returns
+    -------
+    list of tensor
+        The outputs of the samples alone.
+    """
+    alone = [run_once(module, example[rows]) for rows in _ALONE]
+    for rows, found in zip(_ALONE, alone, strict=True):
+        if not agree(found, output[rows]):
             _explain(module, example, rows)
+    return alone
+
+
+def _with_own_state(module: nn.Module) -> nn.Module:
+    """Return a copy of a module, buffers and attributes included, around the same parameters."""
+    return deep_copy(module, {id(value): value for value in module.parameters()})
+
+
+def _check_first_batch(
+    unused: nn.Module, example: Tensor, alone: list[Tensor], states: list[Tensor]
+) -> None:
+    """Raise an error if an output depends on the first batch that the module was given.
+
+    Parameters
+    ----------
+    unused : nn.Module
+        A copy of the module from before its first batch.
+    example : tensor of shape (2 or more, ...)
+        The first batch of the module.
+    alone : list of tensor
+        The outputs of the module for the samples alone, after that batch.
+    states : list of tensor
+        The states of torch's generators before that batch, for layers that are made in it.
+    """
+
+    def after(first: Tensor, batch: Tensor) -> Tensor:
+        """Return the output of a copy for a batch, after its first one."""
+        cuda = batch.device.type == "cuda"
+        with torch.random.fork_rng([batch.device] if cuda else []):
+            torch.set_rng_state(states[0])
+            if cuda:
+                torch.cuda.set_rng_state(states[1], batch.device)
+            copied = _with_own_state(unused)
+            output = run_once(copied, first)
+            return output if batch is first else run_once(copied, batch)
+
+    for rows, expected in zip(_ALONE, alone, strict=True):
+        x = example[rows]
+        if not agree(after(x, x), expected) and agree(after(example, x), expected):
+            raise ValueError(
+                "backbone keeps state of the first batch that it is given, although it is in "
+                "evaluation mode: after another first batch, the same samples have another "
+                "activation. Call it on a batch of data before fit, so that this state is set."
+            )
 
 
 def _changed(example: Tensor) -> Tensor:
@@ -149,32 +240,66 @@ def _other_draws() -> tuple[AbstractContextManager[Any], ...]:
 
 
 class _Replaced(TorchDispatchMode):
-    """Replaces random numbers by a constant."""
+    """Replaces random numbers by a constant: all of torch, the next ones of Python and numpy."""
 
     def __init__(self, constant: int) -> None:
         super().__init__()
         self.constant = constant
 
+    def __enter__(self) -> Self:
+        """Set the generators of Python and numpy, whose other words make them random again.
+
+        All threads draw from them, as from those of torch.
+        """
+        self.states = random.getstate(), np.random.get_state(legacy=False)
+        words = np.random.default_rng(0).integers(2**32, size=_N_WORDS, dtype=np.uint32)
+        words[_N_WORDS // 2 :] = _WORDS[self.constant]
+        random.setstate((3, (*words.tolist(), _N_WORDS // 2), None))
+        if self.states[1]["bit_generator"] == "MT19937":
+            np.random.set_state(("MT19937", words, _N_WORDS // 2, 0, 0.0))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Restore these generators."""
+        super().__exit__(*exception)
+        random.setstate(self.states[0])
+        np.random.set_state(self.states[1])
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call an operator, and overwrite its results if it drew random numbers."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
-        device = next((t.device for t in tree_leaves(args) if isinstance(t, Tensor)), _CPU)
-        before = _generator_state(device)
+        leaves = tree_leaves((args, kwargs))
+        device = next((t.device for t in leaves if isinstance(t, Tensor)), _CPU)
+        before = _states(device)
         results = func(*args, **(kwargs or {}))
-        if not torch.equal(_generator_state(device), before):
+        own = any(isinstance(leaf, torch.Generator) for leaf in leaves)
+        if own or _states(device) != before:
             for result in tree_leaves(results):
                 if isinstance(result, Tensor):
                     result.fill_(self.constant)
         return results
 
 
-def _generator_state(device: torch.device) -> Tensor:
-    """Return the states of the generators that a network on a device may draw from."""
+def _torch_states(device: torch.device) -> list[Tensor]:
+    """Return the states of the generators of torch that a network on a device may draw from."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
+    return states
+
+
+def _states(device: torch.device) -> list[bytes]:
+    """Return the states of the generators of torch, Python and numpy, to be compared."""
+    others = random.getstate(), np.random.get_state(legacy=False)
+    return [*(state.numpy().tobytes() for state in _torch_states(device)), pickle.dumps(others)]
+
+
+def _has_generator(module: nn.Module) -> bool:
+    """Whether a layer has a generator of torch of its own."""
+    held = (value for layer in module.modules() for value in vars(layer).values())
+    return any(isinstance(value, torch.Generator) for value in held)
 
 
 def _equal(found: Tensor, expected: Tensor) -> bool:
@@ -182,7 +307,26 @@ def _equal(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, 0, 0, equal_nan=True)
 
 
-def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> bool:
+def influenced(
+    results: Sequence[Tensor], again: Callable[[list[int]], Sequence[Tensor]]
+) -> list[int]:
+    """Return three samples of a batch if they have other results without the others, else none.
+
+    Parameters
+    ----------
+    results : sequence of tensor of shape (n_samples, ...)
+        The results of the batch.
+    again : callable
+        Computes the results of some of its samples.
+    """
+    n_samples = len(results[0])
+    rows = [0, n_samples // 2, n_samples - 1]
+    if n_samples <= len(rows) or all(map(agree, again(rows), [z[rows] for z in results])):
+        return []
+    return rows
+
+
+def agree(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether two tensors are equal up to rounding; NaN and infinity are no disagreement."""
     if (found.shape, found.dtype) != (expected.shape, expected.dtype):
         return False
@@ -196,19 +340,23 @@ def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) ->
 
 def _explain(module: nn.Module, example: Tensor, rows: list[int]) -> None:
     """Raise the error of a network whose runs disagree, unless it computes in low precision."""
-    one, other = _recorded(module, example), _recorded(module, example[rows])
+    other = _recorded(module, example[rows])
     first, output = run_once(module, example), run_once(module, example)
-    dtypes = {result.dtype for _, _, result in one if result.is_floating_point()} | {output.dtype}
+    dtypes = {result.dtype for _, _, result in other if result.is_floating_point()} | {output.dtype}
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    if not _agree(output, first):
+    if not agree(output, first):
         raise _random(module, example)
-    if _agree(run_once(module, example[rows]), output[rows], coarsest):
+    if agree(run_once(module, example[rows]), output[rows], coarsest):
         return
     if output.dtype == torch.float32 and _agree_in_double_precision(module, example, rows):
         return
+    if len(example) > len(rows):  # all results of a large batch may take too much memory
+        place = f". It does so in a batch of {len(example)} samples, and not in one of {len(rows)}"
+    else:
+        place = _place(_recorded(module, example), other, rows)
     raise ValueError(
         "backbone is no function of single samples: the activation of a sample depends on the "
-        f"rest of its batch, although the network is in evaluation mode{_place(one, other, rows)}. "
+        f"rest of its batch, although the network is in evaluation mode{place}. "
         "Replace that operation by one on single samples, such as a normalisation with running "
         "statistics, or set activation_layer to a submodule below it."
     )
@@ -221,7 +369,7 @@ def _agree_in_double_precision(module: nn.Module, example: Tensor, rows: list[in
     double = converted_copy(module, example.device, torch.float64)
     example = example.double() if example.is_floating_point() else example
     try:
-        return _agree(run_once(double, example[rows]), run_once(double, example)[rows])
+        return agree(run_once(double, example[rows]), run_once(double, example)[rows])
     except ValueError:  # it casts to single precision inside
         return False
 
@@ -257,7 +405,7 @@ def _place(one: _Calls, other: _Calls, rows: list[int] | None) -> str:
         if function is not same:
             break
         expected = first if first.shape == second.shape else _selected(first, second, rows)
-        if expected is not None and not _agree(second, expected):
+        if expected is not None and not agree(second, expected):
             return f". The cause is {call_name(function, path)}"
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from sklearn_gradfeat.backbones import (
     FrozenBackbone,
     Network,
     UndigestibleError,
+    check_batch,
     check_transform,
     digest,
     freeze,
@@ -157,12 +159,20 @@ class Extractor:
             with torch.no_grad(), threads_for_head(parameters, boundary):
                 return network.head(parameters, boundary)
 
+        trunk = self._trunk(X, network, batch_size, store)
         return cache_samples(
-            self._trunk(X, network, batch_size, store),
+            replace(trunk, check=functools.partial(self._check, trunk.samples)),
             activation,
             verbose=verbose,
             keep_boundary=bool(network.parameters),
         )
+
+    def _check(self, samples: Samples, raw: Tensor, rows: list[int]) -> None:
+        """Raise an error if some samples of a batch depend on the others."""
+        prepared = samples.prepare(raw)
+        if samples.preprocess is not None:
+            check_transform(samples.prepare, raw, [rows])
+        check_batch(self.backbone.to(prepared.device, samples.dtype).module, prepared, rows)
 
     def _trunk(self, X: Any, network: Network, batch_size: BatchSize, store: Store | None) -> Trunk:
         """Return the frozen layers below the head, applied to ``X``."""

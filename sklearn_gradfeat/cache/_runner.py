@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from sklearn_gradfeat.backbones import threads_for
+from sklearn_gradfeat.backbones import influenced, threads_for
 from sklearn_gradfeat.cache._config import memory_bytes
 from sklearn_gradfeat.cache._sample_files import (
     FileBoundary,
@@ -235,6 +235,9 @@ class Trunk:
         Holds samples that were computed before, and keeps those that are computed now.
     key : TrunkKey or None
         The key of the samples in the store; None computes all samples.
+    check : callable or None
+        Takes a batch and three of its samples, whose results differ without the others. It raises
+        an error unless rounding is the reason. None compares no results.
     """
 
     samples: Samples
@@ -244,6 +247,7 @@ class Trunk:
     batch_size: BatchSize
     store: Store | None = None
     key: TrunkKey | None = None
+    check: Callable[[Tensor, list[int]], None] | None = None
 
     def batches(self, *, verbose: bool, keep: bool) -> Iterator[Batch]:
         """Iterate over all samples.
@@ -261,19 +265,28 @@ class Trunk:
             spans = slices(len(self.samples), self.batch_size.size)
             for rows, raw in _read_samples(self.samples, spans):
                 names = sample_names(raw)
-                boundary, places, n_computed = self._look_up(raw, names, used, keep, bar)
+                first = rows.start == 0
+                boundary, places, n_computed = self._look_up(raw, names, used, keep, bar, first)
                 if keep:
                     used.update(place.chunk for place in places)
                 bar.update(len(raw), n_computed)
                 yield Batch(rows, boundary, names, places)
 
     def _look_up(
-        self, raw: Tensor, names: Sequence[bytes], used: MutableSet[Chunk], keep: bool, bar: _Bar
+        self,
+        raw: Tensor,
+        names: Sequence[bytes],
+        used: MutableSet[Chunk],
+        keep: bool,
+        bar: _Bar,
+        first: bool,
     ) -> tuple[Tensors, Sequence[Place], int]:
         """Return a batch, where it is kept, and how many of its samples were computed."""
         if self.store is None or self.key is None:
             bar.show()
             boundary = self._compute(raw)
+            if first:
+                self._compare(raw, boundary)
             chunk = held(boundary) if keep else None
             return boundary, [Place(chunk, i) for i in range(len(raw))] if chunk else [], len(raw)
         key = self.key.for_samples(raw)
@@ -286,6 +299,8 @@ class Trunk:
                 if new:
                     bar.show()
                     boundary = self._compute_some(raw, list(new.values()))
+                    if first:
+                        self._compare(raw[list(new.values())], boundary)
                     kept = self.store.add(key, list(new), held(boundary), used)
         if len(new) == len(raw):
             return boundary, [Place(kept, i) for i in range(len(raw))], len(raw)
@@ -301,6 +316,13 @@ class Trunk:
         few = raw.ndim == 2 and not self.samples.indices and len(rows) < MIN_ROWS
         repeated = [rows[i % len(rows)] for i in range(MIN_ROWS)] if few else rows
         return tuple(z[: len(rows)] for z in self._compute(raw[repeated]))
+
+    def _compare(self, raw: Tensor, boundary: Tensors) -> None:
+        """Raise an error if the boundary of samples depends on their batch."""
+        if self.check is not None:
+            rows = influenced(boundary, lambda rows: self._pass(raw[rows]))
+            if rows:
+                self.check(raw, rows)
 
     @functools.cached_property
     def _ignores_strides(self) -> bool:
@@ -367,10 +389,14 @@ def cache_samples(
     file = folder = None
     for batch in trunk.batches(verbose=verbose, keep=keep):
 
-        def part(rows: slice, boundary: Tensors = batch.boundary) -> Tensor:
+        def part(rows: slice | list[int], boundary: Tensors = batch.boundary) -> Tensor:
             return activation(tuple(z[rows] for z in boundary))
 
         found = torch.cat(trunk.batch_size.run(part, batch.rows.stop - batch.rows.start))
+        if batch.rows.start == 0 and trunk.check is not None:
+            rows = influenced((found,), lambda rows: (part(rows),))
+            if rows:
+                trunk.check(trunk.samples.read(batch.rows), rows)
         if activations is None:
             kept = batch.boundary if keep else ()
             if found.device.type == "cpu":

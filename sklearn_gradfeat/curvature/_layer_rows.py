@@ -280,8 +280,11 @@ def multiplications(head: LinearizedHead, boundary: Tensors) -> float:
 def backward_share(head: LinearizedHead, forward: float, calls: Sequence[LayerCall]) -> float:
     """Return the cost of a backward pass to the outputs of all layers, as a share of the head.
 
-    ``forward`` is the number of multiplications of the pass that recorded the calls.
+    ``forward`` is the number of multiplications of the pass that recorded the calls. Without calls,
+    as where all parameters are those of layer norms, the share is one.
     """
+    if not calls:
+        return 1.0
     first = calls[0]
     below = first.output.numel() * head.values[first.weight][0].numel()
     above = forward - below + READING * sum(call.output.numel() for call in calls)

@@ -17,6 +17,7 @@ from sklearn_gradfeat.backbones import (
     FrozenBackbone,
     Resolved,
     resolve_backbone,
+    seeded,
     stored_weights,
     with_weights,
 )
@@ -178,11 +179,12 @@ class _Saved:
         }
         by_name = not weights
         try:
-            if weights:
-                module = with_weights(module, weights, example, dtype)
-                weights.clear()
-            chosen = layer if layers is None else tuple(layers)
-            frozen = FrozenBackbone(module, example, dtype, chosen, channels_second=old)
+            with seeded(0):
+                if weights:
+                    module = with_weights(module, weights, example, dtype)
+                    weights.clear()
+                chosen = layer if layers is None else tuple(layers)
+                frozen = FrozenBackbone(module, example, dtype, chosen, channels_second=old)
         except (ValueError, TypeError) as error:
             raise ValueError(f"The backbone does not fit {self.path}: {error}") from error
         if by_name and digest(stored_weights(frozen.module.module)) != stored["digest"]:

@@ -218,6 +218,31 @@ def test_weights_apart_from_their_module():
         assert torch.equal(filled(example), module(example))
 
 
+class BuiltLate(nn.Module):
+    """A layer that builds an own layer and a table in its first pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = None
+        self.register_buffer("places", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        if self.inner is None:
+            self.inner = nn.Conv2d(2, 3, 1)
+        if len(self.places) != x.shape[-1]:
+            self.places = torch.arange(x.shape[-1]).to(x)
+        return self.inner(x) + self.places
+
+
+def test_weights_of_layers_and_tables_that_are_built_late():
+    module, fresh = (nn.Sequential(nn.Conv2d(1, 2, 3), BuiltLate()) for _ in range(2))
+    example = torch.from_numpy(X[:2])
+    expected = module(example)
+    filled = with_weights(fresh, stored_weights(module), example, torch.float32)
+    assert torch.equal(filled(example), expected)
+    assert fresh[1].inner is None
+
+
 @pytest.mark.parametrize(
     ("other", "match"),
     [

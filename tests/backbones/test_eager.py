@@ -1,5 +1,6 @@
 """Modules that cannot be captured as a graph."""
 
+import pickle
 import re
 import warnings
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from sklearn_gradfeat import load
 from sklearn_gradfeat.backbones._eager import EagerHead
 from sklearn_gradfeat.backbones._graph import ActivationModule
 from tests.tiny import X, Y, estimator, tiny_net
@@ -36,6 +38,35 @@ def test_module_that_cannot_be_captured():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         np.testing.assert_allclose(model.predict_proba(X), plain.predict_proba(X), atol=1e-5)
+
+
+class OtherInGraphs(nn.Module):
+    """A network with other code for torch.export."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny_net()
+
+    def forward(self, x):
+        return self.net(2 * x if torch.compiler.is_compiling() else x)
+
+
+@pytest.mark.parametrize("options", [{}, {"features": "activation"}])
+def test_graph_that_is_another_function_is_not_used(options, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = estimator(OtherInGraphs(), **options).fit(X, Y)
+        model.save(tmp_path / "model")
+        loaded = load(tmp_path / "model", OtherInGraphs())
+        restored = pickle.loads(pickle.dumps(model))
+    told = ["the graph of torch.export has another output" in str(w.message) for w in caught]
+    assert told == ([] if options else [True])
+    plain = estimator(Branching(), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = plain.fit(X, Y).predict_proba(X + 1)
+    for each in (model, loaded, restored):
+        np.testing.assert_allclose(each.predict_proba(X + 1), expected, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The backbone cannot be captured:UserWarning")

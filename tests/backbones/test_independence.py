@@ -1,12 +1,16 @@
 """Networks whose activations are no function of single samples, in evaluation mode."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sklearn_gradfeat import load
 from sklearn_gradfeat.backbones._independence import check_independence
+from tests.backbones.test_copies import BuiltLate
 from tests.tiny import X, Y, estimator
 
 
@@ -92,6 +96,10 @@ RARE = {
     "torch.rand": lambda x: x if torch.rand(()) > 1e-6 else 2 * x,
     "torch.multinomial": lambda x: x * (1 + torch.multinomial(torch.tensor([1.0, 1e-6]), 1)),
     "torch.poisson": lambda x: x + torch.poisson(torch.full_like(x, 1e-6)),
+    "torch.Tensor.mul": lambda x: x.mul(1 + (random.random() < 1e-6)),
+    "torch.Tensor.multiply": lambda x: x.multiply(1 + (random.gauss(0, 1) > 6)),
+    "torch.Tensor.div": lambda x: x.div(1 + (np.random.rand() > 1 - 1e-6)),
+    "torch.Tensor.divide": lambda x: x.divide(np.random.choice([1.0, 2.0], p=[1 - 1e-6, 1e-6])),
 }
 
 
@@ -102,12 +110,53 @@ def test_random_numbers_that_hardly_ever_matter(name):
         check_independence(Applied(Function(RARE[name])), torch.from_numpy(X[:2]))
 
 
+class OwnGenerator(nn.Module):
+    """A layer that draws from a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self, x):
+        return x if torch.rand((), generator=self.generator) > 1e-6 else 2 * x
+
+
+def test_random_numbers_of_an_own_generator_that_hardly_ever_matter():
+    with pytest.raises(ValueError, match=r"another activation in every run.*torch\.rand"):
+        check_independence(Applied(OwnGenerator()), torch.from_numpy(X[:2]))
+
+
 @pytest.mark.parametrize(
     "function",
-    [lambda x: x + 0 * torch.randn_like(x), lambda x: x if torch.rand(()) >= 0 else 2 * x],
+    [
+        lambda x: x + 0 * torch.randn_like(x),
+        lambda x: x if torch.rand(()) >= 0 else 2 * x,
+        lambda x: x if random.normalvariate() > -100 else 2 * x,
+        lambda x: x if np.random.randn() > -100 else 2 * x,
+        lambda x: x if random.randrange(5) < 5 else 2 * x,
+        lambda x: x if np.random.permutation(5).sum() == 10 else 2 * x,
+    ],
 )
 def test_random_numbers_that_never_matter(function):
-    check_independence(Applied(Function(function)), torch.from_numpy(X[:2]))
+    network = Applied(Function(function))
+    random.seed(0)
+    np.random.seed(0)
+    states = []
+    for run in (lambda: check_independence(network, torch.from_numpy(X[:2])), lambda: None):
+        run()
+        states.append((random.random(), np.random.rand()))
+    assert states[0] != states[1]  # the generators are random again
+
+
+def test_numpy_with_another_generator():
+    former = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        with pytest.raises(ValueError, match=r"another activation in every run"):
+            often = Function(lambda x: x * np.random.rand())
+            check_independence(Applied(often), torch.from_numpy(X[:2]))
+    finally:
+        np.random.set_bit_generator(former)
 
 
 @pytest.mark.parametrize("name", BATCH)
@@ -149,6 +198,96 @@ def test_parameters_that_the_first_batch_sets():
         estimator(network).fit(X, Y)
     network(torch.from_numpy(X))
     estimator(network).fit(X, Y)
+
+
+class Centred(nn.Module):
+    """A layer that keeps the mean of its first batch, in a buffer or an attribute."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.mean = kind, None
+        if kind != "attribute":
+            self.register_buffer("shift", torch.zeros(4, 1, 1))
+
+    def forward(self, x):
+        if self.kind == "buffer":
+            if not self.shift.any():
+                self.shift.copy_(x.mean((0, 2, 3), keepdim=True)[0])
+            return x - self.shift
+        if self.mean is None:
+            self.mean = x.mean((0, 2, 3), keepdim=True)
+        return x - self.mean if self.kind == "attribute" else x - self.mean - self.shift
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured")
+@pytest.mark.parametrize("kind", ["buffer", "attribute", "both"])
+def test_state_that_the_first_batch_sets(kind):
+    network = Applied(Centred(kind))
+    with pytest.raises(ValueError, match=r"backbone keeps state of the first batch.*Call it on"):
+        estimator(network).fit(X, Y)
+    assert network.function.mean is None
+    network(torch.from_numpy(X)).sum().backward()
+    estimator(network).fit(X, Y)
+
+
+def test_layers_that_are_built_late(tmp_path):
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), BuiltLate())
+    model = estimator(network).fit(X, Y)
+    model.save(tmp_path / "model")
+    before = torch.get_rng_state()
+    loaded = load(tmp_path / "model", network)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(loaded.predict_proba(X), model.predict_proba(X))
+    assert network[1].inner is None
+
+
+# Two or three samples have no influence on each other.
+LARGE = {
+    "more than three": lambda x: x - x.mean(0) if len(x) > 3 else x,
+    "more than eight": lambda x: x - x.mean(0) if len(x) > 8 else x,
+    "the fifth": lambda x: x - x[4:5].sum(0),
+    "parts of eight": lambda x: torch.cat([part - part[4:].sum(0) for part in x.split(8)]),
+}
+
+
+@pytest.mark.parametrize("features", ["activation", "full"])
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured")
+def test_networks_that_depend_on_large_batches_are_refused(name, features):
+    model = estimator(Applied(Function(LARGE[name])), features=features, batch_size=12)
+    for _ in range(2):  # the outputs of the first fit are not used in the second one
+        with pytest.raises(ValueError, match=r"rest of its batch.*in a batch of 12 samples, and"):
+            model.fit(X, Y)
+
+
+class LimitedExperts(nn.Module):
+    """A mixture of two experts that take four samples of a batch each. It has a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(64, 2)
+        self.experts = nn.ModuleList(nn.Linear(64, 6) for _ in range(2))
+
+    def forward(self, x):
+        x = x.flatten(1)
+        shares = self.gate(x).softmax(1)
+        chosen = F.one_hot(shares.argmax(1), 2)
+        shares = shares * chosen * (chosen.cumsum(0) <= 4)
+        return sum(shares[:, i : i + 1] * expert(x) for i, expert in enumerate(self.experts))
+
+
+@pytest.mark.parametrize("options", [{}, {"features": "activation"}, {"feature_store": None}])
+def test_experts_of_limited_capacity_are_refused(options):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"rest of its batch.*in a batch of 24 samples, and"):
+        estimator(LimitedExperts(), **options).fit(X, Y)
+
+
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled")
+@pytest.mark.parametrize("name", LARGE)
+def test_transforms_that_depend_on_large_batches_are_refused(name):
+    with pytest.raises(ValueError, match=r"preprocess must map every sample on its own.*Take"):
+        estimator(preprocess=LARGE[name], batch_size=12).fit(X, Y)
 
 
 def test_random_numbers_above_the_activation_do_no_harm():

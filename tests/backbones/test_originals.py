@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.backbones._copies import frozen_copy
+from sklearn_gradfeat.backbones._copies import converted_copy, frozen_copy
 from tests.networks import build
 
 
@@ -201,6 +201,43 @@ def test_functions_of_a_copy_refer_to_the_copy(name):
         assert torch.equal(frozen(x), before)
         frozen.second.weight.zero_()
         assert not frozen(x).any()
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_functions_of_a_copy_in_another_precision_refer_to_the_copy(name):
+    frozen = frozen_copy(ByReference(REFERENCES[name]), torch.device("cpu"), torch.float32)
+    wide = converted_copy(frozen, torch.device("cpu"), torch.float64)
+    x = torch.ones(2, 2, 5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        np.testing.assert_allclose(wide(x), frozen(x.float()), rtol=1e-5)
+        wide.second.weight.zero_()
+        assert not wide(x).any()
+        assert frozen(x.float()).any()
+
+
+def test_head_of_a_network_with_closures_computes_in_double_precision():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = rows()
+
+        def forward(self, x):
+            return 2 * self.net(x)
+
+    def rows():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Tanh())
+
+    replaced = rows()
+    original = replaced.forward
+    replaced.forward = lambda x: 2 * original(x)
+    X = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
+    options = {"alpha": 0.1, "gradient_alpha": 0.1, "gradient_layers": "all", "tol": 1e-10}
+    found, expected = (
+        GradientFeatureClassifier(net, **options).fit(X, np.arange(24) % 3).predict_proba(X)
+        for net in (replaced, Twice())
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-7)
 
 
 def test_layers_in_closures_are_copied_too():

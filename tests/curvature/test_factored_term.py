@@ -54,6 +54,7 @@ def masked_term():
 
 TERMS = {
     "masked": masked_term,
+    "norms alone": lambda: module_term(MaskedBlock(), UPPER[:4], TOKENS, n_outputs=3),
     "plain": lambda: image_term("plain", N)[0],
     "whole": lambda: image_term("whole", N)[0],
     "grouped": lambda: image_term("grouped", N)[0],

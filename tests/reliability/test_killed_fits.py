@@ -119,9 +119,10 @@ def kills(folder, kind, seed, n_kills):
         for found, array in zip(result(own), expected, strict=True):
             np.testing.assert_allclose(found, array, rtol=1e-6, atol=1e-9)
         assert not (own / "checkpoint").exists()
-        # At most one iteration is lost, or the batch that was on its way to the store.
+        # At most one iteration is lost, or the batch that was on its way to the store, and the
+        # samples of the first batch that are computed again for comparison.
         assert passes(own)["solver"] <= n_passed["solver"] + n_own
-        assert passes(own)["trunk"] <= n_passed["trunk"] + n_own
+        assert passes(own)["trunk"] <= n_passed["trunk"] + 2 * n_own
     return killed
 
 
