@@ -106,12 +106,11 @@ class Inverses:
             self._missing = objective
         return True
 
-    def has_subspace(self) -> bool:
-        """Return whether there is a coarse space; call :meth:`learn_layers` before."""
-        return self._shared_subspace() is not None
-
     def share_of_subspace(self) -> float:
-        """Return the share of the parameters whose layers are in the coarse space."""
+        """Return the share of the parameters whose layers are in the coarse space.
+
+        Call :meth:`learn_layers` before.
+        """
         subspace = self._shared_subspace()
         return 0.0 if subspace is None else subspace.share
 

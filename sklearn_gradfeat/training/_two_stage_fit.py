@@ -432,33 +432,31 @@ class TwoStageFit:
         return float(sum_over_ranks((self.loss.curvatures(logits) * seen.square()).sum()))
 
     def shared(self, first: FirstStage) -> tuple[Inverses, bool] | None:
-        """Return inverses for fits to parts of the samples, and if they have a coarse space.
+        """Return inverses for fits to parts of the samples, and if their coarse space will do.
 
-        The result is None where the rows of the samples give the inverses.
+        The result is None where the rows of the samples give the inverses. A coarse space with less
+        than half of the parameters, as with many outputs, will not do.
         """
         self._choose_term(first)
         objective, start = self.second_objective(first, 1.0), self._second_unknowns(first.model)
         inverses = first.inverses
         if not self._retry(partial(inverses.learn_layers, objective, start)):
             return None
-        has_subspace = self.journal.number(
-            "coarse space", lambda: self._retry(inverses.has_subspace)
+        share = self.journal.number(
+            "share of the coarse space", lambda: self._retry(inverses.share_of_subspace)
         )
-        return inverses, bool(has_subspace)
+        return inverses, share >= _SHARE
 
     def has_coarse_space(self, first: FirstStage) -> bool:
         """Return whether linear models around this and later points are fitted in a coarse space.
 
-        They are not where passes need no network, or where the space has less than half of the
-        parameters, as with many outputs.
+        They are not where passes need no network.
         """
         self._choose_term(first)
-        if isinstance(first.term, FactoredTerm) or self.shared(first) is None:
+        if isinstance(first.term, FactoredTerm):
             return False
-        share = self.journal.number(
-            "share of the coarse space", lambda: self._retry(first.inverses.share_of_subspace)
-        )
-        return share >= _SHARE
+        shared = self.shared(first)
+        return shared is not None and shared[1]
 
     def coarse_path(self, first: FirstStage) -> CoarsePath:
         """Return the minima of second stages in the coarse space."""

@@ -34,7 +34,7 @@ def with_penalty(problem, alpha):
 def path_of(problem):
     x = torch.zeros(sum(problem.sizes), dtype=torch.float64)
     whole = Inverses()
-    if not (whole.learn_layers(problem, x) and whole.has_subspace()):
+    if not (whole.learn_layers(problem, x) and whole.share_of_subspace()):
         return None
     return whole.with_layers().coarse_path(problem, x)
 
