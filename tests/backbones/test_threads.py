@@ -112,16 +112,16 @@ def test_number_in_fits_and_predictions():
             return super()._problem(y, sample_weight)
 
     def preprocess(x):
-        passes.append(torch.get_num_threads())
+        passes.append((len(x), torch.get_num_threads()))
         return x
 
     model = Recording(NET, preprocess=preprocess, feature_store=None).fit(X, Y)
     assert seen == [1]
-    assert passes[-1] == 3
+    assert {number for n, number in passes if n == len(X)} == {3}
     assert torch.get_num_threads() == 3
     passes.clear()
     model.predict(X)
-    assert set(passes) == {3}
+    assert set(passes) == {(len(X), 3)}
     assert torch.get_num_threads() == 3
 
 
