@@ -116,22 +116,31 @@ class Progress:
 
     def search(self) -> None:
         """Begin the search for penalties."""
-        self._begin("auto: {n_fmt} tried")
+        self._begin("auto: {n_fmt}", "<{remaining}")
 
-    def tried(self, pair: tuple[float, float], best: tuple[float, float], loss: float) -> bool:
+    def tried(
+        self,
+        pair: tuple[float, float],
+        best: tuple[float, float],
+        loss: float,
+        n_left: int,
+    ) -> bool:
         """Count a pair of penalties, and return whether a callback asks to stop.
 
-        ``best`` is the best pair so far, and ``loss`` its held-out loss.
+        ``best`` is the best pair so far, and ``loss`` its held-out loss. ``n_left`` is the number
+        of pairs that are left if the search ends as soon as it can.
         """
+        if self._line is not None:
+            self._line.total = self._line.n + 1 + n_left
         texts = [f"alpha {alpha:.2g}, gradient_alpha {other:.2g}" for alpha, other in (pair, best)]
-        self._show(f"best {texts[1]}, loss {loss:.4g}")
+        self._show(f"best {texts[1]}, loss {loss:.3g}")
         return self._called_back(f"auto: {texts[0]}", None)
 
-    def _begin(self, text: str) -> None:
+    def _begin(self, text: str, left: str = "") -> None:
         """Begin a line; ``{n_fmt}`` in it is how often it was updated."""
         self._close()
         if self._estimator.verbose:  # a disabled line would take a lock that forks share
-            self._line = tqdm(bar_format=f"{text} [{{elapsed}}]{{postfix}}")
+            self._line = tqdm(bar_format=f"{text} [{{elapsed}}{left}]{{postfix}}")
 
     def _show(self, text: str) -> None:
         """Update the line."""

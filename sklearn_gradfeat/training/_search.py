@@ -63,6 +63,7 @@ _TOLERATED = 0.5
 # Losses that differ by a smaller share are equal up to rounding errors.
 _ROUNDING = 1e-9
 _MAX_STEPS = 8  # down, and as many up
+_FAILURES = 2  # in a row, that end a path
 # A fall of the loss by a smaller share of that of the zero model counts as none.
 _NEGLIGIBLE = 1e-4
 
@@ -119,7 +120,8 @@ def choose_penalties(
     search = _Search(prepared, stages, n_linearizations, progress)
     without = alpha
     if without is None:
-        without, alpha = search.alphas()
+        n_following = 1 + _FAILURES + (features == "full") if gradient_alpha is None else 0
+        without, alpha = search.alphas(n_following)
         if gradient_alpha is not None and (math.isinf(gradient_alpha) or n_linearizations != 1):
             alpha = without
     assert alpha is not None
@@ -180,8 +182,11 @@ class _Search:
     def _path(self, held_out: HeldOut, pair_of: Callable[[float], tuple[float, float]]) -> _Path:
         return _Path(held_out, pair_of, self._progress, self._negligible)
 
-    def alphas(self) -> tuple[float, float]:
-        """Return the best ``alpha`` without a gradient term, and the one for a gradient term."""
+    def alphas(self, n_following: int) -> tuple[float, float]:
+        """Return the best ``alpha`` without a gradient term, and the one for a gradient term.
+
+        ``n_following`` is the number of pairs to try afterwards, for the progress.
+        """
         one = self._n_linearizations == 1
         stages, held_out = self._stages, self._left_out or self._folds.enough(ENOUGH)
         by_scale = stages.journal.number("scale of alpha", lambda: _alpha_by_scale(stages))
@@ -189,6 +194,7 @@ class _Search:
             return by_scale, by_scale if one else STEP * by_scale
         objective = stages.objective(0.0, stages.samples.activation, None)
         path = self._path(held_out, lambda a: (a, math.inf))
+        path.n_following = n_following
         largest = stages.journal.number("largest curvature", lambda: largest_curvature(objective))
         best = path.best_from(largest or 1.0)
         self.rows += path.rows()
@@ -290,6 +296,8 @@ class _Path:
 
     Attributes
     ----------
+    n_following : int
+        Number of pairs to try after this path, for the progress.
     stopped : bool
         Whether a callback asked to stop.
     """
@@ -305,6 +313,7 @@ class _Path:
         self._weights, self._negligible = held_out.weights, negligible
         self._losses: dict[float, Array] = {}
         self._means: dict[float, float] = {}
+        self._failures = self.n_following = 0
         self.stopped = False
 
     def best_from(self, start: float, infinite: bool = False, others: Folds | None = None) -> float:
@@ -318,10 +327,10 @@ class _Path:
             self._try(math.inf)
             if self._means[math.inf] <= self._negligible or self.stopped:
                 return math.inf
-        failures, penalty = 0, start
+        penalty = start
         for _ in range(_MAX_STEPS):
-            failures = 0 if self._try(penalty) else failures + 1
-            if failures == 2 or self._rises(penalty) or self.stopped:
+            self._try(penalty)
+            if self._failures == _FAILURES or self._rises(penalty) or self.stopped:
                 break
             penalty /= STEP
         penalty = start
@@ -368,16 +377,18 @@ class _Path:
         former = self._lowest_of_path()
         self._losses[penalty] = losses = self._held_out.losses(*self._pair_of(penalty))
         self._means[penalty] = mean = self._mean(losses)
+        falls = True
+        if former is not None:
+            smallest, error = self._means[former], self._error(penalty, former)
+            falls = smallest - mean > max(FLAT * smallest, self._negligible, _TOLERATED * error)
+        self._failures = 0 if falls else self._failures + 1
         if self._progress is not None:
             best = self._lowest()
+            n_left = max(_FAILURES - self._failures, 0) + self.n_following
             self.stopped = self._progress.tried(
-                self._pair_of(penalty), self._pair_of(best), self._means[best]
+                self._pair_of(penalty), self._pair_of(best), self._means[best], n_left
             )
-        if former is None:
-            return True
-        smallest = self._means[former]
-        clear = max(FLAT * smallest, self._negligible, _TOLERATED * self._error(penalty, former))
-        return smallest - mean > clear
+        return falls
 
     def _mean(self, losses: Array) -> float:
         finite = bool(np.isfinite(losses).all())

@@ -130,6 +130,22 @@ def test_strongest_penalty_within_a_standard_error():
     assert [path.strongest(errors) for errors in (0.0, 1.0)] == pytest.approx([1e-2, 1e-1])
 
 
+def test_number_of_pairs_that_are_left():
+    """Two penalties without a fall end a path; four pairs of the next path follow."""
+    left = []
+
+    class Progress:
+        def tried(self, pair, best, loss, n_left):
+            left.append(n_left)
+            return False
+
+    levels = {0: 1.3, 1: 1.0, 2: 1.005, 3: 1.006}
+    path = _Path(Given(lambda a: levels[round(-math.log10(a))]), lambda a: (a, 0.0), Progress())
+    path.n_following = 4
+    path.best_from(1.0)
+    assert left == [6, 6, 5, 4]
+
+
 def test_falls_by_less_than_half_a_standard_error_end_a_path():
     loss = lambda a: 1 + 0.001 * math.log10(a)  # noqa: E731
     assert len(path(loss, noise=1.0)[1]) == 3 < len(path(loss)[1])
