@@ -141,6 +141,30 @@ def test_losses_from_the_coarse_space(after, n_linearizations, kill, monkeypatch
     assert_same(clone(model).fit(*data(30)), whole)
 
 
+def test_kill_in_a_fit_to_a_moved_network(monkeypatch, tmp_path):
+    """The search fits output weights at a point that the journal must still have."""
+    refitted = held_out._Fold.refitted
+    model = GradientFeatureClassifier(NET, n_linearizations=2, precision="float64")
+    whole = clone(model).fit(X, Y)
+    model.set_params(checkpoint=tmp_path / "checkpoint")
+
+    def write(*arguments):
+        WRITE(*arguments)
+        raise KilledError
+
+    def killed(fold, alpha):
+        monkeypatch.setattr(_checkpoint, "write_archive", write)
+        return refitted(fold, alpha)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(held_out._Fold, "refitted", killed)
+        with pytest.raises(KilledError):
+            clone(model).fit(X, Y)
+    monkeypatch.setattr(_checkpoint, "write_archive", WRITE)
+    with config_context(checkpoint_seconds=600):
+        assert_same(clone(model).fit(X, Y), whole)
+
+
 def test_weights_and_a_warm_start(kill, tmp_path):
     weights = np.random.default_rng(0).uniform(size=len(Y))
     path, former = tmp_path / "checkpoint", estimator(**IMAGES).fit(X, Y)
