@@ -149,7 +149,8 @@ class _Fold:
         self._has_subspace = False
         self._paths: dict[float, CoarsePath] = {}
         self._to_minimize: defaultdict[float, list[TangentObjective]] = defaultdict(list)
-        self._moved: TwoStageFit | None = None
+        # The solutions of a result stay in the journal as long as it exists.
+        self._moved: tuple[FitResult, TwoStageFit] | None = None
         # Copies of a sample are one sample, with the sum of their weights.
         names = prepared.samples.names[is_held_out]
         distinct = np.unique(rows_of_all_ranks(names)[0])
@@ -224,8 +225,8 @@ class _Fold:
     def moved(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the losses of the first moved network, or of the linear model without a move."""
         models = itertools.islice(self._relinearized(alpha, gradient_alpha), 2)
-        *_, (result, self._moved) = models
-        return self._losses_of(self.stages.problem.reduced(result.model))
+        *_, self._moved = models
+        return self._losses_of(self.stages.problem.reduced(self._moved[0].model))
 
     def _relinearized(
         self, alpha: float, gradient_alpha: float
@@ -236,7 +237,7 @@ class _Fold:
     def refitted(self, alpha: float) -> Array:
         """Return the losses of the network of :meth:`moved`, with output weights of this alpha."""
         assert self._moved is not None
-        return self._losses_of(self._moved.fit_activation(alpha).model)
+        return self._losses_of(self._moved[1].fit_activation(alpha).model)
 
     def _losses_of(self, model: LinearModel) -> Array:
         """Return the mean losses of the distinct held-out samples for a model."""

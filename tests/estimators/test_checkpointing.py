@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from torch import nn
 
 from sklearn_gradfeat import (
     GradientFeatureClassifier,
@@ -139,6 +140,34 @@ def test_losses_from_the_coarse_space(after, n_linearizations, kill, monkeypatch
     while kill(clone(model), after, *data(30)):
         pass
     assert_same(clone(model).fit(*data(30)), whole)
+
+
+def test_kill_in_a_fit_to_a_moved_network(monkeypatch, tmp_path):
+    """The search fits output weights at a point that the journal must still have."""
+    refitted = held_out._Fold.refitted
+    rows, y = table(20)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 4), nn.Tanh())
+    model = GradientFeatureRegressor(net, n_linearizations=2, precision="float64")
+    whole = clone(model).fit(rows, y)
+    model.set_params(checkpoint=tmp_path / "checkpoint")
+
+    def write(*arguments):
+        WRITE(*arguments)
+        raise KilledError
+
+    def killed(fold, alpha):
+        monkeypatch.setattr(_checkpoint, "write_archive", write)
+        return refitted(fold, alpha)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(held_out._Fold, "refitted", killed)
+        with pytest.raises(KilledError):
+            clone(model).fit(rows, y)
+    monkeypatch.setattr(_checkpoint, "write_archive", WRITE)
+    with config_context(checkpoint_seconds=600):
+        assert_same(clone(model).fit(rows, y), whole)
 
 
 def test_weights_and_a_warm_start(kill, tmp_path):
