@@ -30,7 +30,7 @@ _ALLOW_ZEROS = {
 
 _COLLECTIONS = (
     "y must hold one target for each sample, or one row of a matrix, but its items are lists, sets "
-    "or arrays. For several labels of one sample, pass a matrix of zeros and ones: "
+    "or arrays. For multilabel targets, pass a matrix of zeros and ones: "
     "y=sklearn.preprocessing.MultiLabelBinarizer().fit_transform(y)."
 )
 
