@@ -219,8 +219,8 @@ class _Search:
         enough = self._folds.enough(ENOUGH)
         if enough is None:
             return None, Folds([])
-        tried = [row[0] for row in self.rows] or [alpha]
-        nearest = min(tried, key=lambda other: abs(math.log(other / alpha)))
+        tried = [row[0] for row in self.rows]
+        nearest = min(tried, key=lambda other: abs(math.log(other / alpha)), default=alpha)
         first, others = enough.typical_first(nearest).divided(ENOUGH_WITH_GRADIENTS)
         of_alpha = stages.fit_activation(alpha)
         if self._n_linearizations != 1:

@@ -198,6 +198,16 @@ def test_one_penalty_is_given():
     assert model.gradient_alpha_ == math.inf
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("n_linearizations", [1, "auto"])
+def test_no_penalty_on_the_output_weights_is_given(n_linearizations):
+    rows, y = iris()
+    model = automatic(alpha=0, n_linearizations=n_linearizations, tol=1e-2).fit(rows, y)
+    assert model.alpha_ == 0
+    assert set(model.validation_scores_["alpha"]) == {0}
+    assert np.isfinite(model.predict_proba(rows)).all()
+
+
 def test_model_of_gradients_chooses_a_finite_penalty():
     rows, y = iris()
     model = automatic(features="gradient").fit(rows, y)
