@@ -40,66 +40,64 @@ class CoarsePath:
     """
 
     def __init__(self, x: Tensor, logits: Tensor, subspace: Subspace, curvature: Curvature) -> None:
-        self._x, self._logits = x, logits
+        self._logits = logits
         self._subspace, self._curvature = subspace, curvature
         self._start = of_first_rank(subspace.restrict(x))
+        self._rest = logits - subspace.forward(self._start)
+        self._outside = x - subspace.extend(self._start)
         self._last: tuple[float, Solution] | None = None
 
-    def minimum(self, objective: TangentObjective, tol: float) -> Tensor:
-        """Return the logits of all samples at the minimum; ``x`` has no displacements.
+    @property
+    def logits(self) -> Tensor:
+        """The logits of all samples at the last minimum."""
+        assert self._last is not None
+        return self._subspace.forward(self._last[1].x) + self._rest
 
-        The solver starts from the last minimum, if that had a stronger penalty. It stops when the
-        Newton decrement is ``tol`` times the fall of the objective since the first start.
-        """
-        assert objective.tangent is not None
-        start, pairs = self._start, None
-        if self._last is not None and self._last[0] >= objective.tangent.alpha:
-            start, pairs = self._last[1].x, self._last[1].curvature_pairs
-        rest = torch.zeros_like(self._logits)
-        solution = self._minimize(
-            objective, rest, start, tol, max_iter=_MAX_ITER, curvature_pairs=pairs
-        )
-        self._last = objective.tangent.alpha, solution
-        return self._subspace.forward(solution.x)
+    def whole(self, x: Tensor) -> Tensor:
+        """Return the unknowns of the objective for those of the coarse space."""
+        return of_first_rank(self._outside + self._subspace.extend(x))
 
-    def solution(
+    def minimum(
         self,
         objective: TangentObjective,
         tol: float,
-        max_iter: int,
-        callback: Callable[[int, float, Tensor, float, float], bool] | None,
+        max_iter: int = _MAX_ITER,
+        callback: Callable[[int, float, Tensor, float, float], bool] | None = None,
     ) -> Solution:
-        """Return the minimum from ``x`` on, as unknowns of the objective.
+        """Return the minimum, as unknowns of the objective.
 
-        Its only pass over the data is the one that gave the rows of the samples. ``callback`` is
-        that of :func:`minimize`, with the unknowns of the objective.
+        The solver starts from the last minimum, if that had a stronger penalty, and from ``x``
+        otherwise. It stops when the Newton decrement is ``tol`` times the fall of the objective
+        since ``x``. Its only pass over the data is the one that gave the rows of the samples.
+        ``callback`` is that of :func:`minimize`, with the unknowns of the coarse space.
         """
-        start, subspace = self._start, self._subspace
-        outside = self._x - subspace.extend(start)
-        constant = penalised(objective, outside, outside) / 2
+        assert objective.tangent is not None
+        constant = penalised(objective, self._outside, self._outside) / 2
 
-        def whole(x: Tensor) -> Tensor:
-            return of_first_rank(self._x + subspace.extend(x - start))
+        def called_back(n_iter: int, found: float, *state: Any) -> bool:
+            return callback is not None and callback(n_iter, constant + found, *state)
 
-        def called_back(n_iter: int, found: float, x: Tensor, *decrement: float) -> bool:
-            return callback is not None and callback(n_iter, constant + found, whole(x), *decrement)
-
-        rest = self._logits - subspace.forward(start)
-        found = self._minimize(objective, rest, start, tol, max_iter=max_iter, callback=called_back)
+        start, pairs = self._start, None
+        if self._last is not None and self._last[0] >= objective.tangent.alpha:
+            start, pairs = self._last[1].x, self._last[1].curvature_pairs
+        found = self._minimize(
+            objective, start, tol, max_iter=max_iter, callback=called_back, curvature_pairs=pairs
+        )
+        self._last = objective.tangent.alpha, found
         return replace(
             found,
-            x=whole(found.x),
+            x=self.whole(found.x),
             objective_path=[constant + value for value in found.objective_path],
             n_passes=1,
             curvature_pairs=CurvaturePairs([], objective.penalty),
         )
 
     def _minimize(
-        self, objective: TangentObjective, rest: Tensor, start: Tensor, tol: float, **options: Any
+        self, objective: TangentObjective, start: Tensor, tol: float, **options: Any
     ) -> Solution:
         inverse = Preconditioner(objective, self._logits, self._curvature)
         solve = CoarseSolve(objective, self._subspace, inverse, True)
-        coarse = CoarseObjective(objective.loss, solve.penalty, self._subspace, rest)
+        coarse = CoarseObjective(objective.loss, solve.penalty, self._subspace, self._rest)
         baseline = objective.loss.value(self._logits)
         baseline += penalised(coarse, self._start, self._start) / 2
         rounding = torch.finfo(self._start.dtype).eps * abs(baseline)

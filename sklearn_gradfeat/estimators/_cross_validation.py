@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from numbers import Integral
 from typing import Any, NamedTuple, Self, TypeAlias
 
@@ -30,7 +30,7 @@ from sklearn.utils.validation import _check_method_params
 from tqdm.auto import tqdm
 
 from sklearn_gradfeat.backbones import neutral_state
-from sklearn_gradfeat.curvature import MAX_ROWS
+from sklearn_gradfeat.curvature import MAX_ROWS, Inverses
 from sklearn_gradfeat.data import (
     Ranks,
     Rows,
@@ -45,6 +45,7 @@ from sklearn_gradfeat.estimators._same_on_ranks import check_same_on_ranks, chec
 from sklearn_gradfeat.linearized import to_numpy
 from sklearn_gradfeat.training import (
     Candidate,
+    CoarseFits,
     FitSettings,
     Pair,
     Prepared,
@@ -237,20 +238,27 @@ class CrossValidated(BaseGradientFeature):
         stages = TwoStageFit(data.prepared, data.problem)
         stop, running = threading.Event(), [threading.RLock() for _ in numbered]
 
-        def score_fold(i: int, pairs: Sequence[Pair], bar: Any) -> _FoldScores:
+        def score_fold(i: int, pairs: Sequence[Pair], inverses: Inverses | None) -> _FoldScores:
             with running[i]:
-                return self._score_fold(numbered[i], pairs, data, bar, stop)
+                return self._score_fold(numbered[i], pairs, data, bar, stop, inverses)
 
         own = range(ranks.rank, len(numbered), ranks.size)
 
-        def try_pairs(pairs: Sequence[Pair]) -> None:
+        @cache
+        def inverses_at(alpha: float) -> Inverses:
+            first = stages.fit_activation(alpha)
+            stages.shared(first)
+            return first.inverses
+
+        def try_pairs(space: float | None, pairs: Sequence[Pair]) -> None:
             nonlocal unfinished
+            inverses = None if folds is None or space is None else inverses_at(space)
             new = [pair for pair in dict.fromkeys(pairs) if pair not in scores]
             if new:
                 if bar is not None:
                     bar.total = (bar.total or 0) + len(new) * len(own)
                     bar.refresh()
-                work = (delayed(score_fold)(i, new, bar) for i in own)
+                work = (delayed(score_fold)(i, new, inverses) for i in own)
                 try:
                     part = Parallel(n_jobs=self.n_jobs, require="sharedmem")(work)
                 except BaseException:  # joblib does not wait for threads that still run
@@ -265,9 +273,9 @@ class CrossValidated(BaseGradientFeature):
                 unfinished += sum(fold.unfinished for fold in found)
                 separated.extend(names for fold in found for names in fold.separated)
 
-        def evaluate(pairs: Sequence[Pair]) -> dict[Pair, float]:
-            ranks.gather(pairs)
-            try_pairs(pairs)
+        def evaluate(space: float | None, pairs: Sequence[Pair]) -> dict[Pair, float]:
+            ranks.gather((space, pairs))
+            try_pairs(space, pairs)
             # Averaged as in GridSearchCV, so that ties are the same.
             means = np.average(np.array(list(scores.values())), axis=1)
             return dict(zip(scores, means.tolist(), strict=True))
@@ -279,7 +287,7 @@ class CrossValidated(BaseGradientFeature):
                 ranks.gather(tried)
             else:
                 while not isinstance(tried := ranks.gather(None)[0], Tried):
-                    try_pairs(tried)
+                    try_pairs(*tried)
         table = np.full((len(numbered), len(tried.alphas), len(tried.gradient_alphas)), np.nan)
         for i, alpha in enumerate(tried.alphas):
             for j, gradient_alpha in enumerate(tried.gradient_alphas):
@@ -298,9 +306,18 @@ class CrossValidated(BaseGradientFeature):
 
     @neutral_state()
     def _score_fold(
-        self, fold: Any, pairs: Sequence[Pair], data: _Data, bar: Any, stop: threading.Event
+        self,
+        fold: Any,
+        pairs: Sequence[Pair],
+        data: _Data,
+        bar: Any,
+        stop: threading.Event,
+        inverses: Inverses | None,
     ) -> _FoldScores:
-        """Return the scores of one fold, and the fits without an optimum."""
+        """Return the scores of one fold, and the fits without an optimum.
+
+        With ``inverses``, models with a gradient term are minima over their coarse space.
+        """
         if fold is None:
             stages, rows, samples = (
                 TwoStageFit(data.prepared, data.problem), np.arange(len(data.y)), data.X
@@ -316,7 +333,10 @@ class CrossValidated(BaseGradientFeature):
                 _check_weights(f"Held-out samples of fold {number}", np.asarray(scored)[rows])
             stages = TwoStageFit(data.prepared.subset(train), problem, stop.is_set)
             samples = data.X[rows] if isinstance(data.X, np.ndarray) else Rows(data.X, rows)
-            candidates = penalty_path(stages, pairs)
+            coarse = None
+            if inverses is not None:
+                coarse = _coarse_fits(data, problem, train, rows, stop, inverses)
+            candidates = penalty_path(stages, pairs, coarse)
         score = self._scorer_of_fold(stages.problem, rows, samples, data)
         scores: dict[Pair, float] = {}
         unfinished, separated = 0, []
@@ -362,7 +382,7 @@ class CrossValidated(BaseGradientFeature):
             if logits is None:
                 logits = cached_logits(candidate.model, held)
             model.known = samples, to_numpy(logits)
-            model.leave_one_out = candidate.logits is not None
+            model.leave_one_out = isinstance(self.cv, str)
             vars(model).update(candidate.model.attributes())
             try:
                 return float(scorer(model, samples, data.y[rows], **given))
@@ -452,6 +472,24 @@ class CrossValidated(BaseGradientFeature):
                 "gradient_alpha_."
             )
         return hasattr(self, "coef_")
+
+
+def _coarse_fits(
+    data: _Data,
+    problem: Problem,
+    train: npt.NDArray[np.intp],
+    test: npt.NDArray[np.intp],
+    stop: threading.Event,
+    inverses: Inverses,
+) -> CoarseFits | None:
+    """Return what takes the place of fits to a fold; None if it lacks classes."""
+    both = np.union1d(train, test)
+    weights = np.bincount(train, problem.weights, minlength=len(data.y))[both]
+    of_both = data.problem.subset(both, weights)
+    if len(of_both.offset) != len(problem.offset):
+        return None
+    stages = TwoStageFit(data.prepared.subset(both), of_both, stop.is_set)
+    return CoarseFits(stages, np.searchsorted(both, test), inverses)
 
 
 def _check_weights(samples: str, weights: npt.NDArray[np.float64]) -> None:

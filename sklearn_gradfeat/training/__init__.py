@@ -5,6 +5,7 @@ from sklearn_gradfeat.training._held_out import cached_logits
 from sklearn_gradfeat.training._journal import Entry, Journal
 from sklearn_gradfeat.training._penalties import (
     Candidate,
+    CoarseFits,
     Pair,
     Tried,
     leave_one_out_path,
@@ -35,6 +36,7 @@ from sklearn_gradfeat.training._two_stage_fit import (
 __all__ = [
     "CallbackSupportMixin",
     "Candidate",
+    "CoarseFits",
     "Entry",
     "FirstStage",
     "FitResult",

@@ -51,6 +51,7 @@ from sklearn_gradfeat.solvers import newton
 from sklearn_gradfeat.training._problem import Problem
 from sklearn_gradfeat.training._relinearization import relinearized
 from sklearn_gradfeat.training._two_stage_fit import (
+    COARSE_TOL,
     FirstStage,
     FitResult,
     Prepared,
@@ -64,9 +65,6 @@ ENOUGH = 500
 ENOUGH_WITH_GRADIENTS = 100
 # Held-out losses need no more digits than this tolerance gives.
 _TOL = 1e-3
-# The same over the coarse space, where iterations are cheap. With a larger one, the fit with a weak
-# penalty would end at the former minimum, which looks better than that of the final fit.
-_COARSE_TOL = 1e-4
 # Largest n_samples * n_outputs of leave-one-out: a factorisation then takes less than a fit.
 _MAX_LEFT_OUT = 1024
 # Largest n_samples * n_outputs of a fold with explicit rows.
@@ -211,11 +209,11 @@ class _Fold:
         """
         if first.alpha not in self._paths:
             self._paths[first.alpha] = self._weighted.coarse_path(first)
-        tol, objectives = min(_COARSE_TOL, self.stages.settings.tol), self._to_minimize[first.alpha]
+        tol, objectives = min(COARSE_TOL, self.stages.settings.tol), self._to_minimize[first.alpha]
         for objective in objectives:
-            logits = self._paths[first.alpha].minimum(objective, tol)
+            self._paths[first.alpha].minimum(objective, tol)
         objectives.clear()
-        return logits[self._test]
+        return self._paths[first.alpha].logits[self._test]
 
     def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of linear models and moved networks, in turn."""

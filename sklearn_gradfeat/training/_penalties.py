@@ -12,7 +12,9 @@ search is coarse to fine:
    the first step of the second stage;
 3. the half powers of ten around the best pair.
 
-If the best penalty is the first or the last, the steps 1 and 2 go on in that direction.
+If the best penalty is the first or the last, the steps 1 and 2 go on in that direction. Where the
+coarse space has most of the parameters, the minima over it take the place of fits with a gradient
+term; fits to a part of the samples share it.
 """
 
 from __future__ import annotations
@@ -25,13 +27,20 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-from sklearn_gradfeat.curvature import largest_curvature, leave_one_out, tangent_gram
+from sklearn_gradfeat.curvature import (
+    CoarsePath,
+    Inverses,
+    largest_curvature,
+    leave_one_out,
+    tangent_gram,
+)
 from sklearn_gradfeat.linearized import LinearModel, TangentObjective
 from sklearn_gradfeat.solvers import Solution
 from sklearn_gradfeat.training._relinearization import fit_in_turn
-from sklearn_gradfeat.training._two_stage_fit import TwoStageFit
+from sklearn_gradfeat.training._two_stage_fit import COARSE_TOL, FirstStage, TwoStageFit
 
 # The ratio of neighbours on a path.
 STEP = 10.0
@@ -41,6 +50,7 @@ FLAT = 1e-3
 _FURTHER = 4
 
 Pair = tuple[float, float]
+Evaluate = Callable[[float | None, Sequence[Pair]], dict[Pair, float]]
 
 
 class Candidate(NamedTuple):
@@ -55,7 +65,7 @@ class Candidate(NamedTuple):
     converged : bool
         Whether the fit met the tolerance.
     logits : tensor of shape (n_samples, n_outputs) or None
-        Leave-one-out predictions of the training samples.
+        Its logits for the samples to score, or leave-one-out predictions, where they are known.
     separated : tuple of str
         The penalties of zero without which the loss has no minimum, see :class:`FitResult`.
     """
@@ -65,6 +75,24 @@ class Candidate(NamedTuple):
     converged: bool
     logits: Tensor | None = None
     separated: tuple[str, ...] = ()
+
+
+class CoarseFits(NamedTuple):
+    """Minima over the coarse space in place of fits to the training samples of a fold.
+
+    Attributes
+    ----------
+    stages : TwoStageFit
+        Both stages on all samples, where those outside of the fold have weight zero.
+    held_out : ndarray of int
+        The samples to score.
+    inverses : Inverses
+        The factors and the coarse space of the fit to all samples.
+    """
+
+    stages: TwoStageFit
+    held_out: npt.NDArray[np.intp]
+    inverses: Inverses
 
 
 class Tried(NamedTuple):
@@ -79,7 +107,7 @@ def search_grid(
     alphas: Any,
     gradient_alphas: Any,
     stages: TwoStageFit,
-    evaluate: Callable[[Sequence[Pair]], dict[Pair, float]],
+    evaluate: Evaluate,
 ) -> Tried:
     """Try pairs of penalties, see the top of this module.
 
@@ -90,7 +118,9 @@ def search_grid(
     stages : TwoStageFit
         Both stages on all samples.
     evaluate : callable
-        Tries pairs, and returns the scores of all pairs that were tried so far.
+        ``evaluate(space, pairs)`` tries pairs, and returns the scores of all pairs that were tried
+        so far. ``space`` is the ``alpha`` at which :meth:`TwoStageFit.shared` has the coarse space
+        for the models with a gradient term, or None for exact fits.
 
     Returns
     -------
@@ -102,7 +132,7 @@ def search_grid(
         gradient_alphas, coarse = [math.inf], (coarse[0], False)
     if not any(coarse):
         pairs = list(itertools.product(_floats(alphas), _floats(gradient_alphas)))
-        return Tried(_floats(alphas), _floats(gradient_alphas), _best(evaluate(pairs)))
+        return Tried(_floats(alphas), _floats(gradient_alphas), _best(evaluate(None, pairs)))
 
     if coarse[0]:
         start = largest_curvature(stages.objective(0.0, stages.samples.activation, None)) or 1.0
@@ -113,18 +143,32 @@ def search_grid(
     elif without is None:
         middle = stages.fit_activation(float(np.median(_floats(alphas))))
         without = stages.curvature_of_step(middle) or 1.0
-    alpha, _ = _line(_floats(alphas), lambda a: (a, without), evaluate, coarse[0])
+    finite, space = math.isfinite(without), None
+    if finite:
+        space = _coarse_space(stages, float(np.median(_floats(alphas))))
+    score = partial(evaluate, space)
+    alpha, _ = _line(_floats(alphas), lambda a: (a, without), score, coarse[0])
     if coarse[1]:
         scale = stages.curvature_of_step(stages.fit_activation(alpha)) or 1.0
         gradient_alphas = scale * STEP ** (1.0 - np.arange(gradient_alphas))
     line = _floats(gradient_alphas)
     if coarse[1] and features != "gradient":
         line = [math.inf, *line]
-    _, gradient_alpha = _line(line, lambda g: (alpha, g), evaluate, coarse[1])
+    if not finite and min(line) < math.inf:
+        score = partial(evaluate, _coarse_space(stages, alpha))
+    _, gradient_alpha = _line(line, lambda g: (alpha, g), score, coarse[1])
     around = _around(gradient_alpha, coarse[1])
-    scores = evaluate([(a, g) for a in _around(alpha, coarse[0]) for g in around])
+    scores = score([(a, g) for a in _around(alpha, coarse[0]) for g in around])
     tried = [sorted({pair[i] for pair in scores}, reverse=True) for i in (0, 1)]
     return Tried(tried[0], tried[1], _best(scores))
+
+
+def _coarse_space(stages: TwoStageFit, alpha: float) -> float | None:
+    """Return ``alpha`` if the coarse space there may take the place of all parameters."""
+    if stages.settings.n_linearizations != 1:
+        return None
+    shared = stages.shared(stages.fit_activation(alpha))
+    return alpha if shared is not None and shared[1] else None
 
 
 def _floats(values: Any) -> list[float]:
@@ -173,7 +217,9 @@ def _around(value: float, fine: bool) -> list[float]:
     return [value * math.sqrt(STEP), value, value / math.sqrt(STEP)]
 
 
-def penalty_path(stages: TwoStageFit, pairs: Sequence[Pair]) -> Iterator[Candidate]:
+def penalty_path(
+    stages: TwoStageFit, pairs: Sequence[Pair], coarse: CoarseFits | None = None
+) -> Iterator[Candidate]:
     """Fit the models of pairs of penalties.
 
     A first stage starts from the one with the next stronger ``alpha``. A second stage starts from
@@ -185,17 +231,19 @@ def penalty_path(stages: TwoStageFit, pairs: Sequence[Pair]) -> Iterator[Candida
         Both stages on the training samples.
     pairs : sequence of (float, float)
         ``alpha`` and ``gradient_alpha``, in any order.
+    coarse : CoarseFits or None
+        What takes the place of fits with a gradient term, of one linearisation.
 
     Yields
     ------
     Candidate
     """
-    restored, first, model = stages.problem.restored, None, None
+    restored, first, model, path = stages.problem.restored, None, None, None
     for pair in sorted(pairs, reverse=True):
         alpha, gradient_alpha = pair
         if first is None or alpha != first.alpha:
             first = stages.fit_activation(alpha, None if first is None else first.model)
-            model = first.model
+            model, path = first.model, None
         assert model is not None
         solutions = [first.solution]
         n_linearizations = stages.settings.n_linearizations or 1
@@ -204,12 +252,36 @@ def penalty_path(stages: TwoStageFit, pairs: Sequence[Pair]) -> Iterator[Candida
             converged = _converged(*result.solutions.values())
             yield Candidate(pair, result.model, converged, separated=result.separated)
             continue
+        if math.isfinite(gradient_alpha) and coarse is not None:
+            if path is None:
+                first.inverses = coarse.inverses.with_layers()
+                path = coarse.stages.coarse_path(first)
+            yield _in_coarse_space(coarse, path, first, gradient_alpha)
+            continue
         separated = stages.separated(first)
         if math.isfinite(gradient_alpha):
             model, solution = stages.fit_gradient(first, gradient_alpha, model)
             solutions.append(solution)
             separated += stages.separated(first, gradient_alpha, solution)
         yield Candidate(pair, restored(model), _converged(*solutions), separated=separated)
+
+
+def _in_coarse_space(
+    coarse: CoarseFits, path: CoarsePath, first: FirstStage, gradient_alpha: float
+) -> Candidate:
+    """Return the next model of a path over the coarse space."""
+    stages, problem = coarse.stages, coarse.stages.problem
+    tol = min(COARSE_TOL, stages.settings.tol)
+    model, solution = stages.minimum_of(path, first, gradient_alpha, tol)
+    separated = stages.separated(first) + stages.separated(first, gradient_alpha, solution)
+    logits = path.logits[coarse.held_out]
+    return Candidate(
+        (first.alpha, gradient_alpha),
+        problem.restored(model),
+        _converged(first.solution, solution),
+        logits + logits.new_tensor(problem.offset),
+        separated,
+    )
 
 
 def leave_one_out_path(stages: TwoStageFit, pairs: Sequence[Pair]) -> Iterator[Candidate]:

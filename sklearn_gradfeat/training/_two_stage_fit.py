@@ -62,6 +62,9 @@ _FIRST_STAGE = 0.01
 _COARSE_AFTER = 2
 # Least share of the parameters in a coarse space that takes the place of all of them.
 _SHARE = 0.5
+# Tolerance over the coarse space, where iterations are cheap. With a larger one, the fit with a
+# weak penalty would end at the former minimum, which looks better than that of the final fit.
+COARSE_TOL = 1e-4
 # Tolerance where Newton steps are exact: one or two more steps reach it.
 _EXACT = 1e-16
 
@@ -401,8 +404,8 @@ class TwoStageFit:
             unmoved = self.objective(first.alpha, activation, None)
             logits = unmoved.forward(x[: sum(unmoved.sizes)])
             path = self._retry(partial(first.inverses.coarse_path, objective, x, logits))
-            watch = self._watch(stage, to_model, True, progress)
-            solution = path.solution(objective, tol, self.settings.max_iter, watch)
+            watch = self._watch(stage, lambda x: to_model(path.whole(x)), True, progress)
+            solution = path.minimum(objective, tol, self.settings.max_iter, watch)
             self.journal.finish(stage, solution, nothing)
         model = to_model(solution.x)
         self.journal.used_by(model)
@@ -462,6 +465,16 @@ class TwoStageFit:
         """Return the minima of second stages in the coarse space."""
         objective, start = self.second_objective(first, 1.0), self._second_unknowns(first.model)
         return self._retry(partial(first.inverses.coarse_path, objective, start))
+
+    def minimum_of(
+        self, path: CoarsePath, first: FirstStage, gradient_alpha: float, tol: float
+    ) -> tuple[LinearModel, Solution]:
+        """Return the next linear model of :meth:`coarse_path`."""
+        objective = self.second_objective(first, gradient_alpha)
+        to_model = partial(self._second_model, objective, first.model)
+        watch = self._watch(self.settings.features, lambda x: to_model(path.whole(x)), True, None)
+        solution = path.minimum(objective, tol, self.settings.max_iter, watch)
+        return to_model(solution.x), solution
 
     def objective(
         self,

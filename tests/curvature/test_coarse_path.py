@@ -77,19 +77,17 @@ def test_solution_is_the_minimum_over_the_space_through_a_point():
     inverses = Inverses()
     inverses.learn_layers(problem, torch.zeros_like(x))
     seen = []
-    found = (
-        inverses.with_layers()
-        .coarse_path(problem, x, problem.forward(x))
-        .solution(problem, 1e-14, 1000, lambda *state: seen.append(state))
-    )
+    path = inverses.with_layers().coarse_path(problem, x, problem.forward(x))
+    found = path.minimum(problem, 1e-14, 1000, lambda *state: seen.append(state))
     assert found.status == "converged"
     step = found.x - x
     torch.testing.assert_close(subspace.extend(subspace.restrict(step)), step)
     logits = problem.forward(found.x)
+    torch.testing.assert_close(path.logits, logits)
     value = problem.loss.value(logits) + penalised(problem, found.x, found.x) / 2
     assert found.objective_path[-1] == pytest.approx(value, rel=1e-10)
     assert [state[1] for state in seen] == found.objective_path[1:]
-    assert torch.equal(seen[-1][2], found.x)
+    assert torch.equal(path.whole(seen[-1][2]), found.x)
     along, at_start = (
         subspace.restrict(problem.adjoint(problem.loss.gradient(z)) + problem.penalty * at)
         for z, at in ((logits, found.x), (problem.forward(x), x))
