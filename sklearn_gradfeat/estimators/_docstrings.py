@@ -146,7 +146,8 @@ gradient_alphas : int or array-like of shape (n_gradient_alphas,), default=5
     and is part of the grid if a number is given. Two lists are tried in all combinations. Where
     a number is given, the search is coarse to fine: ``alpha`` without a gradient term, then
     ``gradient_alpha``, then the half powers of ten around the best pair; and it goes on beyond
-    an end that is best. With ``features="activation"`` it is ignored.
+    an end that is best. It scores close approximations of the models with a gradient term,
+    where these are cheaper. With ``features="activation"`` it is ignored.
 """
 
 REFIT = """

@@ -16,6 +16,7 @@ from sklearn_gradfeat import (
     GradientFeatureClassifierCV,
     GradientFeatureRegressorCV,
 )
+from sklearn_gradfeat.curvature import _coarse_space as coarse_space
 from sklearn_gradfeat.training import TwoStageFit, _two_stage_fit
 from tests.tiny import NET, X, Y
 
@@ -74,6 +75,37 @@ def test_search_is_coarse_to_fine():
     assert model.scores_.mean(0)[i, j] == np.nanmax(model.scores_.mean(0)) == model.best_score_
     assert math.inf in model.gradient_alphas_
     assert 0 < i < len(model.alphas_) - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "are_fits"),
+    [
+        ({"gradient_alphas": 1, "alphas": [1e-3]}, False),
+        ({"gradient_alphas": 1, "alphas": [1e-3], "features": "gradient"}, False),
+        ({"weighted": True}, False),
+        ({"cv": [(np.r_[:12, :12, 6], np.r_[12:24])], "scoring": "neg_log_loss"}, False),
+        ({"cv": [(np.flatnonzero(Y), np.arange(24))], "scoring": "accuracy"}, True),
+    ],
+    ids=["one list", "gradient", "weights", "repeated rows", "fold without a class"],
+)
+def test_minima_over_the_coarse_space(monkeypatch, options, are_fits):
+    """Their scores are close to those of fits, which a fold without a class has."""
+    monkeypatch.setattr(coarse_space, "_MIN_COST", 1)
+    fits, fit_gradient = [], TwoStageFit.fit_gradient
+    monkeypatch.setattr(
+        TwoStageFit, "fit_gradient", lambda *args: fits.append(args) or fit_gradient(*args)
+    )
+    options = {"alphas": 1, "gradient_alphas": [60.0, 6.0], "refit": False, **options}
+    weights = np.arange(24) % 3 + 1.0 if options.pop("weighted", False) else None
+    model = classifier(**options).fit(X, Y, weights)
+    assert bool(fits) == are_fits
+    exact = clone(model).set_params(alphas=[model.alpha_], gradient_alphas=model.gradient_alphas_)
+    exact.fit(X, Y, weights)
+    assert fits
+    scores = model.scores_[:, model.alphas_ == model.alpha_]
+    tried = np.isfinite(scores) & (model.gradient_alphas_ > 5)  # weaker ones ask for more space
+    assert tried.any()
+    np.testing.assert_allclose(scores[tried], exact.scores_[tried], rtol=0.1)
 
 
 @pytest.mark.parametrize("options", [{"features": "gradient"}, {"gradient_alphas": [1.0, 0.1]}])
