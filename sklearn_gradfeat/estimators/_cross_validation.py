@@ -245,14 +245,16 @@ class CrossValidated(BaseGradientFeature):
         own = range(ranks.rank, len(numbered), ranks.size)
 
         @cache
-        def inverses_at(alpha: float) -> Inverses:
-            first = stages.fit_activation(alpha)
-            stages.shared(first)
-            return first.inverses
+        def inverses_at(alpha: float) -> Inverses | None:
+            """Return the inverses of the coarse space, None if fits take its place."""
+            if folds is None or self.n_linearizations > 1:
+                return None
+            shared = stages.shared(stages.fit_activation(alpha))
+            return shared[0] if shared is not None and shared[1] else None
 
         def try_pairs(space: float | None, pairs: Sequence[Pair]) -> None:
             nonlocal unfinished
-            inverses = None if folds is None or space is None else inverses_at(space)
+            inverses = None if space is None else inverses_at(space)
             new = [pair for pair in dict.fromkeys(pairs) if pair not in scores]
             if new:
                 if bar is not None:

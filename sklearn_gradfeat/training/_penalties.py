@@ -119,8 +119,8 @@ def search_grid(
         Both stages on all samples.
     evaluate : callable
         ``evaluate(space, pairs)`` tries pairs, and returns the scores of all pairs that were tried
-        so far. ``space`` is the ``alpha`` at which :meth:`TwoStageFit.shared` has the coarse space
-        for the models with a gradient term, or None for exact fits.
+        so far. ``space`` is the ``alpha`` whose coarse space may take the place of all parameters,
+        see :meth:`TwoStageFit.shared`, or None for exact fits.
 
     Returns
     -------
@@ -143,10 +143,8 @@ def search_grid(
     elif without is None:
         middle = stages.fit_activation(float(np.median(_floats(alphas))))
         without = stages.curvature_of_step(middle) or 1.0
-    finite, space = math.isfinite(without), None
-    if finite:
-        space = _coarse_space(stages, float(np.median(_floats(alphas))))
-    score = partial(evaluate, space)
+    finite = math.isfinite(without)
+    score = partial(evaluate, float(np.median(_floats(alphas))) if finite else None)
     alpha, _ = _line(_floats(alphas), lambda a: (a, without), score, coarse[0])
     if coarse[1]:
         scale = stages.curvature_of_step(stages.fit_activation(alpha)) or 1.0
@@ -155,20 +153,12 @@ def search_grid(
     if coarse[1] and features != "gradient":
         line = [math.inf, *line]
     if not finite and min(line) < math.inf:
-        score = partial(evaluate, _coarse_space(stages, alpha))
+        score = partial(evaluate, alpha)
     _, gradient_alpha = _line(line, lambda g: (alpha, g), score, coarse[1])
     around = _around(gradient_alpha, coarse[1])
     scores = score([(a, g) for a in _around(alpha, coarse[0]) for g in around])
     tried = [sorted({pair[i] for pair in scores}, reverse=True) for i in (0, 1)]
     return Tried(tried[0], tried[1], _best(scores))
-
-
-def _coarse_space(stages: TwoStageFit, alpha: float) -> float | None:
-    """Return ``alpha`` if the coarse space there may take the place of all parameters."""
-    if stages.settings.n_linearizations != 1:
-        return None
-    shared = stages.shared(stages.fit_activation(alpha))
-    return alpha if shared is not None and shared[1] else None
 
 
 def _floats(values: Any) -> list[float]:

@@ -65,6 +65,8 @@ _SHARE = 0.5
 # Tolerance over the coarse space, where iterations are cheap. With a larger one, the fit with a
 # weak penalty would end at the former minimum, which looks better than that of the final fit.
 COARSE_TOL = 1e-4
+# Least number of iterations there: a model that stops early has a score as with more penalty.
+_COARSE_ITER = 100
 # Tolerance where Newton steps are exact: one or two more steps reach it.
 _EXACT = 1e-16
 
@@ -473,7 +475,8 @@ class TwoStageFit:
         objective = self.second_objective(first, gradient_alpha)
         to_model = partial(self._second_model, objective, first.model)
         watch = self._watch(self.settings.features, lambda x: to_model(path.whole(x)), True, None)
-        solution = path.minimum(objective, tol, self.settings.max_iter, watch)
+        max_iter = max(_COARSE_ITER, self.settings.max_iter)
+        solution = path.minimum(objective, tol, max_iter, watch)
         return to_model(solution.x), solution
 
     def objective(

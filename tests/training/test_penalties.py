@@ -108,6 +108,15 @@ def test_minima_over_the_coarse_space(monkeypatch, options, are_fits):
     np.testing.assert_allclose(scores[tried], exact.scores_[tried], rtol=0.1)
 
 
+def test_scores_over_the_coarse_space_do_not_depend_on_a_small_max_iter(monkeypatch):
+    monkeypatch.setattr(coarse_space, "_MIN_COST", 1)
+    few, many = (
+        classifier(alphas=[0.01], gradient_alphas=2, refit=False, max_iter=n).fit(X, Y)
+        for n in (5, 100)
+    )
+    np.testing.assert_allclose(few.scores_, many.scores_, rtol=1e-3)
+
+
 @pytest.mark.parametrize("options", [{"features": "gradient"}, {"gradient_alphas": [1.0, 0.1]}])
 def test_grids_without_an_infinite_penalty(options):
     model = classifier(**{"alphas": 2, "gradient_alphas": 2, "refit": False, **options}).fit(X, Y)
