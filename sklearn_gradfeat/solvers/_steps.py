@@ -15,6 +15,8 @@ NOT_FINITE = (
     "activations of the backbone are of moderate size, scale the targets of a regression, or "
     "increase alpha."
 )
+# Unknowns that are converted to float64 at a time.
+_BLOCK = 2**22
 
 
 class CoarseSolver(Protocol):
@@ -70,8 +72,11 @@ def start(objective: LinearObjective, x: Tensor) -> Point:
 
 def penalised(objective: LinearObjective, x: Tensor, y: Tensor) -> float:
     """Return ``Σ penalty x y`` in float64; with millions of terms float32 is off by 1e-5."""
-    penalty = objective.penalty.to(objective.loss.weights)
-    return number_of_first_rank(float((penalty * x.to(penalty)) @ y.to(penalty)))
+    wide, total = objective.loss.weights, objective.loss.weights.new_zeros(())
+    for parts in zip(*(t.split(_BLOCK) for t in (objective.penalty, x, y)), strict=True):
+        penalty, of_x, of_y = (part.to(wide) for part in parts)
+        total += (penalty * of_x) @ of_y
+    return number_of_first_rank(float(total))
 
 
 def line_step(

@@ -367,9 +367,9 @@ class TwoStageFit:
         self._choose_term(first)
         objective = self.second_objective(first, gradient_alpha)
         to_model = partial(self._second_model, objective, first.model)
-        unmoved = self._second_unknowns(first.model)
 
         def baseline() -> float:
+            unmoved = self._second_unknowns(first.model)
             value = objective.loss.value(objective.forward(unmoved))
             return value + penalised(objective, unmoved, unmoved) / 2
 
