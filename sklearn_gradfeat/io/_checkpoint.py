@@ -19,10 +19,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.data import gather_over_ranks, is_first_rank, of_first_rank, on_all_ranks
+from sklearn_gradfeat.data import (
+    accumulation_device,
+    gather_over_ranks,
+    is_first_rank,
+    of_first_rank,
+    on_all_ranks,
+)
 from sklearn_gradfeat.io._archive import Arrays, read_archive, write_archive
 from sklearn_gradfeat.training import Entry, Journal
 
@@ -174,11 +181,14 @@ def _decoded(text: str, arrays: Arrays, like: Tensor) -> list[Entry]:
     """Return entries from their lines and arrays."""
     if not text:
         return []
-    vectors = {
-        name: list(torch.from_numpy(array).to(like.device))
-        for name, array in arrays.items()
-        if name.startswith("vectors.")
-    }
+
+    def tensors(array: npt.NDArray[Any]) -> list[Tensor]:
+        wide = array.dtype == np.float64
+        device = accumulation_device(like.device) if wide else like.device
+        # Each in memory of its own: the last digits of a product depend on the alignment.
+        return [torch.tensor(row, device=device) for row in array]
+
+    vectors = {name: tensors(of) for name, of in arrays.items() if name.startswith("vectors.")}
     ends = np.cumsum(arrays["lengths"])
     numbers = np.split(arrays["numbers"], ends[:-1])
     entries = []

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.cache import get_config
 from sklearn_gradfeat.curvature import Inverses
+from sklearn_gradfeat.data import n_ranks
 from sklearn_gradfeat.linearized import TangentObjective
 from sklearn_gradfeat.solvers import CurvaturePairs, Solution, State, Status
 
@@ -119,12 +120,15 @@ class Journal:
             return None
         entry = self._entries.pop()
         _recall(entry, objective, inverses)
-        n_passes, two_levels, *path = entry.numbers.tolist()
+        n_passes, scale, two_levels, *path = entry.numbers.tolist()
         vectors = entry.vectors
         coarse_pairs = _pairs(vectors.get("coarse_pairs", ())) if two_levels else None
         pairs = _pairs(vectors.get("pairs", ()))
-        (x,), (built_at,) = vectors["x"], vectors["built_at"]
-        return State(x, built_at, path, int(n_passes), pairs, coarse_pairs)
+        (x,), (gradient,), (built_at,) = (vectors[of] for of in ("x", "gradient", "built_at"))
+        (logits,) = vectors.get("logits") or (None,)
+        return State(
+            x, gradient, logits, built_at, scale, path, int(n_passes), pairs, coarse_pairs
+        )
 
     def keep(self, name: str, inverses: Inverses, state: State) -> None:
         """Take note of the state of the run; write a checkpoint if one is due."""
@@ -136,11 +140,14 @@ class Journal:
             coarse = state.coarse_pairs
             vectors: dict[str, Vectors] = {
                 "x": [state.x],
+                "gradient": [state.gradient],
+                # Rank 0, which writes the file, has the logits of its own samples alone.
+                "logits": [] if n_ranks() > 1 or state.logits is None else [state.logits],
                 "built_at": [state.built_at],
                 "pairs": _flat(state.pairs),
                 "coarse_pairs": _flat(coarse or ()),
             }
-            numbers = [state.n_passes, coarse is not None, *state.objective_path]
+            numbers = [state.n_passes, state.scale, coarse is not None, *state.objective_path]
             return Entry(f"{name} state", np.array(numbers), vectors | _origins(inverses))
 
         self._state = entry
