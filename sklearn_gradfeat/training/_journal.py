@@ -4,10 +4,11 @@ Between the passes over the data, a fit is cheap and makes all its choices. What
 runs of the solver, and numbers such as held-out losses. A journal holds their results in the order
 of the fit, and the state of the run that is not finished. A fit that goes on does the same as the
 first one from the beginning, and takes every result from the journal until there is none. So it
-makes the same choices, and ends where the first one would have ended, up to rounding errors.
+makes the same choices, and ends with the same bits.
 
 The unknowns of a finished run are kept for as long as the fit itself keeps them. In place of others
-the journal returns NaN, which no later result depends on.
+the journal returns NaN, which no later result depends on. So a choice that depends on unknowns
+belongs into the journal as well.
 """
 
 from __future__ import annotations
@@ -126,9 +127,7 @@ class Journal:
         pairs = _pairs(vectors.get("pairs", ()))
         (x,), (gradient,), (built_at,) = (vectors[of] for of in ("x", "gradient", "built_at"))
         (logits,) = vectors.get("logits") or (None,)
-        return State(
-            x, gradient, logits, built_at, scale, path, int(n_passes), pairs, coarse_pairs
-        )
+        return State(x, gradient, logits, built_at, scale, path, int(n_passes), pairs, coarse_pairs)
 
     def keep(self, name: str, inverses: Inverses, state: State) -> None:
         """Take note of the state of the run; write a checkpoint if one is due."""

@@ -437,14 +437,21 @@ class TwoStageFit:
         The result is None where the rows of the samples give the inverses. A coarse space with less
         than half of the parameters, as with many outputs, will not do.
         """
-        self._choose_term(first)
-        objective, start = self.second_objective(first, 1.0), self._second_unknowns(first.model)
         inverses = first.inverses
-        if not self._retry(partial(inverses.learn_layers, objective, start)):
+
+        @cache
+        def has_layers() -> bool:
+            self._choose_term(first)
+            objective, start = self.second_objective(first, 1.0), self._second_unknowns(first.model)
+            return self._retry(partial(inverses.learn_layers, objective, start))
+
+        def share_of_subspace() -> float:
+            return self._retry(inverses.share_of_subspace) if has_layers() else -1.0
+
+        share = self.journal.number("share of the coarse space", share_of_subspace)
+        if share < 0:
             return None
-        share = self.journal.number(
-            "share of the coarse space", lambda: self._retry(inverses.share_of_subspace)
-        )
+        has_layers()
         return inverses, share >= _SHARE
 
     def has_coarse_space(self, first: FirstStage) -> bool:
@@ -452,8 +459,12 @@ class TwoStageFit:
 
         They are not where passes need no network.
         """
-        self._choose_term(first)
-        if isinstance(first.term, FactoredTerm):
+
+        def is_factored() -> bool:
+            self._choose_term(first)
+            return isinstance(first.term, FactoredTerm)
+
+        if self.journal.number("the rows are factored", is_factored):
             return False
         shared = self.shared(first)
         return shared is not None and shared[1]

@@ -17,6 +17,7 @@ from sklearn_gradfeat.curvature import _coarse_space as coarse_space
 from sklearn_gradfeat.io import Checkpoint, _checkpoint
 from sklearn_gradfeat.linearized import LinearizedHead
 from sklearn_gradfeat.training import _held_out as held_out
+from sklearn_gradfeat.training import _two_stage_fit as two_stage_fit
 from tests.counting import Counted
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
@@ -66,17 +67,21 @@ def kill(monkeypatch):
     return fit
 
 
+ATTRIBUTES = [
+    "coef_", "intercept_", "omega_", "alpha_", "gradient_alpha_", "objective_path_", "n_iter_",
+    "n_passes_", "n_linearizations_",
+]  # fmt: skip
+
+
 def assert_same(found, expected):
-    """Compare models up to rounding errors in float64."""
-    for name in ("coef_", "intercept_", "omega_", "alpha_", "gradient_alpha_", "objective_path_"):
+    """Compare the bits of models."""
+    for name in ATTRIBUTES:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    for name in ("gradient_coef_", "linearization_point_", "validation_scores_"):
         one, other = getattr(found, name), getattr(expected, name)
-        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9, err_msg=name)
-    for name, moves in expected.gradient_coef_.items():
-        np.testing.assert_allclose(found.gradient_coef_[name], moves, rtol=1e-7, atol=1e-9)
-    for name in ("n_iter_", "n_passes_", "n_linearizations_"):
-        assert getattr(found, name) == getattr(expected, name), name
-    for name, column in expected.validation_scores_.items():
-        np.testing.assert_allclose(found.validation_scores_[name], column, rtol=1e-7, atol=1e-9)
+        assert one.keys() == other.keys()
+        for key, values in other.items():
+            np.testing.assert_array_equal(one[key], values, key)
 
 
 IMAGES = {"precision": "float64", "tol": 1e-6}
@@ -108,6 +113,37 @@ def test_a_killed_fit_ends_with_the_same_model(name, kill, tmp_path):
     assert not kill(found, -1, *samples)
     assert_same(found, whole)
     assert list(tmp_path.iterdir()) == []  # the fit is finished
+
+
+LOGITS = X.mean((1, 2, 3)) + 0.2 * np.random.default_rng(1).normal(size=len(Y))
+LABELS = np.stack([Y == 0, LOGITS > 0.5], axis=1).astype(int)
+WEAK = {"alpha": 1e-3, "gradient_alpha": 1e-3, "gradient_layers": 2, "random_state": 0}
+FLOAT32 = {
+    "classes": (GradientFeatureClassifier(NET, tol=1e-3, **WEAK), np.roll(Y, 3)),
+    "labels": (GradientFeatureClassifier(NET, gradient_layers=2), LABELS),
+    "targets": (GradientFeatureRegressor(NET, gradient_layers=2), LOGITS),
+    "moved": (GradientFeatureClassifier(NET, n_linearizations=3, **WEAK), Y),
+}
+
+
+@pytest.mark.parametrize("in_coarse_space", [False, True])
+@pytest.mark.parametrize("name", FLOAT32)
+def test_the_bits_in_float32(name, in_coarse_space, monkeypatch, tmp_path):
+    """Sums over the iterations, such as the logits, have last digits of their own."""
+    if in_coarse_space:
+        monkeypatch.setattr(coarse_space, "_MIN_COST", 1)
+        monkeypatch.setattr(held_out, "_MAX_DENSE", 0)
+        monkeypatch.setattr(two_stage_fit, "with_rows_if_cheap", lambda term, *_: term)
+    model, y = FLOAT32[name]
+    whole, path, files = clone(model).fit(X, y), tmp_path / "checkpoint", []
+    model = clone(model).set_params(checkpoint=path)
+    with monkeypatch.context() as patched:
+        patched.setattr(_checkpoint, "write_archive", lambda *file: files.append(file))
+        assert_same(clone(model).fit(X, y), whole)
+    for after in (len(files) // 2, len(files) - 2):
+        WRITE(*files[after])
+        with config_context(checkpoint_seconds=600):
+            assert_same(clone(model).fit(X, y), whole)
 
 
 @pytest.mark.slow

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from sklearn_gradfeat import config_context
+from sklearn_gradfeat import GradientFeatureRegressor, config_context
 from sklearn_gradfeat.curvature import Inverses
 from sklearn_gradfeat.solvers import CurvaturePairs, Solution, State
-from sklearn_gradfeat.training import Journal
+from sklearn_gradfeat.training import Journal, TwoStageFit
+from tests.tiny import NET, X
 
 
 class Objective:
@@ -62,14 +63,20 @@ def test_the_state_of_a_run_is_returned_once(written):
     journal, inverses = Journal(write=written.append), Inverses()
     journal.number("number", lambda: 2.0)
     pairs = [(vector(3), vector(4))]
+    logits = torch.eye(2, dtype=torch.float64)
     for coarse in (None, [], [(torch.zeros(2), torch.ones(2))]):
-        journal.keep("full", inverses, State(vector(1), vector(2), [5.0, 4.0], 6, pairs, coarse))
+        state = State(
+            vector(1), vector(5), logits, vector(2), 0.5, [5.0, 4.0], 6, pairs, coarse
+        )  # fmt: skip
+        journal.keep("full", inverses, state)
         later = Journal(written[-1])
         assert later.number("number", lambda: 0.0) == 2.0
         assert later.finished("full", Objective, Inverses()) is None
         state = later.state(Objective, Inverses())
-        assert (state.objective_path, state.n_passes) == ([5.0, 4.0], 6)
-        assert [x.tolist() for x in (state.x, state.built_at)] == [[1, 1, 1], [2, 2, 2]]
+        assert (state.objective_path, state.n_passes, state.scale) == ([5.0, 4.0], 6, 0.5)
+        vectors = state.x, state.gradient, state.built_at
+        assert [x.tolist() for x in vectors] == [[1] * 3, [5] * 3, [2] * 3]
+        assert torch.equal(state.logits, logits)
         assert torch.equal(state.pairs[0][1], vector(4))
         assert (state.coarse_pairs is None) == (coarse is None)
         assert len(state.coarse_pairs or ()) == len(coarse or ())
@@ -125,3 +132,27 @@ def test_without_a_file_nothing_is_kept():
     assert journal.number("number", lambda: 1.0) == 1
     assert journal.finished("full", Objective, inverses) is None
     assert inverses.curvature_pairs is run.curvature_pairs
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_choices_do_not_depend_on_forgotten_unknowns(precision, written):
+    """Where rows give the inverses, they do so too after the output weights are gone."""
+    y = np.arange(len(X)) / len(X)
+    model = GradientFeatureRegressor(NET, loss="huber", precision=precision)
+    problem = model._problem(y, None)
+    prepared = model._prepare(X, problem.weights)
+
+    def choices(journal):
+        stages = TwoStageFit(prepared._replace(journal=journal), problem)
+        first = stages.fit_activation(0.1)
+        found = [stages.has_coarse_space(first), stages.shared(first) is None]
+        gone = torch.isnan(first.model.omega).any()
+        del first
+        stages.fit_activation(0.2)
+        return found, bool(gone)
+
+    journal = Journal(write=written.append)
+    assert choices(journal) == ([False, True], False)
+    gc.collect()
+    journal.number("the end", lambda: 0)
+    assert choices(Journal(written[-1])) == ([False, True], True)
