@@ -13,10 +13,9 @@ belongs into the journal as well.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -24,7 +23,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.cache import get_config
 from sklearn_gradfeat.curvature import Inverses
 from sklearn_gradfeat.data import n_ranks
 from sklearn_gradfeat.linearized import TangentObjective
@@ -72,16 +70,17 @@ class Journal:
     entries : iterable of Entry
         The results of a former process; the last one may be the state of a run.
     write : callable or None
-        Called with the entries when a checkpoint is due. None keeps nothing.
+        Called with :meth:`contents` wherever a fit can go on. None keeps nothing.
     """
 
     def __init__(
-        self, entries: Iterable[Entry] = (), write: Callable[[list[Entry]], None] | None = None
+        self,
+        entries: Iterable[Entry] = (),
+        write: Callable[[Callable[[], list[Entry]]], None] | None = None,
     ) -> None:
         self._entries, self._write = list(entries), write
         self._n_done = 0  # entries that this process has passed
-        self._state: Callable[[], Entry] | None = None
-        self._written = time.monotonic()
+        self._state: Entry | None = None
 
     def number(self, name: str, compute: Callable[[], float]) -> float:
         """Return a number, from the journal or from ``compute()``."""
@@ -93,7 +92,6 @@ class Journal:
         if entry is None:
             entry = Entry(name, np.atleast_1d(np.array(compute(), dtype=np.float64)))
             self._append(entry)
-            self._write_if_due()
         return entry.numbers
 
     def finished(
@@ -130,31 +128,32 @@ class Journal:
         return State(x, gradient, logits, built_at, scale, path, int(n_passes), pairs, coarse_pairs)
 
     def keep(self, name: str, inverses: Inverses, state: State) -> None:
-        """Take note of the state of the run; write a checkpoint if one is due."""
+        """Take note of the state of the run."""
         if self._write is None:
             return
         inverses.curvature_pairs = None  # those of the state take their place
-
-        def entry() -> Entry:
-            coarse = state.coarse_pairs
-            vectors: dict[str, Vectors] = {
-                "x": [state.x],
-                "gradient": [state.gradient],
-                # Rank 0, which writes the file, has the logits of its own samples alone.
-                "logits": [] if n_ranks() > 1 or state.logits is None else [state.logits],
-                "built_at": [state.built_at],
-                "pairs": _flat(state.pairs),
-                "coarse_pairs": _flat(coarse or ()),
-            }
-            numbers = [state.n_passes, state.scale, coarse is not None, *state.objective_path]
-            return Entry(f"{name} state", np.array(numbers), vectors | _origins(inverses))
-
-        self._state = entry
-        self._write_if_due()
+        coarse = state.coarse_pairs
+        vectors: dict[str, Vectors] = {
+            "x": [state.x],
+            "gradient": [state.gradient],
+            # Rank 0, which writes the file, has the logits of its own samples alone.
+            "logits": [] if n_ranks() > 1 or state.logits is None else [state.logits],
+            "built_at": [state.built_at],
+            "pairs": _flat(state.pairs),
+            "coarse_pairs": _flat(coarse or ()),
+        }
+        numbers = [state.n_passes, state.scale, coarse is not None, *state.objective_path]
+        self._state = Entry(f"{name} state", np.array(numbers), vectors | _origins(inverses))
+        self._write(self.contents)
 
     def finish(self, name: str, solution: Solution, inverses: Inverses) -> None:
-        """Append the result of a run of the solver; the next result or state writes it."""
+        """Append the result of a run of the solver.
+
+        Nothing is kept of a fit from an interruption on: it can go on from the state before.
+        """
         self._state = None
+        if solution.status == "interrupted":
+            self._write = None
         if self._write is None:
             return
         numbers = [
@@ -168,6 +167,16 @@ class Journal:
         for former in self._entries:
             former.forget()
         self._append(entry)
+
+    def contents(self) -> list[Entry]:
+        """Return copies of the entries and of the state, without the vectors that are not needed.
+
+        They do not change when the fit goes on in another thread.
+        """
+        for entry in self._entries:
+            entry.forget()
+        entries = [*self._entries, *([self._state] if self._state else [])]
+        return [replace(entry, vectors=dict(entry.vectors)) for entry in entries]
 
     def used_by(self, model: Any) -> None:
         """Keep the unknowns of the last run for as long as a model made from them exists."""
@@ -197,14 +206,7 @@ class Journal:
         if self._write is not None:
             self._entries.append(entry)
             self._n_done += 1
-
-    def _write_if_due(self) -> None:
-        due = time.monotonic() - self._written >= get_config()["checkpoint_seconds"]
-        if self._write is not None and due:
-            for entry in self._entries:
-                entry.forget()
-            self._write([*self._entries, *([self._state()] if self._state else [])])
-            self._written = time.monotonic()
+            self._write(self.contents)
 
     @staticmethod
     def _watch(entry: Entry, solution: Solution, inverses: Inverses) -> None:

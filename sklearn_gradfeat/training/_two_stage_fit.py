@@ -220,6 +220,8 @@ class TwoStageFit:
         self.like = self.samples.activation.new_empty(0)
         self.inverses = Inverses()
         self._first: FirstStage | None = None
+        # The journal has the output weights of all first stages, on which later choices depend.
+        self._first_models: list[LinearModel] = []
 
     def moved(self, point: Mapping[str, Tensor]) -> TwoStageFit:
         """Return the stages at another point, after a pass that computes the activations there."""
@@ -293,15 +295,18 @@ class TwoStageFit:
             name, penalty, solution = "gradient_alpha", gradient_alpha, second
         if penalty != 0 or not isinstance(self.loss, (Bernoulli, Multinomial)):
             return ()
-        if second is None:
-            objective = self.objective(0.0, self.samples.activation, None)
-        else:
-            objective = self.second_objective(first, 0.0)
-        free = torch.where(objective.penalty == 0, solution.x, 0.0)
-        weights = self.loss.weights[self.loss.weights > 0]
-        smallest = min(gather_over_ranks(float(weights.min()) if len(weights) else math.inf))
-        loss = objective.loss.value(objective.forward(free))
-        return (name,) if loss < math.log(2) * smallest else ()
+
+        def is_separated() -> bool:
+            if second is None:
+                objective = self.objective(0.0, self.samples.activation, None)
+            else:
+                objective = self.second_objective(first, 0.0)
+            free = torch.where(objective.penalty == 0, solution.x, 0.0)
+            weights = self.loss.weights[self.loss.weights > 0]
+            smallest = min(gather_over_ranks(float(weights.min()) if len(weights) else math.inf))
+            return objective.loss.value(objective.forward(free)) < math.log(2) * smallest
+
+        return (name,) if self.journal.number("the classes are separated", is_separated) else ()
 
     def fit_activation(
         self,
@@ -333,6 +338,7 @@ class TwoStageFit:
         def baseline() -> float:
             return math.inf if zero_is_optimum() else self.loss.value(objective.forward(zero))
 
+        is_zero = bool(self.journal.number("zero is optimum", zero_is_optimum))
         to_model = partial(self._first_model, objective)
         solution = self._minimize(
             "activation",
@@ -343,8 +349,10 @@ class TwoStageFit:
             self.settings.tol * _FIRST_STAGE,
             self._watch("activation", to_model, last, progress),
         )
-        is_zero = bool(self.journal.number("zero is optimum", zero_is_optimum))
-        self._first = FirstStage(alpha, to_model(solution.x), solution, is_zero)
+        model = to_model(solution.x)
+        self.journal.used_by(model)
+        self._first_models.append(model)
+        self._first = FirstStage(alpha, model, solution, is_zero)
         return self._first
 
     def fit_gradient(

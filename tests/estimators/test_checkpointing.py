@@ -304,4 +304,3 @@ def test_clones_have_the_path_and_model_files_do_not(tmp_path):
     assert clone(model).checkpoint == path
     model.save(tmp_path / "model")
     assert load(tmp_path / "model", tiny_net()).checkpoint is None
-    assert "checkpoint" not in GradientFeatureClassifierCV().get_params()
