@@ -267,19 +267,13 @@ def minimize(
         point = start(objective, x)
         memory = _Memory(precondition, loss, point.x, point.logits)
         memory.recall(curvature_pairs, penalty)
-        path, passes = [point.value], 1
+        path, passes, coarse_pairs = [point.value], 1, None
     else:
-        path, passes = list(state.objective_path), state.n_passes
-        if state.logits is None:
-            point = start(objective, state.x)
-        else:
-            point = Point(state.x, state.logits, state.gradient, path[-1])
-        memory = _Memory(precondition, loss, state.built_at, objective.forward(state.built_at))
-        memory.restore(state)
+        point, memory = _restored(objective, precondition, state)
+        path, passes, coarse_pairs = list(state.objective_path), state.n_passes, state.coarse_pairs
     preconditioned = memory.inverse(point.gradient)
     norm = _norm(point.gradient, preconditioned)
     n_iter = len(path) - 1
-    coarse_pairs = None if state is None else state.coarse_pairs
     solve = None if coarse is None or coarse_pairs is None else coarse(memory.inverse)
     if solve and coarse_pairs:
         solve.recall(coarse_pairs)
@@ -319,6 +313,20 @@ def minimize(
     return Solution(
         point.x, path, n_iter, passes, status, norm, CurvaturePairs(memory.steps, penalty)
     )
+
+
+def _restored(
+    objective: LinearObjective, precondition: Callable[[Tensor], Inverse], state: State
+) -> tuple[Point, _Memory]:
+    """Return the point of a state, and the memory there."""
+    if state.logits is None:
+        point = start(objective, state.x)
+    else:
+        point = Point(state.x, state.logits, state.gradient, state.objective_path[-1])
+    at = state.built_at
+    memory = _Memory(precondition, objective.loss, at, objective.forward(at))
+    memory.restore(state)
+    return point, memory
 
 
 def _step(

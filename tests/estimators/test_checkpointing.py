@@ -1,5 +1,7 @@
 """Fits that go on where another process was killed, and checkpoints of other fits."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from sklearn_gradfeat import (
     GradientFeatureClassifier,
     GradientFeatureClassifierCV,
     GradientFeatureRegressor,
+    GradientFeatureRegressorCV,
     config_context,
     load,
 )
@@ -44,6 +47,7 @@ def always_due():
 @pytest.fixture
 def kill(monkeypatch):
     """Return the function that fits a model, and kills the fit after some checkpoints."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and of no use without a power cut
 
     def fit(model, after, *samples, **weights):
         n_written = 0
@@ -120,14 +124,15 @@ LABELS = np.stack([Y == 0, LOGITS > 0.5], axis=1).astype(int)
 WEAK = {"alpha": 1e-3, "gradient_alpha": 1e-3, "gradient_layers": 2, "random_state": 0}
 FLOAT32 = {
     "classes": (GradientFeatureClassifier(NET, tol=1e-3, **WEAK), np.roll(Y, 3)),
-    "labels": (GradientFeatureClassifier(NET, gradient_layers=2), LABELS),
-    "targets": (GradientFeatureRegressor(NET, gradient_layers=2), LOGITS),
-    "moved": (GradientFeatureClassifier(NET, n_linearizations=3, **WEAK), Y),
+    "labels": (GradientFeatureClassifier(NET, gradient_layers=2, tol=0.01), LABELS),
+    "targets": (GradientFeatureRegressor(NET, gradient_layers=2, tol=0.01), LOGITS),
 }
 
 
-@pytest.mark.parametrize("in_coarse_space", [False, True])
-@pytest.mark.parametrize("name", FLOAT32)
+@pytest.mark.parametrize(
+    ("name", "in_coarse_space"),
+    [*((name, False) for name in FLOAT32), ("classes", True), ("labels", True)],
+)
 def test_the_bits_in_float32(name, in_coarse_space, monkeypatch, tmp_path):
     """Sums over the iterations, such as the logits, have last digits of their own."""
     if in_coarse_space:
@@ -135,15 +140,61 @@ def test_the_bits_in_float32(name, in_coarse_space, monkeypatch, tmp_path):
         monkeypatch.setattr(held_out, "_MAX_DENSE", 0)
         monkeypatch.setattr(two_stage_fit, "with_rows_if_cheap", lambda term, *_: term)
     model, y = FLOAT32[name]
-    whole, path, files = clone(model).fit(X, y), tmp_path / "checkpoint", []
-    model = clone(model).set_params(checkpoint=path)
-    with monkeypatch.context() as patched:
-        patched.setattr(_checkpoint, "write_archive", lambda *file: files.append(file))
-        assert_same(clone(model).fit(X, y), whole)
+    whole, model = clone(model).fit(X, y), model.set_params(checkpoint=tmp_path / "checkpoint")
+    found = clone(model)
+    files = files_of(found, X, y)
+    assert_same(found, whole)
     for after in (len(files) // 2, len(files) - 2):
         WRITE(*files[after])
         with config_context(checkpoint_seconds=600):
             assert_same(clone(model).fit(X, y), whole)
+
+
+def files_of(model, *samples):
+    """Return what a fit writes."""
+    files = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_checkpoint, "write_archive", lambda *file: files.append(file))
+        model.fit(*samples)
+    return files
+
+
+def test_kills_between_linearizations(monkeypatch, tmp_path):
+    """Before and after each move, and in each fit of the output weights of a moved network."""
+    model = GradientFeatureClassifier(NET, n_linearizations=2, **WEAK | {"tol": 1e-3})
+    whole, model = clone(model).fit(X, Y), model.set_params(checkpoint=tmp_path / "checkpoint")
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    files = files_of(clone(model), X, Y)
+    numbers = [file[1]["entries"][0].count("\n") for file in files]
+    chosen = [
+        file
+        for file, number, next_one in zip(files, numbers, [*numbers[1:], 0], strict=True)
+        if number != next_one and number > 5
+    ]
+    assert len(chosen) > 10
+    for file in chosen:
+        WRITE(*file)
+        with config_context(checkpoint_seconds=600):
+            assert_same(clone(model).fit(X, Y), whole)
+
+
+def test_merge_after_a_kill(monkeypatch, tmp_path):
+    """A merge that is killed changes nothing, and one of the saved model gives the same bits."""
+    model = GradientFeatureClassifier(NET, **WEAK).fit(X, Y)
+    model.save(tmp_path / "model")
+    minimize, loaded = two_stage_fit.minimize, load(tmp_path / "model", NET)
+
+    def killed(*arguments, **options):
+        minimize(*arguments, **options)
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(two_stage_fit, "minimize", killed)
+        with pytest.raises(KilledError):
+            model.merge(X, Y)
+    assert_same(model, loaded)
+    assert_same(loaded.merge(X, Y), model.merge(X, Y))
+    assert model.linearization_point_
 
 
 @pytest.mark.slow
@@ -290,6 +341,95 @@ def test_choices_of_the_machine_do_not_count(kill, tmp_path):
     other = clone(model).set_params(batch_size=7, feature_store=None, random_state=3, device="cpu")
     expected = estimator(**IMAGES).fit(X, Y).coef_
     np.testing.assert_allclose(other.fit(X, Y).coef_, expected, rtol=0, atol=1e-5)
+
+
+GIVEN = {"alphas": [0.1, 1e-2], "gradient_alphas": [np.inf, 0.1, 1e-2], "cv": 3}
+SEARCHES = {
+    "lists": (GradientFeatureClassifierCV(NET, **GIVEN), Y),
+    "numbers": (GradientFeatureClassifierCV(NET, cv=2, alphas=2, gradient_alphas=1, tol=0.05), Y),
+    "accuracy": (
+        GradientFeatureClassifierCV(
+            NET, **GIVEN, scoring="accuracy", refit=False, precision="float64"
+        ),
+        Y,
+    ),
+    "labels": (
+        GradientFeatureClassifierCV(NET, **GIVEN | {"alphas": [0.01]}, gradient_layers=2),
+        LABELS,
+    ),
+    "threads": (GradientFeatureRegressorCV(NET, **GIVEN, n_jobs=2), LOGITS),
+    "moved": (
+        GradientFeatureRegressorCV(NET, **GIVEN | {"alphas": [0.1]}, n_linearizations=2),
+        LOGITS,
+    ),
+    "loo": (
+        GradientFeatureRegressorCV(
+            None,
+            **GIVEN | {"cv": "loo"},
+            random_state=0,
+        ),
+        LOGITS,
+    ),
+}
+
+
+def assert_same_search(found, expected):
+    for name in ("scores_", "alphas_", "gradient_alphas_", "best_score_", "alpha_"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    assert found.gradient_alpha_ == expected.gradient_alpha_
+    assert hasattr(found, "coef_") == hasattr(expected, "coef_")
+    for name in ATTRIBUTES if hasattr(expected, "coef_") else []:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+
+
+@pytest.mark.filterwarnings("ignore:The best of")
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_killed_search_ends_with_the_same_scores(name, kill, monkeypatch, tmp_path):
+    model, y = SEARCHES[name]
+    rows = table(len(y))[0] if name == "loo" else X
+    whole, path, counts = clone(model).fit(rows, y), tmp_path / "checkpoint", []
+
+    def counted(*arguments, **options):
+        counts.append(1)
+        return minimize(*arguments, **options)
+
+    minimize = two_stage_fit.minimize
+    monkeypatch.setattr(two_stage_fit, "minimize", counted)
+    model = clone(model).set_params(checkpoint=path)
+    found = clone(model)
+    n_files = len(files_of(found, rows, y))
+    assert_same_search(found, whole)
+    n_fits = len(counts)
+    counts.clear()
+    n_kills = 0
+    while kill(found := clone(model), n_files // 3, rows, y):
+        n_kills += 1
+    assert n_kills >= 2
+    assert_same_search(found, whole)
+    if name != "threads":  # the other thread goes on for a while
+        # A kill loses the rest of one fit; "loo" fits the output weights again.
+        assert n_fits <= len(counts) <= n_fits + n_kills * (2 if name == "loo" else 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:The best of")
+def test_checkpoints_of_other_searches_are_refused(kill, tmp_path):
+    model = GradientFeatureClassifierCV(NET, **GIVEN, checkpoint=tmp_path / "checkpoint")
+    assert kill(clone(model), 5, X, Y)
+    for changes, message in (
+        ({"alphas": [0.1]}, r"differ in alphas \("),
+        ({"cv": 2}, r"differ in cv or groups\."),
+        ({"scoring": "accuracy"}, r"differ in scoring \('accuracy' here, None there\)"),
+        ({"backbone": tiny_net()[:4]}, "differ in the network"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            clone(model).set_params(**changes).fit(X, Y)
+    with pytest.raises(ValueError, match="differ in X"):
+        clone(model).fit(X + 1, Y)
+    with pytest.raises(ValueError, match=r"differ in the class"):
+        GradientFeatureClassifier(NET, checkpoint=model.checkpoint).fit(X, Y)
+    clone(model).set_params(n_jobs=2, verbose=0).fit(X, Y)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_random_network_needs_a_seed(tmp_path):
