@@ -113,7 +113,7 @@ class _Data(NamedTuple):
     prepared: Prepared
     problem: Problem
     to_score: dict[str, Any]
-    journals: list[Journal]  # one for each fold; empty without a checkpoint
+    journals: list[Journal]  # one for each fold, or for leave-one-out
 
 
 def searched(constraints: dict[str, Any]) -> dict[str, Any]:
@@ -170,11 +170,10 @@ class CrossValidated(BaseGradientFeature):
                 prepared = self._prepare(X, problem.weights / n_ranks(), checkpoint)
                 check_same_samples(self, X=prepared.samples.names)
                 with alone() as ranks:
-                    journals: list[Journal] = []
+                    journals = [Journal() for _ in range(1 + len(folds or [None]))]
                     if checkpoint is not None:
-                        like, n_folds = prepared.samples.activation, len(folds or ())
-                        journal, *journals = checkpoint.journals(like, 1 + n_folds)
-                        prepared = prepared._replace(journal=journal)
+                        journals = checkpoint.journals(prepared.samples.activation, len(journals))
+                    prepared, journals = prepared._replace(journal=journals[0]), journals[1:]
                     data = _Data(X, y, sample_weight, prepared, problem, to_score, journals)
                     fitted = self._search(data, folds, ranks)
                     if self.refit:
@@ -315,7 +314,7 @@ class CrossValidated(BaseGradientFeature):
         self, fold: Any, pairs: Sequence[Pair], data: _Data, bar: Any, stop: threading.Event
     ) -> _FoldScores:
         """Return the scores of one fold, and the fits without an optimum."""
-        journal = data.journals[fold[0]] if fold and data.journals else Journal()
+        journal = data.journals[0 if fold is None else fold[0]]
         data = data._replace(prepared=data.prepared._replace(journal=journal))
         if fold is None:
             stages, rows, samples = (

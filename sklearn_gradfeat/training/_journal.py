@@ -184,6 +184,11 @@ class Journal:
             of_solution, of_model = last.is_used["x"], weakref.ref(model)
             last.is_used["x"] = lambda: of_solution() or of_model() is not None
 
+    def used_to_the_end(self) -> None:
+        """Keep the unknowns of the last run to the end of the fit."""
+        if self._n_done:
+            self._entries[self._n_done - 1].is_used.pop("x", None)
+
     def _next(self, *names: str) -> Entry | None:
         """Return the next entry of the former process, if it is the result of this name.
 

@@ -220,8 +220,6 @@ class TwoStageFit:
         self.like = self.samples.activation.new_empty(0)
         self.inverses = Inverses()
         self._first: FirstStage | None = None
-        # The journal has the output weights of all first stages, on which later choices depend.
-        self._first_models: list[LinearModel] = []
 
     def moved(self, point: Mapping[str, Tensor]) -> TwoStageFit:
         """Return the stages at another point, after a pass that computes the activations there."""
@@ -349,10 +347,9 @@ class TwoStageFit:
             self.settings.tol * _FIRST_STAGE,
             self._watch("activation", to_model, last, progress),
         )
-        model = to_model(solution.x)
-        self.journal.used_by(model)
-        self._first_models.append(model)
-        self._first = FirstStage(alpha, model, solution, is_zero)
+        if not self.point:  # coarse spaces and Gram matrices of a search depend on them
+            self.journal.used_to_the_end()
+        self._first = FirstStage(alpha, to_model(solution.x), solution, is_zero)
         return self._first
 
     def fit_gradient(

@@ -139,14 +139,15 @@ def test_without_a_file_nothing_is_kept():
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_choices_do_not_depend_on_forgotten_unknowns(precision, written):
-    """Where rows give the inverses, they do so too after the output weights are gone."""
+    """Where rows give the inverses, they still do when the weights of a move are forgotten."""
     y = np.arange(len(X)) / len(X)
     model = GradientFeatureRegressor(NET, loss="huber", precision=precision)
     problem = model._problem(y, None)
     prepared = model._prepare(X, problem.weights)
+    point = {name: 0.1 * value for name, value in prepared.network.parameters.items()}
 
     def choices(journal):
-        stages = TwoStageFit(prepared._replace(journal=journal), problem)
+        stages = TwoStageFit(prepared._replace(journal=journal), problem).moved(point)
         first = stages.fit_activation(0.1)
         found = [stages.has_coarse_space(first), stages.shared(first) is None]
         gone = torch.isnan(first.model.omega).any()
