@@ -73,7 +73,7 @@ class Checkpoint:
         self._document: dict[str, Any] = {}
         self._arrays: Arrays = {}
         self._is_ours = self._warned = False
-        self._parts: list[list[Entry]] = []
+        self._parts: list[list[Entry]] = []  # of several journals
         self._written, self._writing = time.monotonic(), threading.Lock()
         if is_first_rank():
             self._open()
@@ -135,23 +135,25 @@ class Checkpoint:
         texts, arrays = _of_first_rank(self._document.get("entries", [""] * n), self._arrays)
         self._document, self._arrays = {}, {}
         try:
-            self._parts = _decoded(texts, arrays, like)
+            found = _decoded(texts, arrays, like)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{self._path} is damaged: {error!r}. {_ADVICE}") from error
         first = is_first_rank()
-        return [
-            Journal(part, partial(self._note, number) if first else None)
-            for number, part in enumerate(self._parts)
+        journals = [
+            Journal(entries, partial(self._note, number) if first else None)
+            for number, entries in enumerate(found)
         ]
+        self._parts = [journal.contents() for journal in journals] if n > 1 else []
+        return journals
 
     def _note(self, number: int, contents: Callable[[], list[Entry]]) -> None:
         """Take note of the contents of a journal; write those of all journals if it is time."""
         due = time.monotonic() - self._written >= get_config()["checkpoint_seconds"]
-        if due or len(self._parts) > 1:
+        if self._parts:
             self._parts[number] = contents()
         if due and self._writing.acquire(blocking=False):
             try:
-                self._write(list(self._parts))
+                self._write(list(self._parts) or [contents()])
                 self._written = time.monotonic()
             finally:
                 self._writing.release()
