@@ -124,7 +124,7 @@ LABELS = np.stack([Y == 0, LOGITS > 0.5], axis=1).astype(int)
 WEAK = {"alpha": 1e-3, "gradient_alpha": 1e-3, "gradient_layers": 2, "random_state": 0}
 FLOAT32 = {
     "classes": (GradientFeatureClassifier(NET, tol=1e-3, **WEAK), np.roll(Y, 3)),
-    "labels": (GradientFeatureClassifier(NET, gradient_layers=2, tol=0.01), LABELS),
+    "labels": (GradientFeatureClassifier(NET, gradient_layers=2, alpha=0.1), LABELS),
     "targets": (GradientFeatureRegressor(NET, gradient_layers=2, tol=0.01), LOGITS),
 }
 
@@ -346,7 +346,7 @@ def test_choices_of_the_machine_do_not_count(kill, tmp_path):
 GIVEN = {"alphas": [0.1, 1e-2], "gradient_alphas": [np.inf, 0.1, 1e-2], "cv": 3}
 SEARCHES = {
     "lists": (GradientFeatureClassifierCV(NET, **GIVEN), Y),
-    "numbers": (GradientFeatureClassifierCV(NET, cv=2, alphas=2, gradient_alphas=1, tol=0.05), Y),
+    "numbers": (GradientFeatureClassifierCV(NET, cv=2, alphas=[0.1], gradient_alphas=1, tol=0.1), Y),
     "accuracy": (
         GradientFeatureClassifierCV(
             NET, **GIVEN, scoring="accuracy", refit=False, precision="float64"
