@@ -346,7 +346,10 @@ def test_choices_of_the_machine_do_not_count(kill, tmp_path):
 GIVEN = {"alphas": [0.1, 1e-2], "gradient_alphas": [np.inf, 0.1, 1e-2], "cv": 3}
 SEARCHES = {
     "lists": (GradientFeatureClassifierCV(NET, **GIVEN), Y),
-    "numbers": (GradientFeatureClassifierCV(NET, cv=2, alphas=[0.1], gradient_alphas=1, tol=0.1), Y),
+    "numbers": (
+        GradientFeatureClassifierCV(NET, cv=2, alphas=[0.1], gradient_alphas=1, tol=0.1),
+        Y,
+    ),
     "accuracy": (
         GradientFeatureClassifierCV(
             NET, **GIVEN, scoring="accuracy", refit=False, precision="float64"

@@ -1,6 +1,7 @@
 """The journal of a fit: what it keeps, for how long, and what it returns to a later process."""
 
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,3 +161,12 @@ def test_choices_do_not_depend_on_forgotten_unknowns(precision, written):
     gc.collect()
     journal.number("the end", lambda: 0)
     assert choices(Journal(written[-1])) == ([False, True], True)
+
+
+def test_nothing_is_kept_after_an_interruption(written):
+    """Another thread may end a run, whose result is not that of the fit."""
+    journal, inverses = Journal(write=writer(written)), Inverses()
+    journal.keep("full", inverses, State(*[vector(1)] * 4, 0.5, [5.0], 6, [], None))
+    journal.finish("full", replace(solution(1), status="interrupted"), inverses)
+    assert journal.number("number", lambda: 2.0) == 2.0
+    assert [[entry.name for entry in entries] for entries in written] == [["full state"]]
