@@ -117,6 +117,9 @@ class BaseGradientFeature(
             checkpoint = open_checkpoint(self, X, y, problem.weights)
             with Progress(self, X=X, y=y, metadata=metadata) as progress:
                 prepared = self._prepare(X, problem.weights, checkpoint)
+                if checkpoint is not None:
+                    (journal,) = checkpoint.journals(prepared.samples.activation)
+                    prepared = prepared._replace(journal=journal)
                 stages = TwoStageFit(prepared, problem)
                 alpha, gradient_alpha = self._penalties()
                 choice = choose_penalties(prepared, stages, alpha, gradient_alpha, progress)
@@ -149,7 +152,7 @@ class BaseGradientFeature(
     def _prepare(
         self, X: Any, weights: npt.NDArray[np.float64], checkpoint: Checkpoint | None = None
     ) -> Prepared:
-        """Pass the samples through the frozen layers."""
+        """Pass the samples through the frozen layers, and compare them with the checkpoint."""
         if self.features == "gradient" and self.n_linearizations != 1:
             raise ValueError(
                 f"n_linearizations={self.n_linearizations!r} needs the whole model, and "
@@ -177,11 +180,9 @@ class BaseGradientFeature(
             checkpoint.check(of_network(extractor, names))
         samples = self._pass(X, extractor, names)
         extractor, samples = extractor.balanced(samples, weights)
-        prepared = self._prepared(X, extractor, names, samples)
-        if checkpoint is None:
-            return prepared
-        checkpoint.check(of_samples(X, samples))
-        return prepared._replace(journal=checkpoint.journal(samples.activation))
+        if checkpoint is not None:
+            checkpoint.check(of_samples(X, samples))
+        return self._prepared(X, extractor, names, samples)
 
     def _pass(self, X: Any, extractor: Extractor, names: list[str]) -> CachedSamples:
         """Pass samples through the layers below the parameters ``names``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from importlib import import_module
 from typing import Any
@@ -11,10 +12,11 @@ import numpy.typing as npt
 
 from sklearn_gradfeat.backbones import default_name, stored_weights
 from sklearn_gradfeat.cache import CachedSamples, Extractor
-from sklearn_gradfeat.data import gather_over_ranks, n_ranks
+from sklearn_gradfeat.data import Ranks, gather_over_ranks, n_ranks
 from sklearn_gradfeat.estimators._same_on_ranks import FITTED, FREE, digest_of
 from sklearn_gradfeat.io import Checkpoint, Described, describe
 
+_FREE = (*FREE, "n_jobs", "cv")
 _VERSIONS = ("torch", "sklearn_gradfeat")
 
 
@@ -33,26 +35,62 @@ def open_checkpoint(
     """
     if estimator.checkpoint is None:
         return None
+    known = {}
+    if estimator.warm_start:
+        fitted = {name: getattr(estimator, name, None) for name in FITTED}
+        known["the fitted model, from which warm_start starts"] = fitted
+    return _opened(estimator, estimator.checkpoint, X, y, weights, n_ranks(), known)
+
+
+def open_checkpoint_of_search(
+    estimator: Any,
+    X: Any,
+    y: npt.NDArray[Any],
+    weights: npt.NDArray[np.float64],
+    ranks: Ranks,
+    folds: Any,
+    to_score: dict[str, Any],
+) -> Checkpoint | None:
+    """Return the checkpoint of a search, None without one: a file for each rank.
+
+    ``folds`` takes the place of ``cv``, and ``to_score`` is the metadata for the scorer. The errors
+    are those of :func:`open_checkpoint`.
+    """
+    if estimator.checkpoint is None:
+        return None
+    path = os.fspath(estimator.checkpoint) + (f".rank{ranks.rank}" if ranks.rank else "")
+    known = {"cv or groups": folds, "the metadata for the scorer": to_score}
+    return _opened(estimator, path, X, y, weights, ranks.size, known)
+
+
+def _opened(
+    estimator: Any,
+    path: str | os.PathLike[str],
+    X: Any,
+    y: npt.NDArray[Any],
+    weights: npt.NDArray[np.float64],
+    n_processes: int,
+    known: dict[str, Any],
+) -> Checkpoint:
+    """Return the checkpoint of a fit that depends on ``known`` as well."""
     is_random = estimator.backbone is None and default_name(tuple(X.shape[1:])) is None
     if is_random and estimator.random_state is None:
         raise ValueError(
             "checkpoint needs random_state: with random_state=None, every fit draws another random "
             "network, so none could go on with the checkpoint of another. Set random_state=0."
         )
-    checkpoint = Checkpoint(estimator.checkpoint)
+    checkpoint = Checkpoint(path)
     parameters = estimator.get_params(deep=False)
     given = {
         "the class": type(estimator).__name__,
-        **{name: value for name, value in parameters.items() if name not in FREE},
+        **{name: value for name, value in parameters.items() if name not in _FREE},
         **{f"the version of {name}": import_module(name).__version__ for name in _VERSIONS},
-        "the number of processes": n_ranks(),
+        "the number of processes": n_processes,
     }
     header = {name: _described(value, reprlib.repr(value)) for name, value in given.items()}
     header["y"] = _described(y)
     header["sample_weight or class_weight"] = _described(weights)
-    if estimator.warm_start:
-        fitted = {name: getattr(estimator, name, None) for name in FITTED}
-        header["the fitted model, from which warm_start starts"] = _described(fitted)
+    header |= {name: _described(value) for name, value in known.items()}
     checkpoint.check(header)
     return checkpoint
 

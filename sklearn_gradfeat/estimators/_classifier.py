@@ -326,6 +326,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
     class_weight : dict, "balanced", list of dict or None, default=None
         Factors on the weights of the samples by class, as in scikit-learn.
     %SOLVER%
+    %CHECKPOINT%
     %COMPUTATION%
 
     Attributes
@@ -379,6 +380,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         class_weight: Any = None,
         max_iter: int = 100,
         tol: float = 1e-4,
+        checkpoint: str | os.PathLike[str] | None = None,
         batch_size: int = 256,
         feature_store: str | os.PathLike[str] | None = "auto",
         device: str | torch.device = "auto",
@@ -405,6 +407,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         self.class_weight = class_weight
         self.max_iter = max_iter
         self.tol = tol
+        self.checkpoint = checkpoint
         self.batch_size = batch_size
         self.feature_store = feature_store
         self.device = device

@@ -41,12 +41,14 @@ from sklearn_gradfeat.data import (
     validate_samples,
 )
 from sklearn_gradfeat.estimators._base import BaseGradientFeature
+from sklearn_gradfeat.estimators._checkpointing import open_checkpoint_of_search
 from sklearn_gradfeat.estimators._same_on_ranks import check_same_on_ranks, check_same_samples
 from sklearn_gradfeat.linearized import to_numpy
 from sklearn_gradfeat.training import (
     Candidate,
     CoarseFits,
     FitSettings,
+    Journal,
     Pair,
     Prepared,
     Problem,
@@ -112,11 +114,12 @@ class _Data(NamedTuple):
     prepared: Prepared
     problem: Problem
     to_score: dict[str, Any]
+    journals: list[Journal]  # one for each fold, or for leave-one-out
 
 
 def searched(constraints: dict[str, Any]) -> dict[str, Any]:
     """Return the parameter constraints of an estimator that chooses its penalties."""
-    dropped = ("alpha", "gradient_alpha", "warm_start", "checkpoint")
+    dropped = ("alpha", "gradient_alpha", "warm_start")
     return {
         **{name: value for name, value in constraints.items() if name not in dropped},
         "n_linearizations": [Interval(Integral, 1, None, closed="left")],
@@ -158,13 +161,21 @@ class CrossValidated(BaseGradientFeature):
             weights = {} if sample_weight is None else {"sample_weight": sample_weight}
             if sample_weight is not None:
                 sample_weight = plain_weights(sample_weight, y)
+            with alone() as ranks:
+                checkpoint = open_checkpoint_of_search(
+                    self, X, y, problem.weights, ranks, folds, to_score
+                )
             with Progress(self, X=X, y=y, metadata={**params, **weights}) as progress:
                 # Scales of activation layers, which use no labels, come from all samples. Their
                 # weights add up to one over all ranks, each of which passes all samples.
-                prepared = self._prepare(X, problem.weights / n_ranks())
+                prepared = self._prepare(X, problem.weights / n_ranks(), checkpoint)
                 check_same_samples(self, X=prepared.samples.names)
-                data = _Data(X, y, sample_weight, prepared, problem, to_score)
                 with alone() as ranks:
+                    journals = [Journal() for _ in range(1 + len(folds or [None]))]
+                    if checkpoint is not None:
+                        journals = checkpoint.journals(prepared.samples.activation, len(journals))
+                    prepared, journals = prepared._replace(journal=journals[0]), journals[1:]
+                    data = _Data(X, y, sample_weight, prepared, problem, to_score, journals)
                     fitted = self._search(data, folds, ranks)
                     if self.refit:
                         fitted |= prepared.attributes | problem.attributes
@@ -172,6 +183,8 @@ class CrossValidated(BaseGradientFeature):
         self.__dict__.pop("coef_", None)  # without a refit there is no model any more
         self.__dict__.update(fitted)
         progress.end()
+        if checkpoint is not None:
+            checkpoint.remove()
         return self
 
     def _refitted(
@@ -320,6 +333,8 @@ class CrossValidated(BaseGradientFeature):
 
         With ``inverses``, models with a gradient term are minima over their coarse space.
         """
+        journal = data.journals[0 if fold is None else fold[0]]
+        data = data._replace(prepared=data.prepared._replace(journal=journal))
         if fold is None:
             stages, rows, samples = (
                 TwoStageFit(data.prepared, data.problem), np.arange(len(data.y)), data.X
@@ -345,7 +360,7 @@ class CrossValidated(BaseGradientFeature):
         for candidate in candidates:
             if stop.is_set():
                 break
-            scores[candidate.pair] = score(candidate)
+            scores[candidate.pair] = journal.number("score", partial(score, candidate))
             if candidate.separated:
                 separated.append(candidate.separated)
             else:

@@ -244,6 +244,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
     fit_intercept : bool, default=True
         Whether to fit the intercept, which is not penalised.
     %SOLVER%
+    %CHECKPOINT%
     %COMPUTATION%
 
     Attributes
@@ -296,6 +297,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         fit_intercept: bool = True,
         max_iter: int = 100,
         tol: float = 1e-4,
+        checkpoint: str | os.PathLike[str] | None = None,
         batch_size: int = 256,
         feature_store: str | os.PathLike[str] | None = "auto",
         device: str | torch.device = "auto",
@@ -322,6 +324,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         self.fit_intercept = fit_intercept
         self.max_iter = max_iter
         self.tol = tol
+        self.checkpoint = checkpoint
         self.batch_size = batch_size
         self.feature_store = feature_store
         self.device = device

@@ -3,7 +3,8 @@
 The JSON document of the archive holds
 
 - ``checkpoint``: what the fit depends on, by name, each with a digest and a short text;
-- ``entries``: one line for each entry of the journal, with its name and those of its vectors.
+- ``entries``: a text for each journal, with one line for each of its entries: its name and those of
+  its vectors.
 
 The arrays are the numbers of all entries, one after the other, with their lengths; and the vectors,
 each once, though several entries may have it.
@@ -12,17 +13,29 @@ each once, though several entries may have it.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import threading
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.data import gather_over_ranks, is_first_rank, of_first_rank, on_all_ranks
+from sklearn_gradfeat.cache import get_config
+from sklearn_gradfeat.data import (
+    accumulation_device,
+    gather_over_ranks,
+    is_first_rank,
+    of_first_rank,
+    on_all_ranks,
+)
 from sklearn_gradfeat.io._archive import Arrays, read_archive, write_archive
 from sklearn_gradfeat.training import Entry, Journal
 
@@ -60,6 +73,8 @@ class Checkpoint:
         self._document: dict[str, Any] = {}
         self._arrays: Arrays = {}
         self._is_ours = self._warned = False
+        self._parts: list[list[Entry]] = []  # of several journals
+        self._written, self._writing = time.monotonic(), threading.Lock()
         if is_first_rank():
             self._open()
 
@@ -111,26 +126,45 @@ class Checkpoint:
                 f"{', '.join(differing)}. Pass what that fit had, to go on with it. {_ADVICE}"
             )
 
-    def journal(self, like: Tensor) -> Journal:
+    def journals(self, like: Tensor, n: int = 1) -> list[Journal]:
         """Return the results in the file; vectors get the device of ``like``.
 
-        The journal writes the file. :meth:`check` must have been called with the whole header.
+        The ``n`` journals write the file, each from one thread at a time. :meth:`check` must have
+        been called with the whole header.
         """
-        text, arrays = _of_first_rank(self._document.get("entries", ""), self._arrays)
+        texts, arrays = _of_first_rank(self._document.get("entries", [""] * n), self._arrays)
         self._document, self._arrays = {}, {}
         try:
-            entries = _decoded(text, arrays, like)
+            found = _decoded(texts, arrays, like)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{self._path} is damaged: {error!r}. {_ADVICE}") from error
-        return Journal(entries, self._write if is_first_rank() else None)
+        first = is_first_rank()
+        journals = [
+            Journal(entries, partial(self._note, number) if first else None)
+            for number, entries in enumerate(found)
+        ]
+        self._parts = [journal.contents() for journal in journals] if n > 1 else []
+        return journals
 
-    def _write(self, entries: Sequence[Entry]) -> None:
+    def _note(self, number: int, contents: Callable[[], list[Entry]]) -> None:
+        """Take note of the contents of a journal; write those of all journals if it is time."""
+        due = time.monotonic() - self._written >= get_config()["checkpoint_seconds"]
+        if self._parts:
+            self._parts[number] = contents()
+        if due and self._writing.acquire(blocking=False):
+            try:
+                self._write(list(self._parts) or [contents()])
+                self._written = time.monotonic()
+            finally:
+                self._writing.release()
+
+    def _write(self, parts: Sequence[Sequence[Entry]]) -> None:
         """Replace the file; where that fails, the fit goes on without."""
-        text, arrays = _encoded(entries)
+        texts, arrays = _encoded(parts)
         try:
             if self._path.exists() and not self._is_ours:
                 raise FileExistsError(errno.EEXIST, "another program has written this file")
-            write_archive(self._path, {"checkpoint": self._header, "entries": text}, arrays)
+            write_archive(self._path, {"checkpoint": self._header, "entries": texts}, arrays)
             self._is_ours = True
         except OSError as error:
             if not self._warned:
@@ -148,9 +182,9 @@ class Checkpoint:
             self._path.unlink(missing_ok=True)
 
 
-def _encoded(entries: Sequence[Entry]) -> tuple[str, Arrays]:
-    """Return the lines of some entries, and their arrays."""
-    lines: list[str] = []
+def _encoded(journals: Sequence[Sequence[Entry]]) -> tuple[list[str], Arrays]:
+    """Return the lines of the entries of each journal, and their arrays."""
+    entries, lines = list(itertools.chain(*journals)), []
     arrays: Arrays = {
         "lengths": np.array([len(entry.numbers) for entry in entries], dtype=np.int64),
         "numbers": np.concatenate([np.empty(0), *(entry.numbers for entry in entries)]),
@@ -167,34 +201,42 @@ def _encoded(entries: Sequence[Entry]) -> tuple[str, Arrays]:
                 arrays[known[key]] = np.stack([x.detach().cpu().numpy() for x in vectors])
             parts += [name, known[key]]
         lines.append("\t".join(parts))
-    return "\n".join(lines), arrays
+    following = iter(lines)
+    return ["\n".join(itertools.islice(following, len(part))) for part in journals], arrays
 
 
-def _decoded(text: str, arrays: Arrays, like: Tensor) -> list[Entry]:
-    """Return entries from their lines and arrays."""
-    if not text:
-        return []
-    vectors = {
-        name: list(torch.from_numpy(array).to(like.device))
-        for name, array in arrays.items()
-        if name.startswith("vectors.")
-    }
+def _decoded(texts: list[str], arrays: Arrays, like: Tensor) -> list[list[Entry]]:
+    """Return the entries of each journal from their lines and arrays."""
+    if not any(texts):
+        return [[] for _ in texts]
+
+    def tensors(array: npt.NDArray[Any]) -> list[Tensor]:
+        wide = array.dtype == np.float64
+        device = accumulation_device(like.device) if wide else like.device
+        # Each in memory of its own: the last digits of a product depend on the alignment.
+        return [torch.tensor(row, device=device) for row in array]
+
+    vectors = {name: tensors(of) for name, of in arrays.items() if name.startswith("vectors.")}
     ends = np.cumsum(arrays["lengths"])
-    numbers = np.split(arrays["numbers"], ends[:-1])
-    entries = []
-    for line, of_entry in zip(text.split("\n"), numbers, strict=True):
+    numbers = np.split(arrays["numbers"], ends[:-1])[::-1]
+
+    def entry(line: str) -> Entry:
         name, *parts = line.split("\t")
         named = dict(zip(parts[::2], parts[1::2], strict=True))
-        entries.append(Entry(name, of_entry, {key: vectors[at] for key, at in named.items()}))
-    return entries
+        return Entry(name, numbers.pop(), {key: vectors[at] for key, at in named.items()})
+
+    journals = [[entry(line) for line in text.split("\n")] if text else [] for text in texts]
+    if numbers:
+        raise ValueError("numbers without a line")
+    return journals
 
 
-def _of_first_rank(text: str, arrays: Arrays) -> tuple[str, Arrays]:
+def _of_first_rank(texts: list[str], arrays: Arrays) -> tuple[list[str], Arrays]:
     """Return the contents of the file on all ranks."""
     kinds = [(name, array.dtype.str) for name, array in arrays.items()]
-    text, kinds = gather_over_ranks((text, kinds))[0]
+    texts, kinds = gather_over_ranks((texts, kinds))[0]
     found = {}
     for name, kind in kinds:
         array = arrays.get(name, np.zeros(1, kind))
         found[name] = of_first_rank(torch.from_numpy(array)).numpy()
-    return text, found
+    return texts, found

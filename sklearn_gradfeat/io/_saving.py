@@ -75,7 +75,7 @@ def save_estimator(estimator: Any, path: str | os.PathLike[str]) -> None:
         if name not in parameters and name not in _NOT_STORED
     }
     for name in LOCAL:
-        parameters.pop(name, None)  # the CV estimators have no checkpoint
+        parameters.pop(name)
     code = {name: describe(parameters.pop(name)) for name in _CODE if callable(parameters[name])}
     document = {
         "estimator": kind.__name__,

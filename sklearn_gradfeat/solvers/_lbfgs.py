@@ -58,10 +58,15 @@ class State(NamedTuple):
 
     Attributes
     ----------
-    x : tensor
-        The unknowns.
+    x, gradient : tensor
+        The unknowns, and the gradient there.
+    logits : tensor or None
+        The logits there, which are sums over the iterations. None computes them from ``x``, and
+        the gradient from them, which gives other last digits.
     built_at : tensor
         The unknowns at which the preconditioner was built.
+    scale : float
+        The factor ``γ`` of the preconditioner, see :func:`minimize`.
     objective_path, n_passes
         As in :class:`Solution`.
     pairs : list of (tensor, tensor)
@@ -71,7 +76,10 @@ class State(NamedTuple):
     """
 
     x: Tensor
+    gradient: Tensor
+    logits: Tensor | None
     built_at: Tensor
+    scale: float
     objective_path: list[float]
     n_passes: int
     pairs: list[tuple[Tensor, Tensor]]
@@ -147,6 +155,11 @@ class _Memory:
             change = former + (penalty - curvature_pairs.penalty) * step
             self.add(step, change, self.inverse(change))
 
+    def restore(self, state: State) -> None:
+        """Take the place of the memory at the end of an iteration."""
+        self.scale = state.scale
+        self.pairs.extend((step, y, 1.0 / float(step @ y)) for step, y in state.pairs)
+
     def direction(self, gradient: Tensor, preconditioned: Tensor) -> Tensor:
         """Return the L-BFGS direction, by the two-loop recursion; ``Pg`` is given."""
         if not self.pairs:
@@ -201,7 +214,8 @@ def minimize(
        iteration with it consists of this solve alone. An iteration then costs two passes, but far
        fewer iterations are needed.
     6. *New preconditioner.* When the summed curvature of the loss has changed by a factor of
-       two since ``P`` was built, ``P`` is built anew at ``Z`` and the pairs are dropped.
+       two since ``P`` was built, ``P`` is built anew and the pairs are dropped. One pass
+       computes ``Z`` anew from ``x``, so a later call can build the same ``P`` from ``x``.
 
     When no step along ``d`` decreases ``F``, the pairs are dropped; without pairs, rounding
     errors prevent further progress.
@@ -235,7 +249,7 @@ def minimize(
         pass is cheap.
     state : State, default=None
         Where a former call ended an iteration, with the same arguments. This call then returns
-        the same as that one would have, up to rounding errors.
+        the same as that one would have, and without ``logits`` the same up to rounding errors.
     keep : callable, default=None
         Called with the state after each iteration.
 
@@ -249,19 +263,17 @@ def minimize(
         If the gradient is not finite.
     """
     loss, penalty = objective.loss, objective.penalty
-    point = start(objective, x if state is None else state.x)
     if state is None:
+        point = start(objective, x)
         memory = _Memory(precondition, loss, point.x, point.logits)
-        path, passes = [point.value], 1
+        memory.recall(curvature_pairs, penalty)
+        path, passes, coarse_pairs = [point.value], 1, None
     else:
-        memory = _Memory(precondition, loss, state.built_at, objective.forward(state.built_at))
-        curvature_pairs = CurvaturePairs(state.pairs, penalty)
-        path, passes = list(state.objective_path), state.n_passes
-    memory.recall(curvature_pairs, penalty)
+        point, memory = _restored(objective, precondition, state)
+        path, passes, coarse_pairs = list(state.objective_path), state.n_passes, state.coarse_pairs
     preconditioned = memory.inverse(point.gradient)
     norm = _norm(point.gradient, preconditioned)
     n_iter = len(path) - 1
-    coarse_pairs = None if state is None else state.coarse_pairs
     solve = None if coarse is None or coarse_pairs is None else coarse(memory.inverse)
     if solve and coarse_pairs:
         solve.recall(coarse_pairs)
@@ -291,6 +303,7 @@ def minimize(
             status = "converged" if decrement <= wanted else "interrupted"
             break
         if not same_curvature(memory.curvature, loss, point.logits):
+            point, passes = point._replace(logits=objective.forward(point.x)), passes + 1
             memory = _Memory(precondition, loss, point.x, point.logits)
             preconditioned = memory.inverse(point.gradient)
             norm = _norm(point.gradient, preconditioned)
@@ -300,6 +313,20 @@ def minimize(
     return Solution(
         point.x, path, n_iter, passes, status, norm, CurvaturePairs(memory.steps, penalty)
     )
+
+
+def _restored(
+    objective: LinearObjective, precondition: Callable[[Tensor], Inverse], state: State
+) -> tuple[Point, _Memory]:
+    """Return the point of a state, and the memory there."""
+    if state.logits is None:
+        point = start(objective, state.x)
+    else:
+        point = Point(state.x, state.logits, state.gradient, state.objective_path[-1])
+    at = state.built_at
+    memory = _Memory(precondition, objective.loss, at, objective.forward(at))
+    memory.restore(state)
+    return point, memory
 
 
 def _step(
@@ -328,7 +355,10 @@ def _state(
 ) -> State:
     """Return the state at the end of an iteration."""
     coarse_pairs = None if solve is None else solve.pairs
-    return State(point.x, memory.built_at, list(path), passes, memory.steps, coarse_pairs)
+    return State(
+        point.x, point.gradient, point.logits, memory.built_at, memory.scale, list(path), passes,
+        memory.steps, coarse_pairs,
+    )  # fmt: skip
 
 
 def _n_pairs(size: int) -> int:

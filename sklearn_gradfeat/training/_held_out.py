@@ -576,29 +576,38 @@ class LeftOut:
         weights: Array = to_numpy(self._loss.weights)[self._order]
         return weights
 
-    def gram(self, alpha: float) -> Tensor | None:
+    def has_gram(self, alpha: float) -> bool:
+        """Return whether the Gram matrix of the gradient term is cheap and exact."""
+        first, journal = self._stages.fit_activation(alpha), self._stages.journal
+        return bool(journal.number("has a Gram matrix", lambda: self._gram(first) is not None))
+
+    def _gram(self, first: FirstStage) -> Tensor | None:
         """Return the Gram matrix of the gradient term, or None if it is not cheap or exact."""
-        if alpha not in self._grams:
-            first = self._stages.fit_activation(alpha)
+        if first.alpha not in self._grams:
             first.inverses.at(self._stages.second_objective(first, 1.0))
-            self._grams[alpha] = first.inverses.gram
-        return self._grams[alpha]
+            self._grams[first.alpha] = first.inverses.gram
+        return self._grams[first.alpha]
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
         """Return the losses of the distinct samples, infinite where rounding errors dominate."""
-        stages, gram = self._stages, None
-        objective = stages.objective(alpha, stages.samples.activation, None)
-        if self._activation_gram is None:
-            self._activation_gram = activation_gram(objective)
-        if math.isfinite(gradient_alpha):
-            objective = stages.second_objective(stages.fit_activation(alpha), gradient_alpha)
-            gram = self.gram(alpha)
-        try:
-            predictions = leave_one_out(objective, gram, self._activation_gram)
-            losses: Array = to_numpy(self._loss.losses(predictions))
-        except ValueError:
-            losses = np.full(len(self._loss.weights), np.inf)
-        return losses[self._order]
+        stages = self._stages
+        first = stages.fit_activation(alpha) if math.isfinite(gradient_alpha) else None
+
+        def compute() -> Array:
+            gram = None if first is None else self._gram(first)
+            objective = stages.objective(alpha, stages.samples.activation, None)
+            if self._activation_gram is None:
+                self._activation_gram = activation_gram(objective)
+            if first is not None:
+                objective = stages.second_objective(first, gradient_alpha)
+            try:
+                predictions = leave_one_out(objective, gram, self._activation_gram)
+                losses: Array = to_numpy(self._loss.losses(predictions))
+            except ValueError:
+                losses = np.full(len(self._loss.weights), np.inf)
+            return losses[self._order]
+
+        return stages.journal.numbers("losses of left-out samples", compute)
 
 
 def cached_logits(model: LinearModel, prepared: Prepared) -> Tensor:

@@ -4,18 +4,18 @@ Between the passes over the data, a fit is cheap and makes all its choices. What
 runs of the solver, and numbers such as held-out losses. A journal holds their results in the order
 of the fit, and the state of the run that is not finished. A fit that goes on does the same as the
 first one from the beginning, and takes every result from the journal until there is none. So it
-makes the same choices, and ends where the first one would have ended, up to rounding errors.
+makes the same choices, and ends with the same bits.
 
 The unknowns of a finished run are kept for as long as the fit itself keeps them. In place of others
-the journal returns NaN, which no later result depends on.
+the journal returns NaN, which no later result depends on. So a choice that depends on unknowns
+belongs into the journal as well.
 """
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.cache import get_config
 from sklearn_gradfeat.curvature import Inverses
+from sklearn_gradfeat.data import n_ranks
 from sklearn_gradfeat.linearized import TangentObjective
 from sklearn_gradfeat.solvers import CurvaturePairs, Solution, State, Status
 
@@ -70,16 +70,17 @@ class Journal:
     entries : iterable of Entry
         The results of a former process; the last one may be the state of a run.
     write : callable or None
-        Called with the entries when a checkpoint is due. None keeps nothing.
+        Called with :meth:`contents` wherever a fit can go on. None keeps nothing.
     """
 
     def __init__(
-        self, entries: Iterable[Entry] = (), write: Callable[[list[Entry]], None] | None = None
+        self,
+        entries: Iterable[Entry] = (),
+        write: Callable[[Callable[[], list[Entry]]], None] | None = None,
     ) -> None:
         self._entries, self._write = list(entries), write
         self._n_done = 0  # entries that this process has passed
-        self._state: Callable[[], Entry] | None = None
-        self._written = time.monotonic()
+        self._state: Entry | None = None
 
     def number(self, name: str, compute: Callable[[], float]) -> float:
         """Return a number, from the journal or from ``compute()``."""
@@ -91,7 +92,6 @@ class Journal:
         if entry is None:
             entry = Entry(name, np.atleast_1d(np.array(compute(), dtype=np.float64)))
             self._append(entry)
-            self._write_if_due()
         return entry.numbers
 
     def finished(
@@ -119,36 +119,41 @@ class Journal:
             return None
         entry = self._entries.pop()
         _recall(entry, objective, inverses)
-        n_passes, two_levels, *path = entry.numbers.tolist()
+        n_passes, scale, two_levels, *path = entry.numbers.tolist()
         vectors = entry.vectors
         coarse_pairs = _pairs(vectors.get("coarse_pairs", ())) if two_levels else None
         pairs = _pairs(vectors.get("pairs", ()))
-        (x,), (built_at,) = vectors["x"], vectors["built_at"]
-        return State(x, built_at, path, int(n_passes), pairs, coarse_pairs)
+        (x,), (gradient,), (built_at,) = (vectors[of] for of in ("x", "gradient", "built_at"))
+        (logits,) = vectors.get("logits") or (None,)
+        return State(x, gradient, logits, built_at, scale, path, int(n_passes), pairs, coarse_pairs)
 
     def keep(self, name: str, inverses: Inverses, state: State) -> None:
-        """Take note of the state of the run; write a checkpoint if one is due."""
+        """Take note of the state of the run."""
         if self._write is None:
             return
         inverses.curvature_pairs = None  # those of the state take their place
-
-        def entry() -> Entry:
-            coarse = state.coarse_pairs
-            vectors: dict[str, Vectors] = {
-                "x": [state.x],
-                "built_at": [state.built_at],
-                "pairs": _flat(state.pairs),
-                "coarse_pairs": _flat(coarse or ()),
-            }
-            numbers = [state.n_passes, coarse is not None, *state.objective_path]
-            return Entry(f"{name} state", np.array(numbers), vectors | _origins(inverses))
-
-        self._state = entry
-        self._write_if_due()
+        coarse = state.coarse_pairs
+        vectors: dict[str, Vectors] = {
+            "x": [state.x],
+            "gradient": [state.gradient],
+            # Rank 0, which writes the file, has the logits of its own samples alone.
+            "logits": [] if n_ranks() > 1 or state.logits is None else [state.logits],
+            "built_at": [state.built_at],
+            "pairs": _flat(state.pairs),
+            "coarse_pairs": _flat(coarse or ()),
+        }
+        numbers = [state.n_passes, state.scale, coarse is not None, *state.objective_path]
+        self._state = Entry(f"{name} state", np.array(numbers), vectors | _origins(inverses))
+        self._write(self.contents)
 
     def finish(self, name: str, solution: Solution, inverses: Inverses) -> None:
-        """Append the result of a run of the solver; the next result or state writes it."""
+        """Append the result of a run of the solver.
+
+        Nothing is kept of a fit from an interruption on: it can go on from the state before.
+        """
         self._state = None
+        if solution.status == "interrupted":
+            self._write = None
         if self._write is None:
             return
         numbers = [
@@ -163,11 +168,26 @@ class Journal:
             former.forget()
         self._append(entry)
 
+    def contents(self) -> list[Entry]:
+        """Return copies of the entries and of the state, without the vectors that are not needed.
+
+        They do not change when the fit goes on in another thread.
+        """
+        for entry in self._entries:
+            entry.forget()
+        entries = [*self._entries, *([self._state] if self._state else [])]
+        return [replace(entry, vectors=dict(entry.vectors)) for entry in entries]
+
     def used_by(self, model: Any) -> None:
         """Keep the unknowns of the last run for as long as a model made from them exists."""
         if self._n_done and "x" in (last := self._entries[self._n_done - 1]).is_used:
             of_solution, of_model = last.is_used["x"], weakref.ref(model)
             last.is_used["x"] = lambda: of_solution() or of_model() is not None
+
+    def used_to_the_end(self) -> None:
+        """Keep the unknowns of the last run to the end of the fit."""
+        if self._n_done:
+            self._entries[self._n_done - 1].is_used.pop("x", None)
 
     def _next(self, *names: str) -> Entry | None:
         """Return the next entry of the former process, if it is the result of this name.
@@ -191,14 +211,7 @@ class Journal:
         if self._write is not None:
             self._entries.append(entry)
             self._n_done += 1
-
-    def _write_if_due(self) -> None:
-        due = time.monotonic() - self._written >= get_config()["checkpoint_seconds"]
-        if self._write is not None and due:
-            for entry in self._entries:
-                entry.forget()
-            self._write([*self._entries, *([self._state()] if self._state else [])])
-            self._written = time.monotonic()
+            self._write(self.contents)
 
     @staticmethod
     def _watch(entry: Entry, solution: Solution, inverses: Inverses) -> None:

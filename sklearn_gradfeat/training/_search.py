@@ -210,11 +210,7 @@ class _Search:
         stages, left_out = self._stages, self._left_out
         if self.stopped:
             return None, Folds([])
-        if (
-            self._n_linearizations == 1
-            and left_out is not None
-            and left_out.gram(alpha) is not None
-        ):
+        if self._n_linearizations == 1 and left_out is not None and left_out.has_gram(alpha):
             return left_out, Folds([])
         enough = self._folds.enough(ENOUGH)
         if enough is None:

@@ -298,15 +298,18 @@ class TwoStageFit:
             name, penalty, solution = "gradient_alpha", gradient_alpha, second
         if penalty != 0 or not isinstance(self.loss, (Bernoulli, Multinomial)):
             return ()
-        if second is None:
-            objective = self.objective(0.0, self.samples.activation, None)
-        else:
-            objective = self.second_objective(first, 0.0)
-        free = torch.where(objective.penalty == 0, solution.x, 0.0)
-        weights = self.loss.weights[self.loss.weights > 0]
-        smallest = min(gather_over_ranks(float(weights.min()) if len(weights) else math.inf))
-        loss = objective.loss.value(objective.forward(free))
-        return (name,) if loss < math.log(2) * smallest else ()
+
+        def is_separated() -> bool:
+            if second is None:
+                objective = self.objective(0.0, self.samples.activation, None)
+            else:
+                objective = self.second_objective(first, 0.0)
+            free = torch.where(objective.penalty == 0, solution.x, 0.0)
+            weights = self.loss.weights[self.loss.weights > 0]
+            smallest = min(gather_over_ranks(float(weights.min()) if len(weights) else math.inf))
+            return objective.loss.value(objective.forward(free)) < math.log(2) * smallest
+
+        return (name,) if self.journal.number("the classes are separated", is_separated) else ()
 
     def fit_activation(
         self,
@@ -338,6 +341,7 @@ class TwoStageFit:
         def baseline() -> float:
             return math.inf if zero_is_optimum() else self.loss.value(objective.forward(zero))
 
+        is_zero = bool(self.journal.number("zero is optimum", zero_is_optimum))
         to_model = partial(self._first_model, objective)
         solution = self._minimize(
             "activation",
@@ -348,7 +352,8 @@ class TwoStageFit:
             self.settings.tol * _FIRST_STAGE,
             self._watch("activation", to_model, last, progress),
         )
-        is_zero = bool(self.journal.number("zero is optimum", zero_is_optimum))
+        if not self.point:  # coarse spaces and Gram matrices of a search depend on them
+            self.journal.used_to_the_end()
         self._first = FirstStage(alpha, to_model(solution.x), solution, is_zero)
         return self._first
 
@@ -442,14 +447,21 @@ class TwoStageFit:
         The result is None where the rows of the samples give the inverses. A coarse space with less
         than half of the parameters, as with many outputs, will not do.
         """
-        self._choose_term(first)
-        objective, start = self.second_objective(first, 1.0), self._second_unknowns(first.model)
         inverses = first.inverses
-        if not self._retry(partial(inverses.learn_layers, objective, start)):
+
+        @cache
+        def has_layers() -> bool:
+            self._choose_term(first)
+            objective, start = self.second_objective(first, 1.0), self._second_unknowns(first.model)
+            return self._retry(partial(inverses.learn_layers, objective, start))
+
+        def share_of_subspace() -> float:
+            return self._retry(inverses.share_of_subspace) if has_layers() else -1.0
+
+        share = self.journal.number("share of the coarse space", share_of_subspace)
+        if share < 0:
             return None
-        share = self.journal.number(
-            "share of the coarse space", lambda: self._retry(inverses.share_of_subspace)
-        )
+        has_layers()
         return inverses, share >= _SHARE
 
     def has_coarse_space(self, first: FirstStage) -> bool:
@@ -457,8 +469,12 @@ class TwoStageFit:
 
         They are not where passes need no network.
         """
-        self._choose_term(first)
-        if isinstance(first.term, FactoredTerm):
+
+        def is_factored() -> bool:
+            self._choose_term(first)
+            return isinstance(first.term, FactoredTerm)
+
+        if self.journal.number("the rows are factored", is_factored):
             return False
         shared = self.shared(first)
         return shared is not None and shared[1]

@@ -1,5 +1,7 @@
 """Fits that go on where another process was killed, and checkpoints of other fits."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from sklearn_gradfeat import (
     GradientFeatureClassifier,
     GradientFeatureClassifierCV,
     GradientFeatureRegressor,
+    GradientFeatureRegressorCV,
     config_context,
     load,
 )
@@ -17,6 +20,7 @@ from sklearn_gradfeat.curvature import _coarse_space as coarse_space
 from sklearn_gradfeat.io import Checkpoint, _checkpoint
 from sklearn_gradfeat.linearized import LinearizedHead
 from sklearn_gradfeat.training import _held_out as held_out
+from sklearn_gradfeat.training import _two_stage_fit as two_stage_fit
 from tests.counting import Counted
 from tests.tiny import NET, X, Y, data, estimator, tiny_net
 
@@ -43,6 +47,7 @@ def always_due():
 @pytest.fixture
 def kill(monkeypatch):
     """Return the function that fits a model, and kills the fit after some checkpoints."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and of no use without a power cut
 
     def fit(model, after, *samples, **weights):
         n_written = 0
@@ -66,17 +71,21 @@ def kill(monkeypatch):
     return fit
 
 
+ATTRIBUTES = [
+    "coef_", "intercept_", "omega_", "alpha_", "gradient_alpha_", "objective_path_", "n_iter_",
+    "n_passes_", "n_linearizations_",
+]  # fmt: skip
+
+
 def assert_same(found, expected):
-    """Compare models up to rounding errors in float64."""
-    for name in ("coef_", "intercept_", "omega_", "alpha_", "gradient_alpha_", "objective_path_"):
+    """Compare the bits of models."""
+    for name in ATTRIBUTES:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    for name in ("gradient_coef_", "linearization_point_", "validation_scores_"):
         one, other = getattr(found, name), getattr(expected, name)
-        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9, err_msg=name)
-    for name, moves in expected.gradient_coef_.items():
-        np.testing.assert_allclose(found.gradient_coef_[name], moves, rtol=1e-7, atol=1e-9)
-    for name in ("n_iter_", "n_passes_", "n_linearizations_"):
-        assert getattr(found, name) == getattr(expected, name), name
-    for name, column in expected.validation_scores_.items():
-        np.testing.assert_allclose(found.validation_scores_[name], column, rtol=1e-7, atol=1e-9)
+        assert one.keys() == other.keys()
+        for key, values in other.items():
+            np.testing.assert_array_equal(one[key], values, key)
 
 
 IMAGES = {"precision": "float64", "tol": 1e-6}
@@ -108,6 +117,84 @@ def test_a_killed_fit_ends_with_the_same_model(name, kill, tmp_path):
     assert not kill(found, -1, *samples)
     assert_same(found, whole)
     assert list(tmp_path.iterdir()) == []  # the fit is finished
+
+
+LOGITS = X.mean((1, 2, 3)) + 0.2 * np.random.default_rng(1).normal(size=len(Y))
+LABELS = np.stack([Y == 0, LOGITS > 0.5], axis=1).astype(int)
+WEAK = {"alpha": 1e-3, "gradient_alpha": 1e-3, "gradient_layers": 2, "random_state": 0}
+FLOAT32 = {
+    "classes": (GradientFeatureClassifier(NET, tol=1e-3, **WEAK), np.roll(Y, 3)),
+    "labels": (GradientFeatureClassifier(NET, gradient_layers=2, alpha=0.1), LABELS),
+    "targets": (GradientFeatureRegressor(NET, gradient_layers=2, tol=0.01), LOGITS),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "in_coarse_space"),
+    [*((name, False) for name in FLOAT32), ("classes", True), ("labels", True)],
+)
+def test_the_bits_in_float32(name, in_coarse_space, monkeypatch, tmp_path):
+    """Sums over the iterations, such as the logits, have last digits of their own."""
+    if in_coarse_space:
+        monkeypatch.setattr(coarse_space, "_MIN_COST", 1)
+        monkeypatch.setattr(held_out, "_MAX_DENSE", 0)
+        monkeypatch.setattr(two_stage_fit, "with_rows_if_cheap", lambda term, *_: term)
+    model, y = FLOAT32[name]
+    whole, model = clone(model).fit(X, y), model.set_params(checkpoint=tmp_path / "checkpoint")
+    found = clone(model)
+    files = files_of(found, X, y)
+    assert_same(found, whole)
+    for after in (len(files) // 2, len(files) - 2):
+        WRITE(*files[after])
+        with config_context(checkpoint_seconds=600):
+            assert_same(clone(model).fit(X, y), whole)
+
+
+def files_of(model, *samples):
+    """Return what a fit writes."""
+    files = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_checkpoint, "write_archive", lambda *file: files.append(file))
+        model.fit(*samples)
+    return files
+
+
+def test_kills_between_linearizations(monkeypatch, tmp_path):
+    """Before and after each move, and in each fit of the output weights of a moved network."""
+    model = GradientFeatureClassifier(NET, n_linearizations=2, **WEAK | {"tol": 1e-3})
+    whole, model = clone(model).fit(X, Y), model.set_params(checkpoint=tmp_path / "checkpoint")
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    files = files_of(clone(model), X, Y)
+    numbers = [file[1]["entries"][0].count("\n") for file in files]
+    chosen = [
+        file
+        for file, number, next_one in zip(files, numbers, [*numbers[1:], 0], strict=True)
+        if number != next_one and number > 5
+    ]
+    assert len(chosen) > 10
+    for file in chosen:
+        WRITE(*file)
+        with config_context(checkpoint_seconds=600):
+            assert_same(clone(model).fit(X, Y), whole)
+
+
+def test_merge_after_a_kill(monkeypatch, tmp_path):
+    """A merge that is killed changes nothing, and one of the saved model gives the same bits."""
+    model = GradientFeatureClassifier(NET, **WEAK).fit(X, Y)
+    model.save(tmp_path / "model")
+    minimize, loaded = two_stage_fit.minimize, load(tmp_path / "model", NET)
+
+    def killed(*arguments, **options):
+        minimize(*arguments, **options)
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(two_stage_fit, "minimize", killed)
+        with pytest.raises(KilledError):
+            model.merge(X, Y)
+    assert_same(model, loaded)
+    assert_same(loaded.merge(X, Y), model.merge(X, Y))
+    assert model.linearization_point_
 
 
 @pytest.mark.slow
@@ -256,6 +343,97 @@ def test_choices_of_the_machine_do_not_count(kill, tmp_path):
     np.testing.assert_allclose(other.fit(X, Y).coef_, expected, rtol=0, atol=1e-5)
 
 
+GIVEN = {"alphas": [0.1, 1e-2], "gradient_alphas": [np.inf, 0.1, 1e-2], "cv": 3}
+SEARCHES = {
+    "lists": (GradientFeatureClassifierCV(NET, **GIVEN), Y),
+    "numbers": (
+        GradientFeatureClassifierCV(NET, cv=2, alphas=[0.1], gradient_alphas=1, tol=0.1),
+        Y,
+    ),
+    "accuracy": (
+        GradientFeatureClassifierCV(
+            NET, **GIVEN, scoring="accuracy", refit=False, precision="float64"
+        ),
+        Y,
+    ),
+    "labels": (
+        GradientFeatureClassifierCV(NET, **GIVEN | {"alphas": [0.01]}, gradient_layers=2),
+        LABELS,
+    ),
+    "threads": (GradientFeatureRegressorCV(NET, **GIVEN, n_jobs=2), LOGITS),
+    "moved": (
+        GradientFeatureRegressorCV(NET, **GIVEN | {"alphas": [0.1]}, n_linearizations=2),
+        LOGITS,
+    ),
+    "loo": (
+        GradientFeatureRegressorCV(
+            None,
+            **GIVEN | {"cv": "loo"},
+            random_state=0,
+        ),
+        LOGITS,
+    ),
+}
+
+
+def assert_same_search(found, expected):
+    for name in ("scores_", "alphas_", "gradient_alphas_", "best_score_", "alpha_"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    assert found.gradient_alpha_ == expected.gradient_alpha_
+    assert hasattr(found, "coef_") == hasattr(expected, "coef_")
+    for name in ATTRIBUTES if hasattr(expected, "coef_") else []:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+
+
+@pytest.mark.filterwarnings("ignore:The best of")
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_killed_search_ends_with_the_same_scores(name, kill, monkeypatch, tmp_path):
+    model, y = SEARCHES[name]
+    rows = table(len(y))[0] if name == "loo" else X
+    whole, path, counts = clone(model).fit(rows, y), tmp_path / "checkpoint", []
+
+    def counted(*arguments, **options):
+        counts.append(1)
+        return minimize(*arguments, **options)
+
+    minimize = two_stage_fit.minimize
+    monkeypatch.setattr(two_stage_fit, "minimize", counted)
+    model = clone(model).set_params(checkpoint=path)
+    found = clone(model)
+    n_files = len(files_of(found, rows, y))
+    assert_same_search(found, whole)
+    n_fits = len(counts)
+    counts.clear()
+    n_kills = 0
+    while kill(found := clone(model), n_files // 3, rows, y):
+        n_kills += 1
+    assert n_kills >= 2
+    assert_same_search(found, whole)
+    if name != "threads":  # the other thread goes on for a while
+        assert n_fits <= len(counts) <= n_fits + n_kills  # a kill loses the rest of one fit
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:The best of")
+def test_checkpoints_of_other_searches_are_refused(kill, tmp_path):
+    model = GradientFeatureClassifierCV(NET, **GIVEN, checkpoint=tmp_path / "checkpoint")
+    assert kill(clone(model), 5, X, Y)
+    for changes, message in (
+        ({"alphas": [0.1]}, r"differ in alphas \("),
+        ({"cv": 2}, r"differ in cv or groups\."),
+        ({"scoring": "accuracy"}, r"differ in scoring \('accuracy' here, None there\)"),
+        ({"backbone": tiny_net()[:4]}, "differ in the network"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            clone(model).set_params(**changes).fit(X, Y)
+    with pytest.raises(ValueError, match="differ in X"):
+        clone(model).fit(X + 1, Y)
+    with pytest.raises(ValueError, match=r"differ in the class"):
+        GradientFeatureClassifier(NET, checkpoint=model.checkpoint).fit(X, Y)
+    clone(model).set_params(n_jobs=2, verbose=0).fit(X, Y)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_random_network_needs_a_seed(tmp_path):
     model = GradientFeatureRegressor(checkpoint=tmp_path / "checkpoint")
     with pytest.raises(ValueError, match=r"checkpoint needs random_state: .*Set random_state=0"):
@@ -268,4 +446,3 @@ def test_clones_have_the_path_and_model_files_do_not(tmp_path):
     assert clone(model).checkpoint == path
     model.save(tmp_path / "model")
     assert load(tmp_path / "model", tiny_net()).checkpoint is None
-    assert "checkpoint" not in GradientFeatureClassifierCV().get_params()

@@ -27,7 +27,7 @@ def opened(path, header=HEADER):
     """Return a checkpoint and its journal."""
     checkpoint = Checkpoint(path)
     checkpoint.check(header)
-    return checkpoint, checkpoint.journal(LIKE)
+    return checkpoint, checkpoint.journals(LIKE)[0]
 
 
 def written(path, *values):
@@ -49,16 +49,18 @@ def test_entries_are_restored(tmp_path):
         Entry("a run", np.array([]), {"x": [x], "pairs": [x, y], "at": []}),
         Entry("another", np.array([2.0]), {"x": [x]}),
     ]
-    text, arrays = _checkpoint._encoded(entries)
+    texts, arrays = _checkpoint._encoded([entries[:1], [], entries[1:]])
     assert sum(name.startswith("vectors") for name in arrays) == 2  # x is there once
-    found = _checkpoint._decoded(text, arrays, LIKE)
+    first, empty, others = _checkpoint._decoded(texts, arrays, LIKE)
+    assert not empty
+    found = first + others
     assert [entry.name for entry in found] == [entry.name for entry in entries]
     for entry, expected in zip(found, entries, strict=True):
         np.testing.assert_array_equal(entry.numbers, expected.numbers)
         for name, vectors in entry.vectors.items():
             torch.testing.assert_close(list(vectors), expected.vectors[name])
     assert found[1].vectors["x"][0] is found[2].vectors["x"][0]
-    assert _checkpoint._decoded("", {}, LIKE) == []
+    assert _checkpoint._decoded(["", ""], {}, LIKE) == [[], []]
 
 
 def test_numbers_are_not_computed_again(tmp_path):
@@ -128,10 +130,10 @@ def test_damaged_checkpoints_are_refused(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"or is damaged: .* Delete the file"):
             Checkpoint(path)
-    document, arrays = {"checkpoint": {}, "entries": "a run\tx\tvectors.7"}, {}
+    document, arrays = {"checkpoint": {}, "entries": ["a run\tx\tvectors.7"]}, {}
     write_archive(path, document, arrays)
     with pytest.raises(ValueError, match=r"is damaged: KeyError.* Delete the file"):
-        Checkpoint(path).journal(LIKE)
+        Checkpoint(path).journals(LIKE)
 
 
 def test_paths_without_a_file(tmp_path):
@@ -179,4 +181,4 @@ def test_a_kill_in_the_rename_leaves_a_whole_file(after, monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         journal.number("number 1", lambda: 2.0)
-    assert read_archive(path)[0]["entries"].count("number") == 1 + after
+    assert read_archive(path)[0]["entries"][0].count("number") == 1 + after

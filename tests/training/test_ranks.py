@@ -81,7 +81,7 @@ def fit_half(rank, model, **changes):
     return error_of(lambda: model.fit(**data))
 
 
-def search(rank=0):
+def search(rank=0, checkpoint=None):
     """Return the results of a search, pickled, and the folds that this process has scored."""
     with mock.patch.object(
         GradientFeatureClassifierCV,
@@ -91,11 +91,28 @@ def search(rank=0):
     ) as score_fold:
         model = GradientFeatureClassifierCV(
             tiny_net(), activation_layer=["1", "3"], alphas=2, gradient_alphas=[1.0], cv=3,
-            tol=1e-2, random_state=rank,
+            tol=1e-2, random_state=rank, checkpoint=checkpoint,
         ).fit(X, Y)  # fmt: skip
     folds = {call.args[1][0] for call in score_fold.call_args_list}
     names = ("scores_", "alphas_", "alpha_", "gradient_alpha_", "coef_", "gradient_coef_")
     return [pickle.dumps(getattr(model, name)) for name in names], folds
+
+
+def resumed_search(rank, path):
+    """Rank 1 is killed in its fold, while rank 0 has scored both of its own."""
+    written = []
+
+    def write(*arguments):
+        write_archive(*arguments)
+        written.append(arguments)
+        if rank and len(written) == 4:
+            raise KeyError("killed")
+
+    with config_context(checkpoint_seconds=0):
+        with mock.patch.object(_checkpoint, "write_archive", write):
+            killed = error_of(lambda: search(rank, path / "search"))
+        files = sorted(file.name for file in path.glob("search*"))
+        return killed, files, search(rank, path / "search")[0], len(written)
 
 
 def search_random_network(rank):
@@ -204,6 +221,7 @@ def everything(rank, size, path):
         "network": with_another_network(rank),
         "classes": fit_half(rank, estimator(), y=Y[rank::2] if rank else Y[rank::2].astype(str)),
         "search": search(rank),
+        "resumed search": resumed_search(rank, path),
         "random network": search_random_network(rank),
         "search, half": fit_half(rank, GradientFeatureClassifierCV()),
         "search, X": search_with(rank, X=X + rank),
@@ -315,6 +333,16 @@ def test_an_error_stops_all_ranks(group, name):
 
 def test_a_rank_that_fails_has_its_own_error(group):
     assert group[1]["raises"][0] == "ValueError"
+
+
+def test_each_rank_has_a_checkpoint_of_its_folds(group):
+    expected, _ = search()
+    for rank, found in enumerate(of["resumed search"] for of in group):
+        killed, files, scores, n_written = found
+        assert killed[0] == ("KeyError" if rank else "RuntimeError")
+        assert files == ["search", "search.rank1"]
+        assert n_written >= 4
+        assert scores == expected
 
 
 def test_a_checkpoint_serves_all_ranks(group):
