@@ -70,7 +70,7 @@ class Tuning(NamedTuple):
 SGD = functools.partial(torch.optim.SGD, momentum=0.9)
 TUNINGS = {
     "AdamW": Tuning(torch.optim.AdamW, (1e-4, 3e-4, 1e-3, 3e-3), (15, 40)),
-    "SGD": Tuning(SGD, (1e-3, 3e-3, 1e-2, 3e-2), (15,)),
+    "SGD": Tuning(SGD, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (15,)),
     "AdamW, whole network": Tuning(
         torch.optim.AdamW, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (15,), whole=True
     ),
