@@ -209,7 +209,10 @@ def token_masks(module: nn.Module) -> Iterator[dict[int, Tensor]]:
 
     hooks = []
     for submodule in module.modules():
-        names = list(inspect.signature(submodule.forward).parameters)
+        try:
+            names = list(inspect.signature(submodule.forward).parameters)
+        except (TypeError, ValueError):  # as of some compiled functions
+            continue
         if not _MASKS.keys().isdisjoint(names):
             hooks.append(submodule.register_forward_pre_hook(hook(names), with_kwargs=True))
     try:
@@ -223,12 +226,18 @@ def joined(module: nn.Module, layers: Sequence[Layer], x: Tensor) -> Tensor:
     """Return the averaged outputs of layers side by side, one row per sample."""
     axes = {layer.path: layer.axis for layer in layers}
     rows: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
 
     def see(path: str, output: Any) -> None:
-        rows[path] = averaged(main_output(output), axes[path], masks)
+        found = main_output(output)
+        if found.ndim == 3:  # the mask may be given to a later layer
+            tokens[path] = found.clone()
+        else:
+            rows[path] = averaged(found, axes[path], masks)
 
     with token_masks(module) as masks, watched(module, axes, see):
         module(x)
+    rows |= {path: averaged(found, axes[path], masks) for path, found in tokens.items()}
     return torch.cat([rows[path] for path in axes], 1)
 
 

@@ -268,7 +268,7 @@ class Reader(nn.Module):
 
 @pytest.mark.parametrize(
     ("plain", "chosen"),
-    [(False, ("encoder.layers.*", "mix")), (False, "encoder"), (False, 2), (True, ("reader",))],
+    [(False, ("table", "encoder.layers.*", "mix")), (False, "encoder"), (True, ("reader",))],
 )
 def test_activation_of_a_text_does_not_depend_on_longer_ones(plain, chosen):
     with torch.random.fork_rng():
