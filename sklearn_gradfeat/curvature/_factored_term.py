@@ -274,7 +274,7 @@ def factored(tangent: TangentTerm, n_samples: int, max_bytes: int) -> FactoredTe
     if not on_all_ranks(max_bytes > 0 and _is_cheap(tangent, tangent.few(n_samples))):
         return None
     outer, columns = spanning(tangent.omega)
-    if len(columns) == 0:
+    if not columns.any():
         return None
     kept = tangent.retry(lambda: _rows(tangent, outer, columns, max_bytes))
     if not on_all_ranks(kept is not None):

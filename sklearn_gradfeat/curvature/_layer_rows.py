@@ -262,12 +262,12 @@ def _with_one_width(calls: list[LayerCall]) -> list[LayerCall]:
 def spanning(omega: Tensor) -> tuple[Tensor, Tensor]:
     """Return the two factors of ``Ω = outer @ columns`` with the fewest columns.
 
-    Their number is the rank of ``Ω``: with a softmax, one less than that of the outputs. The
-    columns of ``outer`` are orthonormal.
+    Their number is the rank of ``Ω``, but at least one: with a softmax, one less than that of the
+    outputs. The columns of ``outer`` are orthonormal.
     """
     left, singular, right = torch.linalg.svd(omega, full_matrices=False)
     least = _ROUNDINGS * torch.finfo(singular.dtype).eps * singular.max()
-    rank = int((singular > least).sum())
+    rank = max(1, int((singular > least).sum()))
     return left[:, :rank], singular[:rank, None] * right[:rank]
 
 
