@@ -1,11 +1,13 @@
 """Fits of several processes, each with some of the samples, for the tests in test_ranks.py."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
 import socket
 import time
 import warnings
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
+from sklearn_gradfeat.curvature import _coarse_space, _kfac
+from sklearn_gradfeat.training import TwoStageFit
 from tests.tiny import estimator
 
 _TIMEOUT = 600
@@ -110,6 +114,20 @@ CASES = {
         exact(estimator(), n_linearizations=2).set_params(tol=1e-12),
         _images(40),
     ),
+    "coarse space": lambda: (
+        exact(estimator(), n_linearizations=2, precision="float64").set_params(tol=1e-12),
+        _images(40),
+    ),
+    "auto, coarse space": lambda: (
+        estimator(alpha=0.01, gradient_alpha=1e-3, n_linearizations="auto", precision="float64"),
+        _with_copies(*_images(40)),
+    ),
+    "all auto, coarse space": lambda: (
+        estimator(
+            alpha="auto", gradient_alpha="auto", n_linearizations="auto", precision="float64"
+        ),
+        _with_copies(*_images(100)),
+    ),
     "wide": lambda: (
         exact(GradientFeatureClassifier(), alpha=0.01, gradient_alpha=0.1),
         (_table(12)[0], np.arange(12) % 2),
@@ -140,15 +158,33 @@ def shard(size, rank, n):
     return slice(ends[rank], ends[rank + 1]) if size > 1 else slice(n)
 
 
+@contextlib.contextmanager
+def _fits_in_coarse_space(name):
+    """Let the tiny networks of some cases have a coarse space, and no other second stage.
+
+    All positions count, as those of the largest gradients depend on the batches.
+    """
+    with contextlib.ExitStack() as stack:
+        if "coarse space" in name:
+            stack.enter_context(mock.patch.object(_coarse_space, "_MIN_COST", 1))
+            stack.enter_context(mock.patch.object(_kfac, "_MIN_POSITIONS", 64))
+            stack.enter_context(
+                mock.patch.object(TwoStageFit, "fit_gradient", side_effect=AssertionError)
+            )
+        yield
+
+
 def fit_case(name, rank=0, size=1):
     """Return the attributes of a fitted estimator, and its predictions for all samples."""
     model, data = CASES[name]()
     rows = shard(size, rank, len(data[0]))
-    model.fit(*(part[rows] for part in data))
+    with _fits_in_coarse_space(name):
+        model.fit(*(part[rows] for part in data))
     predict = getattr(model, "decision_function", model.predict)
     penalties = [] if isinstance(model.alpha, float) else [model.alpha_, model.gradient_alpha_]
     return {
         "predictions": predict(data[0]),
+        "n_linearizations": model.n_linearizations_,
         "objective": model.objective_path_[-1],
         "penalties": penalties,
         "losses": model.validation_scores_["loss"],

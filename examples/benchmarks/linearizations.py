@@ -6,12 +6,19 @@ Models of the same samples and the same layers θ₂:
 * "activation", "one linearization", "linearizations": the estimator with default penalties, and
   ``features="activation"``, ``n_linearizations=1`` or ``"auto"``;
 * "... of several layers": likewise, with the activations of the last blocks;
-* "AdamW, 15 epochs", "AdamW, 40 epochs": fine-tuning of θ₂ and the output weights, which start from
-  the "activation" model (Kumar et al., ICLR 2022, arXiv:2202.10054), with a one-cycle schedule. A
-  fifth of the training samples chooses the rate; then it trains on all of them.
+* "AdamW, 15 epochs", "AdamW, 40 epochs", "SGD, 15 epochs": fine-tuning of θ₂ and the output
+  weights, which start from the "activation" model (Kumar et al., ICLR 2022, arXiv:2202.10054), with
+  a one-cycle schedule. A fifth of the training samples chooses the rate; then it trains on all of
+  them;
+* "AdamW, whole network": likewise, with all weights of the network.
 
 A time includes all choices and excludes the frozen layers. Fine-tuning is not charged for the
-"activation" model. The test images also come blurred, noisy and with low contrast.
+"activation" model. Batch norms stay folded into convolutions. The test images also come blurred,
+noisy and with low contrast.
+
+The problems "tiles" are multilabel: four photographs make an image, and the targets are the classes
+in it. Their accuracy is the mean over the labels, and their loss is summed over the labels. The
+"LogisticRegressionCV" is one for each label.
 
     python examples/benchmarks/linearizations.py --data cifar10.zip --problems efficientnet-3
     python examples/benchmarks/linearizations.py --table linearizations.json
@@ -30,22 +37,44 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _datasets import read_images
-from _finetuning import Head, below, take
+from _datasets import read_images, tiles
+from _finetuning import Head, below, summed_binary_cross_entropy, take
 from _setup import docstrings, empty_store, gain_on, pretrained, save
 from scipy.special import log_softmax
+from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import train_test_split
+from sklearn.multioutput import MultiOutputClassifier
+from sklearn.preprocessing import MultiLabelBinarizer
 from torch.nn.functional import cross_entropy
 
 from sklearn_gradfeat import GradientFeatureClassifier
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-EPOCHS = (15, 40)
 BATCH_SIZE = 32
 N_POOL = 12_000
+N_TEST = 2000
+
+
+class Tuning(NamedTuple):
+    """An optimiser, the rates to choose from, the numbers of epochs, and the layers to train."""
+
+    optimizer: Any
+    rates: tuple[float, ...]
+    epochs: tuple[int, ...]
+    whole: bool = False
+
+
+# Without a momentum that follows the rate, which torch's one-cycle schedule has for AdamW.
+SGD = functools.partial(torch.optim.SGD, momentum=0.9)
+TUNINGS = {
+    "AdamW": Tuning(torch.optim.AdamW, (1e-4, 3e-4, 1e-3, 3e-3), (15, 40)),
+    "SGD": Tuning(SGD, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (15,)),
+    "AdamW, whole network": Tuning(
+        torch.optim.AdamW, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (15,), whole=True
+    ),
+}
 
 
 class Problem(NamedTuple):
@@ -55,6 +84,7 @@ class Problem(NamedTuple):
     gradient_layers: int
     n_train: int
     layers: int | list[str]
+    multilabel: bool = False
 
 
 EFFICIENTNET = [*(f"_blocks.{i}" for i in range(8, 16)), "_avg_pooling"]
@@ -63,6 +93,8 @@ PROBLEMS = {
     "efficientnet-1": Problem("efficientnet", 2, 1000, EFFICIENTNET),
     "efficientnet-3": Problem("efficientnet", 4, 1000, EFFICIENTNET),
     "efficientnet-6": Problem("efficientnet", 7, 1000, EFFICIENTNET),
+    "tiles-1": Problem("efficientnet", 2, 1000, EFFICIENTNET, multilabel=True),
+    "tiles-3": Problem("efficientnet", 4, 1000, EFFICIENTNET, multilabel=True),
     "rotation-1": Problem("convnet-rotation", 1, 2000, 3),
     "rotation-2": Problem("convnet-rotation", 2, 2000, 3),
     "vae-1": Problem("convnet-vae", 1, 2000, 3),
@@ -72,13 +104,28 @@ PROBLEMS = {
 
 
 @functools.cache
-def samples(name, path):
-    """Return the parameters that name a network, training samples, and test samples."""
+def samples(name, path, multilabel):
+    """Return the parameters that name a network, training samples, and test samples.
+
+    Targets are class indices, or an indicator matrix.
+    """
     if name == "sentences":
         model, X, y = docstrings(400)
-        parts = train_test_split(X, y, test_size=600, stratify=y, random_state=0)
+        codes = np.unique(y, return_inverse=True)[1]
+        parts = train_test_split(X, codes, test_size=600, stratify=y, random_state=0)
         return {"backbone": model.backbone}, parts[::2], parts[1::2]
-    return pretrained(name), read_images(path, "train", N_POOL), read_images(path, "test", 2000)
+    if multilabel:
+        images = read_images(path, "train", N_POOL), read_images(path, "test")
+        parts = [tiles(*some, 0) for some in images]
+        encode = MultiLabelBinarizer().fit(parts[0][1]).transform
+    else:
+        parts = read_images(path, "train", N_POOL), read_images(path, "test", N_TEST)
+        classes = np.unique(parts[0][1])
+        encode = functools.partial(np.searchsorted, classes)
+    train, test = (
+        (X[:n], encode(y[:n])) for (X, y), n in zip(parts, (N_POOL, N_TEST), strict=True)
+    )
+    return pretrained(name), train, test
 
 
 def disturbances(X):
@@ -96,7 +143,10 @@ def disturbances(X):
 
 
 def measures(logits, codes):
-    """Return which predictions are correct, and the mean log loss."""
+    """Return which predictions are correct, and the mean log loss, summed over labels."""
+    if codes.ndim == 2:
+        losses = np.logaddexp(0, logits) - codes * logits
+        return (logits > 0) == codes, float(losses.sum(1).mean())
     loss = -log_softmax(logits, axis=1)[np.arange(len(codes)), codes].mean()
     return logits.argmax(1) == codes, float(loss)
 
@@ -110,15 +160,18 @@ def timed(function, *arguments):
     return result, (time.perf_counter() - start, time.process_time() - cpu)
 
 
-def trained(head, z, y, rate, epochs, seed):
-    """Train a head by AdamW with a one-cycle schedule, and return it."""
+def trained(head, z, y, tuning, rate, epochs, seed):
+    """Train a head with a one-cycle schedule, and return it."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=rate)
+    optimizer = tuning.optimizer(head.parameters(), lr=rate)
     steps = epochs * -(-len(y) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, cycle_momentum=tuning.optimizer is not SGD
+    )
+    loss_of = cross_entropy if y.ndim == 1 else summed_binary_cross_entropy
     for _ in range(epochs):
         for rows in torch.randperm(len(y), generator=generator).split(BATCH_SIZE):
-            loss = cross_entropy(head(*(t.to(DEVICE) for t in take(z, rows))), y[rows].to(DEVICE))
+            loss = loss_of(head(*(t.to(DEVICE) for t in take(z, rows))), y[rows].to(DEVICE))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -126,19 +179,26 @@ def trained(head, z, y, rate, epochs, seed):
     return head
 
 
-def fine_tuned(start, z, codes, epochs, seed):
+def fine_tuned(start, z, codes, tuning, epochs, seed):
     """Choose the rate on a fifth of the samples, train on all, and return the head and the rate."""
-    y = torch.from_numpy(codes)
+    multilabel = codes.ndim == 2
+    y = torch.from_numpy(codes.astype(np.float32) if multilabel else codes)
     train, held_out = train_test_split(
-        np.arange(len(y)), test_size=0.2, stratify=codes, random_state=seed
+        np.arange(len(y)), test_size=0.2, stratify=None if multilabel else codes, random_state=seed
     )
 
     def loss(rate):
-        head = trained(Head(start, DEVICE), take(z, train), y[train], rate, epochs, seed)
+        head = trained(Head(start, DEVICE), take(z, train), y[train], tuning, rate, epochs, seed)
         return measures(head.logits(take(z, held_out)), codes[held_out])[1]
 
-    rate = min(RATES, key=loss)
-    return trained(Head(start, DEVICE), z, y, rate, epochs, seed), rate
+    rate = min(tuning.rates, key=loss)
+    return trained(Head(start, DEVICE), z, y, tuning, rate, epochs, seed), rate
+
+
+def whole_network(start, X, codes):
+    """Return an "activation" model whose gradient layers are all layers of the network."""
+    penalties = {"alpha": start.alpha_, "gradient_alpha": np.inf}
+    return clone(start).set_params(gradient_layers="all", **penalties).fit(X, codes)
 
 
 def estimators(problem, network):
@@ -158,17 +218,18 @@ def estimators(problem, network):
 def compare(name, arguments, seed):
     """Iterate over the rows of one split."""
     problem = PROBLEMS[name]
-    network, (X, y), (X_test, y_test) = samples(problem.network, arguments.data)
+    asked = problem.network, arguments.data, problem.multilabel
+    network, (X, codes), (X_test, codes_test) = samples(*asked)
     n_train = arguments.n_train or problem.n_train
     rows = np.random.default_rng(seed).permutation(len(X))[:n_train]
-    X, y = X[rows], y[rows]
-    classes, codes = np.unique(y, return_inverse=True)
+    X, codes = X[rows], codes[rows]
     tests = {"": X_test, **disturbances(X_test)}
-    codes_test = np.searchsorted(classes, y_test)
 
     def row(model, logits_of, seconds, **known):
         found = {"problem": name, "n_train": n_train, "seed": seed, "model": model}
         found |= {"seconds": seconds[0], "cpu_seconds": seconds[1], **known}
+        if problem.multilabel:
+            found["n_labels"] = codes.shape[1]
         for kind, images in tests.items():
             correct, loss = measures(logits_of(kind, images), codes_test)
             key = f" {kind}" if kind else ""
@@ -182,41 +243,51 @@ def compare(name, arguments, seed):
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fill the store
-            estimator.set_params(alpha=1.0, gradient_alpha=np.inf, max_iter=1).fit(X, y)
+            estimator.set_params(alpha=1.0, gradient_alpha=np.inf, max_iter=1).fit(X, codes)
         estimator.set_params(alpha="auto", gradient_alpha="auto", max_iter=100)
-        fitted[model], seconds = timed(estimator.fit, X, y)
+        fitted[model], seconds = timed(estimator.fit, X, codes)
         known = {
             "alpha": fitted[model].alpha_, "gradient_alpha": fitted[model].gradient_alpha_,
             "n_linearizations": fitted[model].n_linearizations_,
         }  # fmt: skip
-        yield row(model, lambda _, x, e=estimator: e.predict_log_proba(x), seconds, **known)
+        logits = estimator.decision_function if problem.multilabel else estimator.predict_log_proba
+        yield row(model, lambda _, x, f=logits: f(x), seconds, **known)
     start = fitted["activation"]
     if "LogisticRegressionCV" in arguments.models:
         probe = LogisticRegressionCV(
             Cs=10, cv=5, scoring="neg_log_loss", max_iter=1000, l1_ratios=(0,),
             use_legacy_attributes=False,
         )  # fmt: skip
+        if problem.multilabel:
+            probe = MultiOutputClassifier(probe)
         _, seconds = timed(probe.fit, start.transform(X), codes)
-        yield row(
-            "LogisticRegressionCV",
-            lambda _, x: probe.predict_log_proba(start.transform(x)),
-            seconds,
-        )
-    if "AdamW" in arguments.models:
-        z, z_test = below(start, X, DEVICE), {k: below(start, x, DEVICE) for k, x in tests.items()}
-        for epochs in EPOCHS:
-            (head, rate), seconds = timed(fine_tuned, start, z, codes, epochs, seed)
+
+        def logits_of(x):
+            if problem.multilabel:
+                return np.stack([label.decision_function(x) for label in probe.estimators_], 1)
+            return probe.predict_log_proba(x)
+
+        yield row("LogisticRegressionCV", lambda _, x: logits_of(start.transform(x)), seconds)
+    for model, tuning in TUNINGS.items():
+        if model not in arguments.models:
+            continue
+        base = whole_network(start, X, codes) if tuning.whole else start
+        z, z_test = below(base, X, DEVICE), {k: below(base, x, DEVICE) for k, x in tests.items()}
+        for epochs in tuning.epochs:
+            (head, rate), seconds = timed(fine_tuned, base, z, codes, tuning, epochs, seed)
             yield row(
-                f"AdamW, {epochs} epochs",
-                lambda k, _, h=head: h.logits(z_test[k]),
+                model if tuning.whole else f"{model}, {epochs} epochs",
+                lambda k, _, h=head, z=z_test: h.logits(z[k]),
                 seconds,
                 rate=rate,
             )
 
 
 def correct_of(row, key="correct"):
-    """Return which predictions of a row are correct."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(row[key]), np.uint8)).astype(bool)
+    """Return the share of correct labels of every test sample of a row."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(row[key]), np.uint8))
+    n_labels = row.get("n_labels", 1)
+    return bits[: len(bits) // n_labels * n_labels].reshape(-1, n_labels).mean(1)
 
 
 def table(rows):
@@ -246,7 +317,7 @@ def table(rows):
 
 def main(arguments=None):
     """Run the benchmark, write JSON after every row, and print a Markdown table."""
-    models = ["LogisticRegressionCV", "AdamW", *estimators(PROBLEMS["rotation-1"], {})]
+    models = ["LogisticRegressionCV", *TUNINGS, *estimators(PROBLEMS["rotation-1"], {})]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", type=Path, help="zip file or folder of images, as for paper_tables.py")

@@ -66,6 +66,7 @@ from sklearn_gradfeat.backbones._layers import (
     hashable,
     is_pattern,
 )
+from sklearn_gradfeat.backbones._padding import merge_padding
 from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_relu
 from sklearn_gradfeat.backbones._unread_tokens import without_unread_tokens
 
@@ -447,6 +448,7 @@ def _captured(module: ActivationModule, example: Tensor) -> Captured | CaptureEr
     try:
         captured = capture(module, example)
         fold_batch_norms(captured)
+        merge_padding(captured)
     except CaptureError as refusal:
         return refusal
     return captured

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import SymInt, Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sklearn_gradfeat.backbones._advice import layout_advice
 from sklearn_gradfeat.backbones._attention import plain_attention
@@ -19,6 +21,11 @@ WEIGHTED = MATRIX | {
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
     "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",
 }  # fmt: skip
+
+
+# Arguments of modules for samples with different numbers of tokens, and whether numbers other than
+# zero stand for padding.
+_MASKS = {"attention_mask": False, "src_key_padding_mask": True, "key_padding_mask": True}
 
 
 class CaptureError(Exception):
@@ -179,16 +186,58 @@ def watched(
             handle.remove()
 
 
+@contextmanager
+def token_masks(module: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Collect the latest mask of tokens that a submodule is given, by the number of positions.
+
+    A mask has the shape (n_samples, n_positions). It is False at padding.
+    """
+    masks: dict[int, Tensor] = {}
+
+    def hook(names: list[str]) -> Callable[[nn.Module, Any, Any], None]:
+        def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            for name, padding in _MASKS.items():
+                mask = given.get(name)
+                if not isinstance(mask, Tensor) or mask.ndim != 2:
+                    continue
+                # In a float attention_mask, zeros stand for tokens or for padding.
+                if padding or not mask.is_floating_point():
+                    masks[mask.shape[1]] = (mask == 0) == padding
+
+        return note
+
+    hooks = []
+    for submodule in module.modules():
+        try:
+            names = list(inspect.signature(submodule.forward).parameters)
+        except (TypeError, ValueError):  # as of some compiled functions
+            continue
+        if not _MASKS.keys().isdisjoint(names):
+            hooks.append(submodule.register_forward_pre_hook(hook(names), with_kwargs=True))
+    try:
+        yield masks
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
 def joined(module: nn.Module, layers: Sequence[Layer], x: Tensor) -> Tensor:
     """Return the averaged outputs of layers side by side, one row per sample."""
     axes = {layer.path: layer.axis for layer in layers}
     rows: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
 
     def see(path: str, output: Any) -> None:
-        rows[path] = averaged(main_output(output), axes[path])
+        found = main_output(output)
+        if found.ndim == 3:  # the mask may be given to a later layer
+            tokens[path] = found.clone()
+        else:
+            rows[path] = averaged(found, axes[path], masks)
 
-    with watched(module, axes, see):
+    with token_masks(module) as masks, watched(module, axes, see):
         module(x)
+    rows |= {path: averaged(found, axes[path], masks) for path, found in tokens.items()}
     return torch.cat([rows[path] for path in axes], 1)
 
 
@@ -197,9 +246,18 @@ def main_output(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) and output else output
 
 
-def averaged(output: Tensor, axis: int) -> Tensor:
-    """Return the mean over all axes but those of samples and channels, in new memory."""
-    axes = [i for i in range(1, output.ndim) if i not in (axis, axis + output.ndim)]
+def averaged(output: Tensor, axis: int, masks: Mapping[int, Tensor]) -> Tensor:
+    """Return the mean over all axes but those of samples and channels, in new memory.
+
+    Padding is left out where there is a mask of that number of positions.
+    """
+    axis %= output.ndim
+    if output.ndim == 3:
+        mask = masks.get(output.shape[3 - axis])
+        if mask is not None and statically_known_true(mask.shape[0] == output.shape[0]):
+            total = torch.where(mask.unsqueeze(axis), output, 0.0).sum(3 - axis)
+            return total / mask.sum(1, keepdim=True).clamp(min=1).to(total)
+    axes = [i for i in range(1, output.ndim) if i != axis]
     return output.mean(axes) if axes else output.clone()
 
 

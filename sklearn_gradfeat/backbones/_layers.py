@@ -4,6 +4,10 @@ An output is averaged over all axes but those of samples and channels. The chann
 second axis after a convolution, and on the last one after a linear layer. A run on an example
 shows which: the layer computes its output from that of the last convolution, matrix product or
 normalisation before it, which has as many channels.
+
+Padding is left out of an average, so that the activation of a text does not depend on the lengths
+of other texts. Submodules are given its places as ``attention_mask``, or by the name that torch's
+transformers have for it.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from sklearn_gradfeat.backbones._graph import (
     main_output,
     not_called,
     run_once,
+    token_masks,
     watched,
 )
 
@@ -133,14 +138,17 @@ def _run(module: nn.Module, paths: Collection[str], example: Tensor) -> dict[str
 
     def see(path: str, output: Any) -> None:
         seen.pop(path, None)
-        seen[path] = _described(path, main_output(output), len(example), recorder.latest)
+        given = len(example), recorder.latest, masks
+        seen[path] = _described(path, main_output(output), *given)
 
-    with watched(module, paths, see), recorder:
+    with token_masks(module) as masks, watched(module, paths, see), recorder:
         run_once(module, example)
     return seen
 
 
-def _described(path: str, output: Any, n_samples: int, latest: tuple[int, int]) -> _Seen:
+def _described(
+    path: str, output: Any, n_samples: int, latest: tuple[int, int], masks: Mapping[int, Tensor]
+) -> _Seen:
     """Return an output as a layer with its averages, or the reason why it cannot be a layer."""
     fault = ""
     if not isinstance(output, Tensor):
@@ -154,7 +162,7 @@ def _described(path: str, output: Any, n_samples: int, latest: tuple[int, int]) 
     if fault:
         return _Seen(Layer(path, 1, 0), torch.empty(0), fault)
     axis = _channel_axis(output, *latest)
-    return _Seen(Layer(path, axis, output.shape[axis]), averaged(output, axis).detach(), "")
+    return _Seen(Layer(path, axis, output.shape[axis]), averaged(output, axis, masks).detach(), "")
 
 
 def _channel_axis(output: Tensor, axis: int, n_channels: int) -> int:

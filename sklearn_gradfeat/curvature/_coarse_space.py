@@ -20,9 +20,9 @@ The ranks follow from one lower bound on the eigenvalues of all ``G ⊗ A``, the
 which an evaluation takes at most an eighth of the time of the layers in a pass, and all rows
 take at most 2 GiB.
 
-*Many outputs.* The rows of a layer take a backward pass for every output, or for every activation
-where these are fewer. Where that takes too long, the space holds the weights, the intercept and
-those layers of which every activation sees one channel.
+*Many outputs.* The rows of a layer take a backward pass for every dimension that the output weights
+``Ω`` span. Where that takes too long, the space holds the weights, the intercept and those layers
+of which every activation sees one channel.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from sklearn_gradfeat.curvature._layer_rows import (
     multiplications,
     output_gradients,
     record,
+    spanning,
 )
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Layer
 from sklearn_gradfeat.data import (
@@ -59,11 +60,11 @@ from sklearn_gradfeat.data import (
     sum_over_ranks,
 )
 from sklearn_gradfeat.linearized import (
+    LinearizedHead,
     TangentObjective,
     TangentTerm,
     Tensors,
     agrees,
-    linear_logits,
 )
 
 # Cost of an evaluation in the subspace, as a share of the cost of the layers in a pass.
@@ -160,9 +161,10 @@ class Subspace:
         self.total = total
         self.head, self.blocks = objective.tangent.head, blocks
         self.omega = objective.tangent.omega
+        self.outer, columns = spanning(self.omega)
         self.affine = replace(objective, tangent=None)
         self.sizes = [sum(self.affine.sizes), *(block.curvature.numel() for block in blocks)]
-        self.rows = objective.tangent.retry(lambda: _rows(objective, blocks))
+        self.rows = objective.tangent.retry(lambda: _rows(objective, blocks, columns))
 
     def exact(self, objective: TangentObjective) -> bool:
         """Return whether the map agrees with the objective on a random vector.
@@ -197,9 +199,7 @@ class Subspace:
         for block, r, kept in zip(self.blocks, coordinates, self.rows, strict=True):
             matrix = r.view_as(block.curvature)
             for rows, part in _parts(block, kept):
-                outputs = block.rows.forward(part, matrix)
-                if _at_activation(block, self.omega):
-                    outputs = linear_logits(tangent=outputs, omega=self.omega)
+                outputs = block.rows.forward(part, matrix) @ self._mixing(block).T
                 logits[rows] += outputs.to(logits)
         return logits
 
@@ -210,12 +210,13 @@ class Subspace:
         for block, kept in zip(self.blocks, self.rows, strict=True):
             total = narrow.new_zeros(block.curvature.numel())
             for rows, part in _parts(block, kept):
-                pulled = narrow[rows]
-                if _at_activation(block, self.omega):
-                    pulled = pulled @ self.omega
-                total += block.rows.adjoint(part, pulled)
+                total += block.rows.adjoint(part, narrow[rows] @ self._mixing(block))
             parts.append(total)
         return sum_over_ranks(torch.cat(parts))
+
+    def _mixing(self, block: Block) -> Tensor:
+        """Return the matrix that maps the outputs of a block to the logits."""
+        return self.omega if block.rows.channelwise else self.outer
 
     def extend(self, x: Tensor) -> Tensor:
         """Return the unknowns of the objective from coordinates."""
@@ -232,20 +233,17 @@ class Subspace:
         return torch.cat([affine, *(block.restrict(pieces) for block in self.blocks)])
 
 
-def _at_activation(block: Block, omega: Tensor) -> bool:
-    """Return whether the rows of a block give the activation, which takes fewer outputs."""
-    return block.rows.channelwise or omega.shape[1] < len(omega)
+def _rows(objective: TangentObjective, blocks: Sequence[Block], columns: Tensor) -> list[Tensors]:
+    """Return the rows of all samples for every block, in one pass.
 
-
-def _rows(objective: TangentObjective, blocks: Sequence[Block]) -> list[Tensors]:
-    """Return the rows of all samples for every block, in one pass."""
+    The outputs of a block are the activations, or their products with ``columns``.
+    """
     tangent = objective.tangent
     assert tangent is not None
-    n_outputs = min(tangent.omega.shape)
     empty = tangent.empty or objective.like.new_empty
-    kept = [block.rows.empty(empty, objective.n_samples, n_outputs) for block in blocks]
+    kept = [block.rows.empty(empty, objective.n_samples, len(columns)) for block in blocks]
     for rows, boundary in tangent.batches() if blocks else ():
-        projected = _project(tangent, blocks, boundary, rows.stop - rows.start)
+        projected = _project(tangent.head, columns, blocks, boundary, rows.stop - rows.start)
         for places, parts in zip(kept, projected, strict=True):
             for place, part in zip(places, parts, strict=True):
                 place[rows] = part
@@ -263,29 +261,32 @@ def _parts(block: Block, kept: Tensors) -> Iterator[tuple[slice, Tensors]]:
 
 
 def _project(
-    tangent: TangentTerm, blocks: Sequence[Block], boundary: Tensors, n_samples: int
+    head: LinearizedHead,
+    columns: Tensor,
+    blocks: Sequence[Block],
+    boundary: Tensors,
+    n_samples: int,
 ) -> list[Tensors]:
     """Return the rows of a batch of samples for every block."""
-    head, omega = tangent.head, tangent.omega
     activation, calls = record(head, boundary, differentiable=True)
     found = positions(calls, n_samples)
     if any(found.get(block.weight) != block.rows.n_positions for block in blocks):
         raise LayoutError
-    of_block = [[i for i, call in enumerate(calls) if call.weight == b.weight] for b in blocks]
+    of_block = [[call for call in calls if call.weight == block.weight] for block in blocks]
     inputs = [
-        torch.cat([calls[i].scaled_rows(head.values, head.scales, n_samples)[0] for i in own], 1)
+        torch.cat([call.scaled_rows(head.values, head.scales, n_samples)[0] for call in own], 1)
         @ block.inputs
         for block, own in zip(blocks, of_block, strict=True)
     ]
-    kept = [block.rows.empty(omega.new_empty, n_samples, min(omega.shape)) for block in blocks]
-    width = omega.shape[1]
-    outputs = omega if len(omega) <= width else torch.eye(width).to(omega)
-    for columns, channelwise in ((omega.new_ones(1, width), True), (outputs, False)):
-        chosen = [i for i, b in enumerate(blocks) if b.rows.channelwise == channelwise]
-        pulled = output_gradients(activation, calls, columns) if chosen else ()
-        for number, gradients in enumerate(pulled):
+    kept = [block.rows.empty(columns.new_empty, n_samples, len(columns)) for block in blocks]
+    ones = columns.new_ones(1, columns.shape[1])
+    for factors, channelwise in ((ones, True), (columns, False)):
+        chosen = [i for i, block in enumerate(blocks) if block.rows.channelwise == channelwise]
+        seen = [call for i in chosen for call in of_block[i]]
+        for number, gradients in enumerate(output_gradients(activation, seen, factors)):
+            pulled = iter(gradients)
             for i in chosen:
-                rows = [calls[k].output_rows(gradients[k], n_samples)[0] for k in of_block[i]]
+                rows = [call.output_rows(next(pulled), n_samples)[0] for call in of_block[i]]
                 blocks[i].rows.put(kept[i], inputs[i], number, torch.cat(rows, 1))
     return kept
 
@@ -350,7 +351,7 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     )
     if not layers or cost < _MIN_COST:
         return None
-    n_outputs = min(tangent.omega.shape)
+    n_outputs = max(gather_over_ranks(len(spanning(tangent.omega)[1])))
     _, calls = record(tangent.head, boundary)
     forward = multiplications(tangent.head, boundary)
     share = max(gather_over_ranks(backward_share(tangent.head, forward, calls)))

@@ -33,6 +33,7 @@ from sklearn_gradfeat.curvature._layer_rows import (
     multiplications,
     output_gradients,
     record_with_norms,
+    spanning,
 )
 from sklearn_gradfeat.data import on_all_ranks, row_blocks
 from sklearn_gradfeat.linearized import Batches, TangentTerm, Tensors, agrees
@@ -272,10 +273,8 @@ def factored(tangent: TangentTerm, n_samples: int, max_bytes: int) -> FactoredTe
     """
     if not on_all_ranks(max_bytes > 0 and _is_cheap(tangent, tangent.few(n_samples))):
         return None
-    left, singular, right = torch.linalg.svd(tangent.omega, full_matrices=False)
-    n_columns = int((singular > 10 * torch.finfo(singular.dtype).eps * singular.max()).sum())
-    outer, columns = left[:, :n_columns], singular[:n_columns, None] * right[:n_columns]
-    if n_columns == 0:
+    outer, columns = spanning(tangent.omega)
+    if not columns.any():
         return None
     kept = tangent.retry(lambda: _rows(tangent, outer, columns, max_bytes))
     if not on_all_ranks(kept is not None):

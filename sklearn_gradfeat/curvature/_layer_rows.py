@@ -26,6 +26,8 @@ _LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 _VIEWS = {"flatten", "slice", "index_select"}
 _NORM = ("input", "normalized_shape", "weight", "bias", "eps")
 _ALL = slice(None)
+# So many units of rounding of the largest singular value count as zero.
+_ROUNDINGS = 100
 # Multiplications that take as long as reading a number.
 READING = 16
 
@@ -255,6 +257,18 @@ def _with_one_width(calls: list[LayerCall]) -> list[LayerCall]:
     """Leave the bias out of the calls of a tied weight if some of these calls have none."""
     without = {call.weight for call in calls if call.bias is None}
     return [replace(call, bias=None) if call.weight in without else call for call in calls]
+
+
+def spanning(omega: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two factors of ``Ω = outer @ columns`` with the fewest columns.
+
+    Their number is the rank of ``Ω``, but at least one: with a softmax, one less than that of the
+    outputs. The columns of ``outer`` are orthonormal.
+    """
+    left, singular, right = torch.linalg.svd(omega, full_matrices=False)
+    least = _ROUNDINGS * torch.finfo(singular.dtype).eps * singular.max()
+    rank = max(1, int((singular > least).sum()))
+    return left[:, :rank], singular[:rank, None] * right[:rank]
 
 
 def output_gradients(

@@ -49,9 +49,10 @@ activation_layer : str, int or list of str, default=None
     The output of a submodule is averaged over all axes but those of samples and channels. The
     channels are on the last axis where the layer ends in a linear layer or a layer norm, as
     in transformers, and on the second axis otherwise. Of a tuple, the first item counts; of
-    several calls, the last. Padding tokens count. With a list, a pattern or an int, the output
-    of each layer is divided by its root mean square over the training samples, with their
-    weights; an output of zeros stays.
+    several calls, the last. Padding is left out where a submodule takes its mask, as
+    ``attention_mask``, ``src_key_padding_mask`` or ``key_padding_mask``. With a list, a pattern
+    or an int, the output of each layer is divided by its root mean square over the training
+    samples, with their weights; an output of zeros stays.
 preprocess : "auto", callable or None, default="auto"
     A transform of each batch before the network. It takes and returns a tensor with one
     row per sample. ``"auto"`` is the transform of a named network, which takes uint8 images

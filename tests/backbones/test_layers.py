@@ -7,6 +7,7 @@ from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifierCV
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, freeze
+from sklearn_gradfeat.backbones._split import extract
 from tests.networks import Residual, Tokens
 from tests.tiny import X, Y, estimator, tiny_net
 
@@ -238,6 +239,49 @@ def test_batch_norms_fold_except_after_a_layer_that_is_read():
     with torch.no_grad():
         activation = split.head(tuple(split.parameters.values()), split.boundary(IMAGES))
         torch.testing.assert_close(activation, found.module(IMAGES))
+
+
+class Texts(nn.Module):
+    """A transformer for token ids, of which zeros are padding."""
+
+    def __init__(self, plain=False):
+        super().__init__()
+        self.table, self.plain = nn.Embedding(9, 8), plain
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.mix = nn.Conv1d(8, 5, 1)
+        self.reader = Reader()
+
+    def forward(self, ids):
+        if self.plain:
+            return self.reader(self.table(ids), (ids != 0).long()).mean(1)
+        tokens = self.encoder(self.table(ids), src_key_padding_mask=ids == 0)
+        return self.mix(tokens.mT)[:, :, 0]
+
+
+class Reader(nn.Module):
+    """A layer that takes a mask as the models of transformers do."""
+
+    def forward(self, tokens, attention_mask):
+        return tokens * 2
+
+
+@pytest.mark.parametrize(
+    ("plain", "chosen"),
+    [(False, ("table", "encoder.layers.*", "mix")), (False, "encoder"), (True, ("reader",))],
+)
+def test_activation_of_a_text_does_not_depend_on_longer_ones(plain, chosen):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Texts(plain)
+    short = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    padded = torch.cat([torch.nn.functional.pad(short, (0, 2)), torch.arange(1, 6)[None]])
+    network = network.double().eval()
+    alone, together = (freeze(network, x[:2], torch.float64, chosen) for x in (short, padded))
+    expected, found = alone.module(short), together.module(padded)[:2]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    graph = extract(together.computed, [together.computed.input], [together.computed.output])
+    torch.testing.assert_close(graph(padded)[0][:2], expected, rtol=1e-10, atol=1e-12)
 
 
 # --- one name --------------------------------------------------------------------------------

@@ -222,6 +222,30 @@ def test_more_outputs_than_activations(kind):
     torch.testing.assert_close(subspace.adjoint(cotangent), pulled)
 
 
+def test_no_backward_pass_for_an_output_that_follows_from_others():
+    """With a softmax the weights of all classes add up to zero."""
+    tangent, boundary = image_term("residual")
+    tangent = replace(tangent, omega=tangent.omega - tangent.omega.mean(0))
+    problem = objective(classes(N), tangent.head.activation(boundary), tangent)
+    subspace = subspace_of(problem)
+    assert subspace.outer.shape == (CLASSES, CLASSES - 1)
+    x, cotangent = normal(sum(subspace.sizes)), normal(N, CLASSES)
+    expected = problem.forward(subspace.extend(x))
+    torch.testing.assert_close(subspace.forward(x), expected, rtol=1e-9, atol=1e-9)
+    pulled = subspace.restrict(problem.adjoint(cotangent))
+    torch.testing.assert_close(subspace.adjoint(cotangent), pulled)
+
+
+def test_output_weights_of_zero_at_another_point():
+    problem, subspace = problem_and_subspace("residual")
+    term = replace(problem.tangent, omega=torch.zeros_like(problem.tangent.omega))
+    found = coarse_space.Subspace(replace(problem, tangent=term), subspace.blocks, subspace.total)
+    n_affine = found.sizes[0]
+    x, cotangent = normal(sum(found.sizes)), normal(N, CLASSES)
+    torch.testing.assert_close(found.forward(x), found.affine.forward(x[:n_affine]))
+    assert not found.adjoint(cotangent)[n_affine:].any()
+
+
 @pytest.mark.parametrize(("kind", "kept"), [("plain", {True}), ("transformer", set())])
 def test_many_outputs_leave_layers_that_need_a_backward_pass_for_each(monkeypatch, kind, kept):
     problem = image_objective(kind)

@@ -34,7 +34,14 @@ from sklearn_gradfeat.linearized import LinearizedHead
 from tests import ranks
 from tests.tiny import X, Y, estimator, tiny_net
 
-FAST = ["weights", "explicit rows", "two linearizations", "auto, activation"]
+FAST = [
+    "weights",
+    "explicit rows",
+    "two linearizations",
+    "coarse space",
+    "auto, coarse space",
+    "auto, activation",
+]
 # The linear models of several linearisations are solved loosely. The choice of penalties is that
 # of models of held-out samples, which are solved to a tolerance of 1e-3.
 OBJECTIVE = {"two linearizations": 1e-5}
@@ -256,6 +263,7 @@ def check_against_one_process(name, of_ranks):
     for found in of_ranks:
         assert found["bits"] == of_ranks[0]["bits"]
     found = of_ranks[0]
+    assert found["n_linearizations"] == one["n_linearizations"]
     np.testing.assert_allclose(found["penalties"], one["penalties"], rtol=0.15)
     if one["losses"].size:
         np.testing.assert_allclose(found["losses"][:4], one["losses"][:4], rtol=1e-2)
