@@ -16,8 +16,8 @@ rows ``a`` and ``g``.
 A Gram matrix needs about two rows per column; more rows hardly improve a preconditioner:
 
 * Samples: every k-th, so that 128 to 1024 remain. The number grows with the widest layer.
-* Positions: those of each sample with the largest gradients, at least 4. If only a class token
-  leaves the network, say, most positions have none. ``E[g gᵀ]`` is scaled up to stand for all.
+* Positions: those with the largest gradients, at least 4. If only a class token leaves the
+  network, say, most positions have none. ``E[g gᵀ]`` is scaled up to stand for all of them.
 
 References
 ----------
@@ -41,7 +41,6 @@ from sklearn_gradfeat.backbones import differentiable_attention
 from sklearn_gradfeat.curvature._layer_rows import (
     LayerCall,
     NormCall,
-    at_positions,
     output_gradients,
     record,
     record_with_norms,
@@ -183,7 +182,7 @@ def factors(
             for i, gradient in _norm_gradients(norms, grads[len(calls) :], len(w)).items():
                 squares[i] = squares.get(i, 0.0) + w @ (head.scales[i] * gradient) ** 2
             if not chosen:  # by the first column, which is the strongest
-                chosen = [_strongest(r) for r in rows_out]
+                chosen = [_strongest(r, w) for r in rows_out]
                 for call, positions in zip(calls, chosen, strict=True):
                     width = head.values[call.weight][0].numel()
                     _add_inputs(found, call, head, w, positions.most(width, n_samples))
@@ -221,32 +220,29 @@ def sums_over_ranks(
 
 @dataclass(frozen=True)
 class _Positions:
-    """Positions of every sample by the size of their gradients, and their shares of the total."""
+    """Positions of a layer by the size of their gradients, and their shares of the total."""
 
     order: Tensor
     share: Tensor
 
-    def most(self, width: int, n_rows: int) -> Tensor | slice:
+    def most(self, width: int, n_rows: int) -> Tensor:
         """Return the strongest positions that give a Gram matrix enough rows."""
         enough = max(_MIN_POSITIONS, math.ceil(_ROWS_PER_COLUMN * width / n_rows))
-        return self.order[:, :enough] if enough < self.order.shape[1] else slice(None)
+        return self.order[:enough]
 
     def strongest(self, rows: Tensor, n_rows: int) -> Tensor:
         """Return the rows at the strongest positions, scaled to stand for all positions."""
         chosen = self.most(rows.shape[-1], n_rows)
-        if isinstance(chosen, slice):
-            return rows
-        share = self.share[:, : chosen.shape[1]].sum(1).sqrt()
-        share = torch.where(share > 0, share, 1.0)
-        return at_positions(rows, chosen) / share[:, None, None]
+        share = float(self.share[: len(chosen)].sum())
+        return rows[:, :, chosen] / math.sqrt(share) if share > 0 else rows[:, :, chosen]
 
 
-def _strongest(rows: Tensor) -> _Positions:
+def _strongest(rows: Tensor, w: Tensor) -> _Positions:
     """Sort positions by the size of gradients (groups, n_samples, positions, n_outputs)."""
-    energy = rows.square().sum((0, 3))
-    share, order = torch.sort(energy, descending=True, stable=True)
-    total = share.sum(1, keepdim=True)
-    return _Positions(order, torch.where(total > 0, share / total, 0.0))
+    energy = (rows**2).sum((0, 3)).T @ _by_row(rows, w)
+    total = energy.sum()
+    share, order = torch.sort(energy / total if total > 0 else energy, descending=True, stable=True)
+    return _Positions(order, share)
 
 
 def _add_inputs(
@@ -254,7 +250,7 @@ def _add_inputs(
     call: LayerCall,
     head: LinearizedHead,
     w: Tensor,
-    positions: Tensor | slice,
+    positions: Tensor,
 ) -> None:
     """Add the inputs of one call of a layer to its factor."""
     value = head.values[call.weight]

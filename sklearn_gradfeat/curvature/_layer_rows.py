@@ -85,9 +85,9 @@ class LayerCall:
     def input_rows(
         self, kernel: Sequence[int], n_samples: int, positions: Tensor | slice = _ALL
     ) -> Tensor:
-        """Return the input rows, at some positions of each."""
+        """Return the input rows at some positions."""
         if self.kind == "linear":
-            return at_positions(_by_sample(self.inputs, n_samples), positions)
+            return _by_sample(self.inputs, n_samples)[:, :, positions]
         stride, padding, dilation, _ = complete(self.options, len(kernel))
         x = _pad(self.inputs, kernel, padding, dilation)
         pieces = []
@@ -97,8 +97,8 @@ class LayerCall:
                 length = self.output.shape[2 + axis]
                 window.append(slice(o * d, o * d + (length - 1) * s + 1, s))
             piece = x[tuple(window)]
-            pieces.append(at_positions(piece.flatten(2), positions))
-        patches = torch.stack(pieces, 2).unflatten(1, (self.groups, -1))
+            pieces.append(piece if positions is _ALL else piece.flatten(2)[:, :, positions])
+        patches = torch.stack(pieces, 2).flatten(3).unflatten(1, (self.groups, -1))
         flat: Tensor = patches.flatten(2, 3).permute(1, 0, 3, 2)
         return flat
 
@@ -319,26 +319,6 @@ class _Counter(TorchDispatchMode):
         if flops is not None:
             self.total += flops(*args, **kwargs, out_val=output) / 2
         return output
-
-
-def at_positions(rows: Tensor, positions: Tensor | slice) -> Tensor:
-    """Return rows at some positions of each.
-
-    Parameters
-    ----------
-    rows : tensor
-        Of shape (groups, n_samples, positions, columns) or (n_samples, columns, positions).
-    positions : tensor of shape (n_samples, n_positions), or slice(None)
-        Some positions of every sample, or all.
-
-    Returns
-    -------
-    tensor
-    """
-    if isinstance(positions, slice):
-        return rows
-    shape = (-1, 1, positions.shape[1]) if rows.ndim == 3 else (1, *positions.shape, 1)
-    return torch.take_along_dim(rows, positions.reshape(shape), 2)
 
 
 def _by_sample(rows: Tensor, n_samples: int) -> Tensor:

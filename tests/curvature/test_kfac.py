@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sklearn_gradfeat.curvature import _kfac
 from sklearn_gradfeat.curvature._kfac import enough_samples, factors, loss_columns
 from tests.curvature.problems import (
     MLP_LAYERS,
@@ -61,18 +60,6 @@ def test_batches_and_order_do_not_matter(order, size):
     found, _ = factors(head, [(slice(0, 9), (x,))], columns, weights, 9)
     moved = torch.tensor(order)
     again, _ = factors(head, batches((x[moved],), size), columns, weights[moved], 9)
-    torch.testing.assert_close(grams(again), grams(found))
-
-
-@pytest.mark.parametrize("size", [1, 4])
-def test_batches_do_not_matter_where_few_positions_count(monkeypatch, size):
-    monkeypatch.setattr(_kfac, "_MIN_POSITIONS", 2)
-    monkeypatch.setattr(_kfac, "_ROWS_PER_COLUMN", 0)
-    tangent, boundary = image_term("plain", n=9)
-    columns, weights = normal(2, tangent.omega.shape[1]), unequal_weights(9)
-    found, again = (
-        factors(tangent.head, batches(boundary, n), columns, weights, 9)[0] for n in (9, size)
-    )
     torch.testing.assert_close(grams(again), grams(found))
 
 
