@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -187,34 +187,39 @@ def watched(
 
 
 @contextmanager
-def token_masks(module: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """Collect the latest mask of tokens that a submodule is given, by the number of positions.
+def token_masks(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the masks of tokens that submodules are given, in their order.
 
-    A mask has the shape (n_samples, n_positions). It is False at padding.
+    A mask has the shape (n_samples, n_positions), or one row for all samples. It is False at
+    padding.
     """
-    masks: dict[int, Tensor] = {}
+    masks: list[Tensor] = []
 
-    def hook(names: list[str]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(signature: inspect.Signature) -> Callable[[nn.Module, Any, Any], None]:
         def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            given = dict(zip(names, args, strict=False)) | kwargs
+            given = signature.bind_partial(*args, **kwargs).arguments
             for name, padding in _MASKS.items():
                 mask = given.get(name)
                 if not isinstance(mask, Tensor) or mask.ndim != 2:
                     continue
+                if name == "key_padding_mask" and given.get("query") is not given.get("key"):
+                    continue  # the keys have other positions than the output
+                if not mask.is_floating_point():
+                    masks.append((mask == 0) == padding)
+                elif padding:  # added to the logarithms of attention weights
+                    masks.append(mask.exp() > 0)
                 # In a float attention_mask, zeros stand for tokens or for padding.
-                if padding or not mask.is_floating_point():
-                    masks[mask.shape[1]] = (mask == 0) == padding
 
         return note
 
     hooks = []
     for submodule in module.modules():
         try:
-            names = list(inspect.signature(submodule.forward).parameters)
+            signature = inspect.signature(submodule.forward)
         except (TypeError, ValueError):  # as of some compiled functions
             continue
-        if not _MASKS.keys().isdisjoint(names):
-            hooks.append(submodule.register_forward_pre_hook(hook(names), with_kwargs=True))
+        if not _MASKS.keys().isdisjoint(signature.parameters):
+            hooks.append(submodule.register_forward_pre_hook(hook(signature), with_kwargs=True))
     try:
         yield masks
     finally:
@@ -223,21 +228,25 @@ def token_masks(module: nn.Module) -> Iterator[dict[int, Tensor]]:
 
 
 def joined(module: nn.Module, layers: Sequence[Layer], x: Tensor) -> Tensor:
-    """Return the averaged outputs of layers side by side, one row per sample."""
+    """Return the averaged outputs of layers side by side, one row per sample.
+
+    The mask of a layer is the latest one when it returns, or else the first one after it.
+    """
     axes = {layer.path: layer.axis for layer in layers}
     rows: dict[str, Tensor] = {}
-    tokens: dict[str, Tensor] = {}
+    unmasked: dict[str, Tensor] = {}
 
     def see(path: str, output: Any) -> None:
         found = main_output(output)
-        if found.ndim == 3:  # the mask may be given to a later layer
-            tokens[path] = found.clone()
+        unmasked.pop(path, None)
+        if found.ndim == 3 and _mask(found, axes[path], masks) is None:
+            unmasked[path] = found.clone()
         else:
-            rows[path] = averaged(found, axes[path], masks)
+            rows[path] = averaged(found, axes[path], masks[::-1])
 
     with token_masks(module) as masks, watched(module, axes, see):
         module(x)
-    rows |= {path: averaged(found, axes[path], masks) for path, found in tokens.items()}
+    rows |= {path: averaged(found, axes[path], masks) for path, found in unmasked.items()}
     return torch.cat([rows[path] for path in axes], 1)
 
 
@@ -246,19 +255,31 @@ def main_output(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) and output else output
 
 
-def averaged(output: Tensor, axis: int, masks: Mapping[int, Tensor]) -> Tensor:
+def averaged(output: Tensor, axis: int, masks: Iterable[Tensor]) -> Tensor:
     """Return the mean over all axes but those of samples and channels, in new memory.
 
-    Padding is left out where there is a mask of that number of positions.
+    Padding is left out by the first mask of that number of positions.
     """
     axis %= output.ndim
-    if output.ndim == 3:
-        mask = masks.get(output.shape[3 - axis])
-        if mask is not None and statically_known_true(mask.shape[0] == output.shape[0]):
-            total = torch.where(mask.unsqueeze(axis), output, 0.0).sum(3 - axis)
-            return total / mask.sum(1, keepdim=True).clamp(min=1).to(total)
+    mask = _mask(output, axis, masks)
+    if mask is not None:
+        total = torch.where(mask.unsqueeze(axis), output, 0.0).sum(3 - axis)
+        return total / mask.sum(1, keepdim=True).clamp(min=1).to(total)
     axes = [i for i in range(1, output.ndim) if i != axis]
     return output.mean(axes) if axes else output.clone()
+
+
+def _mask(output: Tensor, axis: int, masks: Iterable[Tensor]) -> Tensor | None:
+    """Return the first mask of the samples and positions of an output with channels on an axis."""
+    if output.ndim != 3:
+        return None
+    known = statically_known_true
+    for mask in masks:
+        n_samples, n_positions = mask.shape
+        of_samples = known(n_samples == output.shape[0]) or known(n_samples == 1)
+        if of_samples and known(n_positions == output.shape[3 - axis % 3]):
+            return mask
+    return None
 
 
 def activation(module: nn.Module, layer: str | None, x: Tensor) -> Tensor:

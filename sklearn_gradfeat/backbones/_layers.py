@@ -138,7 +138,7 @@ def _run(module: nn.Module, paths: Collection[str], example: Tensor) -> dict[str
 
     def see(path: str, output: Any) -> None:
         seen.pop(path, None)
-        given = len(example), recorder.latest, masks
+        given = len(example), recorder.latest, masks[::-1]
         seen[path] = _described(path, main_output(output), *given)
 
     with token_masks(module) as masks, watched(module, paths, see), recorder:
@@ -147,7 +147,7 @@ def _run(module: nn.Module, paths: Collection[str], example: Tensor) -> dict[str
 
 
 def _described(
-    path: str, output: Any, n_samples: int, latest: tuple[int, int], masks: Mapping[int, Tensor]
+    path: str, output: Any, n_samples: int, latest: tuple[int, int], masks: Sequence[Tensor]
 ) -> _Seen:
     """Return an output as a layer with its averages, or the reason why it cannot be a layer."""
     fault = ""

@@ -7,6 +7,7 @@ from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifierCV
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, freeze
+from sklearn_gradfeat.backbones._graph import main_output, watched
 from sklearn_gradfeat.backbones._split import extract
 from tests.networks import Residual, Tokens
 from tests.tiny import X, Y, estimator, tiny_net
@@ -282,6 +283,87 @@ def test_activation_of_a_text_does_not_depend_on_longer_ones(plain, chosen):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     graph = extract(together.computed, [together.computed.input], [together.computed.output])
     torch.testing.assert_close(graph(padded)[0][:2], expected, rtol=1e-10, atol=1e-12)
+
+
+class Loose(nn.Module):
+    """A layer that takes any number of arguments before the mask."""
+
+    def forward(self, tokens, *others, attention_mask=None):
+        return tokens * 2
+
+
+class Masked(nn.Module):
+    """Layers that are given masks by a function."""
+
+    def __init__(self, run, **layers):
+        super().__init__()
+        self.run, self.layers = run, nn.ModuleDict(layers)
+
+    def forward(self, ids):
+        tokens = nn.functional.embedding(ids, torch.eye(9, 8).to(torch.float64))
+        return self.run(self.layers, tokens, ids).mean(1)
+
+
+def attention():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.MultiheadAttention(8, 2, batch_first=True)
+
+
+def in_two_towers(layers, tokens, ids):
+    first = layers["reader"](tokens, ids != 0)
+    return first + layers["other"](tokens.flip(1), ids.flip(1) != 0)
+
+
+def across(layers, tokens, ids):
+    queries = layers["reader"](tokens, None)
+    return layers["attention"](queries, tokens, tokens, ids == 0)[0]
+
+
+def with_bias(layers, tokens, ids):
+    bias = -0.1 * torch.arange(5.0).to(tokens)
+    return layers["attention"](tokens, tokens, tokens, torch.where(ids == 0, -torch.inf, bias))[0]
+
+
+def one_for_all(layers, tokens, ids):
+    return layers["reader"](tokens, torch.arange(5)[None] < 2)
+
+
+def transposed(layers, tokens, ids):
+    return layers["reader"](tokens, (ids != 0).T)
+
+
+def another_argument(layers, tokens, ids):
+    return layers["loose"](tokens, ids, ids == 0)
+
+
+@pytest.mark.parametrize(
+    ("run", "layers", "kept"),
+    [
+        (in_two_towers, {"reader": Reader(), "other": Reader()}, [3, 2, 5]),
+        (across, {"reader": Reader(), "attention": attention()}, [5, 5, 5]),
+        (with_bias, {"attention": attention()}, [3, 2, 5]),
+        (one_for_all, {"reader": Reader()}, [2, 2, 2]),
+        (transposed, {"reader": Reader()}, [5, 5, 5]),
+        (another_argument, {"loose": Loose()}, [5, 5, 5]),
+    ],
+    ids=lambda value: getattr(value, "__name__", "-"),
+)
+def test_padding_is_that_of_the_own_positions(run, layers, kept):
+    """The first layer is averaged over the tokens that are kept, alone or with others."""
+    ids = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0], [5, 4, 3, 2, 1]])
+    network = Masked(run, **layers).double().eval()
+    paths = [f"layers.{name}" for name in layers]
+    seen = []
+    with watched(network, paths[:1], lambda _, output: seen.append(main_output(output))):
+        network(ids)
+    expected = torch.stack([rows[:n].mean(0) for rows, n in zip(seen[0], kept, strict=True)])
+    found = freeze(network, ids[:2], torch.float64, paths)
+    torch.testing.assert_close(found.module(ids)[:, :8], expected)
+    torch.testing.assert_close(found.module(ids[:1])[:, :8], expected[:1])
+    if run is transposed:
+        graph = extract(found.computed, [found.computed.input], [found.computed.output])
+        torch.testing.assert_close(graph(ids)[0], expected)
 
 
 # --- one name --------------------------------------------------------------------------------
