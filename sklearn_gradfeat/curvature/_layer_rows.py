@@ -183,7 +183,8 @@ class LayerRecorder(TorchFunctionMode):
             self._note_derived(kind, args, output)
         if kind in _LAYERS and not kwargs and id(args[1]) in self.positions:
             weight, part = self.positions[id(args[1])], self.parts.get(id(args[1]))
-            if part is not None and kind != "linear":
+            # A convolution without an axis of samples has no rows either.
+            if kind != "linear" and (part is not None or args[0].ndim != args[1].ndim):
                 return output
             bias = self.positions.get(id(args[2])) if len(args) > 2 else None
             if bias is not None and not _same(part, self.parts.get(id(args[2]))):
@@ -263,12 +264,14 @@ def spanning(omega: Tensor) -> tuple[Tensor, Tensor]:
     """Return the two factors of ``Ω = outer @ columns`` with the fewest columns.
 
     Their number is the rank of ``Ω``, but at least one: with a softmax, one less than that of the
-    outputs. The columns of ``outer`` are orthonormal.
+    outputs. The sizes of the rows of ``Ω``, such as units of targets, do not matter.
     """
-    left, singular, right = torch.linalg.svd(omega, full_matrices=False)
+    sizes = omega.norm(dim=1, keepdim=True)
+    sizes = torch.where(sizes > 0, sizes, 1.0)
+    left, singular, right = torch.linalg.svd(omega / sizes, full_matrices=False)
     least = _ROUNDINGS * torch.finfo(singular.dtype).eps * singular.max()
     rank = max(1, int((singular > least).sum()))
-    return left[:, :rank], singular[:rank, None] * right[:rank]
+    return sizes * left[:, :rank], singular[:rank, None] * right[:rank]
 
 
 def output_gradients(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from sklearn_gradfeat.curvature._layer_rows import LayerRecorder
+from sklearn_gradfeat.curvature._layer_rows import LayerRecorder, spanning
 
 
 @pytest.mark.parametrize("options", [{}, {"padding": 1}, {"padding": "same", "dilation": 2},
@@ -70,3 +70,22 @@ def test_convolutions_with_parts_of_a_weight_are_left_out():
         aten.linear.default(torch.randn(4, 6), aten.slice.Tensor(w, 0, 1, 4).flatten(1))
     (call,) = recorder.calls
     assert call.part[0].tolist() == [1, 2, 3]
+
+
+def test_convolutions_without_an_axis_of_samples_are_left_out():
+    w = torch.randn(6, 3, 2)
+    with LayerRecorder([w]) as recorder:
+        torch.conv1d(torch.randn(3, 5), w)
+        torch.conv1d(torch.randn(4, 3, 5), w)
+    (call,) = recorder.calls
+    assert call.inputs.shape == (4, 3, 5)
+
+
+def test_factors_of_output_weights_of_very_different_size():
+    first, second = torch.eye(2, 4)
+    omega = torch.stack([1e8 * first, second, torch.zeros(4), first + second])
+    outer, columns = spanning(omega)
+    assert len(columns) == 2
+    for found, row in zip(outer @ columns, omega, strict=True):
+        assert (found - row).norm() <= 1e-6 * row.norm()
+    assert spanning(torch.zeros(3, 4))[1].tolist() == [[0.0] * 4]
