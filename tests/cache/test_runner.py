@@ -1,5 +1,6 @@
 """Training samples after the frozen layers, kept on the host or on the device."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn_gradfeat import (
     config_context,
 )
 from sklearn_gradfeat.cache._runner import CachedSamples
-from sklearn_gradfeat.cache._sample_files import FileBoundary
+from sklearn_gradfeat.cache._sample_files import FileBoundary, SampleFile
 from sklearn_gradfeat.cache._store import Boundary
 from sklearn_gradfeat.data import BatchSize
 
@@ -59,3 +60,27 @@ def test_rows_of_a_fold_have_less_room():
     assert whole.room_for_rows == moved.room_for_rows == whole.room > 0
     fold = replace(whole, part_of=(whole, torch.arange(10)))
     assert fold.room_for_rows == whole.room // 8
+
+
+@pytest.mark.parametrize("rows", [range(20), range(0, 20, 3)])
+def test_a_thread_reads_files_ahead_in_the_order_of_the_samples(rows, tmp_path):
+    class Noted(FileBoundary):
+        def take(self, samples):
+            numbers.append(self._rows[samples].tolist())
+            threads.append(threading.current_thread().name)
+            taken[len(numbers) - 1].set()
+            return super().take(samples)
+
+    rows, values = np.array(rows), torch.randn(20, 3)
+    file = SampleFile(20, (values,), tmp_path)
+    file.write(0, (values,))
+    numbers, threads, taken = [], [], [threading.Event() for _ in rows]
+    names = np.arange(len(rows), dtype=np.uint64)
+    samples = CachedSamples(values[rows], Noted(file, rows), BatchSize(4), names)
+    n_batches = -(-len(rows) // 4)
+    for number, (part, (found,)) in enumerate(samples.batches()):
+        assert torch.equal(found, values[rows[part]])
+        assert taken[min(number + 1, n_batches - 1)].wait(10)  # the next one, before it is needed
+    assert len(numbers) == n_batches
+    assert [i for part in numbers for i in part] == rows.tolist()
+    assert all(name.startswith("read-ahead") for name in threads)

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.model_selection import GridSearchCV, cross_val_predict, train_test_split
 from sklearn.pipeline import Pipeline
 
-from sklearn_gradfeat import ImageFiles
+from sklearn_gradfeat import ImageFiles, config_context
 from sklearn_gradfeat.cache._runner import Trunk
 from sklearn_gradfeat.data import BatchSize, _image_files
 from sklearn_gradfeat.data._batches import Samples, is_lazy
@@ -281,6 +281,19 @@ def test_fit_equals_fit_on_the_decoded_images(folder):
     assert np.array_equal(lazy.predict_proba(X), plain.predict_proba(np.asarray(X)))
     assert lazy.score(X, y) == 1
     assert lazy.classes_.tolist() == ["cat", "dog"]
+
+
+@pytest.mark.filterwarnings("ignore:The output of the frozen layers takes:UserWarning")
+def test_a_fit_larger_than_memory_decodes_once(folder, decoded):
+    X, y = tiny_images(folder)
+    with config_context(memory_bytes=0):
+        expected = estimator(batch_size=5).fit(np.asarray(X), y)
+        decoded.clear()
+        found = estimator(batch_size=5, feature_store=None).fit(X, y)
+    assert set(decoded) == set(X.paths)
+    assert len(decoded) <= len(X) + 2  # the first samples are examples, too
+    assert np.array_equal(found.coef_, expected.coef_)
+    assert np.array_equal(found.predict_proba(X), expected.predict_proba(np.asarray(X)))
 
 
 def test_search_decodes_only_the_files_it_uses(folder, decoded):

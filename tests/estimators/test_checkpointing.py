@@ -17,6 +17,7 @@ from sklearn_gradfeat import (
     load,
 )
 from sklearn_gradfeat.curvature import _coarse_space as coarse_space
+from sklearn_gradfeat.estimators import _checkpointing
 from sklearn_gradfeat.io import Checkpoint, _checkpoint
 from sklearn_gradfeat.linearized import LinearizedHead
 from sklearn_gradfeat.training import _held_out as held_out
@@ -333,6 +334,14 @@ def test_checkpoints_of_other_fits_are_refused(changes, message, kill, tmp_path)
     assert "Delete the file, or pass another path" in str(error.value)
     assert path.read_bytes() == content
     assert_same(estimator(**IMAGES, checkpoint=path).fit(X, Y), estimator(**IMAGES).fit(X, Y))
+
+
+def test_another_number_of_processes_is_refused(kill, monkeypatch, tmp_path):
+    model = estimator(**IMAGES, checkpoint=tmp_path / "checkpoint")
+    assert kill(clone(model), 2, X, Y)
+    monkeypatch.setattr(_checkpointing, "n_ranks", lambda: 2)
+    with pytest.raises(ValueError, match=r"the number of processes \(2 here, 1 there\)"):
+        model.fit(X, Y)
 
 
 def test_choices_of_the_machine_do_not_count(kill, tmp_path):

@@ -1,6 +1,7 @@
 """Searches in worker processes: what travels to them, and what they compute."""
 
 import os
+import time
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from joblib.externals.loky.backend import queues
 from numpy.testing import assert_allclose
 from sklearn.model_selection import GridSearchCV
+from sklearn.utils.fixes import parse_version
 from torch import nn
 from torch.storage import TypedStorage
 
@@ -116,6 +118,26 @@ def test_a_network_in_a_file_does_not_travel(engine, sent, logged, tmp_path):
 @pytest.mark.parametrize("engine", [slow_ray], indirect=True)
 def test_ray_gives_each_worker_a_device_of_its_own(engine):
     devices = joblib.Parallel()(joblib.delayed(os.getenv)("CUDA_VISIBLE_DEVICES") for _ in range(8))
+    assert set(devices) == {"0", "1"}
+
+
+def test_an_initializer_of_loky_gives_each_worker_a_device_of_its_own():
+    """As in docs/howto.md: the names of the workers end in consecutive numbers."""
+    if parse_version(joblib.__version__).release < (1, 5):
+        pytest.skip("joblib has no initializers")
+
+    def one_device():  # a local function travels by value, so workers import no tests
+        import multiprocessing
+
+        number = int(multiprocessing.current_process().name.rpartition("-")[2])
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % 2)
+
+    def device():
+        time.sleep(0.1)
+        return os.getenv("CUDA_VISIBLE_DEVICES")
+
+    with joblib.parallel_config("loky", n_jobs=2, initializer=one_device):
+        devices = joblib.Parallel()(joblib.delayed(device)() for _ in range(4))
     assert set(devices) == {"0", "1"}
 
 

@@ -85,6 +85,18 @@ def test_the_file_is_written_at_intervals_and_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_kill_loses_one_interval(monkeypatch, tmp_path):
+    path, seconds = tmp_path / "checkpoint", 0
+    monkeypatch.setattr(_checkpoint.time, "monotonic", lambda: seconds)
+    with config_context(checkpoint_seconds=60):
+        journal = opened(path)[1]
+        for number in range(20):
+            seconds += 7
+            journal.number(str(number), lambda number=number: number)
+            saved = opened(path)[1].contents()
+            assert len(saved) == (number + 1) // 9 * 9  # 9 numbers take 63 seconds
+
+
 def test_checkpoints_with_another_header_are_refused(tmp_path):
     path = tmp_path / "checkpoint"
     written(path, 1.0)

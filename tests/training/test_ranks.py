@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from sklearn.base import clone
 from sklearn.model_selection import KFold
 
@@ -32,7 +33,8 @@ from sklearn_gradfeat.io import _checkpoint
 from sklearn_gradfeat.io._archive import write_archive
 from sklearn_gradfeat.linearized import LinearizedHead
 from tests import ranks
-from tests.tiny import X, Y, estimator, tiny_net
+from tests.tiny import X, Y, data, estimator, tiny_net
+from tests.training.test_progress import Recorder
 
 FAST = [
     "weights",
@@ -205,6 +207,47 @@ def resumed(rank, path):
     return found | {"bits": model.coef_.tobytes()}
 
 
+def bytes_of_collectives(rank, n):
+    """Return the sizes of the tensors that a rank hands to torch in a fit of 2 n samples."""
+    sizes = []
+
+    def noted(function, given):
+        def note(*arguments, **options):
+            sizes.append(arguments[given].nbytes)
+            return function(*arguments, **options)
+
+        return note
+
+    X, y = data(2 * n)
+    model = estimator(tol=0, max_iter=3)  # the same passes for any number of samples
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(dist, "all_reduce", noted(dist.all_reduce, 0)),
+        mock.patch.object(dist, "all_gather", noted(dist.all_gather, 1)),
+        mock.patch.object(dist, "broadcast", noted(dist.broadcast, 0)),
+    ):
+        warnings.simplefilter("ignore")
+        model.fit(X[rank::2], y[rank::2])
+    return sizes
+
+
+def stopped_by_a_callback(rank):
+    """Return the error and the iterations of a fit that a callback of rank 1 stops."""
+    model = estimator(tol=1e-8)
+    if not hasattr(model, "set_callbacks"):
+        return None, 2
+    model.set_callbacks(Recorder(stop_after=2 if rank == 1 else None))
+    return fit_half(rank, model), model.n_iter_
+
+
+def different_sums(rank):
+    def fit():
+        with fit_together():
+            sum_over_ranks(torch.ones(2 + rank))
+
+    return error_of(fit)
+
+
 def killed(rank):
     def transform(batch):
         if rank == 1:
@@ -237,6 +280,9 @@ def everything(rank, size, path):
         "thread": fit_in_thread(),
         "memory": without_memory(rank),
         "checkpoint": resumed(rank, path),
+        "bytes": [bytes_of_collectives(rank, n) for n in (300, 1200)],
+        "different": different_sums(rank),
+        "stopped": stopped_by_a_callback(rank),
         "afterwards": fit_half(rank, model),
         "probabilities": model.predict_proba(X),
         "alone": predict_alone(rank, model),
@@ -301,6 +347,24 @@ def test_a_search_splits_its_folds(group):
 
 def test_rank_0_draws_the_network_of_a_search(group):
     assert group[0]["random network"] == group[1]["random network"] == search_random_network(0)
+
+
+def test_what_travels_does_not_grow_with_the_samples(group):
+    for few, many in (found["bytes"] for found in group):
+        assert few == many
+        gradient, factor = 4 * (4 * 6 * 9 + 6 + 3 * 6 + 3), 4 * (4 * 9 + 1) ** 2
+        assert max(few) == factor
+        assert few.count(gradient) >= 3
+
+
+def test_ranks_that_do_different_things_stop(group):
+    for rank, (kind, text) in enumerate(found["different"] for found in group):
+        assert kind == "RuntimeError"
+        assert f"rank {rank} has come to 'sum' (torch.float32, ({2 + rank},))" in text
+
+
+def test_a_callback_of_one_rank_stops_all(group):
+    assert [found["stopped"] for found in group] == [(None, 2), (None, 2)]
 
 
 def test_only_fits_communicate(group):
