@@ -499,7 +499,7 @@ def _coarse_fits(
     stop: threading.Event,
     inverses: Inverses,
 ) -> CoarseFits | None:
-    """Return what takes the place of fits to a fold; None if it lacks classes."""
+    """Return the minima in place of fits to a fold; None if the fold lacks classes."""
     both = np.union1d(train, test)
     weights = np.bincount(train, problem.weights, minlength=len(data.y))[both]
     of_both = data.problem.subset(both, weights)

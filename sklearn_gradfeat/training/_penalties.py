@@ -222,7 +222,7 @@ def penalty_path(
     pairs : sequence of (float, float)
         ``alpha`` and ``gradient_alpha``, in any order.
     coarse : CoarseFits or None
-        What takes the place of fits with a gradient term, of one linearisation.
+        Minima in place of fits with a gradient term. None fits, as with several linearisations.
 
     Yields
     ------
