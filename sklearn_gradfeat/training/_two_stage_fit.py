@@ -65,7 +65,8 @@ _SHARE = 0.5
 # Tolerance over the coarse space, where iterations are cheap. With a larger one, the fit with a
 # weak penalty would end at the former minimum, which looks better than that of the final fit.
 COARSE_TOL = 1e-4
-# Least number of iterations there: a model that stops early has a score as with more penalty.
+# So many iterations are allowed there, even if `max_iter` is smaller: a model that stops early has
+# a score as with more penalty.
 _COARSE_ITER = 1000
 # Tolerance where Newton steps are exact: one or two more steps reach it.
 _EXACT = 1e-16
