@@ -6,8 +6,8 @@ shows which: the layer computes its output from that of the last convolution, ma
 normalisation before it, which has as many channels.
 
 Padding is left out of an average, so that the activation of a text does not depend on the lengths
-of other texts. Submodules are given its places as ``attention_mask``, or by the name that torch's
-transformers have for it.
+of other texts. The positions of padding come from the argument ``attention_mask`` of a submodule,
+or from the mask of padding that torch's transformers take.
 """
 
 from __future__ import annotations

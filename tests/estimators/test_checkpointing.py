@@ -152,7 +152,7 @@ def test_the_bits_in_float32(name, in_coarse_space, monkeypatch, tmp_path):
 
 
 def files_of(model, *samples):
-    """Return what a fit writes."""
+    """Return the arguments of each call that writes the checkpoint of a fit."""
     files = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_checkpoint, "write_archive", lambda *file: files.append(file))
