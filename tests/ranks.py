@@ -136,6 +136,10 @@ CASES = {
         exact(estimator(_few_weights()), gradient_layers="0"),
         _images(150),
     ),
+    "rounded": lambda: (
+        exact(estimator(), store_dtype="bfloat16", feature_store=None),
+        _images(40),
+    ),
     "copies": lambda: (exact(estimator()), _with_copies(*_images(40))),
     "auto, activation": lambda: (
         exact(estimator(), alpha="auto", features="activation"),

@@ -29,6 +29,7 @@ from sklearn_gradfeat.backbones import (
     warn_of_class_scores,
     warn_of_unscaled_images,
 )
+from sklearn_gradfeat.cache._rounding import unrounded
 from sklearn_gradfeat.cache._runner import CachedSamples, Trunk, cache_samples
 from sklearn_gradfeat.cache._store import Store, TrunkKey
 from sklearn_gradfeat.data import (
@@ -74,6 +75,8 @@ class Extractor:
     scales : tuple of float or None
         A factor for the output of each activation layer, one before :meth:`balanced`. None for
         an activation that is the output of one layer, as it is.
+    rounds : bool
+        Whether the inputs of the head are rounded to bfloat16, and stored so.
     """
 
     backbone: FrozenBackbone
@@ -84,6 +87,7 @@ class Extractor:
     negative_slope: float | None = None
     tokenizer: BoundedTokenizer | None = None
     scales: tuple[float, ...] | None = None
+    rounds: bool = False
 
     def on(self, device: torch.device) -> Extractor:
         """Return the extractor on a device; in float32 on mps, which has no float64."""
@@ -147,7 +151,7 @@ class Extractor:
         """Iterate over (rows, boundary tensors) of ``X``."""
         trunk = self._trunk(X, network, batch_size, store)
         for batch in trunk.batches(verbose=verbose, keep=False):
-            yield batch.rows, batch.boundary
+            yield batch.rows, unrounded(batch.boundary, self.dtype)
 
     def cache(
         self, X: Any, network: Network, batch_size: BatchSize, verbose: bool, store: Store | None
@@ -156,6 +160,7 @@ class Extractor:
 
         def activation(boundary: tuple[Tensor, ...]) -> Tensor:
             parameters = tuple(network.parameters.values())
+            boundary = unrounded(boundary, self.dtype)
             with torch.no_grad(), threads_for_head(parameters, boundary):
                 return network.head(parameters, boundary)
 
@@ -180,18 +185,35 @@ class Extractor:
         dtype = self.dtype if network.trunk is None else self.backbone.dtype
         samples = Samples(X, self.preprocess, dtype, device, self.takes_indices)
         cached = store is not None and network.trunk is not None
-        key = self._key(network) if cached else None
-        return Trunk(samples, network.trunk, self.dtype, self.half, batch_size, store, key)
+        # Without parameters, the trunk is the whole network: its output is the activation.
+        rounds = self.rounds and network.trunk is not None and bool(network.parameters)
+        key = self._key(network, rounds) if cached else None
+        return Trunk(
+            samples,
+            network.trunk,
+            self.dtype,
+            self.half,
+            batch_size,
+            store,
+            key,
+            rounds=rounds,
+        )
 
-    def _key(self, network: Network) -> TrunkKey | None:
+    def _key(self, network: Network, rounds: bool) -> TrunkKey | None:
         """Return the key for the store, or None if network or transform cannot be hashed."""
         backbone = self.backbone
         precision = (backbone.dtype, self.dtype, self.half, self.takes_indices)
+        stored = (torch.bfloat16,) if rounds else ()
         deterministic = torch.are_deterministic_algorithms_enabled(), _KERNELS(torch.backends)
         kernels = (backbone.example.device.type, _ROUNDING(torch.backends), deterministic)
         try:
             value = digest(
-                backbone.fingerprint.digest, network.cut, self.preprocess, precision, kernels
+                backbone.fingerprint.digest,
+                network.cut,
+                self.preprocess,
+                precision,
+                kernels,
+                *stored,
             )
         except UndigestibleError:
             return None
@@ -208,6 +230,7 @@ def build_extractor(
     negative_slope: float | None,
     device: str | torch.device,
     precision: str,
+    store_dtype: str,
     seed: int,
 ) -> tuple[Extractor, list[str]]:
     """Resolve and freeze a backbone for the given samples.
@@ -216,7 +239,7 @@ def build_extractor(
     ----------
     X : ndarray or lazy array-like of shape (n_samples, ...)
         Validated input.
-    backbone, activation_layer, preprocess, negative_slope, device, precision
+    backbone, activation_layer, preprocess, negative_slope, device, precision, store_dtype
         As in :class:`~sklearn_gradfeat.GradientFeatureClassifier`.
     gradient_layers : str, int, sequence of str or None
         As above, or None for a model without a gradient term.
@@ -252,10 +275,10 @@ def build_extractor(
         names = [] if gradient_layers is None else frozen.choose(gradient_layers)
     if names and dtype != trunk_dtype and not frozen.runs_in(dtype):
         dtype = trunk_dtype
-    half = precision == "bfloat16"
+    half, rounds = precision == "bfloat16", store_dtype == "bfloat16"
     slope = None if negative_slope is None else float(negative_slope)
     tokenizer, layers = resolved.tokenizer, frozen.layers
     as_it_is = layers is None or [layer.path for layer in layers] == [activation_layer]
     scales = None if as_it_is else (1.0,) * len(layers or ())
-    extractor = Extractor(frozen, transform, dtype, half, indices, slope, tokenizer, scales)
+    extractor = Extractor(frozen, transform, dtype, half, indices, slope, tokenizer, scales, rounds)
     return extractor, names

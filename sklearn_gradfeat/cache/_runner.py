@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from sklearn_gradfeat.backbones import influenced, threads_for
 from sklearn_gradfeat.cache._config import memory_bytes
+from sklearn_gradfeat.cache._rounding import rounded, unrounded
 from sklearn_gradfeat.cache._sample_files import (
     FileBoundary,
     SampleFile,
@@ -71,8 +72,8 @@ class CachedSamples:
     activation : tensor of shape (n_samples, n_features)
         The activations, on the computing device.
     boundary : Boundary, FileBoundary or Samples
-        The inputs of the head. If the head is the whole network, they are the samples
-        themselves, and nothing is kept.
+        The inputs of the head, perhaps in bfloat16. If the head is the whole network, they are
+        the samples themselves, and nothing is kept.
     batch_size : BatchSize
         Number of samples in a batch.
     names : ndarray of shape (n_samples,), uint64
@@ -130,10 +131,15 @@ class CachedSamples:
         rows = slice(0, min(n, len(self.activation), self.batch_size.size))
         if isinstance(self.boundary, Samples):
             return (self.boundary.batch(rows),)
-        return self._moved(rows)
+        return unrounded(self._moved(rows), self.activation.dtype)
 
     def batches(self, stride: int = 1) -> Iterator[tuple[slice, Tensors]]:
         """Iterate over (rows, boundary tensors on the device) of every ``stride``-th sample."""
+        for rows, boundary in self._stored(stride):
+            yield rows, unrounded(boundary, self.activation.dtype)
+
+    def _stored(self, stride: int) -> Iterator[tuple[slice, Tensors]]:
+        """Iterate over the batches in the dtypes in which they are kept."""
         spans = slices(len(self.activation), self.batch_size.size, stride)
         if isinstance(self.boundary, Samples):
             for rows, raw in _read_samples(self.boundary, spans):
@@ -238,6 +244,8 @@ class Trunk:
     check : callable or None
         Takes a batch and three of its samples, whose results differ without the others. It raises
         an error unless rounding is the reason. None compares no results.
+    rounds : bool, default=False
+        Whether floating boundary tensors are rounded to bfloat16, and kept and returned so.
     """
 
     samples: Samples
@@ -248,6 +256,7 @@ class Trunk:
     store: Store | None = None
     key: TrunkKey | None = None
     check: Callable[[Tensor, list[int]], None] | None = None
+    rounds: bool = False
 
     def batches(self, *, verbose: bool, keep: bool) -> Iterator[Batch]:
         """Iterate over all samples.
@@ -287,6 +296,7 @@ class Trunk:
             boundary = self._compute(raw)
             if first:
                 self._compare(raw, boundary)
+            boundary = self._as_kept(boundary)
             chunk = held(boundary) if keep else None
             return boundary, [Place(chunk, i) for i in range(len(raw))] if chunk else [], len(raw)
         key = self.key.for_samples(raw)
@@ -301,6 +311,7 @@ class Trunk:
                     boundary = self._compute_some(raw, list(new.values()))
                     if first:
                         self._compare(raw[list(new.values())], boundary)
+                    boundary = self._as_kept(boundary)
                     kept = self.store.add(key, list(new), held(boundary), used)
         if len(new) == len(raw):
             return boundary, [Place(kept, i) for i in range(len(raw))], len(raw)
@@ -308,6 +319,10 @@ class Trunk:
         places = [p or Place(kept, made[name]) for p, name in zip(found, names, strict=True)]
         taken = Boundary(places).take(slice(None))
         return tuple(to_device(z, self.samples.device) for z in taken), places, len(new)
+
+    def _as_kept(self, boundary: Tensors) -> Tensors:
+        """Return boundary tensors in the dtypes in which they are kept."""
+        return rounded(boundary) if self.rounds else boundary
 
     def _compute_some(self, raw: Tensor, rows: list[int]) -> Tensors:
         """Return the boundary of some samples of a batch."""

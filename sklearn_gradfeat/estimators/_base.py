@@ -100,6 +100,7 @@ class BaseGradientFeature(
         "checkpoint": [None, str, os.PathLike],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "feature_store": [None, str, os.PathLike],
+        "store_dtype": [StrOptions({"auto", "bfloat16"})],
         "device": [str, torch.device],
         "precision": [StrOptions({"auto", "float64", "float32", "bfloat16"})],
         "random_state": ["random_state"],
@@ -173,6 +174,7 @@ class BaseGradientFeature(
             negative_slope=self.negative_slope,
             device=self.device,
             precision=self.precision,
+            store_dtype=self.store_dtype,
             seed=seed,
         )
         check_same_network(extractor.backbone, names)
@@ -438,7 +440,8 @@ class BaseGradientFeature(
             Maps a batch to probabilities, or to predictions for regressors and for squared
             errors. The batch is the output of ``preprocess``. A ``preprocess`` that is a torch
             module, such as that of a named network, is part of the returned module. With
-            ``precision="bfloat16"`` the module computes in float32.
+            ``precision="bfloat16"`` the module computes in float32, and it rounds nothing with
+            ``store_dtype="bfloat16"``.
 
         Raises
         ------

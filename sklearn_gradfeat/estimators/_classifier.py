@@ -131,6 +131,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         checkpoint: str | os.PathLike[str] | None = None,
         batch_size: int = 256,
         feature_store: str | os.PathLike[str] | None = "auto",
+        store_dtype: str = "auto",
         device: str | torch.device = "auto",
         precision: str = "auto",
         random_state: Any = None,
@@ -155,6 +156,7 @@ class GradientFeatureClassifier(ClassifierMixin, BaseGradientFeature):
         self.checkpoint = checkpoint
         self.batch_size = batch_size
         self.feature_store = feature_store
+        self.store_dtype = store_dtype
         self.device = device
         self.precision = precision
         self.random_state = random_state
@@ -383,6 +385,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         checkpoint: str | os.PathLike[str] | None = None,
         batch_size: int = 256,
         feature_store: str | os.PathLike[str] | None = "auto",
+        store_dtype: str = "auto",
         device: str | torch.device = "auto",
         precision: str = "auto",
         random_state: Any = None,
@@ -410,6 +413,7 @@ class GradientFeatureClassifierCV(CrossValidated, GradientFeatureClassifier):
         self.checkpoint = checkpoint
         self.batch_size = batch_size
         self.feature_store = feature_store
+        self.store_dtype = store_dtype
         self.device = device
         self.precision = precision
         self.random_state = random_state

@@ -119,6 +119,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         checkpoint: str | os.PathLike[str] | None = None,
         batch_size: int = 256,
         feature_store: str | os.PathLike[str] | None = "auto",
+        store_dtype: str = "auto",
         device: str | torch.device = "auto",
         precision: str = "auto",
         random_state: Any = None,
@@ -143,6 +144,7 @@ class GradientFeatureRegressor(RegressorMixin, BaseGradientFeature):
         self.checkpoint = checkpoint
         self.batch_size = batch_size
         self.feature_store = feature_store
+        self.store_dtype = store_dtype
         self.device = device
         self.precision = precision
         self.random_state = random_state
@@ -300,6 +302,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         checkpoint: str | os.PathLike[str] | None = None,
         batch_size: int = 256,
         feature_store: str | os.PathLike[str] | None = "auto",
+        store_dtype: str = "auto",
         device: str | torch.device = "auto",
         precision: str = "auto",
         random_state: Any = None,
@@ -327,6 +330,7 @@ class GradientFeatureRegressorCV(CrossValidated, GradientFeatureRegressor):
         self.checkpoint = checkpoint
         self.batch_size = batch_size
         self.feature_store = feature_store
+        self.store_dtype = store_dtype
         self.device = device
         self.precision = precision
         self.random_state = random_state

@@ -216,10 +216,18 @@ class _Saved:
                 )
         dtype = getattr(torch, stored["dtype"])
         slope = stored.get("negative_slope", stored.get("leak"))
-        half, indices, scales = stored["half"], stored["takes_indices"], stored.get("scales")
-        factors = None if scales is None else tuple(scales)
-        tokenizer = resolved.tokenizer
-        return Extractor(frozen, preprocess, dtype, half, indices, slope, tokenizer, factors)
+        scales = stored.get("scales")
+        return Extractor(
+            frozen,
+            preprocess,
+            dtype,
+            stored["half"],
+            stored["takes_indices"],
+            slope,
+            resolved.tokenizer,
+            None if scales is None else tuple(scales),
+            stored.get("rounds", False),
+        )
 
     def check(self, estimator: Any) -> None:
         """Raise an error unless network and transform give the same results as before saving."""

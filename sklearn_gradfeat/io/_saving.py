@@ -99,7 +99,7 @@ def probe(estimator: Any) -> npt.NDArray[Any]:
     """
     device = torch.device("cpu")
     extractor: Extractor = estimator._extractor.on(device)
-    extractor = replace(extractor, preprocess=None, half=False)
+    extractor = replace(extractor, preprocess=None, half=False, rounds=False)
     model = LinearModel.from_estimator(estimator, device, extractor.dtype)
     example = extractor.backbone.example
     for samples in _made_up(example):
@@ -166,6 +166,7 @@ def _extractor(extractor: Extractor) -> dict[str, Any]:
     return {
         "dtype": _name(extractor.dtype),
         "half": extractor.half,
+        "rounds": extractor.rounds,
         "takes_indices": extractor.takes_indices,
         "negative_slope": extractor.negative_slope,
         "layers": None if layers is None else [layer.path for layer in layers],

@@ -166,6 +166,8 @@ def check_document(document: Mapping[str, Any], size: int) -> None:
     slope = extractor.get("negative_slope", extractor.get("leak"))
     if slope is not None and not (_is_number(slope) and 0 <= slope < 1):
         raise ValueError("extractor has a wrong value of 'negative_slope'")
+    if not _is_flag(extractor.get("rounds", False)):
+        raise ValueError("extractor has a wrong value of 'rounds'")
     _check_layers(document["parameters"].get("activation_layer"), extractor)
     _check("backbone", backbone, _BACKBONE)
     if not _or_none(_is_text)(backbone.get("name")):

@@ -23,6 +23,7 @@ from sklearn_gradfeat.data import BatchSize
     ("kind", "options"),
     [
         (GradientFeatureClassifier, {"alpha": 0.1}),
+        (GradientFeatureClassifier, {"alpha": 0.1, "store_dtype": "bfloat16"}),
         (GradientFeatureClassifierCV, {"alphas": [0.1], "gradient_alphas": [0.1], "cv": 2}),
     ],
 )

@@ -158,6 +158,7 @@ FIXED = {"alpha": 0.1, "gradient_alpha": 0.1}
     [
         (GradientFeatureClassifier, FIXED),
         (GradientFeatureClassifier, {**FIXED, "feature_store": None}),
+        (GradientFeatureClassifier, {**FIXED, "store_dtype": "bfloat16"}),
         (GradientFeatureClassifier, {**FIXED, "features": "activation"}),
         (GradientFeatureClassifier, {**FIXED, "gradient_layers": ["0", "2"]}),  # no trunk
         (GradientFeatureClassifier, {**FIXED, "n_linearizations": 2}),

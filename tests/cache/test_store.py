@@ -168,6 +168,7 @@ CHANGES = {
     "preprocess": lambda f: f.set_params(preprocess=Halved(f.preprocess.file)),
     "precision": lambda f: f.set_params(precision="float64"),
     "autocast": lambda f: f.set_params(precision="bfloat16"),
+    "rounded": lambda f: f.set_params(store_dtype="bfloat16"),
     "gradient_layers": lambda f: f.set_params(gradient_layers=2, features="activation"),
     "activation_layer": lambda f: f.set_params(activation_layer="3"),
     "features": lambda f: f.set_params(features="activation"),

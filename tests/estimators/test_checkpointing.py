@@ -310,6 +310,7 @@ def test_what_is_finished_is_not_computed_again(kill, monkeypatch, tmp_path):
         ({"backbone": None}, "differ in the network, the parameters of gradient_layers"),
         ({"gradient_layers": "0"}, "gradient_layers"),
         ({"precision": "float32"}, "precision"),
+        ({"store_dtype": "bfloat16"}, r"store_dtype \('bfloat16' here, 'auto' there\)"),
         ({"y": Y[::-1]}, "differ in y, sample_weight or class_weight|differ in y"),
         ({"X": X + 1}, "differ in X"),
         ({"X": X.astype(np.float64)}, "differ in X"),

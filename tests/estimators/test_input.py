@@ -74,6 +74,7 @@ def test_weights_of_a_class_may_be_zero():
         ("features", "both"),
         ("parametrization", "mup"),
         ("precision", "float16"),
+        ("store_dtype", "float16"),
         ("device", "tpu"),
         ("device", "cpux:0"),
         ("max_iter", 0),

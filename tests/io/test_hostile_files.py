@@ -194,6 +194,7 @@ def test_file_has_no_path_or_device_of_the_writer(path, tmp_path):
         (set_in("extractor", "layers", value=["3", "3"]), "wrong value of 'layers'"),
         (set_in("extractor", "layers", value=[]), "wrong value of 'layers'"),
         (set_in("extractor", "scales", value=[1.0]), "wrong value of 'scales'"),
+        (set_in("extractor", "rounds", value=1), "wrong value of 'rounds'"),
         (with_layers(["1", "3"], [1.0]), "wrong value of 'scales'"),
         (with_layers(["3"], [0.0]), "wrong value of 'scales'"),
         (with_layers(["3"], [float("nan")]), "wrong value of 'scales'"),

@@ -266,6 +266,7 @@ def everything(rank, size, path):
         "outside": outside(rank),
         "raises": with_nan(rank),
         "alpha": fit_half(rank, estimator(alpha=0.1 * (rank + 1))),
+        "store_dtype": fit_half(rank, estimator(store_dtype="bfloat16" if rank else "auto")),
         "invalid": fit_half(rank, estimator(alpha=-1.0 if rank else 1.0)),
         "shape": fit_half(rank, estimator(), X=X[rank::2, :, : 8 - rank]),
         "network": with_another_network(rank),
@@ -378,6 +379,7 @@ MESSAGES = {
         "No rank has a fitted estimator, as rank 1 failed: ValueError: Input X contains NaN",
     ),
     "alpha": ("ValueError", "alpha is 0.1 on rank 0 and 0.2 on rank 1"),
+    "store_dtype": ("ValueError", "store_dtype is 'auto' on rank 0 and 'bfloat16' on rank 1"),
     "invalid": (
         "RuntimeError",
         "No rank has a fitted estimator, as rank 1 failed: InvalidParameterError: The 'alpha'",
