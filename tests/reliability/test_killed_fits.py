@@ -40,6 +40,7 @@ PLACES = {
 OPTIONS = {
     "gradient": {"gradient_alpha": "auto", "n_linearizations": 2, "gradient_layers": "top"},
     "activation": {"features": "activation", "alpha": "auto"},
+    "fixed": {"gradient_layers": "top", "tol": 1e-8},
 }
 
 
@@ -51,8 +52,8 @@ def model_of(folder, kind):
     return estimator(NETWORK, precision="float64", batch_size=8, **{**OPTIONS[kind], **own})
 
 
-def fit(folder, kind, place=None, number=0):
-    """Fit, and be killed before or after a place is passed for the number-th time."""
+def watch(folder, place, number):
+    """Note every place that is passed; be killed before or after the number-th time at one."""
     os.fsync = lambda _: None  # slow, and of no use where only the process dies
     log = os.open(folder / "log", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
 
@@ -74,8 +75,17 @@ def fit(folder, kind, place=None, number=0):
 
     for name, (owner, attribute) in PLACES.items():
         setattr(owner, attribute, watched(name, getattr(owner, attribute)))
+
+
+def fit(folder, kind, place=None, number=0):
+    """Fit, and be killed at a place."""
+    watch(folder, place, number)
     with config_context(checkpoint_seconds=0):
         model = model_of(folder, kind).fit(X, Y)
+    write_result(folder, model)
+
+
+def write_result(folder, model):
     penalties = [model.alpha_, model.gradient_alpha_]
     arrays = [model.coef_, model.intercept_, model.omega_, *model.gradient_coef_.values()]
     (folder / "model").write_bytes(pickle.dumps([penalties, *arrays]))
