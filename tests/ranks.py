@@ -7,6 +7,7 @@ import pickle
 import socket
 import time
 import warnings
+from datetime import timedelta
 from unittest import mock
 
 import numpy as np
@@ -197,8 +198,11 @@ def fit_case(name, rank=0, size=1):
     }  # fmt: skip
 
 
-def run(size, path, work, *args, tcp=False):
-    """Return ``work(rank, size, *args)`` of every rank of a new process group; None if killed."""
+def run(size, path, work, *args, tcp=False, timeout=_TIMEOUT):
+    """Return ``work(rank, size, *args)`` of every rank of a new process group; None if killed.
+
+    ``timeout`` is that of the group, in seconds.
+    """
     context = multiprocessing.get_context("spawn")
     url = f"file://{path / 'store'}"
     if tcp:  # the store is a thread of rank 0
@@ -206,7 +210,7 @@ def run(size, path, work, *args, tcp=False):
             free.bind(("localhost", 0))
             url = f"tcp://localhost:{free.getsockname()[1]}"
     processes = [
-        context.Process(target=_rank, args=(rank, size, url, path, work, args))
+        context.Process(target=_rank, args=(rank, size, url, path, timeout, work, args))
         for rank in range(size)
     ]
     for process in processes:
@@ -221,10 +225,12 @@ def run(size, path, work, *args, tcp=False):
     return [pickle.loads(file.read_bytes()) if file.exists() else None for file in found]
 
 
-def _rank(rank, size, url, path, work, args):
+def _rank(rank, size, url, path, timeout, work, args):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=url, rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", init_method=url, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+    )
     write(path, rank, work(rank, size, *args))
     if "tcp" in url:
         time.sleep(20)  # others may still ask the store

@@ -273,7 +273,10 @@ class _Group:
         if left:
             return left
         if absent := _named(not sign for sign in after):
-            return f"{absent} did not call fit within the timeout of the process group. {error}"
+            return (
+                f"{absent} did not call fit before the timeout of the process group or the end of "
+                f"its process. {error}"
+            )
         behind = _named(int(sign.split()[1]) < self._beats.n_calls for sign in after)
         return f"{behind or 'A rank'} did not answer. {error}"
 

@@ -37,7 +37,7 @@ class Alive:
     [
         (Alive([5, 5, 5], lost=[2]), "Rank 2 gives no sign of life: the process has ended"),
         (Alive([5, 5, 5], lost=[1, 2]), "Rank 1, rank 2 gives no sign of life"),
-        (Alive([5, 5, 5], absent=[1]), "Rank 1 did not call fit within the timeout of the process"),
+        (Alive([5, 5, 5], absent=[1]), "Rank 1 did not call fit before the timeout of the process"),
         (Alive([5, 5, 3]), "Rank 2 did not answer"),
         (Alive([5, 5, 5]), "A rank did not answer"),
     ],

@@ -452,6 +452,36 @@ def test_a_killed_rank_is_named(group):
     assert seconds < 60
 
 
+def absent(rank, size, missing, path, n_joint, ends):
+    """One rank fits fewer times than the other, and its process lives on or ends."""
+    for _ in range(n_joint):
+        assert fit_half(rank, estimator()) is None
+    if rank == missing and ends:
+        os._exit(0)
+    if rank == missing:
+        while not (path / f"{1 - rank}.pickle").exists():
+            time.sleep(0.05)
+        return None
+    return fit_half(rank, estimator())
+
+
+@pytest.mark.parametrize(
+    ("missing", "tcp", "n_joint", "ends"),
+    [
+        (1, False, 0, False),
+        pytest.param(0, True, 0, False, marks=pytest.mark.slow),
+        pytest.param(1, True, 1, False, marks=pytest.mark.slow),
+        pytest.param(1, True, 0, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_does_not_call_fit_is_named(tmp_path, missing, tcp, n_joint, ends):
+    given = {"tcp": tcp, "timeout": 30 if n_joint else 5}
+    found = ranks.run(2, tmp_path, absent, missing, tmp_path, n_joint, ends, **given)
+    kind, text = found[1 - missing]
+    assert kind == "RuntimeError"
+    assert f"Rank {missing} did not call fit before the timeout of the process group" in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_all_cases(tmp_path, size):
