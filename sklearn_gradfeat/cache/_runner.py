@@ -7,7 +7,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, MutableSet, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -463,25 +463,15 @@ def _read_ahead(
 ) -> Iterator[tuple[slice, Result]]:
     """Iterate over (rows, batch); a thread reads the next batch ahead."""
     todo = list(spans)
-    thread, ahead = _read_in_thread(read, todo[0])
-    try:
+    # One thread for all batches: each new one may get another arena of malloc, which keeps memory.
+    # The end of the block waits for it, so that no thread outlives a fit that fails.
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        ahead = thread.submit(read, todo[0])
         for number, rows in enumerate(todo, 1):
             batch = ahead.result()
             if number < len(todo):
-                thread, ahead = _read_in_thread(read, todo[number])
+                ahead = thread.submit(read, todo[number])
             yield rows, batch
-    finally:
-        thread.shutdown()  # waits, so that no thread outlives a fit that fails
-
-
-def _read_in_thread(
-    read: Callable[[slice], Result], rows: slice
-) -> tuple[ThreadPoolExecutor, Future[Result]]:
-    """Read a batch in a thread of its own, which ends with it."""
-    thread = ThreadPoolExecutor(1, "read-ahead")
-    future = thread.submit(read, rows)
-    thread.shutdown(wait=False)
-    return thread, future
 
 
 def _autocast(device: torch.device, half: bool) -> AbstractContextManager[object]:

@@ -21,7 +21,7 @@ Preprocess: TypeAlias = Callable[[Tensor], Tensor]
 MIN_ROWS = 16
 
 # Numbers in a block of rows.
-_BLOCK = 2**22
+_BLOCK = 2**20
 
 _PRECISIONS = {
     "float64": torch.float64,
