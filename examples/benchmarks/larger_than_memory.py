@@ -7,19 +7,25 @@ a process of its own, once with a bound of --bound MiB on the memory for trunk o
 activations, and once with the default bound, half of the memory of the machine.
 
 Peak memory is that of the whole process during `fit` and `predict`: all resident memory, and the
-part that no file backs, without which the system cannot do. Both are measured on Linux only. A pass
-computes the derivatives of the linear model, forward and backward, for all images. Passes with the
+part that no file backs, without which the system cannot do. Both are measured on Linux only. A
+table compares the growth of the streamed peak from row to row with what should grow: the
+activations, which are mapped, and the vectors of the length of the samples, about 15 numbers in
+float64 for each sample of two classes. --search-samples also measures a streamed search of
+`GradientFeatureClassifierCV` with three folds. A pass computes the derivatives of the linear model, forward and backward, for all images. Passes with the
 trunk output in memory and in a file alternate after the fit, so the file is in the page cache if
 that has room; the time is the median. A second table has the speed of reading all trunk output,
 without the network, from one file with `preadv`, from a memory map, and by look-ups in the LMDB
 file of a feature store.
 
     python examples/benchmarks/larger_than_memory.py --out larger_than_memory.json
+
+`plot_memory.py` draws the result.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -37,13 +43,19 @@ from sklearn.exceptions import ConvergenceWarning
 from torchvision.ops import Permute
 from torchvision.transforms import v2
 
-from sklearn_gradfeat import GradientFeatureClassifier, config_context
+from sklearn_gradfeat import (
+    GradientFeatureClassifier,
+    GradientFeatureClassifierCV,
+    config_context,
+)
 from sklearn_gradfeat.cache._disk import disk_store
 from sklearn_gradfeat.cache._sample_files import FileBoundary, SampleFile, mapped_tensor
 from sklearn_gradfeat.cache._store import Boundary, HeldChunk, TrunkKey
 
 SIZES = (2_000, 20_000, 100_000, 200_000)
 BATCH = 256
+# Bytes of a sample that a streamed fit has in memory: the mapped activations, and the vectors.
+ACTIVATION, VECTORS = 64 * 4, 15 * 8
 
 
 def network():
@@ -99,9 +111,13 @@ def measure(task):
     scale = torch.nn.Sequential(
         Permute([0, 3, 1, 2]), v2.ToDtype(torch.float32), v2.Normalize([127.0] * 3, [60.0] * 3)
     )
-    model = GradientFeatureClassifier(
-        network(), preprocess=scale, alpha=1e-3, gradient_alpha=1e-4, batch_size=BATCH,
-        max_iter=task["max_iter"], feature_store=None,
+    kind, penalties = GradientFeatureClassifier, {"alpha": 1e-3, "gradient_alpha": 1e-4}
+    if task["search"]:
+        kind = GradientFeatureClassifierCV
+        penalties = {"alphas": [1e-3], "gradient_alphas": [1e-4], "cv": 3}
+    model = kind(
+        network(), preprocess=scale, batch_size=BATCH, max_iter=task["max_iter"],
+        feature_store=None, **penalties,
     )  # fmt: skip
     bound = task["bound"] * 2**20 if task["streamed"] else "auto"
     with warnings.catch_warnings(), config_context(memory_bytes=bound):
@@ -118,7 +134,7 @@ def measure(task):
             "n_passes": model.n_passes_, "accuracy": 100 * correct / n,
             "coefficients": [model.intercept_.tolist(), float(np.linalg.norm(model.coef_))],
         }  # fmt: skip
-        if task["streamed"]:
+        if task["streamed"] and not task["search"]:
             result |= passes(model, X, y)
     return result
 
@@ -224,6 +240,20 @@ def table(result):
             f"{streamed['streamed_pass_cpu'] / streamed['memory_pass_cpu']:.2f} | "
             f"{held['fit']:.1f} | {streamed['fit']:.1f} |"
         )
+    lines += [
+        "",
+        "| images | kind | growth of the peak, MiB | activations, MiB | vectors, MiB |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for kind in ("streamed", "search"):
+        rows = [r for r in result["rows"] if kind in r]
+        for before, after in itertools.pairwise(rows):
+            n = after["n_samples"] - before["n_samples"]
+            lines.append(
+                f"| {before['n_samples']} to {after['n_samples']} | {kind} | "
+                f"{after[kind]['peak'] - before[kind]['peak']:.0f} | "
+                f"{n * ACTIVATION / 2**20:.0f} | {n * VECTORS / 2**20:.0f} |"
+            )
     lines += ["", "| engine | all, GiB/s | fold of 80 %, GiB/s |", "|---|---:|---:|"]
     lines += [f"| {r['engine']} | {r['all']:.2f} | {r['fold']:.2f} |" for r in result["engines"]]
     return "\n".join(lines)
@@ -233,6 +263,7 @@ def main():
     """Run the benchmark, write JSON, and print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--n-samples", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--search-samples", type=int, nargs="*", default=[], help="of --n-samples")
     parser.add_argument("--bound", type=int, default=64, help="MiB for trunk output, activations")
     parser.add_argument("--max-iter", type=int, default=2)
     parser.add_argument("--engine-samples", type=int, default=50_000)
@@ -259,7 +290,9 @@ def main():
             }  # fmt: skip
             row = {"n_samples": n, "trunk_output": n * 8 / 1024}
             for kind in ("memory", "streamed"):
-                row[kind] = in_process({**task, "streamed": kind == "streamed"})
+                row[kind] = in_process({**task, "streamed": kind == "streamed", "search": False})
+            if n in arguments.search_samples:
+                row["search"] = in_process({**task, "streamed": True, "search": True})
             result["rows"].append(row)
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
