@@ -11,11 +11,13 @@ part that no file backs, without which the system cannot do. Both are measured o
 table compares the growth of the streamed peak from row to row with what should grow: the
 activations, which are mapped, and the vectors of the length of the samples, about 15 numbers in
 float64 for each sample of two classes. --search-samples also measures a streamed search of
-`GradientFeatureClassifierCV` with three folds. A pass computes the derivatives of the linear model, forward and backward, for all images. Passes with the
-trunk output in memory and in a file alternate after the fit, so the file is in the page cache if
-that has room; the time is the median. A second table has the speed of reading all trunk output,
-without the network, from one file with `preadv`, from a memory map, and by look-ups in the LMDB
-file of a feature store.
+`GradientFeatureClassifierCV` with three folds.
+
+A pass computes the derivatives of the linear model, forward and backward, for all images. Passes
+with the trunk output in memory and in a file alternate after the fit, so the file is in the page
+cache if that has room; the time is the median. The last table has the speed of reading all trunk
+output, without the network, from one file with `preadv`, from a memory map, and by look-ups in the
+LMDB file of a feature store.
 
     python examples/benchmarks/larger_than_memory.py --out larger_than_memory.json
 

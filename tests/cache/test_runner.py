@@ -68,7 +68,7 @@ def test_a_thread_reads_files_ahead_in_the_order_of_the_samples(rows, tmp_path):
     class Noted(FileBoundary):
         def take(self, samples):
             numbers.append(self._rows[samples].tolist())
-            threads.append(threading.current_thread().name)
+            threads.append(threading.current_thread())
             taken[len(numbers) - 1].set()
             return super().take(samples)
 
@@ -84,4 +84,5 @@ def test_a_thread_reads_files_ahead_in_the_order_of_the_samples(rows, tmp_path):
         assert taken[min(number + 1, n_batches - 1)].wait(10)  # the next one, before it is needed
     assert len(numbers) == n_batches
     assert [i for part in numbers for i in part] == rows.tolist()
-    assert all(name.startswith("read-ahead") for name in threads)
+    (thread,) = set(threads)
+    assert thread.name.startswith("read-ahead")

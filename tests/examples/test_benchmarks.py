@@ -261,6 +261,27 @@ def test_table_3(scripts, tmp_path):
     assert drawn == [row["score"] for row in result["rows"]]
 
 
+def test_memory(scripts):
+    """The growth of the peak beside the arithmetic, and the figure."""
+
+    def row(n, peak, **more):
+        kinds = {"memory": 2 * peak, "streamed": peak, **more}
+        found = {k: {"peak": p, "anonymous": p, "fit": 1.0} for k, p in kinds.items()}
+        for name in ("memory_pass", "streamed_pass"):
+            found["streamed"] |= {name: n / 1e4, f"{name}_cpu": 1.0}
+        return {"n_samples": n, "trunk_output": 1.0, **found}
+
+    rows = [row(2**12, 900), row(2**20, 1400, search=1500), row(2**21, 1800, search=1950)]
+    text = scripts("larger_than_memory").table({"rows": rows, "engines": []})
+    assert "| 4096 to 1048576 | streamed | 500 | 255 | 120 |" in text
+    assert "| 1048576 to 2097152 | search | 450 | 256 | 120 |" in text
+    memory, passes = scripts("plot_memory").draw(rows).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in memory.lines}
+    assert drawn["streamed"] == [900, 1400, 1800]
+    assert drawn["streamed search"] == [1500, 1950]
+    assert [line.get_label() for line in passes.lines] == ["in memory", "streamed"]
+
+
 def test_table_1(scripts, tmp_path, monkeypatch):
     """Some combinations, and one of them against an estimator that is built by hand."""
     tables = scripts("paper_tables")
