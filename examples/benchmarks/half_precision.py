@@ -9,7 +9,7 @@ another.
 With --stored, the frozen layers and a pass are in float32, and the output of the frozen layers is
 stored in bfloat16 (`store_dtype`) or in float32. Both models are fitted to a small `tol`. The
 change of the logits is relative to their norm, on test images. Passes with both kinds of storage,
-in memory and streamed from a file, are in turn; the time is the median.
+in memory and streamed from a file, are in turn; the CPU time is the median.
 
     python examples/benchmarks/half_precision.py --stored --data cifar10.zip --output stored.json
 """
@@ -123,7 +123,7 @@ def table_stored(rows):
     """Return the rows of --stored as a Markdown table."""
     lines = [
         "| layers | images | stored as | kB each | objective | accuracy | log loss | "
-        "change of logits | other class | a pass, s | streamed, s |",
+        "change of logits | other class | a pass, s of CPU | streamed, s of CPU |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -135,8 +135,8 @@ def table_stored(rows):
             cells = [
                 row["layers"], row["n_train"], name, f"{found['bytes'] / 1000:.1f}",
                 f"{found['objective']:.6f}", f"{found['accuracy']:.2f}",
-                f"{found['log_loss']:.4f}", *changes, f"{seconds[store_dtype + '_memory']:.2f}",
-                f"{seconds[store_dtype + '_streamed']:.2f}",
+                f"{found['log_loss']:.4f}", *changes, f"{seconds[store_dtype + '_memory_cpu']:.2f}",
+                f"{seconds[store_dtype + '_streamed_cpu']:.2f}",
             ]  # fmt: skip
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
