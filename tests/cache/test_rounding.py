@@ -100,12 +100,13 @@ def test_stored_bytes_halve(place, tmp_path, monkeypatch):
         return keep(self, *arguments)
 
     monkeypatch.setattr(owner, name, noted)
-    sizes = {}
+    network, sizes = tiny_net(), {}
+    network[0].bias.data.fill_(0.123)  # no other test has stored its output
     for store_dtype in ("auto", "bfloat16"):
         stored.clear()
         store = {"memory": "auto", "disk": tmp_path / store_dtype, "file": None}[place]
         with config_context(memory_bytes=0 if place == "file" else "auto"):
-            estimator(tiny_net(), feature_store=store, store_dtype=store_dtype).fit(X, Y)
+            estimator(network, feature_store=store, store_dtype=store_dtype).fit(X, Y)
         (dtype,) = {kind for kind, _ in stored}
         sizes[dtype] = sum(size for _, size in stored)
     whole = X.shape[0] * 4 * 6 * 6 * 4
