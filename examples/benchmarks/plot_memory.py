@@ -1,4 +1,4 @@
-"""Plot peak memory and seconds of a pass of larger_than_memory.py against the number of images.
+"""Plot peak memory and CPU time of a pass of larger_than_memory.py against the number of images.
 
 python examples/benchmarks/plot_memory.py larger_than_memory.json --output memory.svg
 """
@@ -24,15 +24,14 @@ def draw(rows):
         if found:
             memory.plot(list(found), list(found.values()), **style)
         if kind != "search":
-            seconds = {row["n_samples"]: row["streamed"][f"{kind}_pass"] for row in rows}
+            seconds = {row["n_samples"]: row["streamed"][f"{kind}_pass_cpu"] for row in rows}
             passes.plot(list(seconds), list(seconds.values()), **style)
-    memory.set(ylabel="peak memory, MiB", ylim=(0, None))
-    passes.set(ylabel="a pass, seconds", xscale="log", yscale="log")
+    memory.set(ylabel="peak memory, MiB", ylim=(0, None), xscale="log")
+    passes.set(ylabel="a pass, s of CPU", xscale="log", yscale="log")
     for axes in (memory, passes):
         axes.set(xlabel="images")
         axes.grid(alpha=0.3)
         axes.legend()
-    memory.set(xscale="log")
     return figure
 
 
