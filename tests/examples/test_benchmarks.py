@@ -274,7 +274,7 @@ def test_memory(scripts):
     rows = [row(2**12, 900), row(2**20, 1400, search=1500), row(2**21, 1800, search=1950)]
     text = scripts("larger_than_memory").table({"rows": rows, "engines": []})
     assert "| 4096 to 1048576 | streamed | 500 | 255 | 120 |" in text
-    assert "| 1048576 to 2097152 | search | 450 | 256 | 120 |" in text
+    assert "| 1048576 to 2097152 | search | 450 | 512 | 120 |" in text
     memory, passes = scripts("plot_memory").draw(rows).axes
     drawn = {line.get_label(): list(line.get_ydata()) for line in memory.lines}
     assert drawn["streamed"] == [900, 1400, 1800]
