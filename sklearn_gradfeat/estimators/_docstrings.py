@@ -117,10 +117,10 @@ feature_store : "auto", path or None, default="auto"
 store_dtype : {"auto", "bfloat16"}, default="auto"
     The dtype of the output of the frozen layers, in ``feature_store``, in memory and in files.
     ``"auto"`` is the dtype of the gradient layers. ``"bfloat16"`` takes half of the memory of
-    float32. It rounds the inputs of the gradient layers, in fits and predictions, by at most one
-    part in 256, and the layers still compute in ``precision``. Integers and complex numbers are
-    not rounded, nor is anything with ``features="activation"`` or with gradient layers that take
-    ``X`` itself, where no such output is kept.
+    float32. It rounds the inputs of the gradient layers, in fits and predictions, by at most
+    one part in 256, and the layers still compute in ``precision``. Integers and complex numbers
+    are not rounded, nor is anything with ``features="activation"`` or with gradient layers that
+    take ``X`` itself, where no such output is kept.
 device : str or torch.device, default="auto"
     ``"auto"`` is the first of cuda, mps and cpu that is available.
 precision : {"auto", "float64", "float32", "bfloat16"}, default="auto"
