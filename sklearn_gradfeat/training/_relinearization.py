@@ -35,10 +35,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from sklearn_gradfeat.data import number_of_first_rank, on_all_ranks, row_blocks
 from sklearn_gradfeat.linearized import LinearModel
@@ -46,9 +50,15 @@ from sklearn_gradfeat.solvers import Solution, penalised
 from sklearn_gradfeat.training._progress import Progress
 from sklearn_gradfeat.training._two_stage_fit import FirstStage, FitResult, TwoStageFit
 
-# Share of the promised decrease that a step must reach.
-_SUFFICIENT = 1e-4
-_HALVINGS = 12
+Array = npt.NDArray[np.float64]
+
+# Share of the promised decrease that a move must reach.
+_SUFFICIENT = 0.1
+# A linear model whose move does not is fitted again, with a proximal term that is larger by this
+# factor at least.
+_ATTEMPTS, _GROWTH = 12, 4
+# The proximal term that a move was found to need, times this, is that of the next linear model.
+_RELAXED = 0.5
 # Least tolerance of a linear model. The next linearisation corrects the rest, and exact optima were
 # found to predict worse.
 _TOL = 0.2
@@ -134,30 +144,126 @@ def relinearized(
                 stages, first = trial, found
     path = [_objective(stages, first, gradient_alpha)]
     solutions: list[Solution] = []
-    in_coarse_space, tol = stages.has_coarse_space(first), stages.settings.tol
+    rounds = _Rounds(stages.has_coarse_space(first), gradient_alpha, progress)
     while True:
         if progress is not None:
             progress.linearization(len(path))
-        if in_coarse_space:
+        step = rounds.step(stages, first, path[-1])
+        solutions.append(step.solution)
+        yield _result(stages, first, step.model, gradient_alpha, solutions, path), stages
+        if step.solution.status == "interrupted":
+            return
+        if step.promised <= stages.settings.tol * (unmoved - path[-1] + step.promised):
+            return
+        moved = rounds.moved(stages, first, path[-1], step)
+        if moved is None:
+            return
+        stages, first, solutions[-1] = moved
+        path.append(_objective(stages, first, gradient_alpha))
+        yield _result(stages, first, first.model, gradient_alpha, solutions, path), stages
+
+
+class _Step(NamedTuple):
+    """The optimum of a linear model, and by how much the objective should fall there."""
+
+    model: LinearModel
+    solution: Solution
+    promised: float
+    # The sum of the squares of the move, in the units of the penalty.
+    squares: float
+
+
+class _Rounds:
+    """The linear models and moves of all rounds.
+
+    Parameters
+    ----------
+    in_coarse_space : bool
+        Whether linear models are minima over the coarse space.
+    gradient_alpha : float
+        The penalty.
+    progress : Progress or None
+        Follows the iterations.
+    """
+
+    def __init__(
+        self, in_coarse_space: bool, gradient_alpha: float, progress: Progress | None
+    ) -> None:
+        self._in_coarse_space, self._progress = in_coarse_space, progress
+        self._gradient_alpha, self._proximal = gradient_alpha, 0.0
+
+    def step(
+        self,
+        stages: TwoStageFit,
+        first: FirstStage,
+        objective: float,
+        start: LinearModel | None = None,
+    ) -> _Step:
+        """Return the optimum of the linear model with the proximal term, from ``start``."""
+        proximal, gradient_alpha = self._proximal, self._gradient_alpha
+        tol = stages.settings.tol
+        if self._in_coarse_space:
             model, solution = stages.fit_in_coarse_space(
-                first, gradient_alpha, max(_COARSE_TOL, tol), progress
+                first, gradient_alpha, max(_COARSE_TOL, tol), self._progress, proximal
             )
         else:
             model, solution = stages.fit_gradient(
-                first, gradient_alpha, first.model, progress, max(_TOL, tol)
+                first, gradient_alpha, start or first.model, self._progress, max(_TOL, tol), proximal
             )
-        solutions.append(solution)
-        yield _result(stages, first, model, gradient_alpha, solutions, path), stages
-        end = solution.objective_path[-1]
-        promised = path[-1] - end
-        if solution.status == "interrupted" or promised <= tol * (unmoved - end):
-            return
-        moved = _move(stages, first, model, gradient_alpha, path[-1], promised, progress)
-        if moved is None:
-            return
-        stages, first = moved
-        path.append(_objective(stages, first, gradient_alpha))
-        yield _result(stages, first, first.model, gradient_alpha, solutions, path), stages
+
+        def squares() -> Array:
+            every = stages.point, model.displacements
+            return np.array([_squares(stages, values) for values in every])
+
+        of_point, of_move = stages.journal.numbers("squares of point and move", squares)
+        # The optimum is that of a penalty of both together, which differs by a constant.
+        total = gradient_alpha + proximal
+        constant = gradient_alpha * proximal / total * of_point / 2 if proximal else 0.0
+        value = solution.objective_path[-1] + constant - proximal / 2 * of_move
+        return _Step(model, solution, objective - value, float(of_move))
+
+    def moved(
+        self, stages: TwoStageFit, first: FirstStage, objective: float, step: _Step
+    ) -> tuple[TwoStageFit, FirstStage, Solution] | None:
+        """Move to the optimum of a linear model, or of one with a larger proximal term.
+
+        Returns
+        -------
+        (TwoStageFit, FirstStage, Solution) or None
+            The stages there, the fit of the output weights, and the iterations of all linear
+            models; None if no step decreases ``F``.
+        """
+        iterations = step.solution
+        for _ in range(_ATTEMPTS):
+            model = step.model
+            trial = stages.moved(model.total)
+            observed = math.inf
+            if _is_finite(trial):
+                start = replace(model, omega=model.weights)
+                found = trial.fit_activation(first.alpha, start, self._progress)
+                fall = objective - _objective(trial, found, self._gradient_alpha)
+                observed = max(2 * (step.promised - fall) / step.squares, 0.0)
+                if fall > _SUFFICIENT * step.promised:
+                    found.inverses = first.inverses.with_layers()
+                    self._proximal = _RELAXED * observed
+                    return trial, found, iterations
+            scale = 2 * step.promised / step.squares
+            least = max(_GROWTH * self._proximal, scale)
+            self._proximal = max(observed, least) if math.isfinite(observed) else _GROWTH * least
+            step = self.step(stages, first, objective, model)
+            iterations = _together(iterations, step.solution)
+            if step.solution.status == "interrupted" or not step.promised > 0:
+                return None
+        return None
+
+
+def _together(former: Solution, following: Solution) -> Solution:
+    """Return a solution with the iterations and passes of both."""
+    return replace(
+        following,
+        n_iter=former.n_iter + following.n_iter,
+        n_passes=former.n_passes + following.n_passes,
+    )
 
 
 def _objective(stages: TwoStageFit, first: FirstStage, gradient_alpha: float) -> float:
@@ -185,45 +291,15 @@ def _is_finite(stages: TwoStageFit) -> bool:
 
 def _penalty(stages: TwoStageFit, gradient_alpha: float) -> float:
     """Return ``gradient_alpha/2 ‖u‖²`` at the point."""
-    if not stages.point:
+    return gradient_alpha / 2 * _squares(stages, stages.point)
+
+
+def _squares(stages: TwoStageFit, values: Mapping[str, Tensor]) -> float:
+    """Return the sum of the squares of displacements, in the units of the penalty."""
+    if not values:
         return 0.0
-    u = stages.head.flatten(tuple(stages.point.values()))
-    return gradient_alpha / 2 * number_of_first_rank(float(u.double().square().sum()))
-
-
-def _move(
-    stages: TwoStageFit,
-    first: FirstStage,
-    model: LinearModel,
-    gradient_alpha: float,
-    objective: float,
-    promised: float,
-    progress: Progress | None,
-) -> tuple[TwoStageFit, FirstStage] | None:
-    """Move to the optimum of a linear model, or as far towards it as ``F`` falls.
-
-    Returns
-    -------
-    (TwoStageFit, FirstStage) or None
-        The stages there, and the fit of the output weights; None if no step decreases ``F``.
-    """
-    step = 1.0
-    for _ in range(_HALVINGS):
-        total = {
-            name: step * move + (model.point[name] if model.point else 0.0)
-            for name, move in model.displacements.items()
-        }
-        weights = torch.lerp(first.model.weights, model.weights, step)
-        intercept = torch.lerp(first.model.intercept, model.intercept, step)
-        trial, start = stages.moved(total), replace(model, omega=weights, intercept=intercept)
-        if _is_finite(trial):
-            found = trial.fit_activation(first.alpha, start, progress)
-            value = _objective(trial, found, gradient_alpha)
-            if value < objective - _SUFFICIENT * step * promised:
-                found.inverses = first.inverses.with_layers()
-                return trial, found
-        step /= 2
-    return None
+    u = stages.head.flatten(tuple(values.values()))
+    return number_of_first_rank(float(u.double().square().sum()))
 
 
 def _result(
