@@ -33,7 +33,7 @@ References
 
 from __future__ import annotations
 
-import itertools
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -73,6 +73,7 @@ def fit_in_turn(
     n_models: int,
     warm: LinearModel | None = None,
     progress: Progress | None = None,
+    stronger: Sequence[float] = (),
 ) -> FitResult:
     """Return the last of some linear models and moved networks.
 
@@ -83,17 +84,32 @@ def fit_in_turn(
     n_models : int
         One is the linear model around the pretrained parameters. An even number ends with a moved
         network, an odd one with a linear model.
+    stronger : sequence of float
+        The penalties of the first linearisations, which end at moved networks. A warm start takes
+        their place.
 
     Returns
     -------
     FitResult
     """
-    linear = n_models % 2
-    models = relinearized(stages, alpha, gradient_alpha, warm, progress)
-    for number, (found, _) in enumerate(itertools.islice(models, n_models), 1):
+    if math.isinf(gradient_alpha):
+        return stages.fit(alpha, gradient_alpha, warm, progress)
+    run = _started(stages, alpha, gradient_alpha, warm, progress)
+    if run.is_moved:
+        n_models, stronger = n_models - 2 * len(stronger), ()
+    ends_linear = n_models % 2 == 1
+    for number in range((n_models + 1) // 2):
+        found = run.linear(stronger[number] if number < len(stronger) else gradient_alpha)
         # Where the method ends early, the model is of the kind that was asked for.
-        if number == 1 or number % 2 == linear or found.is_interrupted:
+        if number == 0 or ends_linear or found.is_interrupted:
             result = found
+        if found.is_interrupted or (ends_linear and 2 * number + 1 == n_models):
+            break
+        moved = run.moved()
+        if moved is not None and not ends_linear:
+            result = moved
+        if moved is None and number >= len(stronger):
+            break
     return result
 
 
@@ -133,34 +149,37 @@ def relinearized(
     if math.isinf(gradient_alpha):
         yield stages.fit(alpha, gradient_alpha, warm, progress), stages
         return
+    run = _started(stages, alpha, gradient_alpha, warm, progress, first)
+    while True:
+        found = run.linear(gradient_alpha)
+        yield found, run.stages
+        if found.is_interrupted:
+            return
+        moved = run.moved()
+        if moved is None:
+            return
+        yield moved, run.stages
+
+
+def _started(
+    stages: TwoStageFit,
+    alpha: float,
+    gradient_alpha: float,
+    warm: LinearModel | None,
+    progress: Progress | None,
+    first: FirstStage | None = None,
+) -> Relinearization:
+    """Return the method at the pretrained parameters, or at the warm start if that is better."""
     first = first or stages.fit_activation(alpha, progress=progress)
-    unmoved = _objective(stages, first, gradient_alpha)
     if warm is not None and not first.is_zero:
+        unmoved = _objective(stages, first, gradient_alpha)
         warm = stages.problem.reduced(warm)
         trial = stages.moved(warm.total)
         if _is_finite(trial):
             found = trial.fit_activation(alpha, warm, progress)
             if _objective(trial, found, gradient_alpha) < unmoved:
-                stages, first = trial, found
-    path = [_objective(stages, first, gradient_alpha)]
-    solutions: list[Solution] = []
-    rounds = _Rounds(stages.has_coarse_space(first), gradient_alpha, progress)
-    while True:
-        if progress is not None:
-            progress.linearization(len(path))
-        step = rounds.step(stages, first, path[-1])
-        solutions.append(step.solution)
-        yield _result(stages, first, step.model, gradient_alpha, solutions, path), stages
-        if step.solution.status == "interrupted":
-            return
-        if step.promised <= stages.settings.tol * (unmoved - path[-1] + step.promised):
-            return
-        moved = rounds.moved(stages, first, path[-1], step)
-        if moved is None:
-            return
-        stages, first, solutions[-1] = moved
-        path.append(_objective(stages, first, gradient_alpha))
-        yield _result(stages, first, first.model, gradient_alpha, solutions, path), stages
+                return Relinearization(trial, found, progress, unmoved)
+    return Relinearization(stages, first, progress)
 
 
 class _Step(NamedTuple):
@@ -173,42 +192,119 @@ class _Step(NamedTuple):
     squares: float
 
 
-class _Rounds:
-    """The linear models and moves of all rounds.
+class Relinearization:
+    """The method, one linear model or one move at a time.
 
     Parameters
     ----------
-    in_coarse_space : bool
-        Whether linear models are minima over the coarse space.
-    gradient_alpha : float
-        The penalty.
+    stages : TwoStageFit
+        Both stages where it starts.
+    first : FirstStage
+        The fit of the output weights there.
     progress : Progress or None
         Follows the iterations.
+    unmoved : float or None
+        ``F`` at the pretrained parameters. None if it starts there.
+
+    Attributes
+    ----------
+    stages, first : TwoStageFit, FirstStage
+        Those at the point.
+    is_moved : bool
+        Whether it starts at other parameters than the pretrained ones.
     """
 
     def __init__(
-        self, in_coarse_space: bool, gradient_alpha: float, progress: Progress | None
-    ) -> None:
-        self._in_coarse_space, self._progress = in_coarse_space, progress
-        self._gradient_alpha, self._proximal = gradient_alpha, 0.0
-
-    def step(
         self,
         stages: TwoStageFit,
         first: FirstStage,
-        objective: float,
-        start: LinearModel | None = None,
-    ) -> _Step:
+        progress: Progress | None = None,
+        unmoved: float | None = None,
+    ) -> None:
+        self.stages, self.first, self.is_moved = stages, first, unmoved is not None
+        self._progress, self._unmoved = progress, unmoved
+        self._in_coarse_space = stages.has_coarse_space(first)
+        self._gradient_alpha = math.inf
+        self._proximal = 0.0
+        self._path: list[float] = []
+        self._solutions: list[Solution] = []
+        self._step: _Step | None = None
+
+    def copy(self) -> Relinearization:
+        """Return a copy that goes on from the same point."""
+        found = copy.copy(self)
+        found.first = replace(self.first, inverses=self.first.inverses.with_layers(), term=None)
+        found._path, found._solutions = list(self._path), list(self._solutions)
+        return found
+
+    def linear(self, gradient_alpha: float) -> FitResult:
+        """Return the linear model around the point.
+
+        ``gradient_alpha`` is at most that of the former linear model, so ``F`` does not increase.
+        """
+        if gradient_alpha != self._gradient_alpha:
+            self._gradient_alpha = gradient_alpha
+            value = _objective(self.stages, self.first, gradient_alpha)
+            self._path[-1:] = [value]
+            self._unmoved = value if self._unmoved is None else self._unmoved
+        if self._progress is not None:
+            self._progress.linearization(len(self._path))
+        self._step = self._fitted()
+        self._solutions.append(self._step.solution)
+        return self._result(self._step.model)
+
+    def moved(self) -> FitResult | None:
+        """Move to the optimum of the linear model, or of one with a larger proximal term.
+
+        Returns
+        -------
+        FitResult or None
+            The network there; None if ``F`` does not decrease.
+        """
+        step = self._step
+        assert step is not None and self._unmoved is not None
+        tol, objective = self.stages.settings.tol, self._path[-1]
+        for _ in range(_ATTEMPTS):
+            if step.solution.status == "interrupted":
+                return None
+            if step.promised <= tol * (self._unmoved - objective + step.promised):
+                return None
+            trial = self.stages.moved(step.model.total)
+            scale = 2 * step.promised / step.squares
+            needed = _GROWTH * max(self._proximal, scale)
+            if _is_finite(trial):
+                start = replace(step.model, omega=step.model.weights)
+                found = trial.fit_activation(self.first.alpha, start, self._progress)
+                value = _objective(trial, found, self._gradient_alpha)
+                kept = (objective - value) / step.promised
+                needed = max((1 - kept) * scale, 0.0)
+                if kept > _SUFFICIENT:
+                    found.inverses = self.first.inverses.with_layers()
+                    self.stages, self.first, self._step = trial, found, None
+                    self._proximal = _RELAXED * needed
+                    self._path.append(value)
+                    return self._result(found.model)
+            self._proximal = max(needed, _GROWTH * self._proximal)
+            step = self._fitted(step.model)
+            self._solutions[-1] = _together(self._solutions[-1], step.solution)
+        return None
+
+    def _fitted(self, start: LinearModel | None = None) -> _Step:
         """Return the optimum of the linear model with the proximal term, from ``start``."""
-        proximal, gradient_alpha = self._proximal, self._gradient_alpha
-        tol = stages.settings.tol
+        stages, first, proximal = self.stages, self.first, self._proximal
+        gradient_alpha, tol = self._gradient_alpha, self.stages.settings.tol
         if self._in_coarse_space:
             model, solution = stages.fit_in_coarse_space(
                 first, gradient_alpha, max(_COARSE_TOL, tol), self._progress, proximal
             )
         else:
             model, solution = stages.fit_gradient(
-                first, gradient_alpha, start or first.model, self._progress, max(_TOL, tol), proximal
+                first,
+                gradient_alpha,
+                start or first.model,
+                self._progress,
+                max(_TOL, tol),
+                proximal,
             )
 
         def squares() -> Array:
@@ -216,45 +312,25 @@ class _Rounds:
             return np.array([_squares(stages, values) for values in every])
 
         of_point, of_move = stages.journal.numbers("squares of point and move", squares)
-        # The optimum is that of a penalty of both together, which differs by a constant.
-        total = gradient_alpha + proximal
-        constant = gradient_alpha * proximal / total * of_point / 2 if proximal else 0.0
-        value = solution.objective_path[-1] + constant - proximal / 2 * of_move
-        return _Step(model, solution, objective - value, float(of_move))
+        value = solution.objective_path[-1] - proximal / 2 * of_move
+        if proximal:  # the solver has one penalty in place of both, which differs by a constant
+            value += gradient_alpha * proximal / (gradient_alpha + proximal) * of_point / 2
+        return _Step(model, solution, self._path[-1] - value, float(of_move))
 
-    def moved(
-        self, stages: TwoStageFit, first: FirstStage, objective: float, step: _Step
-    ) -> tuple[TwoStageFit, FirstStage, Solution] | None:
-        """Move to the optimum of a linear model, or of one with a larger proximal term.
-
-        Returns
-        -------
-        (TwoStageFit, FirstStage, Solution) or None
-            The stages there, the fit of the output weights, and the iterations of all linear
-            models; None if no step decreases ``F``.
-        """
-        iterations = step.solution
-        for _ in range(_ATTEMPTS):
-            model = step.model
-            trial = stages.moved(model.total)
-            observed = math.inf
-            if _is_finite(trial):
-                start = replace(model, omega=model.weights)
-                found = trial.fit_activation(first.alpha, start, self._progress)
-                fall = objective - _objective(trial, found, self._gradient_alpha)
-                observed = max(2 * (step.promised - fall) / step.squares, 0.0)
-                if fall > _SUFFICIENT * step.promised:
-                    found.inverses = first.inverses.with_layers()
-                    self._proximal = _RELAXED * observed
-                    return trial, found, iterations
-            scale = 2 * step.promised / step.squares
-            least = max(_GROWTH * self._proximal, scale)
-            self._proximal = max(observed, least) if math.isfinite(observed) else _GROWTH * least
-            step = self.step(stages, first, objective, model)
-            iterations = _together(iterations, step.solution)
-            if step.solution.status == "interrupted" or not step.promised > 0:
-                return None
-        return None
+    def _result(self, model: LinearModel) -> FitResult:
+        """Return a model with the results of the solver."""
+        stages, first, solutions = self.stages, self.first, self._solutions
+        return FitResult(
+            stages.problem.restored(model),
+            {"activation": first.solution, stages.settings.features: solutions[-1]},
+            first.alpha,
+            self._gradient_alpha,
+            separated=stages.separated(first),
+            unmoved=not any(bool(move.any()) for move in model.total.values())
+            and not first.is_zero,
+            linearizations=tuple(solutions),
+            network_path=tuple(self._path),
+        )
 
 
 def _together(former: Solution, following: Solution) -> Solution:
@@ -300,24 +376,3 @@ def _squares(stages: TwoStageFit, values: Mapping[str, Tensor]) -> float:
         return 0.0
     u = stages.head.flatten(tuple(values.values()))
     return number_of_first_rank(float(u.double().square().sum()))
-
-
-def _result(
-    stages: TwoStageFit,
-    first: FirstStage,
-    model: LinearModel,
-    gradient_alpha: float,
-    solutions: Sequence[Solution],
-    path: Sequence[float],
-) -> FitResult:
-    """Return a model with the results of the solver."""
-    return FitResult(
-        stages.problem.restored(model),
-        {"activation": first.solution, stages.settings.features: solutions[-1]},
-        first.alpha,
-        gradient_alpha,
-        separated=stages.separated(first),
-        unmoved=not any(bool(move.any()) for move in model.total.values()) and not first.is_zero,
-        linearizations=tuple(solutions),
-        network_path=tuple(path),
-    )

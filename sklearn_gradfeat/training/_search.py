@@ -75,13 +75,15 @@ Row = tuple[float, float, float, float]
 class Choice(NamedTuple):
     """The chosen penalties, and the held-out losses of all that were tried.
 
-    ``n_models`` counts the linear models and moved networks up to the chosen one. ``scores`` has
-    the columns ``alpha``, ``gradient_alpha``, ``loss`` and ``standard_error``.
+    ``n_models`` counts the linear models and moved networks up to the chosen one, and ``stronger``
+    has the penalties of the linearisations before those with ``gradient_alpha``. ``scores`` has the
+    columns ``alpha``, ``gradient_alpha``, ``loss`` and ``standard_error``.
     """
 
     alpha: float
     gradient_alpha: float
     n_models: int
+    stronger: tuple[float, ...]
     scores: dict[str, Array]
 
 
@@ -116,8 +118,9 @@ def choose_penalties(
         n_linearizations = 1
     n_models = 1 if n_linearizations in (1, None) else 2 * n_linearizations
     if alpha is not None and gradient_alpha is not None and n_linearizations is not None:
-        return Choice(alpha, gradient_alpha, n_models, _columns([]))
+        return Choice(alpha, gradient_alpha, n_models, (), _columns([]))
     search = _Search(prepared, stages, n_linearizations, progress)
+    stronger: tuple[float, ...] = ()
     without = alpha
     if without is None:
         n_following = 1 + _FAILURES + (features == "full") if gradient_alpha is None else 0
@@ -133,7 +136,8 @@ def choose_penalties(
             n_models = 2
         if isinstance(held_out, Relinearized) and not search.stopped:
             n_models = held_out.n_models(alpha, gradient_alpha)
-    return Choice(alpha, gradient_alpha, n_models, _columns(search.rows))
+            stronger = held_out.stronger(alpha, gradient_alpha)
+    return Choice(alpha, gradient_alpha, n_models, stronger, _columns(search.rows))
 
 
 def _columns(rows: list[Row]) -> dict[str, Array]:
@@ -426,6 +430,8 @@ class _Path:
         best = self._lowest()
         if self._means.get(math.inf, math.inf) - self._means[best] <= self._negligible:
             return math.inf
+        if isinstance(self._held_out, Relinearized):
+            return best
         strongest = self.strongest(_TOLERATED)
         if strongest != best:
             return strongest
