@@ -11,8 +11,11 @@ A linearisation is followed by
 1. a move of ``u`` towards the optimum;
 2. a fit of the output weights at the new ``u``, which are the ``Ω`` of the next linearisation.
 
-If ``F`` does not fall by a share of what the linear model promises, the move is halved. So ``F``
-never increases, and the method stops at a stationary point. The first linear model is the one of
+If ``F`` does not fall by a share of what the linear model promises, the linear model is fitted again
+with a proximal term ``ρ/2 ‖u - uₖ‖²`` around its point ``uₖ``. At the optimum, ``F`` exceeds the
+linear model by ``ρ/2 ‖u - uₖ‖²`` with some ``ρ``; this ``ρ`` is the next one, and half of the last
+one that of the next linearisation. So ``F`` never increases, and the method stops at a stationary
+point. The first linear model is the one of
 the paper. The models in their order are: the linear model around the pretrained parameters;
 the network after the first move; the linear model around this point; and so on.
 
