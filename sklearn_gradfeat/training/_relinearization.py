@@ -12,12 +12,12 @@ A linearisation is followed by
 2. a fit of the output weights at the new ``u``, which are the ``Ω`` of the next linearisation.
 
 If ``F`` falls by too small a share of what the linear model promises, the linear model is fitted
-again with a proximal term ``ρ/2 ‖u - uₖ‖²`` around its point ``uₖ``. The first ``ρ`` is the one with
-which this term is the error of the linear model at the move, and half of the last one is that of the
-next linearisation. So ``F`` never increases, and the method stops at a stationary point. The first
-linear model has no such term, and is the one of the paper. The models in their order are: the linear
-model around the pretrained parameters; the network after the first move; the linear model around
-this point; and so on.
+again with a proximal term ``ρ/2 ‖u - uₖ‖²`` around its point ``uₖ``. The first ``ρ`` is the one
+with which this term is the error of the linear model at the move, and half of the last one is that
+of the next linearisation. So ``F`` never increases, and the method stops at a stationary point. The
+first linear model has no such term, and is the one of the paper. The models in their order are: the
+linear model around the pretrained parameters; the network after the first move; the linear model
+around this point; and so on.
 
 Where the first linear model has a coarse space, all linear models are minima over its leading
 directions of the curvature, with the rows of the samples at the point. So a linear model takes one
