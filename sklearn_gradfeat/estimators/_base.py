@@ -126,7 +126,8 @@ class BaseGradientFeature(
                 choice = choose_penalties(prepared, stages, alpha, gradient_alpha, progress)
                 warm = self._warm_model(stages)
                 one = self.n_linearizations == 1
-                fit = stages.fit if one else partial(fit_in_turn, stages, n_models=choice.n_models)
+                several = partial(fit_in_turn, stages, n_models=choice.n_models)
+                fit = stages.fit if one else partial(several, stronger=choice.stronger)
                 result = fit(choice.alpha, choice.gradient_alpha, warm=warm, progress=progress)
             warn_unless_converged(result, prepared.settings)
         attributes = {"validation_scores_": choice.scores, **result.attributes()}

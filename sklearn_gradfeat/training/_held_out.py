@@ -19,6 +19,7 @@ explicit rows nor leave-one-out, whose systems take all samples into one process
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -49,11 +50,10 @@ from sklearn_gradfeat.linearized import (
 )
 from sklearn_gradfeat.solvers import newton
 from sklearn_gradfeat.training._problem import Problem
-from sklearn_gradfeat.training._relinearization import relinearized
+from sklearn_gradfeat.training._relinearization import Relinearization
 from sklearn_gradfeat.training._two_stage_fit import (
     COARSE_TOL,
     FirstStage,
-    FitResult,
     Prepared,
     TwoStageFit,
 )
@@ -147,8 +147,7 @@ class _Fold:
         self._has_subspace = False
         self._paths: dict[float, CoarsePath] = {}
         self._to_minimize: defaultdict[float, list[TangentObjective]] = defaultdict(list)
-        # The solutions of a result stay in the journal as long as it exists.
-        self._moved: tuple[FitResult, TwoStageFit] | None = None
+        self._moved: TwoStageFit | None = None
         # Copies of a sample are one sample, with the sum of their weights.
         names = prepared.samples.names[is_held_out]
         distinct = np.unique(rows_of_all_ranks(names)[0])
@@ -215,27 +214,22 @@ class _Fold:
         objectives.clear()
         return self._paths[first.alpha].logits[self._test]
 
-    def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
-        """Iterate over the losses of linear models and moved networks, in turn."""
-        for result, _ in self._relinearized(alpha, gradient_alpha):
-            yield self._losses_of(self.stages.problem.reduced(result.model))
+    def start(self, alpha: float) -> Relinearization:
+        """Return several linearisations at the pretrained parameters."""
+        return Relinearization(self.stages, self._first(alpha))
 
-    def moved(self, alpha: float, gradient_alpha: float) -> Array:
-        """Return the losses of the first moved network, or of the linear model without a move."""
-        models = itertools.islice(self._relinearized(alpha, gradient_alpha), 2)
-        *_, self._moved = models
-        return self._losses_of(self.stages.problem.reduced(self._moved[0].model))
-
-    def _relinearized(
-        self, alpha: float, gradient_alpha: float
-    ) -> Iterator[tuple[FitResult, TwoStageFit]]:
-        first = self._first(alpha)
-        return relinearized(self.stages, alpha, gradient_alpha, first=first)
+    def go_on(self, run: Relinearization, gradient_alpha: float) -> tuple[Array, Array | None]:
+        """Return the losses of the next linear model, and of the network if it moves."""
+        reduced = self.stages.problem.reduced
+        linear = self._losses_of(reduced(run.linear(gradient_alpha).model))
+        moved = run.moved()
+        self._moved = run.stages
+        return linear, None if moved is None else self._losses_of(reduced(moved.model))
 
     def refitted(self, alpha: float) -> Array:
-        """Return the losses of the network of :meth:`moved`, with output weights of this alpha."""
+        """Return the losses of the last moved network, with output weights of this ``alpha``."""
         assert self._moved is not None
-        return self._losses_of(self._moved[1].fit_activation(alpha).model)
+        return self._losses_of(self._moved.fit_activation(alpha).model)
 
     def _losses_of(self, model: LinearModel) -> Array:
         """Return the mean losses of the distinct held-out samples for a model."""
@@ -403,24 +397,12 @@ class Folds:
         for fold in self._folds:
             fold.share(inverses, has_subspace)
 
-    def relinearized(self, alpha: float, gradient_alpha: float) -> Iterator[Array]:
-        """Iterate over the losses of linear models and moved networks, in turn."""
-        runs = [fold.relinearized(alpha, gradient_alpha) for fold in self._folds]
-        losses = [next(run) for run in runs]
-        going_on = True
-        while going_on:
-            yield np.concatenate(losses)
-            following = [next(run, None) for run in runs]
-            going_on = any(found is not None for found in following)
-            pairs = zip(following, losses, strict=True)
-            losses = [former if found is None else found for found, former in pairs]
-
-    def moved(self, alpha: float, gradient_alpha: float) -> Array:
-        """Return the losses of the first moved networks, or of linear models without a move."""
-        return np.concatenate([fold.moved(alpha, gradient_alpha) for fold in self._folds])
+    def start(self, alpha: float) -> Runs:
+        """Return several linearisations at the pretrained parameters."""
+        return Runs([(fold, fold.start(alpha)) for fold in self._folds])
 
     def refitted(self, alpha: float) -> Array:
-        """Return the losses of the networks of :meth:`moved`, with output weights of this alpha."""
+        """Return the losses of the last moved networks, with output weights of this ``alpha``."""
         return np.concatenate([fold.refitted(alpha) for fold in self._folds])
 
     def typical_first(self, alpha: float) -> Folds:
@@ -444,8 +426,61 @@ class Folds:
         return np.concatenate([fold.losses(alpha, gradient_alpha) for fold in self._folds])
 
 
+class Runs:
+    """Several linearisations in all folds.
+
+    Parameters
+    ----------
+    runs : list of (_Fold, Relinearization)
+        The folds.
+
+    Attributes
+    ----------
+    gradient_alphas : tuple of float
+        The penalties of the linearisations so far.
+    has_ended : bool
+        Whether no network has moved in the last one.
+    """
+
+    def __init__(self, runs: list[tuple[_Fold, Relinearization]]) -> None:
+        self._runs = runs
+        self._losses: list[Array | None] = [None] * len(runs)
+        self.gradient_alphas: tuple[float, ...] = ()
+        self.has_ended = False
+
+    def copy(self) -> Runs:
+        """Return a copy that goes on from the same points."""
+        found = copy.copy(self)
+        found._runs = [(fold, run.copy()) for fold, run in self._runs]
+        found._losses = list(self._losses)
+        return found
+
+    def go_on(self, gradient_alpha: float) -> tuple[Array, Array]:
+        """Return the losses of the next linear models and of the networks after the next move."""
+        pairs = [fold.go_on(run, gradient_alpha) for fold, run in self._runs]
+        self.has_ended = all(moved is None for _, moved in pairs)
+        for i, (linear, moved) in enumerate(pairs):
+            if moved is not None or self._losses[i] is None:
+                self._losses[i] = linear if moved is None else moved
+        self.gradient_alphas += (gradient_alpha,)
+        every = [losses for losses in self._losses if losses is not None]
+        return np.concatenate([linear for linear, _ in pairs]), np.concatenate(every)
+
+    def models(self, gradient_alpha: float) -> Iterator[Array]:
+        """Iterate over the losses of further linear models and moved networks, in turn."""
+        while not self.has_ended:
+            linear, moved = self.go_on(gradient_alpha)
+            yield linear
+            if not self.has_ended:
+                yield moved
+
+
 class Relinearized:
     """The losses of samples that are left out of several linearisations.
+
+    Where their number is chosen, too, a penalty goes on from the networks that moved with the next
+    stronger one. So every pair of penalties costs one linearisation, and the last ones are judged
+    after several.
 
     Parameters
     ----------
@@ -470,6 +505,8 @@ class Relinearized:
     ) -> None:
         self._folds, self._n_linearizations = folds, n_linearizations
         self._negligible, self._alpha = negligible, alpha
+        self._runs: dict[float, Runs] = {}
+        self._judged: dict[tuple[float, float], tuple[Array, Array, Runs]] = {}
         self.refitted = math.inf
 
     @property
@@ -478,29 +515,48 @@ class Relinearized:
         return self._folds.weights
 
     def losses(self, alpha: float, gradient_alpha: float) -> Array:
-        """Return the mean losses of the distinct held-out samples after the first linearisation.
+        """Return the mean losses of the distinct held-out samples after the next linearisation.
 
         They are those of the moved network. With the ``alpha`` that suits the activations, the
         linear model competes.
         """
         if math.isinf(gradient_alpha):
             return self._folds.losses(alpha, gradient_alpha)
+        linear, moved, _ = self._judge(alpha, gradient_alpha)
         if alpha == self._alpha:
-            return min(
-                itertools.islice(self._folds.relinearized(alpha, gradient_alpha), 2), key=self._mean
-            )
-        losses = self._folds.moved(alpha, gradient_alpha)
+            return min(linear, moved, key=self._mean)
         self.refitted = min(self.refitted, self._mean(self._folds.refitted(self._alpha)))
-        return losses
+        return moved
+
+    def _judge(self, alpha: float, gradient_alpha: float) -> tuple[Array, Array, Runs]:
+        """Return the losses of the linear models and of the moved networks, and where these are."""
+        pair = alpha, gradient_alpha
+        if pair not in self._judged:
+            run = self._runs.get(alpha)
+            goes_on = run is not None and gradient_alpha < run.gradient_alphas[-1]
+            if run is None or not goes_on or self._n_linearizations is not None:
+                run = self._runs[alpha] = self._folds.start(alpha)
+            self._judged[pair] = *run.go_on(gradient_alpha), run.copy()
+        return self._judged[pair]
+
+    def stronger(self, alpha: float, gradient_alpha: float) -> tuple[float, ...]:
+        """Return the penalties of the linearisations before those with this one."""
+        if math.isinf(gradient_alpha) or self._n_linearizations is not None:
+            return ()
+        return self._judge(alpha, gradient_alpha)[2].gradient_alphas[:-1]
 
     def n_models(self, alpha: float, gradient_alpha: float) -> int:
         """Return the number of linear models and moved networks up to the best one."""
         if math.isinf(gradient_alpha):
             return 1
-        models, n = self._folds.relinearized(alpha, gradient_alpha), self._n_linearizations
-        if n is not None:
-            return self._last(models, 2 * n)
-        return self._while_it_falls(self._mean(self._folds.losses(alpha, math.inf)), models)
+        linear, moved, run = self._judge(alpha, gradient_alpha)
+        judged = (linear,) if run.has_ended else (linear, moved)
+        models = itertools.chain(judged, run.copy().models(gradient_alpha))
+        if self._n_linearizations is not None:
+            return self._last(models, 2 * self._n_linearizations)
+        unmoved = self._mean(self._folds.losses(alpha, math.inf))
+        n_former = 2 * len(run.gradient_alphas) - 2
+        return n_former + self._while_it_falls(unmoved, models)
 
     def _while_it_falls(self, unmoved: float, models: Iterator[Array]) -> int:
         """Return the number of the best model, until the next ones are no better.
@@ -511,7 +567,10 @@ class Relinearized:
         smallest, number_of_best, gain, former = math.inf, 0, 0.0, unmoved
         for number, losses in enumerate(itertools.islice(models, 2 * _MAX_LINEARIZATIONS), 1):
             mean = self._mean(losses)
-            if not number_of_best or self._counts(smallest, mean):
+            # A moved network predicts faster than the linear model before it.
+            is_as_good = number % 2 == 0 and number_of_best == number - 1
+            is_as_good = is_as_good and not self._counts(mean, smallest)
+            if not number_of_best or is_as_good or self._counts(smallest, mean):
                 smallest, number_of_best = mean, number
             elif number - number_of_best == 2:
                 break

@@ -11,10 +11,13 @@ A linearisation is followed by
 1. a move of ``u`` towards the optimum;
 2. a fit of the output weights at the new ``u``, which are the ``Ω`` of the next linearisation.
 
-If ``F`` does not fall by a share of what the linear model promises, the move is halved. So ``F``
-never increases, and the method stops at a stationary point. The first linear model is the one of
-the paper. The models in their order are: the linear model around the pretrained parameters;
-the network after the first move; the linear model around this point; and so on.
+If ``F`` falls by too small a share of what the linear model promises, the linear model is fitted
+again with a proximal term ``ρ/2 ‖u - uₖ‖²`` around its point ``uₖ``. The first ``ρ`` is the one
+with which this term is the error of the linear model at the move, and half of the last one is that
+of the next linearisation. So ``F`` never increases, and the method stops at a stationary point. The
+first linear model has no such term, and is the one of the paper. The models in their order are: the
+linear model around the pretrained parameters; the network after the first move; the linear model
+around this point; and so on.
 
 Where the first linear model has a coarse space, all linear models are minima over its leading
 directions of the curvature, with the rows of the samples at the point. So a linear model takes one
@@ -33,12 +36,16 @@ References
 
 from __future__ import annotations
 
-import itertools
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from sklearn_gradfeat.data import number_of_first_rank, on_all_ranks, row_blocks
 from sklearn_gradfeat.linearized import LinearModel
@@ -46,9 +53,15 @@ from sklearn_gradfeat.solvers import Solution, penalised
 from sklearn_gradfeat.training._progress import Progress
 from sklearn_gradfeat.training._two_stage_fit import FirstStage, FitResult, TwoStageFit
 
-# Share of the promised decrease that a step must reach.
-_SUFFICIENT = 1e-4
-_HALVINGS = 12
+Array = npt.NDArray[np.float64]
+
+# Share of the promised decrease that a move must reach.
+_SUFFICIENT = 0.1
+# A linear model whose move does not is fitted again, with a proximal term that is larger by this
+# factor at least.
+_ATTEMPTS, _GROWTH = 12, 4
+# The proximal term that a move was found to need, times this, is that of the next linear model.
+_RELAXED = 0.5
 # Least tolerance of a linear model. The next linearisation corrects the rest, and exact optima were
 # found to predict worse.
 _TOL = 0.2
@@ -63,6 +76,7 @@ def fit_in_turn(
     n_models: int,
     warm: LinearModel | None = None,
     progress: Progress | None = None,
+    stronger: Sequence[float] = (),
 ) -> FitResult:
     """Return the last of some linear models and moved networks.
 
@@ -73,17 +87,32 @@ def fit_in_turn(
     n_models : int
         One is the linear model around the pretrained parameters. An even number ends with a moved
         network, an odd one with a linear model.
+    stronger : sequence of float
+        The penalties of the first linearisations, which end at moved networks. A warm start takes
+        their place.
 
     Returns
     -------
     FitResult
     """
-    linear = n_models % 2
-    models = relinearized(stages, alpha, gradient_alpha, warm, progress)
-    for number, (found, _) in enumerate(itertools.islice(models, n_models), 1):
+    if math.isinf(gradient_alpha):
+        return stages.fit(alpha, gradient_alpha, warm, progress)
+    run = _started(stages, alpha, gradient_alpha, warm, progress)
+    if run.is_moved:
+        n_models, stronger = n_models - 2 * len(stronger), ()
+    ends_linear = n_models % 2 == 1
+    for number in range((n_models + 1) // 2):
+        found = run.linear(stronger[number] if number < len(stronger) else gradient_alpha)
         # Where the method ends early, the model is of the kind that was asked for.
-        if number == 1 or number % 2 == linear or found.is_interrupted:
+        if number == 0 or ends_linear or found.is_interrupted:
             result = found
+        if found.is_interrupted or (ends_linear and 2 * number + 1 == n_models):
+            break
+        moved = run.moved()
+        if moved is not None and not ends_linear:
+            result = moved
+        if moved is None and number >= len(stronger):
+            break
     return result
 
 
@@ -123,41 +152,197 @@ def relinearized(
     if math.isinf(gradient_alpha):
         yield stages.fit(alpha, gradient_alpha, warm, progress), stages
         return
+    run = _started(stages, alpha, gradient_alpha, warm, progress, first)
+    while True:
+        found = run.linear(gradient_alpha)
+        yield found, run.stages
+        if found.is_interrupted:
+            return
+        moved = run.moved()
+        if moved is None:
+            return
+        yield moved, run.stages
+
+
+def _started(
+    stages: TwoStageFit,
+    alpha: float,
+    gradient_alpha: float,
+    warm: LinearModel | None,
+    progress: Progress | None,
+    first: FirstStage | None = None,
+) -> Relinearization:
+    """Return the method at the pretrained parameters, or at the warm start if that is better."""
     first = first or stages.fit_activation(alpha, progress=progress)
-    unmoved = _objective(stages, first, gradient_alpha)
     if warm is not None and not first.is_zero:
+        unmoved = _objective(stages, first, gradient_alpha)
         warm = stages.problem.reduced(warm)
         trial = stages.moved(warm.total)
         if _is_finite(trial):
             found = trial.fit_activation(alpha, warm, progress)
             if _objective(trial, found, gradient_alpha) < unmoved:
-                stages, first = trial, found
-    path = [_objective(stages, first, gradient_alpha)]
-    solutions: list[Solution] = []
-    in_coarse_space, tol = stages.has_coarse_space(first), stages.settings.tol
-    while True:
-        if progress is not None:
-            progress.linearization(len(path))
-        if in_coarse_space:
+                return Relinearization(trial, found, progress, unmoved)
+    return Relinearization(stages, first, progress)
+
+
+class _Step(NamedTuple):
+    """The optimum of a linear model, and by how much the objective should fall there."""
+
+    model: LinearModel
+    solution: Solution
+    promised: float
+    # The sum of the squares of the move, in the units of the penalty.
+    squares: float
+
+
+class Relinearization:
+    """The method, one linear model or one move at a time.
+
+    Parameters
+    ----------
+    stages : TwoStageFit
+        Both stages where it starts.
+    first : FirstStage
+        The fit of the output weights there.
+    progress : Progress or None
+        Follows the iterations.
+    unmoved : float or None
+        ``F`` at the pretrained parameters. None if it starts there.
+
+    Attributes
+    ----------
+    stages, first : TwoStageFit, FirstStage
+        Those at the point.
+    is_moved : bool
+        Whether it starts at other parameters than the pretrained ones.
+    """
+
+    def __init__(
+        self,
+        stages: TwoStageFit,
+        first: FirstStage,
+        progress: Progress | None = None,
+        unmoved: float | None = None,
+    ) -> None:
+        self.stages, self.first, self.is_moved = stages, first, unmoved is not None
+        self._progress, self._unmoved = progress, unmoved
+        self._in_coarse_space = stages.has_coarse_space(first)
+        self._gradient_alpha = math.inf
+        self._proximal = 0.0
+        self._path: list[float] = []
+        self._solutions: list[Solution] = []
+        self._step: _Step | None = None
+
+    def copy(self) -> Relinearization:
+        """Return a copy that goes on from the same point."""
+        found = copy.copy(self)
+        found.first = replace(self.first, inverses=self.first.inverses.with_layers(), term=None)
+        found._path, found._solutions = list(self._path), list(self._solutions)
+        return found
+
+    def linear(self, gradient_alpha: float) -> FitResult:
+        """Return the linear model around the point.
+
+        ``gradient_alpha`` is at most that of the former linear model, so ``F`` does not increase.
+        """
+        if gradient_alpha != self._gradient_alpha:
+            self._gradient_alpha = gradient_alpha
+            value = _objective(self.stages, self.first, gradient_alpha)
+            self._path[-1:] = [value]
+            self._unmoved = value if self._unmoved is None else self._unmoved
+        if self._progress is not None:
+            self._progress.linearization(len(self._path))
+        self._step = self._fitted()
+        self._solutions.append(self._step.solution)
+        return self._result(self._step.model)
+
+    def moved(self) -> FitResult | None:
+        """Move to the optimum of the linear model, or of one with a larger proximal term.
+
+        Returns
+        -------
+        FitResult or None
+            The network there; None if ``F`` does not decrease.
+        """
+        step = self._step
+        assert step is not None and self._unmoved is not None
+        tol, objective = self.stages.settings.tol, self._path[-1]
+        for _ in range(_ATTEMPTS):
+            if step.solution.status == "interrupted":
+                return None
+            if step.promised <= tol * (self._unmoved - objective + step.promised):
+                return None
+            trial = self.stages.moved(step.model.total)
+            scale = 2 * step.promised / step.squares
+            needed = _GROWTH * max(self._proximal, scale)
+            if _is_finite(trial):
+                start = replace(step.model, omega=step.model.weights)
+                found = trial.fit_activation(self.first.alpha, start, self._progress)
+                value = _objective(trial, found, self._gradient_alpha)
+                kept = (objective - value) / step.promised
+                needed = max((1 - kept) * scale, 0.0)
+                if kept > _SUFFICIENT:
+                    found.inverses = self.first.inverses.with_layers()
+                    self.stages, self.first, self._step = trial, found, None
+                    self._proximal = _RELAXED * needed
+                    self._path.append(value)
+                    return self._result(found.model)
+            self._proximal = max(needed, _GROWTH * self._proximal)
+            step = self._fitted(step.model)
+            self._solutions[-1] = _together(self._solutions[-1], step.solution)
+        return None
+
+    def _fitted(self, start: LinearModel | None = None) -> _Step:
+        """Return the optimum of the linear model with the proximal term, from ``start``."""
+        stages, first, proximal = self.stages, self.first, self._proximal
+        gradient_alpha, tol = self._gradient_alpha, self.stages.settings.tol
+        if self._in_coarse_space:
             model, solution = stages.fit_in_coarse_space(
-                first, gradient_alpha, max(_COARSE_TOL, tol), progress
+                first, gradient_alpha, max(_COARSE_TOL, tol), self._progress, proximal
             )
         else:
             model, solution = stages.fit_gradient(
-                first, gradient_alpha, first.model, progress, max(_TOL, tol)
+                first,
+                gradient_alpha,
+                start or first.model,
+                self._progress,
+                max(_TOL, tol),
+                proximal,
             )
-        solutions.append(solution)
-        yield _result(stages, first, model, gradient_alpha, solutions, path), stages
-        end = solution.objective_path[-1]
-        promised = path[-1] - end
-        if solution.status == "interrupted" or promised <= tol * (unmoved - end):
-            return
-        moved = _move(stages, first, model, gradient_alpha, path[-1], promised, progress)
-        if moved is None:
-            return
-        stages, first = moved
-        path.append(_objective(stages, first, gradient_alpha))
-        yield _result(stages, first, first.model, gradient_alpha, solutions, path), stages
+
+        def squares() -> Array:
+            every = stages.point, model.displacements
+            return np.array([_squares(stages, values) for values in every])
+
+        of_point, of_move = stages.journal.numbers("squares of point and move", squares)
+        value = solution.objective_path[-1] - proximal / 2 * of_move
+        if proximal:  # the solver has one penalty in place of both, which differs by a constant
+            value += gradient_alpha * proximal / (gradient_alpha + proximal) * of_point / 2
+        return _Step(model, solution, self._path[-1] - value, float(of_move))
+
+    def _result(self, model: LinearModel) -> FitResult:
+        """Return a model with the results of the solver."""
+        stages, first, solutions = self.stages, self.first, self._solutions
+        return FitResult(
+            stages.problem.restored(model),
+            {"activation": first.solution, stages.settings.features: solutions[-1]},
+            first.alpha,
+            self._gradient_alpha,
+            separated=stages.separated(first),
+            unmoved=not any(bool(move.any()) for move in model.total.values())
+            and not first.is_zero,
+            linearizations=tuple(solutions),
+            network_path=tuple(self._path),
+        )
+
+
+def _together(former: Solution, following: Solution) -> Solution:
+    """Return a solution with the iterations and passes of both."""
+    return replace(
+        following,
+        n_iter=former.n_iter + following.n_iter,
+        n_passes=former.n_passes + following.n_passes,
+    )
 
 
 def _objective(stages: TwoStageFit, first: FirstStage, gradient_alpha: float) -> float:
@@ -185,63 +370,12 @@ def _is_finite(stages: TwoStageFit) -> bool:
 
 def _penalty(stages: TwoStageFit, gradient_alpha: float) -> float:
     """Return ``gradient_alpha/2 ‖u‖²`` at the point."""
-    if not stages.point:
+    return gradient_alpha / 2 * _squares(stages, stages.point)
+
+
+def _squares(stages: TwoStageFit, values: Mapping[str, Tensor]) -> float:
+    """Return the sum of the squares of displacements, in the units of the penalty."""
+    if not values:
         return 0.0
-    u = stages.head.flatten(tuple(stages.point.values()))
-    return gradient_alpha / 2 * number_of_first_rank(float(u.double().square().sum()))
-
-
-def _move(
-    stages: TwoStageFit,
-    first: FirstStage,
-    model: LinearModel,
-    gradient_alpha: float,
-    objective: float,
-    promised: float,
-    progress: Progress | None,
-) -> tuple[TwoStageFit, FirstStage] | None:
-    """Move to the optimum of a linear model, or as far towards it as ``F`` falls.
-
-    Returns
-    -------
-    (TwoStageFit, FirstStage) or None
-        The stages there, and the fit of the output weights; None if no step decreases ``F``.
-    """
-    step = 1.0
-    for _ in range(_HALVINGS):
-        total = {
-            name: step * move + (model.point[name] if model.point else 0.0)
-            for name, move in model.displacements.items()
-        }
-        weights = torch.lerp(first.model.weights, model.weights, step)
-        intercept = torch.lerp(first.model.intercept, model.intercept, step)
-        trial, start = stages.moved(total), replace(model, omega=weights, intercept=intercept)
-        if _is_finite(trial):
-            found = trial.fit_activation(first.alpha, start, progress)
-            value = _objective(trial, found, gradient_alpha)
-            if value < objective - _SUFFICIENT * step * promised:
-                found.inverses = first.inverses.with_layers()
-                return trial, found
-        step /= 2
-    return None
-
-
-def _result(
-    stages: TwoStageFit,
-    first: FirstStage,
-    model: LinearModel,
-    gradient_alpha: float,
-    solutions: Sequence[Solution],
-    path: Sequence[float],
-) -> FitResult:
-    """Return a model with the results of the solver."""
-    return FitResult(
-        stages.problem.restored(model),
-        {"activation": first.solution, stages.settings.features: solutions[-1]},
-        first.alpha,
-        gradient_alpha,
-        separated=stages.separated(first),
-        unmoved=not any(bool(move.any()) for move in model.total.values()) and not first.is_zero,
-        linearizations=tuple(solutions),
-        network_path=tuple(path),
-    )
+    u = stages.head.flatten(tuple(values.values()))
+    return number_of_first_rank(float(u.double().square().sum()))

@@ -20,12 +20,13 @@ smallest loss itself, the choice is the minimum of a parabola through it and its
 logarithm of the penalty. A gradient term that makes no fall that counts is left out; if its loss
 was smaller, more samples are held out first, where there are more folds.
 
-With several linearisations, the loss of a ``gradient_alpha`` is that of the network after the first
-move. A moved network fits the training samples closely, so ``alpha`` is ten times as large as
+With several linearisations, the loss of a ``gradient_alpha`` is that of the network after the next
+move, see :class:`Relinearized`, and the choice is the value with the smallest loss. A moved network
+fits the training samples closely, so ``alpha`` is ten times as large as
 without a gradient term. The path is tried again with the smaller ``alpha`` if no moved network is
 better than the activations, or if the moved networks are better with the output weights for that
 ``alpha``. There, and with a given ``alpha``, the first linear model competes. The best pair alone
-has further linearisations, which give their number, see :class:`Relinearized`.
+has further linearisations, which give their number.
 
 Without samples to hold out, as with one sample of each class, a rule by scale takes their place:
 ``alpha`` is the mean variance of the activations, divided by the number of samples, as in a
@@ -75,13 +76,15 @@ Row = tuple[float, float, float, float]
 class Choice(NamedTuple):
     """The chosen penalties, and the held-out losses of all that were tried.
 
-    ``n_models`` counts the linear models and moved networks up to the chosen one. ``scores`` has
-    the columns ``alpha``, ``gradient_alpha``, ``loss`` and ``standard_error``.
+    ``n_models`` counts the linear models and moved networks up to the chosen one, and ``stronger``
+    has the penalties of the linearisations before those with ``gradient_alpha``. ``scores`` has the
+    columns ``alpha``, ``gradient_alpha``, ``loss`` and ``standard_error``.
     """
 
     alpha: float
     gradient_alpha: float
     n_models: int
+    stronger: tuple[float, ...]
     scores: dict[str, Array]
 
 
@@ -116,8 +119,9 @@ def choose_penalties(
         n_linearizations = 1
     n_models = 1 if n_linearizations in (1, None) else 2 * n_linearizations
     if alpha is not None and gradient_alpha is not None and n_linearizations is not None:
-        return Choice(alpha, gradient_alpha, n_models, _columns([]))
+        return Choice(alpha, gradient_alpha, n_models, (), _columns([]))
     search = _Search(prepared, stages, n_linearizations, progress)
+    stronger: tuple[float, ...] = ()
     without = alpha
     if without is None:
         n_following = 1 + _FAILURES + (features == "full") if gradient_alpha is None else 0
@@ -133,7 +137,8 @@ def choose_penalties(
             n_models = 2
         if isinstance(held_out, Relinearized) and not search.stopped:
             n_models = held_out.n_models(alpha, gradient_alpha)
-    return Choice(alpha, gradient_alpha, n_models, _columns(search.rows))
+            stronger = held_out.stronger(alpha, gradient_alpha)
+    return Choice(alpha, gradient_alpha, n_models, stronger, _columns(search.rows))
 
 
 def _columns(rows: list[Row]) -> dict[str, Array]:
@@ -426,6 +431,8 @@ class _Path:
         best = self._lowest()
         if self._means.get(math.inf, math.inf) - self._means[best] <= self._negligible:
             return math.inf
+        if isinstance(self._held_out, Relinearized):
+            return best
         strongest = self.strongest(_TOLERATED)
         if strongest != best:
             return strongest

@@ -365,24 +365,27 @@ class TwoStageFit:
         start: LinearModel,
         progress: Progress | None = None,
         tol: float | None = None,
+        proximal: float = 0.0,
     ) -> tuple[LinearModel, Solution]:
         """Fit the linear model whose ``Ω`` comes from the first stage, from ``start``.
 
-        ``tol`` replaces the tolerance of the settings.
+        ``tol`` replaces the tolerance of the settings, and ``proximal`` is the penalty on the
+        displacement from the point.
         """
         self._choose_term(first)
-        objective = self.second_objective(first, gradient_alpha)
-        to_model = partial(self._second_model, objective, first.model)
+        origin = self._origin(gradient_alpha, proximal)
+        objective = self.second_objective(first, gradient_alpha + proximal, origin)
+        to_model = partial(self._second_model, objective, first.model, origin)
 
         def baseline() -> float:
-            unmoved = self._second_unknowns(first.model)
+            unmoved = self._second_unknowns(first.model, origin)
             value = objective.loss.value(objective.forward(unmoved))
             return value + penalised(objective, unmoved, unmoved) / 2
 
         solution = self._minimize(
             self.settings.features,
             objective,
-            lambda: self._second_unknowns(start),
+            lambda: self._second_unknowns(start, origin),
             first.inverses,
             baseline,
             self.settings.tol if tol is None else tol,
@@ -398,17 +401,20 @@ class TwoStageFit:
         gradient_alpha: float,
         tol: float,
         progress: Progress | None = None,
+        proximal: float = 0.0,
     ) -> tuple[LinearModel, Solution]:
         """Fit the linear model over the coarse space, see :meth:`shared`, from the first stage."""
         stage, start = self.settings.features, first.model
+        origin = self._origin(gradient_alpha, proximal)
         nothing = Inverses()  # a minimum over the space learns nothing for later ones
         activation = self.samples.activation
-        objective = self.objective(first.alpha, activation, self._term(first, gradient_alpha))
-        to_model = partial(self._second_model, objective, start)
+        term = self._term(first, gradient_alpha + proximal)
+        objective = self.objective(first.alpha, activation, term)
+        to_model = partial(self._second_model, objective, start, origin)
         solution = self.journal.finished(stage, objective, nothing)
         if solution is None:
             # At the point, the logits of the linear model are those of the first stage.
-            x = self._second_unknowns(start)
+            x = self._second_unknowns(start, origin)
             unmoved = self.objective(first.alpha, activation, None)
             logits = unmoved.forward(x[: sum(unmoved.sizes)])
             path = self._retry(partial(first.inverses.coarse_path, objective, x, logits))
@@ -490,7 +496,7 @@ class TwoStageFit:
     ) -> tuple[LinearModel, Solution]:
         """Return the next linear model of :meth:`coarse_path`."""
         objective = self.second_objective(first, gradient_alpha)
-        to_model = partial(self._second_model, objective, first.model)
+        to_model = partial(self._second_model, objective, first.model, None)
         watch = self._watch(self.settings.features, lambda x: to_model(path.whole(x)), True, None)
         max_iter = max(_COARSE_ITER, self.settings.max_iter)
         solution = path.minimum(objective, tol, max_iter, watch)
@@ -522,13 +528,20 @@ class TwoStageFit:
             self.head, samples.batches, omega, gradient_alpha, samples.batch_size, samples.empty
         )
 
-    def second_objective(self, first: FirstStage, gradient_alpha: float) -> TangentObjective:
-        """Return the objective of the second stage."""
+    def second_objective(
+        self, first: FirstStage, gradient_alpha: float, origin: Mapping[str, Tensor] | None = None
+    ) -> TangentObjective:
+        """Return the objective of the second stage.
+
+        ``origin`` is the point, as a displacement from where the penalty is zero; None stands for
+        the displacement from the pretrained parameters.
+        """
         activation = self.samples.activation if self.settings.features == "full" else None
         tangent, loss = self._term(first, gradient_alpha), self.loss
-        if self.point:
+        origin = self.point if origin is None else origin
+        if origin:
             zero = loss.weights.new_zeros(len(self.samples.activation), loss.n_outputs)
-            point = self.head.flatten(tuple(self.point.values()))
+            point = self.head.flatten(tuple(origin.values()))
             loss = Shifted(loss, -tangent.add_forward(point, zero))
         return self.objective(first.alpha, activation, tangent, loss)
 
@@ -544,9 +557,24 @@ class TwoStageFit:
         term = first.term or self.tangent(first.model.omega, 0.0)
         return replace(term, alpha=gradient_alpha)
 
-    def _second_unknowns(self, model: LinearModel) -> Tensor:
+    def _origin(self, gradient_alpha: float, proximal: float) -> Mapping[str, Tensor] | None:
+        """Return the point, as a displacement from where the sum of both penalties is smallest.
+
+        The penalties are on the displacement from the pretrained parameters and from the point.
+        """
+        if not (self.point and proximal):
+            return None
+        share = gradient_alpha / (gradient_alpha + proximal)
+        return {name: share * value for name, value in self.point.items()}
+
+    def _second_unknowns(
+        self, model: LinearModel, origin: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Return the flat vector of the unknowns of the second stage."""
-        moves = self.head.flatten(tuple(model.total[name] for name in self.parameters))
+        every = model.total
+        if origin is not None:
+            every = {name: u + (origin[name] - self.point[name]) for name, u in every.items()}
+        moves = self.head.flatten(tuple(every[name] for name in self.parameters))
         if self.settings.features == "full":
             return self._unknowns(model.weights, model.intercept, moves)
         # The intercept of the first stage goes with weights that the model does not have.
@@ -560,14 +588,19 @@ class TwoStageFit:
         return LinearModel(parts.weights, intercept, parts.weights, unmoved, self.point)
 
     def _second_model(
-        self, objective: TangentObjective, first: LinearModel, x: Tensor
+        self,
+        objective: TangentObjective,
+        first: LinearModel,
+        origin: Mapping[str, Tensor] | None,
+        x: Tensor,
     ) -> LinearModel:
         parts = objective.split(x)
         full = self.settings.features == "full"
         weights = parts.weights if full else torch.zeros_like(first.weights)
         moves = dict(zip(self.parameters, self.head.displacements(parts.u), strict=True))
-        if self.point:
-            moves = {name: move - self.point[name] for name, move in moves.items()}
+        origin = self.point if origin is None else origin
+        if origin:
+            moves = {name: move - origin[name] for name, move in moves.items()}
         intercept = self._intercept(parts.intercept)
         return LinearModel(weights, intercept, first.omega, moves, self.point)
 

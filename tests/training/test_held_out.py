@@ -1,7 +1,7 @@
 """The folds of held-out samples, and their losses."""
 
-import itertools
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from sklearn_gradfeat.training._held_out import (
     Folds,
     LeftOut,
     Relinearized,
+    Runs,
     assign_folds,
 )
 from tests.tiny import NET, X, Y, estimator
@@ -184,7 +185,7 @@ def test_where_leaving_out_has_no_closed_form():
 
 
 class Losses:
-    """Folds of one sample; the losses of linear models and moved networks are given."""
+    """One fold of one sample; the losses of linear models and moved networks are given."""
 
     weights = np.ones(1)
 
@@ -194,26 +195,37 @@ class Losses:
     def losses(self, alpha, gradient_alpha):
         return np.array([self.unmoved])
 
-    def moved(self, alpha, gradient_alpha):
-        *_, last = itertools.islice(self.relinearized(alpha, gradient_alpha), 2)
-        return last
+    def start(self, alpha):
+        return Runs([(self, Position())])
 
-    def relinearized(self, alpha, gradient_alpha):
-        for loss in self.given:
-            self.n_computed += 1
-            yield np.array([loss])
+    def go_on(self, run, gradient_alpha):
+        found = [np.array([loss]) for loss in self.given[run.number :][:2]]
+        run.number += len(found)
+        self.n_computed += len(found)
+        return (*found, None, None)[:2] if found else (np.array([np.inf]), None)
 
     def refitted(self, alpha):
         return np.array([0.6])
 
 
+@dataclass
+class Position:
+    """The number of losses that a run has used."""
+
+    number: int = 0
+
+    def copy(self):
+        return replace(self)
+
+
 @pytest.mark.parametrize(
     ("losses", "best", "n_computed"),
     [
-        ((1.0, 0.8, 0.7, 0.9, 0.9, 0.1), 3, 5),
-        ((1.0, 2.0, 2.0, 0.1), 1, 3),
+        ((1.0, 0.8, 0.7, 0.9, 0.9, 0.1), 3, 6),
+        ((1.0, 2.0, 2.0, 0.1), 1, 4),
         ((1.0, 2.0, 0.5, 0.4), 4, 4),
-        ((1.0, 0.999, 0.998, 0.1), 1, 3),  # gains that are too small
+        ((1.0, 0.999, 0.998, 0.997, 0.1), 2, 4),  # gains that are too small
+        ((1.0, 1.001, 0.999, 2.0), 2, 4),  # a moved network that is nearly as good
         ((1.0,), 1, 1),
         ((np.inf, 1.0), 2, 2),
     ],
@@ -255,3 +267,17 @@ def test_the_first_moved_network_judges_penalties(losses, judged):
     assert folds.n_computed == min(2, len(losses))
     assert held.losses(1.0, math.inf) == [0.5]
     assert held.n_models(1.0, math.inf) == 1
+
+
+def test_penalties_go_on_from_the_stronger_ones():
+    folds = Losses(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+    held = Relinearized(folds, None, 0.0, 1.0)
+    assert [held.losses(10.0, g).item() for g in (1.0, 0.1)] == [0.9, 0.7]
+    assert held.stronger(10.0, 0.1) == (1.0,)
+    assert held.n_models(10.0, 0.1) == 8
+    # Neither another alpha nor a stronger penalty goes on from there.
+    assert (held.losses(5.0, 0.01), held.losses(10.0, 100.0)) == (0.9, 0.9)
+    assert held.stronger(5.0, 0.01) == held.stronger(10.0, 100.0) == ()
+    of_two = Relinearized(folds, 2, 0.0, 1.0)
+    assert [of_two.losses(10.0, g).item() for g in (1.0, 0.1)] == [0.9, 0.9]
+    assert of_two.stronger(10.0, 0.1) == ()
