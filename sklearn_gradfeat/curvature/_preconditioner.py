@@ -182,7 +182,7 @@ def _layer_factors(
     total = sum_over_ranks(part.sum())
     share = weights / total if total > 0 else torch.full_like(weights, 1 / _count(part))
     columns = of_first_rank(loss_columns(tangent.omega, curvature))
-    n_samples = _count(weights)
+    n_samples = _count(part)
 
     def one_pass() -> tuple[dict[int, Factor], dict[int, Tensor]]:
         return factors(tangent.head, tangent.batches(stride), columns, share, n_samples)

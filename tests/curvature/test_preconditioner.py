@@ -52,7 +52,8 @@ def test_blocks_of_layers_against_dense_solves(alpha):
         weight = starts[layer.weight] + torch.arange(n_out * n_in).view(n_out, n_in)
         bias = starts[layer.factor.bias] + torch.arange(n_out)[:, None]
         places = torch.cat([weight, bias], 1).reshape(-1)
-        block = torch.kron(layer.factor.output[0], layer.factor.inputs[0])
+        output, inputs = layer.factor.output[0], layer.factor.inputs[0]
+        block = torch.kron(output, inputs) / inputs.trace()
         block.diagonal().add_(alpha or torch.finfo(block.dtype).eps * torch.linalg.norm(block, 2))
         expected[places[:, None], places] = torch.linalg.inv(block)
     if alpha:
