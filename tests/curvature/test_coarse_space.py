@@ -36,7 +36,8 @@ def every_size_is_worth_it(monkeypatch):
     """Let tiny layers have a subspace of more than one direction."""
     monkeypatch.setattr(coarse_space, "_MIN_COST", 0)
     monkeypatch.setattr(coarse_space, "READING", 0)
-    monkeypatch.setattr(coarse_space, "_SHARE", 0.5)
+    monkeypatch.setattr(coarse_space, "_ALONE", 0.5)
+    monkeypatch.setattr(coarse_space, "_BETWEEN_STEPS", 0.5)
 
 
 def subspace_of(problem):
