@@ -399,10 +399,7 @@ def leading_subspace(
     found = layouts(tangent, boundary, len(boundary[0]))
     found = dict(set.intersection(*(set(of.items()) for of in gather_over_ranks(found))))
     layers = [layer for layer in curvature.layers if layer.weight in found and layer.decomposed]
-    cost = sum(
-        found[x.weight].n_positions * x.factor.output.shape[-1] * x.factor.inputs.shape[-1]
-        for x in layers
-    )
+    cost = sum(found[x.weight].n_positions * x.n_weights for x in layers)
     if not layers or cost < _MIN_COST:
         return None
     n_outputs = max(gather_over_ranks(len(spanning(tangent.omega)[1])))

@@ -108,14 +108,16 @@ class Factor:
         self.output += _gram(rows, weights)
 
     def spectra(self) -> tuple[Spectrum, Spectrum]:
-        """Return the spectra of ``G / trace A`` and of ``A``."""
+        """Return the spectra of ``G / trace A`` and of ``A``, and let go of the matrices."""
         if self.rows:
             few = torch.cat(self.rows, 1)
             inputs, trace = Spectrum.from_rows(few), few.square().sum((1, 2))
         else:
             inputs, trace = _spectrum(self.inputs), _trace(self.inputs)
         scale = torch.where(trace > 0, trace, 1.0)
-        return _spectrum(self.output / scale.view(-1, *[1] * (self.output.ndim - 1))), inputs
+        output = _spectrum(self.output / scale.view(-1, *[1] * (self.output.ndim - 1)))
+        self.rows, self.output, self.inputs = [], scale[:0], scale[:0]
+        return output, inputs
 
 
 def _trace(gram: Tensor) -> Tensor:

@@ -172,13 +172,15 @@ class KroneckerInverse:
         # The inverse on the rest of the space, corrected within the eigenbasis: half the products.
         projected = matrix @ self.inputs.vectors
         solved = self._solve(projected, self.inputs.values) - self._solve(projected, rest)
-        return self.inputs.restore(solved) + self._solve(matrix, rest)
+        return self.inputs.restore(solved).add_(self._solve(matrix, rest))
 
     def _solve(self, matrix: Tensor, eigenvalues: Tensor) -> Tensor:
         """Apply the inverse to columns in the eigenbasis of the inputs."""
         projected, rest = self.output.project(matrix.mT)
         curvature = eigenvalues[..., :, None] * self.output.values[..., None, :]
-        solved = self.output.restore(projected / (curvature + self.damping))
+        curvature += self.damping
+        fresh = self.output.vectors is not None  # in memory of its own
+        solved = self.output.restore(projected.div_(curvature) if fresh else projected / curvature)
         if rest is not None and self.output.rest is not None:
             outside = eigenvalues * self.output.rest[..., None]
             solved = solved + rest / (outside[..., :, None] + self.damping)
