@@ -142,10 +142,17 @@ class _Memory:
             self.pairs.append((step, change, 1.0 / curvature))
             self.scale = curvature / metric
 
-    def make_room(self) -> None:
-        """Forget the oldest pair if there is no room for another one."""
+    def learn(self, point: Point, moved: Point, former: Tensor) -> Tensor:
+        """Store the step between two points, and return ``Pg`` at the second.
+
+        ``former``, that at the first, is overwritten.
+        """
         if len(self.pairs) == self.pairs.maxlen:
-            self.pairs.popleft()
+            self.pairs.popleft()  # before memory is needed
+        preconditioned = self.inverse(moved.gradient)
+        step, change = moved.x - point.x, moved.gradient - point.gradient
+        self.add(step, change, former.neg_().add_(preconditioned))
+        return preconditioned
 
     @property
     def steps(self) -> list[tuple[Tensor, Tensor]]:
@@ -298,13 +305,7 @@ def minimize(
                 break
             memory.pairs.clear()
             continue
-        memory.make_room()
-        former, preconditioned = preconditioned, memory.inverse(moved.gradient)
-        memory.add(
-            moved.x - point.x,
-            moved.gradient - point.gradient,
-            former.neg_().add_(preconditioned),
-        )
+        preconditioned = memory.learn(point, moved, preconditioned)
         point, n_iter = moved, n_iter + 1
         path.append(point.value)
         norm = _norm(point.gradient, preconditioned)
