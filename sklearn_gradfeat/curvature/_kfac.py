@@ -192,6 +192,8 @@ def factors(
         w = weights[rows]
         activation, calls, norms = record_with_norms(head, boundary, differentiable=True)
         norms = [call for call in norms if call.is_by_sample(len(w))]
+        if not len(columns):  # the output weights are zero
+            calls = []
         if not activation.requires_grad:
             raise ValueError("The activation does not depend on the gradient layers.")
         mixed = [
