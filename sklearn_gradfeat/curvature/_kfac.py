@@ -57,7 +57,7 @@ from sklearn_gradfeat.linearized import LinearizedHead, Tensors
 # Bounds on the number of samples, and rows of a Gram matrix as a multiple of its width.
 _MIN_SAMPLES, _MAX_SAMPLES = 128, 1024
 _ROWS_PER_COLUMN = 2
-_MIN_ROWS = 4
+_MIN_POSITIONS = 4
 # Largest number of rows v; each takes a backward pass through the head.
 _MAX_COLUMNS = 16
 # Of a wider factor only the diagonal is kept: the matrix would take gigabytes.
@@ -255,7 +255,7 @@ def sums_over_ranks(
 
 def _enough(width: int, n_samples: int) -> int:
     """Return the number of rows of a sample that give a Gram matrix enough rows."""
-    return max(_MIN_ROWS, math.ceil(_ROWS_PER_COLUMN * width / n_samples))
+    return max(_MIN_POSITIONS, math.ceil(_ROWS_PER_COLUMN * width / n_samples))
 
 
 class _Mixtures:

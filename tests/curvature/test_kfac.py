@@ -97,7 +97,7 @@ def sample_gradients(kind, head, images, columns):
 @pytest.mark.parametrize(("least", "n", "tolerance"), [(25, 6, 1e-7), (4, 300, 0.15)])
 def test_factors_are_the_partial_traces_of_the_curvature(monkeypatch, kind, least, n, tolerance):
     """Exact with as many rows as positions, and with fewer rows up to the noise of their signs."""
-    monkeypatch.setattr(_kfac, "_MIN_ROWS", least)
+    monkeypatch.setattr(_kfac, "_MIN_POSITIONS", least)
     tangent, boundary = image_term(kind, n=n)
     head, columns, weights = tangent.head, normal(2, tangent.omega.shape[1]), unequal_weights(n)
     found, _ = factors(head, batches(boundary, 100), columns, weights, n)
