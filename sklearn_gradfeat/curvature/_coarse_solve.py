@@ -88,7 +88,7 @@ class CoarseSolve:
         self.curvature_pairs, self.limits = solution.curvature_pairs, _LATER
         moved = solution.x - start
         gain = solution.objective_path[-1] - solution.objective_path[0]
-        found = of_first_rank(x + self.subspace.extend(moved))
+        found = of_first_rank(self.subspace.extend(moved).add_(x))
         return found, logits + self.subspace.forward(moved), gain
 
 

@@ -13,8 +13,9 @@ logit ``c``, at the positions ``t`` of a sample, the layer adds to that logit::
     Σ_t g_ctᵀ D a_t = Σ_t (U_gᵀ g_ct)ᵀ R (U_aᵀ a_t)
 
 The head is passed once, to keep the projected rows of every sample in one of the ways of
-`_coarse_rows.py`. After that the map from ``R`` to the logits is exact and needs no pass. ``U_g``
-and ``U_a`` are orthonormal, so ``‖D‖² = ‖R‖²`` and the penalty stays the same.
+`_coarse_rows.py`; a ``FactoredTerm`` has all that they take. After that the map from ``R`` to the
+logits is exact and needs no pass. ``U_g`` and ``U_a`` are orthonormal, so ``‖D‖² = ‖R‖²`` and the
+penalty stays the same.
 
 The ranks follow from one lower bound on the eigenvalues of all ``G ⊗ A``, the smallest for
 which an evaluation takes at most an eighth of the time of the layers in a pass, and all rows
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.backbones import threads_for
 from sklearn_gradfeat.cache import release_pages
 from sklearn_gradfeat.curvature._coarse_rows import (
     ChannelRows,
@@ -43,6 +45,7 @@ from sklearn_gradfeat.curvature._coarse_rows import (
     ProjectedRows,
     SummedRows,
 )
+from sklearn_gradfeat.curvature._factored_term import FactoredTerm, KeptLayer
 from sklearn_gradfeat.curvature._layer_rows import (
     READING,
     LayerCall,
@@ -67,8 +70,11 @@ from sklearn_gradfeat.linearized import (
     agrees,
 )
 
-# Cost of an evaluation in the subspace, as a share of the cost of the layers in a pass.
-_SHARE = 1 / 8
+# Cost of an evaluation in the subspace, as a share of the cost of the layers in a pass. Between two
+# steps of the solver, the minimum in a small space is enough: it takes hundreds of evaluations, all
+# of which should not take longer than a few passes. Where the space takes the place of all
+# directions, it is larger.
+_BETWEEN_STEPS, _ALONE = 1 / 128, 1 / 8
 # Largest size of the rows of all samples, in bytes.
 _MAX_BYTES = 2**31
 # Projecting the rows takes a backward pass for every output: at most as many as take the time of
@@ -242,12 +248,56 @@ def _rows(objective: TangentObjective, blocks: Sequence[Block], columns: Tensor)
     assert tangent is not None
     empty = tangent.empty or objective.like.new_empty
     kept = [block.rows.empty(empty, objective.n_samples, len(columns)) for block in blocks]
-    for rows, boundary in tangent.batches() if blocks else ():
-        projected = _project(tangent.head, columns, blocks, boundary, rows.stop - rows.start)
+    for rows, projected in _projections(tangent, columns, blocks) if blocks else ():
         for places, parts in zip(kept, projected, strict=True):
             for place, part in zip(places, parts, strict=True):
                 place[rows] = part
                 release_pages(place[rows])
+    return kept
+
+
+def _projections(
+    tangent: TangentTerm, columns: Tensor, blocks: Sequence[Block]
+) -> Iterator[tuple[slice, list[Tensors]]]:
+    """Iterate over (rows, their rows for every block).
+
+    Where the inputs and the output gradients of the layers are kept, this needs no network.
+    """
+    through: TangentTerm | None = tangent
+    if isinstance(tangent, FactoredTerm) and not any(block.rows.channelwise for block in blocks):
+        through = tangent.rest
+        for rows, layers in tangent.kept:
+            n = rows.stop - rows.start
+            with threads_for(n * tangent.head.size):
+                yield (
+                    rows,
+                    [
+                        _from_kept(tangent.head, block, tangent.calls(layers, block.weight), n)
+                        for block in blocks
+                    ],
+                )
+    for rows, boundary in () if through is None else through.batches():
+        n = rows.stop - rows.start
+        yield rows, _project(tangent.head, columns, blocks, boundary, n)
+
+
+def _from_kept(
+    head: LinearizedHead, block: Block, calls: Sequence[KeptLayer], n_samples: int
+) -> Tensors:
+    """Return the rows of some samples for a block from the calls of its layer."""
+    shape, basis = head.values[block.weight].shape, block.inputs.T
+    bias = None
+    if block.bias is not None:
+        basis, bias = basis[:, :-1], head.scales[block.bias] * basis[:, -1]
+    filters = (head.scales[block.weight] * basis).reshape(-1, *shape[1:])
+    inputs = torch.cat([call.project(filters, bias, n_samples) for call in calls], 1)
+    if inputs.shape[1] != block.rows.n_positions:
+        raise LayoutError
+    n_columns = calls[0].n_columns
+    kept = block.rows.empty(inputs.new_empty, n_samples, n_columns)
+    for i in range(n_columns):
+        gradient = torch.cat([call.output_rows(i, n_samples) for call in calls], 1)
+        block.rows.put(kept, inputs, i, gradient)
     return kept
 
 
@@ -323,7 +373,9 @@ def layouts(tangent: TangentTerm, boundary: Tensors, n_samples: int) -> dict[int
     return found
 
 
-def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subspace | None:
+def leading_subspace(
+    objective: TangentObjective, curvature: Curvature, alone: bool = True
+) -> Subspace | None:
     """Return the largest subspace that is cheap, or None.
 
     Layers for which the map of the subspace differs from the objective are left out.
@@ -334,6 +386,8 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
         The objective, with displacements.
     curvature : Curvature
         Its Kronecker factors.
+    alone : bool
+        Whether the space takes the place of all directions. It is smaller otherwise.
 
     Returns
     -------
@@ -345,10 +399,7 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
     found = layouts(tangent, boundary, len(boundary[0]))
     found = dict(set.intersection(*(set(of.items()) for of in gather_over_ranks(found))))
     layers = [layer for layer in curvature.layers if layer.weight in found and layer.decomposed]
-    cost = sum(
-        found[x.weight].n_positions * x.factor.output.shape[-1] * x.factor.inputs.shape[-1]
-        for x in layers
-    )
+    cost = sum(found[x.weight].n_positions * x.n_weights for x in layers)
     if not layers or cost < _MIN_COST:
         return None
     n_outputs = max(gather_over_ranks(len(spanning(tangent.omega)[1])))
@@ -360,7 +411,11 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
         layers = [layer for layer in layers if found[layer.weight].channelwise]
     room = _MAX_BYTES / objective.like.element_size() / max(gather_over_ranks(objective.n_samples))
     chosen = _largest(
-        [(layer, found[layer.weight]) for layer in layers], n_outputs, many, cost, room
+        [(layer, found[layer.weight]) for layer in layers],
+        n_outputs,
+        many,
+        (_ALONE if alone else _BETWEEN_STEPS) * cost,
+        room,
     )
     if not chosen and not (many and objective.activation is not None):
         return None
@@ -379,7 +434,7 @@ def leading_subspace(objective: TangentObjective, curvature: Curvature) -> Subsp
 
 
 def _largest(
-    layers: Sequence[tuple[Layer, Layout]], n_outputs: int, many: bool, cost: int, room: float
+    layers: Sequence[tuple[Layer, Layout]], n_outputs: int, many: bool, cost: float, room: float
 ) -> list[tuple[Layer, tuple[int, int], type[SummedRows]]]:
     """Return the layers of the largest space that is cheap, with their ranks and rows.
 
@@ -395,7 +450,7 @@ def _largest(
         ]
         numbers = sum(taken.numbers for taken, _ in kinds)
         evaluation = sum(_evaluation(taken) for taken, _ in kinds)
-        if evaluation <= _SHARE * cost and numbers <= room:
+        if evaluation <= cost and numbers <= room:
             each = zip(layers, ranks, kinds, strict=True)
             return [(layer, r, kind) for (layer, _), r, (_, kind) in each if min(r) > 0]
     return []
@@ -417,7 +472,9 @@ def _evaluation(cost: Cost) -> int:
 
 def _checked(objective: TangentObjective, subspace: Subspace) -> Subspace | None:
     """Return the subspace of the layers whose map agrees with the objective, if any."""
-    if subspace.exact(objective):
+    tangent = objective.tangent
+    compared = isinstance(tangent, FactoredTerm) and tangent.rest is None  # with the network
+    if on_all_ranks(compared) or subspace.exact(objective):
         return subspace
     alone = [i for i in range(len(subspace.blocks)) if subspace.only([i]).exact(objective)]
     rest = subspace.only(alone)

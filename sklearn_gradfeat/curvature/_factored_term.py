@@ -52,11 +52,18 @@ class _Linear:
     inputs: Tensor
     gradients: Tensor
     samples: Tensor
+    places: Tensor
+    n_positions: int
 
     @property
     def n_bytes(self) -> int:
         """The size of all tensors."""
         return self.inputs.nbytes + self.gradients.nbytes
+
+    @property
+    def n_columns(self) -> int:
+        """The number of columns."""
+        return self.gradients.shape[0]
 
     @classmethod
     def from_call(cls, call: LayerCall, gradients: Sequence[Tensor], n_samples: int) -> _Linear:
@@ -64,10 +71,28 @@ class _Linear:
         own = replace(call, part=None)
         flat = [own.output_rows(g, n_samples)[0].flatten(0, 1) for g in gradients]
         inputs = call.input_rows((), n_samples)[0]
-        samples = torch.arange(n_samples, device=inputs.device).repeat_interleave(inputs.shape[1])
+        n_positions = inputs.shape[1]
         seen = torch.stack([g.any(1) for g in flat]).any(0).nonzero()[:, 0]
         rows = torch.stack([g[seen] for g in flat])
-        return cls(call.without_tensors(), inputs.flatten(0, 1)[seen], rows, samples[seen])
+        samples = seen // n_positions
+        return cls(
+            call.without_tensors(), inputs.flatten(0, 1)[seen], rows, samples, seen, n_positions
+        )
+
+    def project(self, weight: Tensor, bias: Tensor | None, n_samples: int) -> Tensor:
+        """Return the outputs of another layer with the same inputs, (n_samples, positions, n)."""
+        moved = torch.nn.functional.linear(self.inputs, weight.flatten(1), bias)
+        return self._spread(moved, n_samples)
+
+    def output_rows(self, i: int, n_samples: int) -> Tensor:
+        """Return the gradients of a column, of shape (n_samples, positions, n_outputs)."""
+        rows = self._spread(self.gradients[i], n_samples)
+        return self.call.output_rows(rows, n_samples)[0]
+
+    def _spread(self, rows: Tensor, n_samples: int) -> Tensor:
+        """Return the rows at all positions, zeros where none are kept."""
+        spread = rows.new_zeros(n_samples * self.n_positions, rows.shape[1])
+        return spread.index_copy(0, self.places, rows).view(n_samples, self.n_positions, -1)
 
     def _blocks(self) -> Iterator[slice]:
         return row_blocks(len(self.inputs), self.gradients.shape[2] + self.inputs.shape[1])
@@ -115,10 +140,24 @@ class _Convolution:
         """The size of all tensors."""
         return self.inputs.nbytes + self.gradients.nbytes
 
+    @property
+    def n_columns(self) -> int:
+        """The number of columns."""
+        return self.gradients.shape[1]
+
     @classmethod
     def from_call(cls, call: LayerCall, gradients: Sequence[Tensor]) -> _Convolution:
         """Keep all inputs and gradients."""
         return cls(call.without_tensors(), call.inputs.clone(), torch.stack(list(gradients), 1))
+
+    def project(self, weight: Tensor, bias: Tensor | None, n_samples: int) -> Tensor:
+        """Return the outputs of another layer with the same inputs, (n_samples, positions, n)."""
+        layer: Callable[..., Tensor] = getattr(torch, self.call.kind)
+        return layer(self.inputs, weight, bias, *self.call.options).flatten(2).mT
+
+    def output_rows(self, i: int, n_samples: int) -> Tensor:
+        """Return the gradients of a column, of shape (n_samples, positions, n_outputs)."""
+        return self.gradients[:, i].flatten(2).mT
 
     def _blocks(self) -> Iterator[slice]:
         return row_blocks(len(self.inputs), self.gradients[0, 0].numel() + self.inputs[0].numel())
@@ -177,7 +216,8 @@ class _Norm:
             totals[i].view(-1).add_(cotangent.flatten() @ gradients.flatten(0, 1))
 
 
-_Kept = _Linear | _Convolution | _Norm
+KeptLayer = _Linear | _Convolution
+_Kept = KeptLayer | _Norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +270,11 @@ class FactoredTerm(TangentTerm):
             return total, pulled
         total, others = self.rest.add_forward_adjoint(u, total, cotangent_of)
         return total, pulled + others
+
+    def calls(self, layers: Sequence[_Kept], weight: int) -> list[KeptLayer]:
+        """Return those of the layers that have a given weight."""
+        found = [layer for layer in layers if not isinstance(layer, _Norm)]
+        return [layer for layer in found if layer.call.weight == weight]
 
     def _forward(self, layers: Sequence[_Kept], moves: Tensors, rows: slice) -> Tensor:
         n_samples = rows.stop - rows.start

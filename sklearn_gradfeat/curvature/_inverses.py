@@ -72,6 +72,7 @@ class Inverses:
         self._gram_is_cheap = True  # until it turns out otherwise
         self._sampled: SampledRows | None = None
         self._subspaces: list[Subspace | None] = []  # empty until one was looked for
+        self._alone = False  # whether the coarse space takes the place of all directions
         self._has_solved = False  # in the coarse space
         self._layers_of: Inverses | None = None
         self._missing: TangentObjective | None = None  # of what is computed once it is needed
@@ -101,6 +102,7 @@ class Inverses:
         self.at(objective)
         if self._gram is not None or isinstance(objective.tangent, ExplicitTerm):
             return False
+        self._alone = self._alone or not self._subspaces
         if self._layers_of is None and self.subspace_at is None:
             self.curvature_at = self.subspace_at = x
             self._missing = objective
@@ -158,7 +160,7 @@ class Inverses:
             return
         if self.subspace_at is not None:
             at, curvature = self.subspace_at, self._factors(objective, self.subspace_at)
-            self._subspaces = [leading_subspace(objective, curvature)]
+            self._subspaces = [leading_subspace(objective, curvature, self._alone)]
             self._curvature = curvature
         if self.curvature_at is not None and (at is None or not at.equal(self.curvature_at)):
             self._curvature = self._factors(objective, self.curvature_at)
@@ -219,7 +221,7 @@ class Inverses:
             return None
         first, self._has_solved = not self._has_solved, True
         if not self._subspaces:
-            self._subspaces = [leading_subspace(objective, inverse.curvature)]
+            self._subspaces = [leading_subspace(objective, inverse.curvature, self._alone)]
             self.subspace_at = self.curvature_at
         (subspace,) = self._subspaces
         return None if subspace is None else CoarseSolve(objective, subspace, inverse, first)

@@ -1,23 +1,28 @@
-"""Kronecker-factored curvature (K-FAC) of the linear model [1]_ [2]_.
+"""Kronecker-factored curvature of the linear model, from the gradients of samples [1]_ [2]_ [3]_.
 
 Sample ``n`` meets the weight of a layer at positions ``t`` (patches of a convolution, tokens),
 with input row ``a_nt`` and output gradient ``g_nt``. The curvature of the weight is::
 
-    Σ_n w_n Σ_ts (g_nt g_nsᵀ) ⊗ (a_nt a_nsᵀ)  ≈  E[g gᵀ] ⊗ E[a aᵀ]
-    E[g gᵀ] = Σ_n w_n Σ_t g_nt g_ntᵀ,    E[a aᵀ] = Σ_n w_n mean_t a_nt a_ntᵀ
+    Σ_n w_n vec(M_n) vec(M_n)ᵀ  ≈  G ⊗ A / trace A,    M_n = Σ_t g_nt a_ntᵀ
+    G = Σ_n w_n M_n M_nᵀ,    A = Σ_n w_n M_nᵀ M_n
 
-if positions are uncorrelated and inputs are independent of gradients. The ``g`` are gradients of
-``vᵀ activation``, summed over rows ``v`` with ``Σ v vᵀ ≈ Ωᵀ H Ω``, where ``H`` is the mean
-Hessian of the loss in the logits. So the factors depend on the weighted samples alone; no
-targets are drawn at random. Parameters of other layers get their diagonal
+The Kronecker product has the partial traces of the curvature. K-FAC has the sums of
+``g_nt g_ntᵀ`` and of ``a_nt a_ntᵀ`` instead, as if positions were uncorrelated. Below a mean over
+the positions all have nearly the same gradient, and the curvature is many times larger.
+
+The ``g`` are gradients of ``vᵀ activation``, summed over rows ``v`` with ``Σ v vᵀ ≈ Ωᵀ H Ω``, where
+``H`` is the mean Hessian of the loss in the logits. So the factors depend on the weighted samples
+alone; no targets are drawn at random. Parameters of other layers get their diagonal
 ``Σ_n w_n (∂ vᵀ activation / ∂θ)²``. `_layer_rows` turns a layer, such as a convolution, into the
 rows ``a`` and ``g``.
 
 A Gram matrix needs about two rows per column; more rows hardly improve a preconditioner:
 
 * Samples: every k-th, so that 128 to 1024 remain. The number grows with the widest layer.
-* Positions: those with the largest gradients, at least 4. If only a class token leaves the
-  network, say, most positions have none. ``E[g gᵀ]`` is scaled up to stand for all of them.
+* Positions: with the Gram matrix ``K = g_n g_nᵀ`` of the positions, ``M_nᵀ M_n = a_nᵀ K a_n``. Its
+  rows are ``R a_n`` with a root ``Rᵀ R = K``. Where there are more positions than rows are needed,
+  at least 4, the rows of ``R`` are products of ``g_n`` with random signs: the mean of ``Rᵀ R`` is
+  ``K``. The rows of ``M_n M_nᵀ`` follow in the same way, with inputs and gradients exchanged.
 
 References
 ----------
@@ -25,13 +30,14 @@ References
    Approximate Curvature, ICML 2015, arXiv:1503.05671.
 .. [2] R. Grosse and J. Martens, A Kronecker-factored approximate Fisher matrix for
    convolution layers, ICML 2016, arXiv:1602.01407.
+.. [3] V. Gupta, T. Koren and Y. Singer, Shampoo: Preconditioned Stochastic Tensor Optimization,
+   ICML 2018, arXiv:1802.09568.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,13 +45,12 @@ from torch.func import grad, vmap
 
 from sklearn_gradfeat.backbones import differentiable_attention
 from sklearn_gradfeat.curvature._layer_rows import (
-    LayerCall,
     NormCall,
     output_gradients,
     record,
     record_with_norms,
 )
-from sklearn_gradfeat.curvature._spectrum import Spectrum
+from sklearn_gradfeat.curvature._spectrum import Spectrum, eigh
 from sklearn_gradfeat.data import gather_over_ranks, n_ranks, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import LinearizedHead, Tensors
 
@@ -75,8 +80,8 @@ class Factor:
         self.n_rows = 0
 
     def add_inputs(self, rows: Tensor, weights: Tensor) -> None:
-        """Add rows of shape (groups, n_samples, positions, n_inputs)."""
-        share = _by_row(rows, weights) / rows.shape[2]
+        """Add rows of shape (groups, n_samples, n_rows, n_inputs)."""
+        share = _by_row(rows, weights)
         self.rows.append((rows * share.sqrt()[:, None, None]).flatten(1, 2))
         self.n_rows += self.rows[-1].shape[1]
         if self.groups > 1 or _FEW * self.n_rows > rows.shape[3]:
@@ -99,13 +104,26 @@ class Factor:
         self.output = sum_over_ranks(self.output)
 
     def add_output(self, rows: Tensor, weights: Tensor) -> None:
-        """Add gradients of shape (groups, n_samples, positions, n_outputs)."""
+        """Add rows of shape (groups, n_samples, n_rows, n_outputs)."""
         self.output += _gram(rows, weights)
 
     def spectra(self) -> tuple[Spectrum, Spectrum]:
-        """Return the spectra of the output factor and of the input factor."""
-        few = Spectrum.from_rows(torch.cat(self.rows, 1)) if self.rows else None
-        return _spectrum(self.output), few or _spectrum(self.inputs)
+        """Return the spectra of ``G / trace A`` and of ``A``, and let go of the matrices."""
+        if self.rows:
+            few = torch.cat(self.rows, 1)
+            inputs, trace = Spectrum.from_rows(few), few.square().sum((1, 2))
+        else:
+            inputs, trace = _spectrum(self.inputs), _trace(self.inputs)
+        scale = torch.where(trace > 0, trace, 1.0)
+        output = _spectrum(self.output / scale.view(-1, *[1] * (self.output.ndim - 1)))
+        self.rows, self.output, self.inputs = [], scale[:0], scale[:0]
+        return output, inputs
+
+
+def _trace(gram: Tensor) -> Tensor:
+    """Return the trace of every matrix, or of every diagonal."""
+    diagonal = gram if gram.ndim == 2 else gram.diagonal(dim1=1, dim2=2)
+    return diagonal.sum(1)
 
 
 def _spectrum(gram: Tensor) -> Spectrum:
@@ -160,7 +178,7 @@ def factors(
     weights : tensor of shape (n_samples,)
         Weights of the samples; only those of the batches count.
     n_samples : int
-        Number of samples of all ranks.
+        Number of samples of the batches of all ranks.
 
     Returns
     -------
@@ -169,26 +187,43 @@ def factors(
     """
     found: dict[int, Factor] = {}
     diagonals: dict[int, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
     for rows, boundary in batches:
         w = weights[rows]
         activation, calls, norms = record_with_norms(head, boundary, differentiable=True)
         norms = [call for call in norms if call.is_by_sample(len(w))]
+        if not len(columns):  # the output weights are zero
+            calls = []
         if not activation.requires_grad:
             raise ValueError("The activation does not depend on the gradient layers.")
-        chosen: list[_Positions] = []
+        mixed = [
+            _Mixtures.of(
+                call.scaled_rows(head.values, head.scales, len(w)),
+                _enough(len(head.values[call.weight]) // call.groups, n_samples * len(columns)),
+                generator,
+            )
+            for call in calls
+        ]
+        mixing = [
+            _Mixtures(_enough(head.values[call.weight][0].numel(), n_samples), generator)
+            for call in calls
+        ]
         squares: dict[int, Tensor] = {}
         for grads in output_gradients(activation, [*calls, *norms], columns):
-            rows_out = [c.output_rows(g, len(w)) for c, g in zip(calls, grads, strict=False)]
             for i, gradient in _norm_gradients(norms, grads[len(calls) :], len(w)).items():
                 squares[i] = squares.get(i, 0.0) + w @ (head.scales[i] * gradient) ** 2
-            if not chosen:  # by the first column, which is the strongest
-                chosen = [_strongest(r, w) for r in rows_out]
-                for call, positions in zip(calls, chosen, strict=True):
-                    width = head.values[call.weight][0].numel()
-                    _add_inputs(found, call, head, w, positions.most(width, n_samples))
-            n_rows = n_samples * len(columns)
-            for call, gradient, positions in zip(calls, rows_out, chosen, strict=True):
-                found[call.weight].add_output(positions.strongest(gradient, n_rows), w)
+            for call, gradient, roots, of_outputs in zip(
+                calls, grads[: len(calls)], mixed, mixing, strict=True
+            ):
+                if call.weight not in found:
+                    value = head.values[call.weight]
+                    found[call.weight] = Factor(value, call.bias, call.groups)
+                rows_out = call.output_rows(gradient, len(w))
+                found[call.weight].add_output(roots @ rows_out, w)
+                of_outputs.add(rows_out)
+        for call, of_outputs in zip(calls, mixing, strict=True):
+            rows_in = call.scaled_rows(head.values, head.scales, len(w))
+            found[call.weight].add_inputs(of_outputs.root() @ rows_in, w)
         covered = {*found, *(f.bias for f in found.values()), *squares}
         rest = [i for i in range(len(head.values)) if i not in covered]
         others = zip(rest, _squares(head, rest, boundary, columns, w), strict=True)
@@ -218,47 +253,52 @@ def sums_over_ranks(
     return found, {i: sum_over_ranks(diagonal) for i, diagonal in diagonals.items()}
 
 
-@dataclass(frozen=True)
-class _Positions:
-    """Positions of a layer by the size of their gradients, and their shares of the total."""
-
-    order: Tensor
-    share: Tensor
-
-    def most(self, width: int, n_rows: int) -> Tensor:
-        """Return the strongest positions that give a Gram matrix enough rows."""
-        enough = max(_MIN_POSITIONS, math.ceil(_ROWS_PER_COLUMN * width / n_rows))
-        return self.order[:enough]
-
-    def strongest(self, rows: Tensor, n_rows: int) -> Tensor:
-        """Return the rows at the strongest positions, scaled to stand for all positions."""
-        chosen = self.most(rows.shape[-1], n_rows)
-        share = float(self.share[: len(chosen)].sum())
-        return rows[:, :, chosen] / math.sqrt(share) if share > 0 else rows[:, :, chosen]
+def _enough(width: int, n_samples: int) -> int:
+    """Return the number of rows of a sample that give a Gram matrix enough rows."""
+    return max(_MIN_POSITIONS, math.ceil(_ROWS_PER_COLUMN * width / n_samples))
 
 
-def _strongest(rows: Tensor, w: Tensor) -> _Positions:
-    """Sort positions by the size of gradients (groups, n_samples, positions, n_outputs)."""
-    energy = (rows**2).sum((0, 3)).T @ _by_row(rows, w)
-    total = energy.sum()
-    share, order = torch.sort(energy / total if total > 0 else energy, descending=True, stable=True)
-    return _Positions(order, share)
+class _Mixtures:
+    """Mixtures of the positions of a sample whose Gram matrix is that of given rows.
 
+    Parameters
+    ----------
+    n : int
+        Largest number of mixtures of a sample.
+    generator : Generator
+        Draws signs where there are more positions.
+    """
 
-def _add_inputs(
-    found: dict[int, Factor],
-    call: LayerCall,
-    head: LinearizedHead,
-    w: Tensor,
-    positions: Tensor,
-) -> None:
-    """Add the inputs of one call of a layer to its factor."""
-    value = head.values[call.weight]
-    factor = found.get(call.weight)
-    if factor is None:
-        factor = found[call.weight] = Factor(value, call.bias, call.groups)
-    rows = call.scaled_rows(head.values, head.scales, len(w), positions)
-    factor.add_inputs(rows, call.share * w)
+    def __init__(self, n: int, generator: torch.Generator) -> None:
+        self.n, self.generator = n, generator
+        self._total: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """Return the mixtures of some rows."""
+        mixtures = cls(n, generator)
+        mixtures.add(rows)
+        return mixtures.root()
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows of shape (groups, n_samples, positions, width) to those of other columns."""
+        if rows.shape[2] <= self.n:
+            part = rows @ rows.mT
+        else:
+            shape = (*rows.shape[:2], self.n, rows.shape[3])
+            signs = torch.randint(2, shape, generator=self.generator, dtype=torch.int8)
+            part = (2 * signs - 1).to(rows) @ rows.mT / math.sqrt(self.n)
+        self._total = part if self._total is None else self._total + part
+
+    def root(self) -> Tensor:
+        """Return the mixtures, of shape (groups, n_samples, n_mixtures, positions)."""
+        total = self._total
+        assert total is not None
+        if total.shape[-1] > self.n:
+            return total
+        home = "cpu" if total.device.type == "mps" else total.device
+        values, vectors = eigh(total.to(home, torch.float64))
+        return (vectors * values.clamp(min=0).sqrt()[..., None, :]).mT.to(total)
 
 
 def enough_samples(head: LinearizedHead, boundary: Tensors) -> int:

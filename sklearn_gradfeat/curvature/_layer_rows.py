@@ -62,11 +62,6 @@ class LayerCall:
     part: tuple[Tensor, int] | None = None
 
     @property
-    def share(self) -> float:
-        """The share of the output channels of the weight that it computes."""
-        return 1.0 if self.part is None else len(self.part[0]) / self.part[1]
-
-    @property
     def groups(self) -> int:
         """Number of groups of a convolution; one for a linear layer."""
         return int(self.options[3]) if len(self.options) > 3 else 1

@@ -35,7 +35,7 @@ from sklearn_gradfeat.curvature._kfac import (
 )
 from sklearn_gradfeat.curvature._spectrum import MAX_EXACT, KroneckerInverse, Spectrum, damping
 from sklearn_gradfeat.data import of_first_rank, row_blocks, rows_of_all_ranks, sum_over_ranks
-from sklearn_gradfeat.linearized import TangentObjective, TangentTerm
+from sklearn_gradfeat.linearized import TangentObjective, TangentTerm, Tensors
 
 # Curvatures of the intercept below this share of the largest one count as zero.
 _FLAT = 1e-6
@@ -93,6 +93,13 @@ class Layer(NamedTuple):
         """Return whether both factors have eigenvectors."""
         return all(s.vectors is not None and s.values.numel() for s in (self.output, self.inputs))
 
+    @property
+    def n_weights(self) -> int:
+        """The number of entries of weight and bias, where both factors have eigenvectors."""
+        assert self.output.vectors is not None
+        assert self.inputs.vectors is not None
+        return self.output.vectors.shape[-2] * self.inputs.vectors.shape[-2]
+
 
 class Preconditioner:
     """Approximate inverse Hessian of an objective.
@@ -123,8 +130,11 @@ class Preconditioner:
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the inverse to a flat vector."""
         n = sum(self.objective.sizes[:2])
-        affine, u = self.affine(x[:n]), x[n:]
-        return torch.cat([affine, u if self.layers is None else self.layers(u)])
+        solved = torch.empty_like(x)
+        solved[:n] = self.affine(x[:n])
+        if self.layers is not None:
+            self.layers.solve(x[n:], solved[n:])
+        return solved
 
     def affine(self, x: Tensor) -> Tensor:
         """Apply the blocks of the weights and the intercept."""
@@ -182,7 +192,7 @@ def _layer_factors(
     total = sum_over_ranks(part.sum())
     share = weights / total if total > 0 else torch.full_like(weights, 1 / _count(part))
     columns = of_first_rank(loss_columns(tangent.omega, curvature))
-    n_samples = _count(weights)
+    n_samples = _count(part)
 
     def one_pass() -> tuple[dict[int, Factor], dict[int, Tensor]]:
         return factors(tangent.head, tangent.batches(stride), columns, share, n_samples)
@@ -208,24 +218,24 @@ class _LayerInverses:
             i: 1 / (d + damping(tangent.alpha, d)) for i, d in curvature.diagonals.items()
         }
 
-    def __call__(self, u: Tensor) -> Tensor:
-        """Apply the inverses to a flat vector ``u``."""
-        pieces = list(self.head.pieces(u))
+    def solve(self, u: Tensor, solved: Tensor) -> None:
+        """Apply the inverses to a flat vector ``u``, and write the result to ``solved``."""
+        solved.copy_(u)
+        pieces = self.head.pieces(solved)
         for i, scale in self.diagonals.items():
-            pieces[i] = pieces[i] * scale
+            pieces[i].mul_(scale)
         for layer, inverse in self.layers:
             _solve(pieces, layer.weight, layer.factor, inverse)
-        return torch.cat([piece.reshape(-1) for piece in pieces])
 
 
-def _solve(pieces: list[Tensor], i: int, factor: Factor, inverse: KroneckerInverse) -> None:
+def _solve(pieces: Tensors, i: int, factor: Factor, inverse: KroneckerInverse) -> None:
     """Apply the inverse of a layer to the pieces of its weight and bias, in place."""
     weight = pieces[i]
     matrix = weight.reshape(factor.groups, weight.shape[0] // factor.groups, -1)
     if factor.bias is None:
-        pieces[i] = inverse(matrix).reshape(weight.shape)
+        weight.copy_(inverse(matrix).reshape(weight.shape))
         return
     bias = pieces[factor.bias]
     solved = inverse(torch.cat([matrix, bias.view(*matrix.shape[:2], 1)], 2))
-    pieces[i] = solved[..., :-1].reshape(weight.shape)
-    pieces[factor.bias] = solved[..., -1].reshape(bias.shape)
+    matrix.copy_(solved[..., :-1])
+    bias.copy_(solved[..., -1].reshape(bias.shape))

@@ -63,7 +63,7 @@ class Spectrum:
         n = matrix.shape[-1]
         if n <= MAX_EXACT:
             # In float32 the decomposition of a nearly singular matrix may fail, without an error.
-            values, vectors = _eigh(matrix.to(home, torch.float64))
+            values, vectors = eigh(matrix.to(home, torch.float64))
             return cls._agreed(values.clamp(min=0).to(matrix), vectors.to(matrix))
         values, vectors = _leading(matrix.to(home))
         trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -77,7 +77,7 @@ class Spectrum:
         wide = rows.reshape(rows.shape[-2:]).to(home, torch.float64)
         with threads_for(wide.numel() * len(wide)):
             gram = wide @ wide.T
-        values, vectors = _eigh(gram)
+        values, vectors = eigh(gram)
         # The vectors of smaller values are dominated by rounding errors of the largest one.
         kept = values > len(wide) * torch.finfo(rows.dtype).eps * values[-1]
         values = values[kept]
@@ -112,7 +112,7 @@ class Spectrum:
         return self.vectors[0, :, -n:]
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and eigenvectors of symmetric matrices, float64.
 
     torch uses divide and conquer, which is fast but may fail to converge; QR iterations follow.
@@ -138,7 +138,7 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
     basis = start.to(matrix.device).expand(*matrix.shape[:-1], _RANK)
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(matrix @ basis).Q
-    values, vectors = _eigh((basis.mT @ matrix @ basis).double())
+    values, vectors = eigh((basis.mT @ matrix @ basis).double())
     return values.clamp(min=0), basis @ vectors.to(basis)
 
 
@@ -172,13 +172,15 @@ class KroneckerInverse:
         # The inverse on the rest of the space, corrected within the eigenbasis: half the products.
         projected = matrix @ self.inputs.vectors
         solved = self._solve(projected, self.inputs.values) - self._solve(projected, rest)
-        return self.inputs.restore(solved) + self._solve(matrix, rest)
+        return self.inputs.restore(solved).add_(self._solve(matrix, rest))
 
     def _solve(self, matrix: Tensor, eigenvalues: Tensor) -> Tensor:
         """Apply the inverse to columns in the eigenbasis of the inputs."""
         projected, rest = self.output.project(matrix.mT)
         curvature = eigenvalues[..., :, None] * self.output.values[..., None, :]
-        solved = self.output.restore(projected / (curvature + self.damping))
+        curvature += self.damping
+        fresh = self.output.vectors is not None  # in memory of its own
+        solved = self.output.restore(projected.div_(curvature) if fresh else projected / curvature)
         if rest is not None and self.output.rest is not None:
             outside = eigenvalues * self.output.rest[..., None]
             solved = solved + rest / (outside[..., :, None] + self.damping)

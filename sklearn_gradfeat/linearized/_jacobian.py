@@ -231,6 +231,7 @@ class LinearizedHead:
 
     def _flat(self, gradients: Tensors) -> Tensor:
         """Return the gradient in ``u`` from the gradients in the displacements."""
-        return torch.cat(
-            [scale * g.reshape(-1) for g, scale in zip(gradients, self.scales, strict=True)]
-        )
+        flat = self.values[0].new_empty(self.size) if self.values else torch.empty(0)
+        for place, g, scale in zip(self.pieces(flat), gradients, self.scales, strict=True):
+            torch.mul(g, scale, out=place)
+        return flat

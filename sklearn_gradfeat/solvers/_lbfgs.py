@@ -142,6 +142,18 @@ class _Memory:
             self.pairs.append((step, change, 1.0 / curvature))
             self.scale = curvature / metric
 
+    def learn(self, point: Point, moved: Point, former: Tensor) -> Tensor:
+        """Store the step between two points, and return ``Pg`` at the second.
+
+        ``former``, that at the first, is overwritten.
+        """
+        if len(self.pairs) == self.pairs.maxlen:
+            self.pairs.popleft()  # before memory is needed
+        preconditioned = self.inverse(moved.gradient)
+        step, change = moved.x - point.x, moved.gradient - point.gradient
+        self.add(step, change, former.neg_().add_(preconditioned))
+        return preconditioned
+
     @property
     def steps(self) -> list[tuple[Tensor, Tensor]]:
         """The pairs of step and change."""
@@ -163,17 +175,17 @@ class _Memory:
     def direction(self, gradient: Tensor, preconditioned: Tensor) -> Tensor:
         """Return the L-BFGS direction, by the two-loop recursion; ``Pg`` is given."""
         if not self.pairs:
-            return -self.scale * preconditioned
-        q = -gradient
+            return of_first_rank(-self.scale * preconditioned)
+        q = gradient.neg()
         weights = []
         for step, change, reciprocal in reversed(self.pairs):
             weight = reciprocal * float(step @ q)
             weights.append(weight)
-            q = q - weight * change
-        q = self.scale * self.inverse(q)
+            q.sub_(change, alpha=weight)
+        q = self.inverse(q).mul_(self.scale)
         for (step, change, reciprocal), weight in zip(self.pairs, reversed(weights), strict=True):
-            q = q + (weight - reciprocal * float(change @ q)) * step
-        return q
+            q.add_(step, alpha=weight - reciprocal * float(change @ q))
+        return of_first_rank(q)
 
 
 def minimize(
@@ -293,8 +305,7 @@ def minimize(
                 break
             memory.pairs.clear()
             continue
-        former, preconditioned = preconditioned, memory.inverse(moved.gradient)
-        memory.add(moved.x - point.x, moved.gradient - point.gradient, preconditioned - former)
+        preconditioned = memory.learn(point, moved, preconditioned)
         point, n_iter = moved, n_iter + 1
         path.append(point.value)
         norm = _norm(point.gradient, preconditioned)
@@ -344,10 +355,11 @@ def _step(
     """
     if solve is not None and only_coarse:
         return coarse_step(objective, point, solve, norm)
-    direction = of_first_rank(memory.direction(point.gradient, preconditioned))
     if solve is None:
-        return line_step(objective, point, direction)
-    return line_and_coarse_step(objective, point, direction, solve, norm)
+        return line_step(objective, point, memory.direction(point.gradient, preconditioned))
+    return line_and_coarse_step(
+        objective, point, memory.direction(point.gradient, preconditioned), solve, norm
+    )
 
 
 def _state(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from sklearn_gradfeat.data import number_of_first_rank
@@ -16,7 +17,7 @@ NOT_FINITE = (
     "increase alpha."
 )
 # Unknowns that are converted to float64 at a time.
-_BLOCK = 2**22
+_BLOCK = 2**18
 
 
 class CoarseSolver(Protocol):
@@ -92,11 +93,12 @@ def line_step(
     step, gain = _search(objective, point, direction, change)
     if gain >= 0:
         return None, 1
-    logits, x, value = point.logits + step * change, point.x + step * direction, point.value + gain
+    logits, value = point.logits + step * change, point.value + gain
+    x = torch.add(point.x, direction, alpha=step)
     if minimizer is not None:
-        gradient = point.gradient + step * (adjoint + penalty * direction)
+        gradient = adjoint.addcmul_(penalty, direction).mul_(step).add_(point.gradient)
     elif step == 1.0:
-        gradient = adjoint + penalty * x
+        gradient = adjoint.addcmul_(penalty, x)
     else:
         return _with_gradient(objective, x, logits, value), 2
     return Point(x, logits, gradient, value), 1
@@ -110,10 +112,10 @@ def line_and_coarse_step(
     step, gain = _search(objective, point, direction, change)
     if gain >= 0:
         return None, 1
-    x, logits = point.x + step * direction, point.logits + step * change
-    on_line = Point(x, logits, point.gradient, point.value + gain)
-    moved, cost = coarse_step(objective, on_line, solve, norm)
-    return moved, 1 + cost
+    x, logits = torch.add(point.x, direction, alpha=step), point.logits + step * change
+    del direction  # memory for the next pass
+    x, logits, more = solve(x, logits, norm)
+    return _with_gradient(objective, x, logits, point.value + gain + more), 2
 
 
 def coarse_step(
@@ -134,5 +136,5 @@ def _search(
 
 def _with_gradient(objective: LinearObjective, x: Tensor, logits: Tensor, value: float) -> Point:
     """Return a point; its gradient takes a pass."""
-    gradient = objective.adjoint(objective.loss.gradient(logits)) + objective.penalty * x
+    gradient = objective.adjoint(objective.loss.gradient(logits)).addcmul_(objective.penalty, x)
     return Point(x, logits, gradient, value)

@@ -59,7 +59,7 @@ from sklearn_gradfeat.training._progress import Progress, Watch
 # need passes over the head to remove the error that it leaves.
 _FIRST_STAGE = 0.01
 # Where passes need no network, the coarse space is built only if these iterations are not enough.
-_COARSE_AFTER = 2
+_COARSE_AFTER = 0
 # Least share of the parameters in a coarse space that takes the place of all of them.
 _SHARE = 0.5
 # Tolerance over the coarse space, where iterations are cheap. With a larger one, the fit with a

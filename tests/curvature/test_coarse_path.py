@@ -24,7 +24,7 @@ from tests.curvature.problems import (
 def small_layers(monkeypatch):
     monkeypatch.setattr(coarse_space, "_MIN_COST", 0)
     monkeypatch.setattr(coarse_space, "READING", 0)
-    monkeypatch.setattr(coarse_space, "_SHARE", 0.5)
+    monkeypatch.setattr(coarse_space, "_ALONE", 0.5)
 
 
 def with_penalty(problem, alpha):

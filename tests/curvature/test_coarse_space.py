@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from sklearn_gradfeat.curvature import _coarse_space as coarse_space
+from sklearn_gradfeat.curvature import _factored_term
 from sklearn_gradfeat.curvature._coarse_rows import ChannelRows, Layout, ProjectedRows, SummedRows
 from sklearn_gradfeat.curvature._inverses import Inverses
 from sklearn_gradfeat.curvature._preconditioner import Preconditioner
@@ -26,6 +27,7 @@ from tests.curvature.problems import (
     normal,
     objective,
 )
+from tests.curvature.test_factored_term import masked_term
 from tests.networks import NETWORKS
 
 N, CLASSES = 40, 3
@@ -36,7 +38,8 @@ def every_size_is_worth_it(monkeypatch):
     """Let tiny layers have a subspace of more than one direction."""
     monkeypatch.setattr(coarse_space, "_MIN_COST", 0)
     monkeypatch.setattr(coarse_space, "READING", 0)
-    monkeypatch.setattr(coarse_space, "_SHARE", 0.5)
+    monkeypatch.setattr(coarse_space, "_ALONE", 0.5)
+    monkeypatch.setattr(coarse_space, "_BETWEEN_STEPS", 0.5)
 
 
 def subspace_of(problem):
@@ -316,3 +319,26 @@ def test_a_good_start_makes_no_subspace():
     minimize(
         problem, x, inverses.at(problem), tolerance=lambda _: 5e-17, max_iter=5, coarse=unwanted
     )
+
+
+@pytest.mark.parametrize("name", ["masked", "plain", "residual"])
+@pytest.mark.parametrize("room", [2**30, None], ids=["all samples", "some samples"])
+def test_rows_of_layers_give_those_of_the_space(monkeypatch, name, room):
+    """The rows of the layers, or those of some samples and the network for the others."""
+    monkeypatch.setattr(_factored_term, "READING", 0)
+    monkeypatch.setattr(_factored_term, "_PASSES", 10**6)
+    tangent = masked_term() if name == "masked" else image_term(name, 20)[0]
+    if room is None:
+        first = _factored_term.factored(tangent, 20, 2**30).kept[0][1]
+        room = sum(layer.n_bytes for layer in first)
+    term = _factored_term.factored(tangent, 20, room)
+    problems = [objective(classes(20), None, one) for one in (tangent, term)]
+    subspace = subspace_of(problems[1])
+    assert subspace.blocks
+    kinds = {type(block.rows) for block in subspace.blocks}
+    assert kinds <= {SummedRows, ProjectedRows}
+    through = coarse_space.Subspace(problems[0], subspace.blocks, subspace.total)
+    assert subspace.exact(problems[0])
+    x = normal(sum(subspace.sizes))
+    torch.testing.assert_close(subspace.forward(x), through.forward(x))
+    assert (term.rest is None) == (room == 2**30)

@@ -64,7 +64,7 @@ def test_newton_steps_are_exact_for_squares_in_the_space_of_samples():
 
 
 def test_penalties_share_what_does_not_depend_on_them(monkeypatch):
-    for name, value in (("_MIN_COST", 0), ("READING", 0), ("_SHARE", 0.5)):
+    for name, value in (("_MIN_COST", 0), ("READING", 0), ("_BETWEEN_STEPS", 0.5), ("_ALONE", 0.5)):
         monkeypatch.setattr(coarse_space, name, value)
     problem, inverses = image_objective("plain", n=N), Inverses()
     other = with_penalty(problem, 0.1)

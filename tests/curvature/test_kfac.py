@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sklearn_gradfeat.curvature import _kfac
 from sklearn_gradfeat.curvature._kfac import enough_samples, factors, loss_columns
 from tests.curvature.problems import (
     MLP_LAYERS,
@@ -38,7 +39,8 @@ def test_curvature_with_one_position_is_exact_in_the_diagonal(kind):
         if kind in ("normed", "whole"):
             gradient = torch.cat([pieces[i].flatten(1), pieces[factor.bias][:, None]], 1)
             exact = gradient.reshape(-1, 1) * gradient.reshape(-1)
-            torch.testing.assert_close(torch.kron(factor.output[0], factor.inputs[0]), exact)
+            product = torch.kron(factor.output[0], factor.inputs[0]) / factor.inputs[0].trace()
+            torch.testing.assert_close(product, exact)
         else:
             assert factor.inputs.shape[0] == factor.groups == (2 if kind == "grouped" else 1)
     assert found
@@ -78,3 +80,36 @@ def test_number_of_samples_grows_with_the_widest_layer():
         x = torch.ones(4, width, dtype=torch.float64)
         numbers.append(enough_samples(module_term(module, ["weight"], x).head, (x,)))
     assert numbers == [128, 600, 1024]
+
+
+def sample_gradients(kind, head, images, columns):
+    """The gradients of every sample and column in weight and bias of each layer, from dense ones.
+
+    They have the shape (groups, n, n_outputs, n_inputs).
+    """
+    module, names = build(kind)
+    J = torch.from_numpy(dense_jacobian(module, names, images) * ntk_scales(module, names))
+    flat = (columns @ J).flatten(0, 1)
+    return [torch.stack(list(one)) for one in zip(*(head.pieces(row) for row in flat), strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped"])
+@pytest.mark.parametrize(("least", "n", "tolerance"), [(25, 6, 1e-7), (4, 300, 0.15)])
+def test_factors_are_the_partial_traces_of_the_curvature(monkeypatch, kind, least, n, tolerance):
+    """Exact with as many rows as positions, and with fewer rows up to the noise of their signs."""
+    monkeypatch.setattr(_kfac, "_MIN_POSITIONS", least)
+    tangent, boundary = image_term(kind, n=n)
+    head, columns, weights = tangent.head, normal(2, tangent.omega.shape[1]), unequal_weights(n)
+    found, _ = factors(head, batches(boundary, 100), columns, weights, n)
+    gradients = sample_gradients(kind, head, normal(n, 2, 5, 5), columns)
+    w = weights.repeat_interleave(2)[:, None, None]
+    for i, factor in found.items():
+        factor.sum_rows()
+        weight = gradients[i].unflatten(1, (factor.groups, -1)).flatten(3)
+        bias = gradients[factor.bias].unflatten(1, (factor.groups, -1))[..., None]
+        for group in range(factor.groups):
+            M = torch.cat([weight[:, group], bias[:, group]], 2)
+            exact = [(w * M @ M.mT).sum(0), (w * M.mT @ M).sum(0)]
+            for matrix, other in zip((factor.output, factor.inputs), exact, strict=True):
+                assert torch.dist(matrix[group], other) < tolerance * other.norm()
+    assert found

@@ -50,7 +50,6 @@ def test_calls_on_parts_of_a_weight_add_up_to_its_gradient():
     *calls, last = recorder.calls
     assert last.bias is None
     assert [call.bias for call in calls] == [1, 1]
-    assert [call.share for call in calls] == [0.5, 0.5]
     outputs = [call.output for call in calls]
     total = sum(piece.sin().sum() for piece in pieces)
     *gradients, of_w, of_b = torch.autograd.grad(total, [*outputs, w, b])

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sklearn_gradfeat.curvature._kfac import Factor
 from sklearn_gradfeat.curvature._preconditioner import Preconditioner
 from sklearn_gradfeat.linearized import Bernoulli, Squared
 from tests.curvature.problems import (
@@ -38,7 +39,15 @@ def test_exact_for_the_activation(kind, n_outputs, n_features, fit_intercept):
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.0])
-def test_blocks_of_layers_against_dense_solves(alpha):
+def test_blocks_of_layers_against_dense_solves(alpha, monkeypatch):
+    matrices, spectra = [], Factor.spectra
+
+    def noted(factor):
+        factor.sum_rows()
+        matrices.append((factor.output[0].clone(), factor.inputs[0].clone()))
+        return spectra(factor)
+
+    monkeypatch.setattr(Factor, "spectra", noted)
     tangent = module_term(mlp(), MLP_LAYERS, normal(40, 3), n_outputs=3, alpha=alpha)
     problem = objective(classes(40), None, tangent, fit_intercept=False)
     inverse = Preconditioner(problem, torch.zeros(40, 3, dtype=torch.float64))
@@ -46,13 +55,12 @@ def test_blocks_of_layers_against_dense_solves(alpha):
     sizes = [value.numel() for value in tangent.head.values]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     expected = torch.zeros_like(found)
-    for layer in inverse.curvature.layers:
-        layer.factor.sum_rows()
+    for layer, (output, inputs) in zip(inverse.curvature.layers, matrices, strict=True):
         n_out, n_in = tangent.head.values[layer.weight].shape
         weight = starts[layer.weight] + torch.arange(n_out * n_in).view(n_out, n_in)
         bias = starts[layer.factor.bias] + torch.arange(n_out)[:, None]
         places = torch.cat([weight, bias], 1).reshape(-1)
-        block = torch.kron(layer.factor.output[0], layer.factor.inputs[0])
+        block = torch.kron(output, inputs) / inputs.trace()
         block.diagonal().add_(alpha or torch.finfo(block.dtype).eps * torch.linalg.norm(block, 2))
         expected[places[:, None], places] = torch.linalg.inv(block)
     if alpha:

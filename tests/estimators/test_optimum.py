@@ -291,7 +291,7 @@ def test_fit_of_tied_weights_reaches_the_optimum():
 
 @pytest.mark.parametrize("estimator", [GradientFeatureClassifier, GradientFeatureRegressor])
 def test_estimators_use_the_coarse_space(estimator, monkeypatch):
-    for name, value in (("_MIN_COST", 0), ("READING", 0), ("_SHARE", 0.5)):
+    for name, value in (("_MIN_COST", 0), ("READING", 0), ("_BETWEEN_STEPS", 0.5), ("_ALONE", 0.5)):
         monkeypatch.setattr(_coarse_space, name, value)
     made = []
     monkeypatch.setattr(
