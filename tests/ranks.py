@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
-from sklearn_gradfeat.curvature import _coarse_space, _kfac
+from sklearn_gradfeat.curvature import _coarse_space
 from sklearn_gradfeat.training import TwoStageFit
 from tests.tiny import estimator
 
@@ -165,14 +165,10 @@ def shard(size, rank, n):
 
 @contextlib.contextmanager
 def _fits_in_coarse_space(name):
-    """Let the tiny networks of some cases have a coarse space, and no other second stage.
-
-    All positions count, as those of the largest gradients depend on the batches.
-    """
+    """Let the tiny networks of some cases have a coarse space, and no other second stage."""
     with contextlib.ExitStack() as stack:
         if "coarse space" in name:
             stack.enter_context(mock.patch.object(_coarse_space, "_MIN_COST", 1))
-            stack.enter_context(mock.patch.object(_kfac, "_MIN_POSITIONS", 64))
             stack.enter_context(
                 mock.patch.object(TwoStageFit, "fit_gradient", side_effect=AssertionError)
             )

@@ -21,8 +21,10 @@ A Gram matrix needs about two rows per column; more rows hardly improve a precon
 * Samples: every k-th, so that 128 to 1024 remain. The number grows with the widest layer.
 * Positions: with the Gram matrix ``K = g_n g_nᵀ`` of the positions, ``M_nᵀ M_n = a_nᵀ K a_n``. Its
   rows are ``R a_n`` with a root ``Rᵀ R = K``. Where there are more positions than rows are needed,
-  at least 4, the rows of ``R`` are products of ``g_n`` with random signs: the mean of ``Rᵀ R`` is
-  ``K``. The rows of ``M_n M_nᵀ`` follow in the same way, with inputs and gradients exchanged.
+  at least 4, the rows of ``R`` are products of ``g_n`` with signs, which differ between samples and
+  logits as if random: the mean of ``Rᵀ R`` is ``K``. The content of a sample decides its signs, so
+  that they do not depend on its batch or its process. The rows of ``M_n M_nᵀ`` follow in the same
+  way, with inputs and gradients exchanged.
 
 References
 ----------
@@ -38,6 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,7 +60,9 @@ from sklearn_gradfeat.linearized import LinearizedHead, Tensors
 # Bounds on the number of samples, and rows of a Gram matrix as a multiple of its width.
 _MIN_SAMPLES, _MAX_SAMPLES = 128, 1024
 _ROWS_PER_COLUMN = 2
-_MIN_POSITIONS = 4
+_MIN_ROWS = 4
+# Different signs, and comparisons that decide which of them a sample has.
+_N_KINDS, _N_COMPARED = 64, 32
 # Largest number of rows v; each takes a backward pass through the head.
 _MAX_COLUMNS = 16
 # Of a wider factor only the diagonal is kept: the matrix would take gigabytes.
@@ -155,7 +160,9 @@ def loss_columns(omega: Tensor, curvature: Tensor) -> Tensor:
     _, singular, right = torch.linalg.svd(root, full_matrices=False)
     keep = min(_MAX_COLUMNS, int((singular > 1e-7 * singular.max()).sum()))
     columns: Tensor = singular[:keep, None] * right[:keep]
-    return columns.to(omega)
+    # Their signs are rounding noise, and mixtures of positions depend on them.
+    largest = columns.gather(1, columns.abs().argmax(1, keepdim=True))
+    return (columns * largest.sign()).to(omega)
 
 
 def factors(
@@ -187,9 +194,9 @@ def factors(
     """
     found: dict[int, Factor] = {}
     diagonals: dict[int, Tensor] = {}
-    generator = torch.Generator().manual_seed(0)
+    signs = _Signs()
     for rows, boundary in batches:
-        w = weights[rows]
+        w, kinds = weights[rows], signs.kinds(boundary)
         activation, calls, norms = record_with_norms(head, boundary, differentiable=True)
         norms = [call for call in norms if call.is_by_sample(len(w))]
         if not len(columns):  # the output weights are zero
@@ -200,12 +207,13 @@ def factors(
             _Mixtures.of(
                 call.scaled_rows(head.values, head.scales, len(w)),
                 _enough(len(head.values[call.weight]) // call.groups, n_samples * len(columns)),
-                generator,
+                signs,
+                kinds,
             )
             for call in calls
         ]
         mixing = [
-            _Mixtures(_enough(head.values[call.weight][0].numel(), n_samples), generator)
+            _Mixtures(_enough(head.values[call.weight][0].numel(), n_samples), signs, kinds)
             for call in calls
         ]
         squares: dict[int, Tensor] = {}
@@ -255,7 +263,7 @@ def sums_over_ranks(
 
 def _enough(width: int, n_samples: int) -> int:
     """Return the number of rows of a sample that give a Gram matrix enough rows."""
-    return max(_MIN_POSITIONS, math.ceil(_ROWS_PER_COLUMN * width / n_samples))
+    return max(_MIN_ROWS, math.ceil(_ROWS_PER_COLUMN * width / n_samples))
 
 
 class _Mixtures:
@@ -265,18 +273,21 @@ class _Mixtures:
     ----------
     n : int
         Largest number of mixtures of a sample.
-    generator : Generator
-        Draws signs where there are more positions.
+    signs : _Signs
+        The signs where there are more positions.
+    kinds : tensor of shape (n_samples,), int64
+        Which signs are those of a sample.
     """
 
-    def __init__(self, n: int, generator: torch.Generator) -> None:
-        self.n, self.generator = n, generator
+    def __init__(self, n: int, signs: _Signs, kinds: Tensor) -> None:
+        self.n, self._signs, self._kinds = n, signs, kinds
         self._total: Tensor | None = None
+        self._n_added = 0
 
     @classmethod
-    def of(cls, rows: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    def of(cls, rows: Tensor, n: int, signs: _Signs, kinds: Tensor) -> Tensor:
         """Return the mixtures of some rows."""
-        mixtures = cls(n, generator)
+        mixtures = cls(n, signs, kinds)
         mixtures.add(rows)
         return mixtures.root()
 
@@ -285,9 +296,9 @@ class _Mixtures:
         if rows.shape[2] <= self.n:
             part = rows @ rows.mT
         else:
-            shape = (*rows.shape[:2], self.n, rows.shape[3])
-            signs = torch.randint(2, shape, generator=self.generator, dtype=torch.int8)
-            part = (2 * signs - 1).to(rows) @ rows.mT / math.sqrt(self.n)
+            signs = self._signs.of(self._kinds + self._n_added, self.n, rows.shape[3])
+            part = signs.to(rows) @ rows.mT / math.sqrt(self.n)
+        self._n_added += 1
         self._total = part if self._total is None else self._total + part
 
     def root(self) -> Tensor:
@@ -299,6 +310,33 @@ class _Mixtures:
         home = "cpu" if total.device.type == "mps" else total.device
         values, vectors = eigh(total.to(home, torch.float64))
         return (vectors * values.clamp(min=0).sqrt()[..., None, :]).mT.to(total)
+
+
+class _Signs:
+    """Signs that look random, and are the same for the same sample in any batch."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, int], Tensor] = {}
+
+    @staticmethod
+    def kinds(boundary: Tensors) -> Tensor:
+        """Return a number of every sample, by which numbers of it are larger than others."""
+        real = [z.real for z in boundary]
+        largest = max(real, key=lambda z: z[0].numel()).flatten(1)
+        generator = torch.Generator().manual_seed(0)
+        draw = partial(torch.randint, generator=generator)
+        places = draw(largest.shape[1], (2, _N_COMPARED)).to(largest.device)
+        codes = draw(_N_KINDS, (_N_COMPARED,)).to(largest.device)
+        is_larger = largest[:, places[0]] > largest[:, places[1]]
+        return (is_larger * codes).sum(1)
+
+    def of(self, kinds: Tensor, n: int, width: int) -> Tensor:
+        """Return the signs of samples, of shape (n_samples, n, width), as int8."""
+        if (n, width) not in self._found:
+            generator = torch.Generator().manual_seed(0)
+            bits = torch.randint(2, (_N_KINDS, n, width), generator=generator, dtype=torch.int8)
+            self._found[n, width] = (2 * bits - 1).to(kinds.device)
+        return self._found[n, width][kinds % _N_KINDS]
 
 
 def enough_samples(head: LinearizedHead, boundary: Tensors) -> int:

@@ -97,7 +97,7 @@ def sample_gradients(kind, head, images, columns):
 @pytest.mark.parametrize(("least", "n", "tolerance"), [(25, 6, 1e-7), (4, 300, 0.15)])
 def test_factors_are_the_partial_traces_of_the_curvature(monkeypatch, kind, least, n, tolerance):
     """Exact with as many rows as positions, and with fewer rows up to the noise of their signs."""
-    monkeypatch.setattr(_kfac, "_MIN_POSITIONS", least)
+    monkeypatch.setattr(_kfac, "_MIN_ROWS", least)
     tangent, boundary = image_term(kind, n=n)
     head, columns, weights = tangent.head, normal(2, tangent.omega.shape[1]), unequal_weights(n)
     found, _ = factors(head, batches(boundary, 100), columns, weights, n)
@@ -113,3 +113,24 @@ def test_factors_are_the_partial_traces_of_the_curvature(monkeypatch, kind, leas
             for matrix, other in zip((factor.output, factor.inputs), exact, strict=True):
                 assert torch.dist(matrix[group], other) < tolerance * other.norm()
     assert found
+
+
+def test_factors_do_not_depend_on_the_batches():
+    """Nor on the order of the samples, where there are more positions than rows."""
+    n = 40
+    tangent, boundary = image_term("plain", n=n)
+    head, columns, weights = tangent.head, normal(2, tangent.omega.shape[1]), unequal_weights(n)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    shuffled = tuple(z[order] for z in boundary)
+    found = [
+        factors(head, batches(boundary, 40), columns, weights, 1000)[0],
+        factors(head, batches(boundary, 7), columns, weights, 1000)[0],
+        factors(head, batches(shuffled, 9), columns, weights[order], 1000)[0],
+    ]
+    for one in found:
+        for factor in one.values():
+            factor.sum_rows()
+    for i, factor in found[0].items():
+        for other in found[1:]:
+            torch.testing.assert_close(other[i].output, factor.output)
+            torch.testing.assert_close(other[i].inputs, factor.inputs)
