@@ -101,19 +101,21 @@ def fit_in_turn(
     if run.is_moved:
         n_models, stronger = n_models - 2 * len(stronger), ()
     ends_linear = n_models % 2 == 1
+    has_moved = False
     for number in range((n_models + 1) // 2):
         found = run.linear(stronger[number] if number < len(stronger) else gradient_alpha)
         # Where the method ends early, the model is of the kind that was asked for.
-        if number == 0 or ends_linear or found.is_interrupted:
+        if not has_moved or ends_linear or found.is_interrupted:
             result = found
         if found.is_interrupted or (ends_linear and 2 * number + 1 == n_models):
             break
         moved = run.moved()
         if moved is not None and not ends_linear:
-            result = moved
+            result, has_moved = moved, True
         if moved is None and (run.is_interrupted or number >= len(stronger)):
             break
-    return result
+    # After stronger penalties, the last move may be one of theirs.
+    return result if result.gradient_alpha == run.gradient_alpha else run.network()
 
 
 def relinearized(
@@ -215,6 +217,8 @@ class Relinearization:
         Those at the point.
     is_moved : bool
         Whether it starts at other parameters than the pretrained ones.
+    gradient_alpha : float
+        The penalty of the last linear model; infinite before the first one.
     """
 
     def __init__(
@@ -227,7 +231,7 @@ class Relinearization:
         self.stages, self.first, self.is_moved = stages, first, unmoved is not None
         self._progress, self._unmoved = progress, unmoved
         self._in_coarse_space = stages.has_coarse_space(first)
-        self._gradient_alpha = math.inf
+        self.gradient_alpha = math.inf
         self._proximal = 0.0
         self._path: list[float] = []
         # As long as a solution exists, so do its unknowns in the journal; the point needs all.
@@ -248,8 +252,8 @@ class Relinearization:
 
         ``gradient_alpha`` is at most that of the former linear model, so ``F`` does not increase.
         """
-        if gradient_alpha != self._gradient_alpha:
-            self._gradient_alpha = gradient_alpha
+        if gradient_alpha != self.gradient_alpha:
+            self.gradient_alpha = gradient_alpha
             value = _objective(self.stages, self.first, gradient_alpha)
             self._path[-1:] = [value]
             self._unmoved = value if self._unmoved is None else self._unmoved
@@ -259,6 +263,10 @@ class Relinearization:
         self._solutions.append(self._step.solution)
         self._spent.append((0, 0))
         return self._result(self._step.model)
+
+    def network(self) -> FitResult:
+        """Return the network at the point."""
+        return self._result(self.first.model)
 
     @property
     def is_interrupted(self) -> bool:
@@ -295,7 +303,7 @@ class Relinearization:
             if _is_finite(trial):
                 start = replace(step.model, omega=step.model.weights)
                 found = trial.fit_activation(self.first.alpha, start, self._progress)
-                value = _objective(trial, found, self._gradient_alpha)
+                value = _objective(trial, found, self.gradient_alpha)
                 kept = (objective - value) / step.promised
                 needed = max((1 - kept) * scale, 0.0)
                 if kept > _SUFFICIENT:
@@ -305,7 +313,7 @@ class Relinearization:
                     self.stages, self.first, self._step = trial, found, None
                     self._proximal = _RELAXED * needed
                     self._path.append(value)
-                    return self._result(found.model)
+                    return self.network()
             self._proximal = max(needed, _GROWTH * self._proximal)
             step = self._fitted(step.model)
             n_iter, n_passes = self._spent[-1]
@@ -317,7 +325,7 @@ class Relinearization:
     def _fitted(self, start: LinearModel | None = None) -> _Step:
         """Return the optimum of the linear model with the proximal term, from ``start``."""
         stages, first, proximal = self.stages, self.first, self._proximal
-        gradient_alpha, tol = self._gradient_alpha, self.stages.settings.tol
+        gradient_alpha, tol = self.gradient_alpha, self.stages.settings.tol
         if self._in_coarse_space:
             model, solution = stages.fit_in_coarse_space(
                 first, gradient_alpha, max(_COARSE_TOL, tol), self._progress, proximal
@@ -355,7 +363,7 @@ class Relinearization:
             stages.problem.restored(model),
             {"activation": first.solution, stages.settings.features: solutions[-1]},
             first.alpha,
-            self._gradient_alpha,
+            self.gradient_alpha,
             separated=stages.separated(first),
             unmoved=not any(bool(move.any()) for move in model.total.values())
             and not first.is_zero,

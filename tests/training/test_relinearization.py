@@ -4,7 +4,6 @@ import copy
 import gc
 import itertools
 import math
-import warnings
 import weakref
 from dataclasses import replace
 from unittest import mock
@@ -16,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.datasets import make_classification
-from sklearn.exceptions import ConvergenceWarning
 from torch import nn
 
 from sklearn_gradfeat import (
@@ -26,6 +24,7 @@ from sklearn_gradfeat import (
 from sklearn_gradfeat.cache._runner import Trunk
 from sklearn_gradfeat.curvature import _coarse_space as coarse_space
 from sklearn_gradfeat.training import Journal, TwoStageFit, _relinearization
+from sklearn_gradfeat.training._held_out import Relinearized
 from sklearn_gradfeat.training._relinearization import (
     Relinearization,
     fit_in_turn,
@@ -200,6 +199,27 @@ def test_a_move_that_fails_does_not_shorten_those_with_another_penalty(monkeypat
     assert run.moved().network_path[-1] == pytest.approx(other.moved().network_path[-1], rel=0.05)
 
 
+def test_the_last_penalty_is_that_of_the_result(monkeypatch):
+    """Also where nothing moves with it, or with any penalty."""
+    moved = Relinearization.moved
+    for n_moves in (1, 0):
+
+        def few(self, n_moves=n_moves):
+            return moved(self) if len(self._solutions) <= n_moves else None
+
+        monkeypatch.setattr(Relinearization, "moved", few)
+        found = fit_in_turn(stages(classifier()), 1e-2, 1e-3, 4, stronger=(1e-1,))
+        model = classifier().fit(X, Y)
+        for name, value in found.attributes().items():
+            setattr(model, name, value)
+        assert model.gradient_alpha_ == 1e-3
+        assert len(model.objective_path_) == n_moves + 1
+        assert model.n_linearizations_ == 2
+        if n_moves:
+            value, _ = objective(model, X, Y)
+            assert model.objective_path_[-1] == pytest.approx(value, rel=1e-10)
+
+
 class Unmoved(nn.Module):
     """A part without a gradient, and one without parameters."""
 
@@ -212,14 +232,13 @@ class Unmoved(nn.Module):
         return torch.tanh(x) + torch.relu(self.layer(x))
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("max_iter", [1, 200])
 @pytest.mark.parametrize("gradient_alpha", [1e-2, 0.0])
 def test_output_weights_alone_change(max_iter, gradient_alpha):
     """A move of length zero calls for no proximal term."""
     model = classifier(Unmoved(), n_linearizations=3, max_iter=max_iter)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.set_params(gradient_alpha=gradient_alpha).fit(X, Y)
+    model.set_params(gradient_alpha=gradient_alpha).fit(X, Y)
     assert (np.diff(model.objective_path_) <= 0).all()
     assert np.isfinite(model.coef_).all()
     assert not any(move.any() for move in model.gradient_coef_.values())
@@ -281,6 +300,15 @@ def test_linear_model_with_a_proximal_term(monkeypatch):
     gradients = torch.autograd.grad(with_term, [weights, intercept, *moves.values()])
     assert max(float(g.abs().max()) for g in gradients) < 1e-8
     assert step.promised == pytest.approx(run._path[-1] - value.item(), rel=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("max_iter", [1, 2])
+def test_few_iterations_of_fits_with_a_proximal_term(max_iter):
+    model = classifier(alpha=1e-4, gradient_alpha=1e-5, max_iter=max_iter, n_linearizations=3)
+    model.fit(10 * X, Y)
+    assert model.n_iter_ > 3 * max_iter
+    assert (np.diff(model.objective_path_) < 0).all()
 
 
 def test_ends_where_nothing_falls():
@@ -388,6 +416,21 @@ def test_the_fit_repeats_what_held_out_samples_judged(n_linearizations):
     assert model.gradient_alpha_ == chosen
     if n_linearizations == "auto":
         assert model.n_linearizations_ >= 1 + (tried > chosen).sum()
+
+
+def test_the_search_keeps_the_networks_of_the_best_penalty_alone():
+    n_models, kept = Relinearized.n_models, []
+
+    def noted(self, *pair):
+        kept.append((pair, list(self._judged)))
+        return n_models(self, *pair)
+
+    with mock.patch.object(Relinearized, "n_models", noted):
+        model = classifier(n_linearizations="auto", alpha=1e-2, gradient_alpha="auto").fit(X, Y)
+    assert len(model.validation_scores_["loss"]) > 3
+    assert kept == [
+        ((model.alpha_, model.gradient_alpha_), [(model.alpha_, model.gradient_alpha_)])
+    ]
 
 
 def test_linear_models_in_the_coarse_space(monkeypatch):
