@@ -507,6 +507,7 @@ class Relinearized:
         self._negligible, self._alpha = negligible, alpha
         self._runs: dict[float, Runs] = {}
         self._judged: dict[tuple[float, float], tuple[Array, Array, Runs]] = {}
+        self._smallest: defaultdict[float, float] = defaultdict(lambda: math.inf)
         self.refitted = math.inf
 
     @property
@@ -523,8 +524,10 @@ class Relinearized:
         if math.isinf(gradient_alpha):
             return self._folds.losses(alpha, gradient_alpha)
         linear, moved, _ = self._judge(alpha, gradient_alpha)
+        found = min(linear, moved, key=self._mean) if alpha == self._alpha else moved
+        self._forget(alpha, gradient_alpha, self._mean(found))
         if alpha == self._alpha:
-            return min(linear, moved, key=self._mean)
+            return found
         self.refitted = min(self.refitted, self._mean(self._folds.refitted(self._alpha)))
         return moved
 
@@ -538,6 +541,16 @@ class Relinearized:
                 run = self._runs[alpha] = self._folds.start(alpha)
             self._judged[pair] = *run.go_on(gradient_alpha), run.copy()
         return self._judged[pair]
+
+    def _forget(self, alpha: float, gradient_alpha: float, mean: float) -> None:
+        """Forget the networks of penalties that cannot be the choice: they take memory."""
+        if mean > self._smallest[alpha]:
+            del self._judged[alpha, gradient_alpha]
+        elif mean < self._smallest[alpha]:
+            self._smallest[alpha] = mean
+            others = [p for p in self._judged if p[0] == alpha and p[1] != gradient_alpha]
+            for pair in others:
+                del self._judged[pair]
 
     def stronger(self, alpha: float, gradient_alpha: float) -> tuple[float, ...]:
         """Return the penalties of the linearisations before those with this one."""

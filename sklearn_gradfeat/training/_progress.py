@@ -46,10 +46,12 @@ class Progress:
         self._linearization = ""
         self._context = None
         if hasattr(estimator, "_init_callback_context"):
-            n = estimator.n_linearizations
-            names = "n_linearizations", "alpha", "gradient_alpha"
-            searched = any(getattr(estimator, name, None) == "auto" for name in names)
-            n_subtasks = None if searched else estimator.max_iter * n
+            searched = any(
+                getattr(estimator, name, None) == "auto" for name in ("alpha", "gradient_alpha")
+            )
+            # A linearisation may take several fits.
+            is_known = not searched and estimator.n_linearizations == 1
+            n_subtasks = estimator.max_iter if is_known else None
             self._context = estimator._init_callback_context(max_subtasks=n_subtasks)
             self._context.call_on_fit_task_begin(estimator=estimator, **data)
 

@@ -101,19 +101,21 @@ def fit_in_turn(
     if run.is_moved:
         n_models, stronger = n_models - 2 * len(stronger), ()
     ends_linear = n_models % 2 == 1
+    has_moved = False
     for number in range((n_models + 1) // 2):
         found = run.linear(stronger[number] if number < len(stronger) else gradient_alpha)
         # Where the method ends early, the model is of the kind that was asked for.
-        if number == 0 or ends_linear or found.is_interrupted:
+        if not has_moved or ends_linear or found.is_interrupted:
             result = found
         if found.is_interrupted or (ends_linear and 2 * number + 1 == n_models):
             break
         moved = run.moved()
         if moved is not None and not ends_linear:
-            result = moved
-        if moved is None and number >= len(stronger):
+            result, has_moved = moved, True
+        if moved is None and (run.is_interrupted or number >= len(stronger)):
             break
-    return result
+    # After stronger penalties, the last move may be one of theirs.
+    return result if result.gradient_alpha == run.gradient_alpha else run.network()
 
 
 def relinearized(
@@ -215,6 +217,8 @@ class Relinearization:
         Those at the point.
     is_moved : bool
         Whether it starts at other parameters than the pretrained ones.
+    gradient_alpha : float
+        The penalty of the last linear model; infinite before the first one.
     """
 
     def __init__(
@@ -227,10 +231,12 @@ class Relinearization:
         self.stages, self.first, self.is_moved = stages, first, unmoved is not None
         self._progress, self._unmoved = progress, unmoved
         self._in_coarse_space = stages.has_coarse_space(first)
-        self._gradient_alpha = math.inf
+        self.gradient_alpha = math.inf
         self._proximal = 0.0
         self._path: list[float] = []
+        # As long as a solution exists, so do its unknowns in the journal; the point needs all.
         self._solutions: list[Solution] = []
+        self._spent: list[tuple[int, int]] = []
         self._step: _Step | None = None
 
     def copy(self) -> Relinearization:
@@ -238,6 +244,7 @@ class Relinearization:
         found = copy.copy(self)
         found.first = replace(self.first, inverses=self.first.inverses.with_layers(), term=None)
         found._path, found._solutions = list(self._path), list(self._solutions)
+        found._spent = list(self._spent)
         return found
 
     def linear(self, gradient_alpha: float) -> FitResult:
@@ -245,16 +252,26 @@ class Relinearization:
 
         ``gradient_alpha`` is at most that of the former linear model, so ``F`` does not increase.
         """
-        if gradient_alpha != self._gradient_alpha:
-            self._gradient_alpha = gradient_alpha
+        if gradient_alpha != self.gradient_alpha:
+            self.gradient_alpha = gradient_alpha
             value = _objective(self.stages, self.first, gradient_alpha)
             self._path[-1:] = [value]
             self._unmoved = value if self._unmoved is None else self._unmoved
         if self._progress is not None:
-            self._progress.linearization(len(self._path))
+            self._progress.linearization(len(self._solutions) + 1)
         self._step = self._fitted()
         self._solutions.append(self._step.solution)
+        self._spent.append((0, 0))
         return self._result(self._step.model)
+
+    def network(self) -> FitResult:
+        """Return the network at the point."""
+        return self._result(self.first.model)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a callback ended the last linear model."""
+        return bool(self._solutions) and self._solutions[-1].status == "interrupted"
 
     def moved(self) -> FitResult | None:
         """Move to the optimum of the linear model, or of one with a larger proximal term.
@@ -264,38 +281,51 @@ class Relinearization:
         FitResult or None
             The network there; None if ``F`` does not decrease.
         """
+        former = self._proximal
+        found = self._moved()
+        if found is None:  # another penalty may need no such term
+            self._proximal = former
+        return found
+
+    def _moved(self) -> FitResult | None:
         step = self._step
         assert step is not None and self._unmoved is not None
         tol, objective = self.stages.settings.tol, self._path[-1]
+        rounding = torch.finfo(torch.float64).eps * abs(objective)
         for _ in range(_ATTEMPTS):
-            if step.solution.status == "interrupted":
+            if self.is_interrupted:
                 return None
-            if step.promised <= tol * (self._unmoved - objective + step.promised):
+            if step.promised <= max(tol * (self._unmoved - objective + step.promised), rounding):
                 return None
             trial = self.stages.moved(step.model.total)
-            scale = 2 * step.promised / step.squares
+            scale = 2 * step.promised / step.squares if step.squares else 0.0
             needed = _GROWTH * max(self._proximal, scale)
             if _is_finite(trial):
                 start = replace(step.model, omega=step.model.weights)
                 found = trial.fit_activation(self.first.alpha, start, self._progress)
-                value = _objective(trial, found, self._gradient_alpha)
+                value = _objective(trial, found, self.gradient_alpha)
                 kept = (objective - value) / step.promised
                 needed = max((1 - kept) * scale, 0.0)
                 if kept > _SUFFICIENT:
                     found.inverses = self.first.inverses.with_layers()
+                    if self.stages.point:
+                        self.first.term = None  # its rows take memory
                     self.stages, self.first, self._step = trial, found, None
                     self._proximal = _RELAXED * needed
                     self._path.append(value)
-                    return self._result(found.model)
+                    return self.network()
             self._proximal = max(needed, _GROWTH * self._proximal)
             step = self._fitted(step.model)
-            self._solutions[-1] = _together(self._solutions[-1], step.solution)
+            n_iter, n_passes = self._spent[-1]
+            last = self._solutions[-1]
+            self._spent[-1] = n_iter + last.n_iter, n_passes + last.n_passes
+            self._solutions[-1] = step.solution
         return None
 
     def _fitted(self, start: LinearModel | None = None) -> _Step:
         """Return the optimum of the linear model with the proximal term, from ``start``."""
         stages, first, proximal = self.stages, self.first, self._proximal
-        gradient_alpha, tol = self._gradient_alpha, self.stages.settings.tol
+        gradient_alpha, tol = self.gradient_alpha, self.stages.settings.tol
         if self._in_coarse_space:
             model, solution = stages.fit_in_coarse_space(
                 first, gradient_alpha, max(_COARSE_TOL, tol), self._progress, proximal
@@ -322,27 +352,24 @@ class Relinearization:
 
     def _result(self, model: LinearModel) -> FitResult:
         """Return a model with the results of the solver."""
-        stages, first, solutions = self.stages, self.first, self._solutions
+        stages, first = self.stages, self.first
+        solutions = [
+            replace(
+                solution, n_iter=solution.n_iter + n_iter, n_passes=solution.n_passes + n_passes
+            )
+            for solution, (n_iter, n_passes) in zip(self._solutions, self._spent, strict=True)
+        ]
         return FitResult(
             stages.problem.restored(model),
             {"activation": first.solution, stages.settings.features: solutions[-1]},
             first.alpha,
-            self._gradient_alpha,
+            self.gradient_alpha,
             separated=stages.separated(first),
             unmoved=not any(bool(move.any()) for move in model.total.values())
             and not first.is_zero,
             linearizations=tuple(solutions),
             network_path=tuple(self._path),
         )
-
-
-def _together(former: Solution, following: Solution) -> Solution:
-    """Return a solution with the iterations and passes of both."""
-    return replace(
-        following,
-        n_iter=former.n_iter + following.n_iter,
-        n_passes=former.n_passes + following.n_passes,
-    )
 
 
 def _objective(stages: TwoStageFit, first: FirstStage, gradient_alpha: float) -> float:

@@ -1,7 +1,11 @@
 """Several linearisations: the objective of the network, its descent, and the model at the end."""
 
 import copy
+import gc
 import itertools
+import math
+import weakref
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -19,7 +23,8 @@ from sklearn_gradfeat import (
 )
 from sklearn_gradfeat.cache._runner import Trunk
 from sklearn_gradfeat.curvature import _coarse_space as coarse_space
-from sklearn_gradfeat.training import TwoStageFit, _relinearization
+from sklearn_gradfeat.training import Journal, TwoStageFit, _relinearization
+from sklearn_gradfeat.training._held_out import Relinearized
 from sklearn_gradfeat.training._relinearization import (
     Relinearization,
     fit_in_turn,
@@ -45,9 +50,12 @@ def classifier(backbone=NET, **parameters):
     return GradientFeatureClassifier(backbone, **{**default, **parameters})
 
 
-def stages(model, X=X, y=Y, sample_weight=None):
+def stages(model, X=X, y=Y, sample_weight=None, journal=None):
     problem = model._problem(y, sample_weight)
-    return TwoStageFit(model._prepare(X, problem.weights), problem)
+    prepared = model._prepare(X, problem.weights)
+    if journal is not None:
+        prepared = prepared._replace(journal=journal)
+    return TwoStageFit(prepared, problem)
 
 
 def objective(model, X, y, weights=None):
@@ -123,13 +131,17 @@ class Wave(nn.Module):
         return torch.sin(nn.functional.linear(x, self.frequency))
 
 
-def test_a_step_that_overshoots_is_shortened():
+def waves(**options):
+    """Return fits whose first move overshoots."""
     x = np.linspace(-3, 3, 40)[:, None]
-    y = np.sin(1.7 * x[:, 0])
     model = GradientFeatureRegressor(
         Wave(), gradient_layers="all", alpha=1e-6, gradient_alpha=1e-9, fit_intercept=False
     )
-    fits = stages(model, x, y)
+    return stages(model, x, np.sin(1.7 * x[:, 0]), **options)
+
+
+def test_a_step_that_overshoots_is_shortened():
+    fits = waves()
     points, moved = [], TwoStageFit.moved
 
     def noted(self, point):
@@ -144,6 +156,113 @@ def test_a_step_that_overshoots_is_shortened():
     assert 0 < steps[1] < 0.6
     final = results[-1].model
     assert 1 + float(final.total["frequency"]) == pytest.approx(1.7, abs=1e-3)
+
+
+def test_goes_on_from_a_journal_after_a_model_with_a_proximal_term():
+    written = []
+    journal = Journal(write=lambda contents: written.append(contents()))
+    expected = fit_in_turn(waves(journal=journal), 1e-6, 1e-9, 6)
+    for entries in written[::4]:
+        journal = Journal(entries, write=lambda contents: contents())
+        found = fit_in_turn(waves(journal=journal), 1e-6, 1e-9, 6)
+        assert torch.equal(found.model.total["frequency"], expected.model.total["frequency"])
+        assert torch.equal(found.model.weights, expected.model.weights)
+        assert found.network_path == expected.network_path
+        assert found.attributes()["n_passes_"] == expected.attributes()["n_passes_"]
+
+
+def test_a_callback_stops_a_model_with_a_proximal_term():
+    """There is no further linear model, also where others with weaker penalties would follow."""
+    fitted, steps = Relinearization._fitted, []
+
+    def interrupted(self, *start):
+        step = fitted(self, *start)
+        if start:
+            step = step._replace(solution=replace(step.solution, status="interrupted"))
+        steps.append(step)
+        return step
+
+    with mock.patch.object(Relinearization, "_fitted", interrupted):
+        fit_in_turn(waves(), 1e-6, 1e-9, 6, stronger=(1e-8,))
+    assert len(steps) == 2
+
+
+def test_a_move_that_fails_does_not_shorten_those_with_another_penalty(monkeypatch):
+    fits = stages(classifier())
+    run, other = (Relinearization(fits, fits.fit_activation(1e-2)) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(_relinearization, "_SUFFICIENT", math.inf)
+        run.linear(1e-1)
+        assert run.moved() is None
+    for each in (run, other):
+        each.linear(1e-3)
+    assert run.moved().network_path[-1] == pytest.approx(other.moved().network_path[-1], rel=0.05)
+
+
+def test_the_last_penalty_is_that_of_the_result(monkeypatch):
+    """Also where nothing moves with it, or with any penalty."""
+    moved = Relinearization.moved
+    for n_moves in (1, 0):
+
+        def few(self, n_moves=n_moves):
+            return moved(self) if len(self._solutions) <= n_moves else None
+
+        monkeypatch.setattr(Relinearization, "moved", few)
+        found = fit_in_turn(stages(classifier()), 1e-2, 1e-3, 4, stronger=(1e-1,))
+        model = classifier().fit(X, Y)
+        for name, value in found.attributes().items():
+            setattr(model, name, value)
+        assert model.gradient_alpha_ == 1e-3
+        assert len(model.objective_path_) == n_moves + 1
+        assert model.n_linearizations_ == 2
+        if n_moves:
+            value, _ = objective(model, X, Y)
+            assert model.objective_path_[-1] == pytest.approx(value, rel=1e-10)
+
+
+class Unmoved(nn.Module):
+    """A part without a gradient, and one without parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6).double()
+        nn.init.constant_(self.layer.bias, -100)
+
+    def forward(self, x):
+        return torch.tanh(x) + torch.relu(self.layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("max_iter", [1, 200])
+@pytest.mark.parametrize("gradient_alpha", [1e-2, 0.0])
+def test_output_weights_alone_change(max_iter, gradient_alpha):
+    """A move of length zero calls for no proximal term."""
+    model = classifier(Unmoved(), n_linearizations=3, max_iter=max_iter)
+    model.set_params(gradient_alpha=gradient_alpha).fit(X, Y)
+    assert (np.diff(model.objective_path_) <= 0).all()
+    assert np.isfinite(model.coef_).all()
+    assert not any(move.any() for move in model.gradient_coef_.values())
+
+
+def test_copies_keep_no_rows():
+    """The gradient term of a point may hold explicit rows, and lives as long as its turn."""
+    fits = stages(classifier())
+    terms, choose = [], TwoStageFit._choose_term
+
+    def noted(self, first):
+        choose(self, first)
+        if self.point:
+            terms.append(weakref.ref(first.term))
+
+    with mock.patch.object(TwoStageFit, "_choose_term", noted):
+        run, copies = Relinearization(fits, fits.fit_activation(1e-2)), []
+        for gradient_alpha in (1e-1, 1e-2, 1e-3):
+            run.linear(gradient_alpha)
+            run.moved()
+            copies.append(run.copy())
+    gc.collect()
+    assert len(terms) >= 2
+    assert not any(term() is not None for term in terms)
 
 
 def test_linear_model_with_a_proximal_term(monkeypatch):
@@ -181,6 +300,15 @@ def test_linear_model_with_a_proximal_term(monkeypatch):
     gradients = torch.autograd.grad(with_term, [weights, intercept, *moves.values()])
     assert max(float(g.abs().max()) for g in gradients) < 1e-8
     assert step.promised == pytest.approx(run._path[-1] - value.item(), rel=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("max_iter", [1, 2])
+def test_few_iterations_of_fits_with_a_proximal_term(max_iter):
+    model = classifier(alpha=1e-4, gradient_alpha=1e-5, max_iter=max_iter, n_linearizations=3)
+    model.fit(10 * X, Y)
+    assert model.n_iter_ > 3 * max_iter
+    assert (np.diff(model.objective_path_) < 0).all()
 
 
 def test_ends_where_nothing_falls():
@@ -288,6 +416,21 @@ def test_the_fit_repeats_what_held_out_samples_judged(n_linearizations):
     assert model.gradient_alpha_ == chosen
     if n_linearizations == "auto":
         assert model.n_linearizations_ >= 1 + (tried > chosen).sum()
+
+
+def test_the_search_keeps_the_networks_of_the_best_penalty_alone():
+    n_models, kept = Relinearized.n_models, []
+
+    def noted(self, *pair):
+        kept.append((pair, list(self._judged)))
+        return n_models(self, *pair)
+
+    with mock.patch.object(Relinearized, "n_models", noted):
+        model = classifier(n_linearizations="auto", alpha=1e-2, gradient_alpha="auto").fit(X, Y)
+    assert len(model.validation_scores_["loss"]) > 3
+    assert kept == [
+        ((model.alpha_, model.gradient_alpha_), [(model.alpha_, model.gradient_alpha_)])
+    ]
 
 
 def test_linear_models_in_the_coarse_space(monkeypatch):
