@@ -223,7 +223,7 @@ n_passes_ : int
     The number of passes over the data of the last fit, or of all linearisations.
 objective_path_ : ndarray of shape (`n_iter_` + 1,) or (`n_linearizations_` + 1,)
     The objective at the start and after every iteration. With several linearisations, that of
-    the network at the start and after every move; the last linear model may have no move. It
+    the network at the start and after every move; a linear model may have no move. It
     never increases.
 """
 

@@ -440,6 +440,8 @@ class Runs:
         The penalties of the linearisations so far.
     has_ended : bool
         Whether no network has moved in the last one.
+    former : ndarray or None
+        The losses of the networks before the last one; None at the pretrained parameters.
     """
 
     def __init__(self, runs: list[tuple[_Fold, Relinearization]]) -> None:
@@ -447,6 +449,7 @@ class Runs:
         self._losses: list[Array | None] = [None] * len(runs)
         self.gradient_alphas: tuple[float, ...] = ()
         self.has_ended = False
+        self.former: Array | None = None
 
     def copy(self) -> Runs:
         """Return a copy that goes on from the same points."""
@@ -457,14 +460,18 @@ class Runs:
 
     def go_on(self, gradient_alpha: float) -> tuple[Array, Array]:
         """Return the losses of the next linear models and of the networks after the next move."""
+        if self.gradient_alphas:
+            self.former = self._every()
         pairs = [fold.go_on(run, gradient_alpha) for fold, run in self._runs]
         self.has_ended = all(moved is None for _, moved in pairs)
         for i, (linear, moved) in enumerate(pairs):
             if moved is not None or self._losses[i] is None:
                 self._losses[i] = linear if moved is None else moved
         self.gradient_alphas += (gradient_alpha,)
-        every = [losses for losses in self._losses if losses is not None]
-        return np.concatenate([linear for linear, _ in pairs]), np.concatenate(every)
+        return np.concatenate([linear for linear, _ in pairs]), self._every()
+
+    def _every(self) -> Array:
+        return np.concatenate([losses for losses in self._losses if losses is not None])
 
     def models(self, gradient_alpha: float) -> Iterator[Array]:
         """Iterate over the losses of further linear models and moved networks, in turn."""
@@ -567,17 +574,17 @@ class Relinearized:
         models = itertools.chain(judged, run.copy().models(gradient_alpha))
         if self._n_linearizations is not None:
             return self._last(models, 2 * self._n_linearizations)
-        unmoved = self._mean(self._folds.losses(alpha, math.inf))
+        former = self._folds.losses(alpha, math.inf) if run.former is None else run.former
         n_former = 2 * len(run.gradient_alphas) - 2
-        return n_former + self._while_it_falls(unmoved, models)
+        return n_former + self._while_it_falls(self._mean(former), models)
 
-    def _while_it_falls(self, unmoved: float, models: Iterator[Array]) -> int:
+    def _while_it_falls(self, former: float, models: Iterator[Array]) -> int:
         """Return the number of the best model, until the next ones are no better.
 
         That is where two in turn are not, or where the gains of the moved networks, if they go on
-        to shrink by the last factor, become too small.
+        to shrink by the last factor, become too small. ``former`` is the loss before the first.
         """
-        smallest, number_of_best, gain, former = math.inf, 0, 0.0, unmoved
+        smallest, number_of_best, gain = math.inf, 0, 0.0
         for number, losses in enumerate(itertools.islice(models, 2 * _MAX_LINEARIZATIONS), 1):
             mean = self._mean(losses)
             # A moved network predicts faster than the linear model before it.

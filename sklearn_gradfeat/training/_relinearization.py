@@ -315,7 +315,9 @@ class Relinearization:
                     self._path.append(value)
                     return self.network()
             self._proximal = max(needed, _GROWTH * self._proximal)
-            step = self._fitted(step.model)
+            # An unfinished optimum may be worse than the point with a larger term.
+            converged = step.solution.status == "converged"
+            step = self._fitted(step.model if converged else self.first.model)
             n_iter, n_passes = self._spent[-1]
             last = self._solutions[-1]
             self._spent[-1] = n_iter + last.n_iter, n_passes + last.n_passes

@@ -24,7 +24,7 @@ from sklearn_gradfeat import (
 from sklearn_gradfeat.cache._runner import Trunk
 from sklearn_gradfeat.curvature import _coarse_space as coarse_space
 from sklearn_gradfeat.training import Journal, TwoStageFit, _relinearization
-from sklearn_gradfeat.training._held_out import Relinearized
+from sklearn_gradfeat.training._held_out import Relinearized, Runs
 from sklearn_gradfeat.training._relinearization import (
     Relinearization,
     fit_in_turn,
@@ -220,6 +220,37 @@ def test_the_last_penalty_is_that_of_the_result(monkeypatch):
             assert model.objective_path_[-1] == pytest.approx(value, rel=1e-10)
 
 
+def test_gains_are_those_of_one_linearization_each():
+    """The fall with stronger penalties is not the gain that the next one is compared with."""
+    n_rounds, losses = [], iter([1.0, 0.50, 0.40, 0.35, 0.345, 0.345, 0.345])
+    network = np.ones(1)
+
+    class Fold:
+        def go_on(self, run, gradient_alpha):
+            nonlocal network
+            n_rounds.append(gradient_alpha)
+            network = np.full(1, next(losses))
+            return network + 0.2, network
+
+    class Started:
+        weights = np.ones(1)
+
+        def start(self, alpha):
+            run = mock.Mock()
+            run.copy.return_value = run
+            return Runs([(Fold(), run)])
+
+        def losses(self, alpha, gradient_alpha):
+            return np.full(1, 2.0)
+
+    search = Relinearized(Started(), None, 1e-6, 1.0)
+    for gradient_alpha in (1.0, 0.1, 0.01):
+        search.losses(1.0, gradient_alpha)
+    # 0.5 before the chosen value, then 0.40, 0.35 and 0.345: gains of 0.1, 0.05 and 0.005
+    assert search.n_models(1.0, 0.01) == 2 * 5
+    assert n_rounds == [1.0, 0.1, 0.01, 0.01, 0.01]
+
+
 class Unmoved(nn.Module):
     """A part without a gradient, and one without parameters."""
 
@@ -303,11 +334,13 @@ def test_linear_model_with_a_proximal_term(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.parametrize("max_iter", [1, 2])
-def test_few_iterations_of_fits_with_a_proximal_term(max_iter):
-    model = classifier(alpha=1e-4, gradient_alpha=1e-5, max_iter=max_iter, n_linearizations=3)
-    model.fit(10 * X, Y)
-    assert model.n_iter_ > 3 * max_iter
+@pytest.mark.parametrize("seed", [0, 9])
+def test_few_iterations_of_fits_with_a_proximal_term(seed):
+    """One that ends too early does not end the method."""
+    model = classifier(network(seed), alpha=1e-4, gradient_alpha=1e-5, max_iter=1)
+    model.set_params(n_linearizations=6).fit(10 * X, Y)
+    assert model.n_linearizations_ == 6
+    assert model.n_iter_ > 6
     assert (np.diff(model.objective_path_) < 0).all()
 
 
