@@ -69,9 +69,9 @@ n_linearizations : int or "auto", default=1
     The number of linear models that are fitted in turn. After each, the parameters θ₂ move to
     its optimum, the output weights are fitted again, and the next model is the linearisation
     there (the prox-linear method [2]_). A penalty on the move grows until the training loss of
-    the network plus the penalties falls. Of the last linear model and the network that moved once
-    more, the fit returns the one with the smaller loss of held-out samples, if those choose
-    ``gradient_alpha``, and otherwise the moved network. ``"auto"`` goes on until the
+    the network plus the penalties falls. Of the last linear model and the network that moved
+    once more, the fit returns the one with the smaller loss of held-out samples, if those
+    choose ``gradient_alpha``, and otherwise the moved network. ``"auto"`` goes on until the
     loss of held-out samples does not fall any more; with ``gradient_alpha="auto"``, the first
     linearisations have stronger penalties than the last ones. The CV estimators take numbers
     alone. One is the model of the paper, the only one that is solved to a ``tol`` below 0.2.
