@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -82,11 +82,19 @@ def fit_in_turn(
 
     Parameters
     ----------
-    stages, alpha, gradient_alpha, warm, progress
-        As in :func:`relinearized`.
+    stages : TwoStageFit
+        Both stages at the pretrained parameters.
+    alpha, gradient_alpha : float
+        The penalties. With an infinite ``gradient_alpha`` the first model is the only one.
     n_models : int
         One is the linear model around the pretrained parameters. An even number ends with a moved
-        network, an odd one with a linear model.
+        network, an odd one with a linear model. The method ends earlier where a linear model
+        promises to decrease ``F`` by less than ``tol`` times its fall so far, where no move
+        decreases it, or where a callback stops the fit.
+    warm : LinearModel or None
+        Where to start, unless the pretrained parameters are better; None starts at these.
+    progress : Progress or None
+        Follows the iterations.
     stronger : sequence of float
         The penalties of the first linearisations, which end at moved networks. A warm start takes
         their place.
@@ -94,6 +102,7 @@ def fit_in_turn(
     Returns
     -------
     FitResult
+        Its ``network_path`` holds ``F`` before the first linearisation and after each move.
     """
     if math.isinf(gradient_alpha):
         return stages.fit(alpha, gradient_alpha, warm, progress)
@@ -118,64 +127,15 @@ def fit_in_turn(
     return result if result.gradient_alpha == run.gradient_alpha else run.network()
 
 
-def relinearized(
-    stages: TwoStageFit,
-    alpha: float,
-    gradient_alpha: float,
-    warm: LinearModel | None = None,
-    progress: Progress | None = None,
-    first: FirstStage | None = None,
-) -> Iterator[tuple[FitResult, TwoStageFit]]:
-    """Iterate over the linear models and the moved networks, in turn.
-
-    It ends where a linear model promises to decrease ``F`` by less than ``tol`` times its fall so
-    far, where no move decreases it, or where a callback stops the fit.
-
-    Parameters
-    ----------
-    stages : TwoStageFit
-        Both stages at the pretrained parameters.
-    alpha, gradient_alpha : float
-        The penalties. With an infinite ``gradient_alpha`` the first model is the only one.
-    warm : LinearModel or None
-        Where to start, unless the pretrained parameters are better; None starts at these.
-    progress : Progress or None
-        Follows the iterations.
-    first : FirstStage or None
-        The fit of the output weights at the pretrained parameters; None fits them.
-
-    Yields
-    ------
-    FitResult
-        Its ``network_path`` holds ``F`` before the first linearisation and after each move.
-    TwoStageFit
-        Both stages at the point of the model.
-    """
-    if math.isinf(gradient_alpha):
-        yield stages.fit(alpha, gradient_alpha, warm, progress), stages
-        return
-    run = _started(stages, alpha, gradient_alpha, warm, progress, first)
-    while True:
-        found = run.linear(gradient_alpha)
-        yield found, run.stages
-        if found.is_interrupted:
-            return
-        moved = run.moved()
-        if moved is None:
-            return
-        yield moved, run.stages
-
-
 def _started(
     stages: TwoStageFit,
     alpha: float,
     gradient_alpha: float,
     warm: LinearModel | None,
     progress: Progress | None,
-    first: FirstStage | None = None,
 ) -> Relinearization:
     """Return the method at the pretrained parameters, or at the warm start if that is better."""
-    first = first or stages.fit_activation(alpha, progress=progress)
+    first = stages.fit_activation(alpha, progress=progress)
     if warm is not None and not first.is_zero:
         unmoved = _objective(stages, first, gradient_alpha)
         warm = stages.problem.reduced(warm)

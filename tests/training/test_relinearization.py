@@ -28,7 +28,6 @@ from sklearn_gradfeat.training._held_out import Relinearized, Runs
 from sklearn_gradfeat.training._relinearization import (
     Relinearization,
     fit_in_turn,
-    relinearized,
 )
 from tests import tiny
 
@@ -56,6 +55,17 @@ def stages(model, X=X, y=Y, sample_weight=None, journal=None):
     if journal is not None:
         prepared = prepared._replace(journal=journal)
     return TwoStageFit(prepared, problem)
+
+
+def relinearized(fits, alpha, gradient_alpha):
+    """Iterate over the linear models and the moved networks, in turn."""
+    run = Relinearization(fits, fits.fit_activation(alpha))
+    moved = run
+    while moved is not None:
+        yield run.linear(gradient_alpha)
+        moved = run.moved()
+        if moved is not None:
+            yield moved
 
 
 def objective(model, X, y, weights=None):
@@ -89,7 +99,7 @@ def test_objective_is_that_of_the_network():
 def test_first_linear_model_is_that_of_one_linearization():
     model = classifier(tol=0.3)
     results = relinearized(stages(model), 1e-2, 1e-2)
-    first, _ = next(results)
+    first = next(results)
     expected = stages(model).fit(1e-2, 1e-2)
     for name in ("weights", "intercept", "omega"):
         assert torch.equal(getattr(first.model, name), getattr(expected.model, name))
@@ -116,7 +126,7 @@ def test_objective_never_increases(seed, alpha, gradient_alpha, scale):
     samples, y = scale * rng.normal(size=(20, 6)), rng.integers(0, 3, 20)
     y[:3] = range(3)
     fits = stages(classifier(network(seed)), samples, y)
-    *_, (last, _) = itertools.islice(relinearized(fits, alpha, gradient_alpha), 8)
+    *_, last = itertools.islice(relinearized(fits, alpha, gradient_alpha), 8)
     assert (np.diff(last.network_path) <= 0).all()
 
 
@@ -149,7 +159,7 @@ def test_a_step_that_overshoots_is_shortened():
         return moved(self, point)
 
     with mock.patch.object(TwoStageFit, "moved", noted):
-        results = [found for found, _ in itertools.islice(relinearized(fits, 1e-6, 1e-9), 12)]
+        results = list(itertools.islice(relinearized(fits, 1e-6, 1e-9), 12))
     linear = float(results[0].model.displacements["frequency"])
     steps = [point / linear for point in points[:2]]
     assert steps[0] == pytest.approx(1)
@@ -412,7 +422,7 @@ def test_warm_start_that_is_worse_than_the_pretrained_network_is_dropped():
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_the_model_of_a_number_is_the_one_that_held_out_samples_judge(number):
     fits = stages(classifier())
-    *_, (judged, _) = itertools.islice(relinearized(fits, 1e-2, 1e-4), number)
+    *_, judged = itertools.islice(relinearized(fits, 1e-2, 1e-4), number)
     found = fit_in_turn(stages(classifier()), 1e-2, 1e-4, number)
     for name in ("weights", "intercept", "omega"):
         assert torch.equal(getattr(found.model, name), getattr(judged.model, name))
