@@ -272,7 +272,7 @@ class FactoredTerm(TangentTerm):
         return total, pulled + others
 
     def calls(self, layers: Sequence[_Kept], weight: int) -> list[KeptLayer]:
-        """Return those of the layers that have a given weight."""
+        """Return the linear layers and convolutions with a given weight."""
         found = [layer for layer in layers if not isinstance(layer, _Norm)]
         return [layer for layer in found if layer.call.weight == weight]
 

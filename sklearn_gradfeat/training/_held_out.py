@@ -531,12 +531,13 @@ class Relinearized:
         if math.isinf(gradient_alpha):
             return self._folds.losses(alpha, gradient_alpha)
         linear, moved, _ = self._judge(alpha, gradient_alpha)
-        found = min(linear, moved, key=self._mean) if alpha == self._alpha else moved
-        self._forget(alpha, gradient_alpha, self._mean(found))
         if alpha == self._alpha:
-            return found
-        self.refitted = min(self.refitted, self._mean(self._folds.refitted(self._alpha)))
-        return moved
+            found = min(linear, moved, key=self._mean)
+        else:
+            found = moved
+            self.refitted = min(self.refitted, self._mean(self._folds.refitted(self._alpha)))
+        self._forget(alpha, gradient_alpha, self._mean(found))
+        return found
 
     def _judge(self, alpha: float, gradient_alpha: float) -> tuple[Array, Array, Runs]:
         """Return the losses of the linear models and of the moved networks, and where these are."""

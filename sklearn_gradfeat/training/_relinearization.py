@@ -57,8 +57,8 @@ Array = npt.NDArray[np.float64]
 
 # Share of the promised decrease that a move must reach.
 _SUFFICIENT = 0.1
-# A linear model whose move does not is fitted again, with a proximal term that is larger by this
-# factor at least.
+# A linear model whose move falls short of this share is fitted again, so often at most, with a
+# proximal term that is larger by this factor at least.
 _ATTEMPTS, _GROWTH = 12, 4
 # The proximal term that a move was found to need, times this, is that of the next linear model.
 _RELAXED = 0.5
