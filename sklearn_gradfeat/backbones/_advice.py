@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,22 +62,30 @@ def layout_advice(module: object, batch: Tensor) -> str:
     )
 
 
-def warn_of_class_scores(module: nn.Module) -> None:
-    """Warn if the last layer is a classifier for ImageNet, whose output is a poor activation."""
+def classifier(module: nn.Module) -> str | None:
+    """Return the name of the last layer if it seems to compute class scores of ImageNet."""
     layers = [
         (name, layer)
         for name, layer in module.named_modules()
         if any(True for _ in layer.parameters(recurse=False))
     ]
     if not layers:
-        return
+        return None
     name, last = layers[-1]
     named = bool(_CLASSIFIERS & set(name.split(".")))
-    if named and isinstance(last, nn.Linear) and last.out_features in _NUMBERS_OF_CLASSES:
+    scores = isinstance(last, nn.Linear) and last.out_features in _NUMBERS_OF_CLASSES
+    return name if named and scores else None
+
+
+def warn_of_class_scores(module: nn.Module) -> None:
+    """Warn if the last layer is a classifier for ImageNet, whose output is a poor activation."""
+    name = classifier(module)
+    if name is not None:
+        width = cast(nn.Linear, module.get_submodule(name)).out_features
         warnings.warn(
-            f"The backbone ends in the layer {name!r} with {last.out_features} outputs, which seem "
-            "to be class scores. The features below this layer are better activations: replace it "
-            f"by torch.nn.Identity(). To keep the scores, set activation_layer={name!r}.",
+            f"The backbone ends in the layer {name!r} with {width} outputs, which seem to be class "
+            "scores. The features below this layer are better activations: replace it by "
+            f"torch.nn.Identity(). To keep the scores, set activation_layer={name!r}.",
             UserWarning,
             stacklevel=2,
         )

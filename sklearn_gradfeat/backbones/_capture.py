@@ -7,9 +7,9 @@ import logging
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +21,7 @@ from sklearn_gradfeat.backbones._graph import ActivationModule, Captured, Captur
 from sklearn_gradfeat.backbones._split import extract
 
 
-class _Exported(NamedTuple):
+class Exported(NamedTuple):
     """The graph of an architecture, without the weights of a network.
 
     Attributes
@@ -45,11 +45,13 @@ class _Exported(NamedTuple):
 # The outputs of one function in two forms differ by no more than this many units of rounding.
 _ROUNDINGS = 100
 _KEPT = 16
-_exported: OrderedDict[str, _Exported] = OrderedDict()
+_exported: OrderedDict[str, Exported] = OrderedDict()
 _LOCK = threading.Lock()
 
 
-def capture(module: ActivationModule, example: Tensor) -> Captured:
+def capture(
+    module: ActivationModule, example: Tensor, exported: Exported | None = None
+) -> tuple[Captured, Exported]:
     """Return a module as a graph with a free batch size.
 
     The graph of another network of the same architecture is used again if all of its code belongs
@@ -61,34 +63,42 @@ def capture(module: ActivationModule, example: Tensor) -> Captured:
         The network, in evaluation mode.
     example : tensor of shape (2 or more, ...)
         A batch that the network accepts.
+    exported : Exported or None
+        A graph of the same module with other ones of the layers ``among``.
 
     Returns
     -------
-    Captured
+    captured : Captured
+        The graph.
+    exported : Exported
+        What it is a copy of.
 
     Raises
     ------
     CaptureError
         If ``torch.export`` refuses the module.
     """
-    key = architecture_digest(module, example)
+    if exported is not None:
+        return _with_tensors(exported, module), exported
+    wide = module if module.among is None else ActivationModule(module.module, module.among)
+    key = architecture_digest(wide, example)
     with _LOCK:
         known = _exported.get(key)
     if known is not None:
         captured = _with_tensors(known, module)
         if _agrees(captured, module, example):
-            return captured
-    exported = _export(module, example)
+            return captured, known
+    exported = _export(wide, example)
     captured = _with_tensors(exported, module)
     with _LOCK:
         _exported[key] = exported
         _exported.move_to_end(key)
         while len(_exported) > _KEPT:
             _exported.popitem(last=False)
-    return captured
+    return captured, exported
 
 
-def _export(module: ActivationModule, example: Tensor) -> _Exported:
+def _export(module: ActivationModule, example: Tensor) -> Exported:
     """Return the graph of a module."""
     batch = torch.export.Dim("batch", min=2)
     try:
@@ -105,7 +115,7 @@ def _export(module: ActivationModule, example: Tensor) -> _Exported:
             node.args = node.args[:3]  # without sparse gradients, or gradients by frequency
     signature = program.graph_signature
     constants = signature.inputs_to_lifted_tensor_constants
-    return _Exported(
+    return Exported(
         graph,
         {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **constants},
         set(signature.inputs_to_parameters),
@@ -127,7 +137,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _with_tensors(exported: _Exported, module: ActivationModule) -> Captured:
+def _with_tensors(exported: Exported, module: ActivationModule) -> Captured:
     """Return a copy of a graph with the tensors of a module."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     outputs = graph.graph_copy(exported.graph, copies)
@@ -153,6 +163,8 @@ def _with_tensors(exported: _Exported, module: ActivationModule) -> Captured:
     captured = Captured(
         graph, tensors, parameters, entry[0], outputs[-1], classes, aliases=aliases, names=names
     )
+    if module.among is not None:
+        _narrow(captured, [i for i, part in enumerate(module.among) if module.joins(part)])
     used = set(captured.used())
     captured.parameters = {n: node for n, node in parameters.items() if node in used}
     if captured.input not in used:
@@ -161,6 +173,26 @@ def _with_tensors(exported: _Exported, module: ActivationModule) -> Captured:
             "is computed from the samples, or another activation_layer."
         )
     return captured
+
+
+def _narrow(captured: Captured, kept: Sequence[int]) -> None:
+    """Leave some of the averages that the output joins, and what computes them."""
+    casts = []
+    node = captured.output
+    while node.target is not torch.ops.aten.cat.default:
+        casts.append(node)
+        node = node.all_input_nodes[0]
+    parts: Any = node.args[0]
+    parts = [parts[i] for i in kept]
+    node.args = (parts, *node.args[1:])
+    width = sum(part.meta["val"].shape[1] for part in parts)
+    for changed in [node, *casts]:
+        value = changed.meta["val"]
+        changed.meta["val"] = value.new_empty((value.shape[0], width))
+    used = set(captured.used())
+    for other in reversed(list(captured.graph.nodes)):
+        if other not in used and other.op != "placeholder":
+            captured.graph.erase_node(other)
 
 
 def _agrees(captured: Captured, module: ActivationModule, example: Tensor) -> bool:

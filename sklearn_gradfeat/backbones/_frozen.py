@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
+from sklearn_gradfeat.backbones._advice import classifier
 from sklearn_gradfeat.backbones._attention import differentiable_attention
 from sklearn_gradfeat.backbones._blocks import (
     after_attention,
@@ -24,7 +25,7 @@ from sklearn_gradfeat.backbones._blocks import (
     choose_parameters,
     differentiable,
 )
-from sklearn_gradfeat.backbones._capture import capture
+from sklearn_gradfeat.backbones._capture import Exported, capture
 from sklearn_gradfeat.backbones._casts import first_cast, warn_of_cast
 from sklearn_gradfeat.backbones._copies import (
     check_module,
@@ -60,7 +61,9 @@ from sklearn_gradfeat.backbones._graph import (
 )
 from sklearn_gradfeat.backbones._independence import check_independence
 from sklearn_gradfeat.backbones._layers import (
+    AUTO,
     ActivationLayer,
+    Outputs,
     check_layer,
     choose_layers,
     hashable,
@@ -147,8 +150,10 @@ class FrozenBackbone:
     dtype : torch.dtype
         Floating dtype of the parameters.
     activation_layer : str, int, tuple of str or None
-        The submodule whose output is the activation, or a choice of several layers, see
-        :func:`choose_layers`.
+        The submodule whose output is the activation, or a choice of several layers: their names,
+        or a number of blocks. ``"auto"`` is up to four blocks below ``gradient_layers``.
+    gradient_layers : str, int or tuple of str
+        The layers θ₂, for ``"auto"``.
     channels_second : bool, default=False
         Whether the channels of a single layer are on the second axis in any case, as in model
         files of earlier versions.
@@ -160,6 +165,7 @@ class FrozenBackbone:
         example: Tensor,
         dtype: torch.dtype,
         activation_layer: str | int | tuple[str, ...] | None,
+        gradient_layers: str | int | Sequence[str] = "last",
         *,
         channels_second: bool = False,
     ) -> None:
@@ -167,19 +173,22 @@ class FrozenBackbone:
         chosen = activation_layer
         if isinstance(chosen, str) and is_pattern(chosen, module):
             chosen = (chosen,)
-        if isinstance(chosen, str):
+        if isinstance(chosen, str) and chosen != AUTO:
             check_layer(module, chosen)
         copied = frozen_copy(module, example.device, dtype)
-        layer: str | tuple[Layer, ...] | None
-        if isinstance(chosen, (int, tuple)):
-            layer = choose_layers(copied, chosen, example, lambda: _block_paths(copied, example))
+        self._exported: Exported | None = None
+        if isinstance(chosen, int) or chosen == AUTO:
+            number = chosen if isinstance(chosen, int) else None
+            self.module, self._exported = _on_blocks(
+                copied, example, dtype, number, gradient_layers
+            )
+        elif isinstance(chosen, tuple):
+            self.module = ActivationModule(copied, choose_layers(copied, chosen, example))
         elif chosen is None or channels_second:
-            layer = chosen
+            self.module = ActivationModule(copied, chosen)
         else:
-            layer = choose_layers(copied, (chosen,), example, list)
-            if layer[0].axis == 1:
-                layer = chosen
-        self.module = ActivationModule(copied, layer)
+            layers = choose_layers(copied, (chosen,), example)
+            self.module = ActivationModule(copied, chosen if layers[0].axis == 1 else layers)
         check_independence(self.module, example)
         self.module.requires_grad_(False)  # not before lazy modules have their parameters
         self.example = torch.zeros_like(example)
@@ -206,6 +215,7 @@ class FrozenBackbone:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the module without a graph."""
         self.__dict__.update(state, _networks={}, _others={}, _probe=None, _compared={}, cast=None)
+        self._exported = None
 
     def runs_in(self, dtype: torch.dtype) -> bool:
         """Whether the network runs in a dtype; it may not if it casts to another one inside."""
@@ -215,6 +225,12 @@ class FrozenBackbone:
         except ValueError:
             return False
         return True
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether the output of the network is a part of the activation."""
+        layer = self.module.layer
+        return layer is None or any(part.path == "" for part in self.layers or ())
 
     @property
     def layers(self) -> tuple[Layer, ...] | None:
@@ -252,9 +268,12 @@ class FrozenBackbone:
 
     @functools.cached_property
     def _graphs(self) -> tuple[Captured, Captured] | tuple[CaptureError, CaptureError]:
-        captured = _captured(self.module, self.example)
-        if isinstance(captured, CaptureError):
-            return captured, captured
+        try:
+            captured, self._exported = capture(self.module, self.example, self._exported)
+            fold_batch_norms(captured)
+            merge_padding(captured)
+        except CaptureError as refusal:
+            return refusal, refusal
         computed = without_unread_tokens(captured)
         if not self._is_function_of_module(computed):
             error = CaptureError("the graph of torch.export has another output than the module")
@@ -356,6 +375,15 @@ class FrozenBackbone:
             )
         return chosen
 
+    def blocks(self) -> dict[str, list[str]]:
+        """Return the parameter names of every block by its path, from bottom to top."""
+        with _LOCK:
+            captured = self.captured
+        if isinstance(captured, CaptureError):
+            example = self.example if self._probe is None else self._probe
+            return module_blocks(self.module, example, parameter_names(self.module, example))
+        return blocks(captured)
+
     def _chosen(self, gradient_layers: str | int | Sequence[str]) -> list[str]:
         """Return the chosen parameters, from the graph if there is one."""
         with _LOCK:
@@ -379,7 +407,7 @@ class FrozenBackbone:
             return choose_parameters(
                 gradient_layers,
                 names,
-                lambda: list(module_blocks(module, example, names).values()),
+                lambda: list(self.blocks().values()),
                 _no_attention,
                 gone,
                 tied_names(module.module),
@@ -399,7 +427,7 @@ class FrozenBackbone:
         return choose_parameters(
             gradient_layers,
             names,
-            lambda: list(blocks(captured).values()),
+            lambda: list(self.blocks().values()),
             lambda: after_attention(captured),
             gone,
             captured.aliases,
@@ -443,17 +471,6 @@ class FrozenBackbone:
         return self._compared[names]
 
 
-def _captured(module: ActivationModule, example: Tensor) -> Captured | CaptureError:
-    """Return the folded graph of a module, or the error that says why there is none."""
-    try:
-        captured = capture(module, example)
-        fold_batch_norms(captured)
-        merge_padding(captured)
-    except CaptureError as refusal:
-        return refusal
-    return captured
-
-
 def _no_attention() -> list[str]:
     """Raise the error of a module that has no graph."""
     raise ValueError(
@@ -462,17 +479,37 @@ def _no_attention() -> list[str]:
     )
 
 
-def _block_paths(module: nn.Module, example: Tensor) -> list[str]:
-    """Return the paths of the blocks of a network, from bottom to top."""
-    whole = ActivationModule(module, None)
-    check_independence(whole, example)
-    captured = _captured(whole, example)
-    if isinstance(captured, CaptureError):
-        names = [name for name, _ in module.named_parameters()]
-        found = module_blocks(whole, example, names)
+def _on_blocks(
+    module: nn.Module,
+    example: Tensor,
+    dtype: torch.dtype,
+    number: int | None,
+    gradient_layers: str | int | Sequence[str],
+) -> tuple[ActivationModule, Exported | None]:
+    """Return a network whose activation joins the outputs of blocks and its own, and its graph.
+
+    ``number`` is that of the topmost blocks, None for those below ``gradient_layers``.
+    """
+    outputs = Outputs(module, example, None if number is not None else classifier(module))
+    last, among = outputs.last, outputs.candidates
+    if last is None:  # whoever calls the network learns why
+        return ActivationModule(module, None), None
+    whole = FrozenBackbone._restored(ActivationModule(module, (last,), among), example, dtype)
+    check_independence(whole.module, example)
+    blocks = {path: names for path, names in whole.blocks().items() if names}
+    if number is not None:
+        layers = outputs.topmost(number, list(blocks))
     else:
-        found = blocks(captured)
-    return [path for path, names in found.items() if names]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                layers = outputs.below(blocks, whole._chosen(gradient_layers))
+        except ValueError:  # whoever asks for the gradient layers learns why
+            layers = (last,)
+    if not set(layers) <= set(among):
+        return ActivationModule(module, layers), None
+    alone = number is None and layers == (last,) and (last.path, last.axis) == ("", 1)
+    return ActivationModule(module, None if alone else layers, among), whole._exported
 
 
 def _scaled(head: fx.GraphModule, scale: Tensor) -> fx.GraphModule:
@@ -552,6 +589,7 @@ def freeze(
     example: Tensor,
     dtype: torch.dtype,
     activation_layer: ActivationLayer,
+    gradient_layers: str | int | Sequence[str] = "last",
     owner: object = None,
 ) -> FrozenBackbone:
     """Return the frozen copy of a module, which is shared where modules are equal.
@@ -562,17 +600,20 @@ def freeze(
     """
     check_module(unwrapped(module))
     layer = hashable(activation_layer)
+    if not isinstance(gradient_layers, (str, int)):
+        gradient_layers = tuple(gradient_layers)
     if has_lazy_parameters(module):
-        frozen = FrozenBackbone(module, example, dtype, layer)
+        frozen = FrozenBackbone(module, example, dtype, layer, gradient_layers)
     else:
-        kind = (tuple(example.shape[1:]), example.dtype, dtype, example.device, layer)
+        below = gradient_layers if layer == AUTO else None
+        kind = (tuple(example.shape[1:]), example.dtype, dtype, example.device, layer, below)
         with _CACHE_LOCK:
             stamp = module_digest(module)
             known = _CACHE.setdefault(_cache_owner(module, owner), {})
             for key in [key for key in known if key[-1] != stamp]:
                 del known[key]
             if (*kind, stamp) not in known:
-                known[*kind, stamp] = FrozenBackbone(module, example, dtype, layer)
+                known[*kind, stamp] = FrozenBackbone(module, example, dtype, layer, gradient_layers)
             frozen = known[*kind, stamp]
     if frozen.cast is not None:
         warn_of_cast(frozen.cast)

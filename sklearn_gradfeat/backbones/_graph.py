@@ -147,12 +147,21 @@ class ActivationModule(nn.Module):
         Path of the submodule whose output is the activation, averaged over all axes after the
         second; or the layers whose outputs are averaged and joined. None takes the output of the
         network.
+    among : tuple of Layer or None
+        Layers, with those of the activation, whose outputs are in the graph when it is captured,
+        so that one capture serves all choices among them.
     """
 
-    def __init__(self, module: nn.Module, layer: str | tuple[Layer, ...] | None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: str | tuple[Layer, ...] | None,
+        among: tuple[Layer, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.module = module
         self.layer = layer
+        self.among = among
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation."""
@@ -162,6 +171,10 @@ class ActivationModule(nn.Module):
             rows = activation(self.module, self.layer, x)
         dtype = self._dtype()
         return rows if dtype in (None, rows.dtype) else rows.to(dtype)
+
+    def joins(self, layer: Layer) -> bool:
+        """Whether the output of a layer is a part of the activation, None being the network."""
+        return layer in self.layer if isinstance(self.layer, tuple) else not layer.path
 
     def _dtype(self) -> torch.dtype | None:
         """Return the floating dtype of the network, None if it has no tensors."""

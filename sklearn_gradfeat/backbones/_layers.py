@@ -13,7 +13,7 @@ or from the mask of padding that torch's transformers take.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
@@ -34,6 +34,10 @@ from sklearn_gradfeat.backbones._graph import (
 )
 
 ActivationLayer: TypeAlias = str | int | Sequence[str] | None
+
+# The default of activation_layer, and the number of blocks that it stands for, if there are any.
+AUTO = "auto"
+_AUTO_BLOCKS = 4
 
 _CHANNELS_SECOND = {
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
@@ -81,25 +85,17 @@ def check_layer(module: nn.Module, layer: str) -> None:
         raise _unknown(layer, names)
 
 
-def choose_layers(
-    module: nn.Module,
-    chosen: int | Sequence[str],
-    example: Tensor,
-    blocks: Callable[[], Sequence[str]],
-) -> tuple[Layer, ...]:
-    """Return the layers that ``activation_layer`` chooses, in the order of their last calls.
+def choose_layers(module: nn.Module, patterns: Sequence[str], example: Tensor) -> tuple[Layer, ...]:
+    """Return the layers with some names, in the order of their last calls.
 
     Parameters
     ----------
     module : nn.Module
         The network, in evaluation mode.
-    chosen : int or sequence of str
-        The number of blocks, or names and glob patterns of submodules. The empty name is the
-        network.
+    patterns : sequence of str
+        Names and glob patterns of submodules. The empty name is the network.
     example : tensor of shape (2 or more, ...)
         A batch that the network accepts.
-    blocks : callable
-        Returns the paths of the blocks, from bottom to top.
 
     Returns
     -------
@@ -108,22 +104,111 @@ def choose_layers(
     Raises
     ------
     ValueError
-        If a pattern matches nothing, if a layer is not called or returns no activation, or if
-        there are fewer blocks than asked for.
+        If a pattern matches nothing, or if a layer is not called or returns no activation.
     """
     names = _names(module)
-    if isinstance(chosen, int):
-        seen = _run(module, ["", *names], example)
-        paths = _topmost(chosen, blocks(), seen)
-        if not any(_same(seen[path], seen[""], example) for path in paths):
+    matched = {pattern: _match(pattern, names) for pattern in patterns}
+    seen = _run(module, set(chain(*matched.values())), example)
+    for pattern, found in matched.items():
+        _check_outputs(pattern, [seen[path] for path in found if path in seen])
+    return tuple(found.layer for found in seen.values())
+
+
+class Outputs:
+    """The outputs of all submodules of a network, for a choice of blocks.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The network, in evaluation mode.
+    example : tensor of shape (2 or more, ...)
+        A batch that the network accepts.
+    without : str or None
+        A linear layer at the end of the network to leave out, if a submodule returns its input.
+
+    Attributes
+    ----------
+    last : Layer or None
+        The network, or that submodule; None if the output cannot be an activation.
+    """
+
+    def __init__(self, module: nn.Module, example: Tensor, without: str | None = None) -> None:
+        self._seen = _run(module, ["", *_names(module)], example)
+        self._module, self._example = module, example
+        seen = self._seen[""]
+        self.last = None if seen.fault else seen.layer
+        if without is not None:
+            rows = _input_of(module, without, example)
+            same = [s for s in self._seen.values() if not s.fault and torch.equal(s.rows, rows)]
+            self.last = same[-1].layer if same else self.last
+
+    @property
+    def candidates(self) -> tuple[Layer, ...]:
+        """The last layer and submodules that are often blocks, in the order of their calls.
+
+        These are the elements of the network and of lists, and those with submodules of their own
+        whose output is not that of another one around them.
+        """
+        last = self.last.path if self.last else ""
+        seen = {path: found for path, found in self._seen.items() if not found.fault}
+        chosen = {path for path in seen if path == last or _is_element(self._module, path)}
+        for path in sorted(seen.keys() - chosen, key=len):
+            around = [seen[outer].rows for outer in chosen if path.startswith(f"{outer}.")]
+            same = any(torch.equal(rows, seen[path].rows) for rows in around)
+            if list(self._module.get_submodule(path).children()) and not same:
+                chosen.add(path)
+        return tuple(found.layer for path, found in seen.items() if path in chosen)
+
+    def topmost(self, k: int, blocks: Sequence[str]) -> tuple[Layer, ...]:
+        """Return the topmost k blocks, and the network unless one of them has its output.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer blocks.
+        """
+        if k > len(blocks):
+            raise ValueError(
+                f"activation_layer={k} asks for more blocks than the backbone has: {len(blocks)}. "
+                "Pass a smaller number."
+            )
+        seen = self._seen
+        paths = [_around(path, seen) for path in blocks[len(blocks) - k :]]
+        if not any(_same(seen[path], seen[""], self._example) for path in paths):
             paths.append("")
-    else:
-        matched = {pattern: _match(pattern, names) for pattern in chosen}
-        seen = _run(module, set(chain(*matched.values())), example)
-        for pattern, found in matched.items():
-            _check_outputs(pattern, [seen[path] for path in found if path in seen])
-        paths = list(seen)
-    return tuple(found.layer for path, found in seen.items() if path in paths)
+        return self._layers(paths)
+
+    def _layers(self, paths: Collection[str]) -> tuple[Layer, ...]:
+        return tuple(found.layer for path, found in self._seen.items() if path in paths)
+
+    def below(
+        self, blocks: Mapping[str, Collection[str]], names: Collection[str]
+    ) -> tuple[Layer, ...]:
+        """Return up to four blocks below all parameters ``names``, and the last layer."""
+        lowest = next((i for i, own in enumerate(blocks.values()) if set(own) & set(names)), 0)
+        paths = list(blocks)[max(lowest - _AUTO_BLOCKS, 0) : lowest]
+        last = [self.last.path] if self.last else []
+        return self._layers([_around(path, self._seen) for path in paths] + last)
+
+
+def _input_of(module: nn.Module, path: str, example: Tensor) -> Tensor:
+    """Return what a submodule receives."""
+    received: list[Tensor] = []
+    layer = module.get_submodule(path)
+    hook = layer.register_forward_pre_hook(lambda _layer, inputs: received.append(inputs[0]))
+    try:
+        run_once(module, example)
+    finally:
+        hook.remove()
+    return received[-1] if received else torch.empty(0)
+
+
+def _is_element(module: nn.Module, name: str) -> bool:
+    """Whether a submodule with parameters is an element of a list, or of the network itself."""
+    if not any(True for _ in module.get_submodule(name).parameters()):
+        return False
+    parent = name.rpartition(".")[0]
+    return not parent or type(module.get_submodule(parent)) in (nn.Sequential, nn.ModuleList)
 
 
 def _names(module: nn.Module) -> list[str]:
@@ -194,16 +279,6 @@ class _Recorder(TorchFunctionMode):
             if output.ndim > 2 or (output.ndim == 2 and len(output) != self.n_samples):
                 self.latest = axis, output.shape[axis]
         return result
-
-
-def _topmost(k: int, blocks: Sequence[str], seen: Mapping[str, _Seen]) -> list[str]:
-    """Return the topmost blocks."""
-    if k > len(blocks):
-        raise ValueError(
-            f"activation_layer={k} asks for more blocks than the backbone has: {len(blocks)}. "
-            "Pass a smaller number."
-        )
-    return [_around(path, seen) for path in blocks[-k:]]
 
 
 def _around(path: str, seen: Mapping[str, _Seen]) -> str:

@@ -224,7 +224,8 @@ def build_extractor(
     X: Any,
     *,
     backbone: BackboneLike,
-    gradient_layers: str | int | Sequence[str] | None,
+    gradient_layers: str | int | Sequence[str],
+    has_gradient: bool,
     activation_layer: ActivationLayer,
     preprocess: Preprocess | str | None,
     negative_slope: float | None,
@@ -239,10 +240,12 @@ def build_extractor(
     ----------
     X : ndarray or lazy array-like of shape (n_samples, ...)
         Validated input.
-    backbone, activation_layer, preprocess, negative_slope, device, precision, store_dtype
+    backbone, gradient_layers, activation_layer, preprocess, negative_slope, device
         As in :class:`~sklearn_gradfeat.GradientFeatureClassifier`.
-    gradient_layers : str, int, sequence of str or None
-        As above, or None for a model without a gradient term.
+    precision, store_dtype
+        Likewise.
+    has_gradient : bool
+        Whether the model has a gradient term.
     seed : int
         Seeds random weights.
 
@@ -255,8 +258,6 @@ def build_extractor(
     """
     resolved_device = resolve_device(device)
     resolved = resolve_backbone(backbone, tuple(X.shape[1:]), seed)
-    if not isinstance(activation_layer, (str, Sequence)):  # the output of the network
-        warn_of_class_scores(resolved.module)
     indices = resolved.takes_indices and X.dtype.kind in "iu"
     raw = indices or resolved.preprocess is not None
     trunk_dtype, dtype = compute_dtypes(precision, X, resolved_device, raw)
@@ -269,10 +270,14 @@ def build_extractor(
         if transform is not resolved.preprocess:
             check_transform(samples.prepare, first)
         example = rows_of_all_ranks(samples.prepare(first))[0][:2]
-        frozen = freeze(resolved.module, example, trunk_dtype, activation_layer, owner)
+        frozen = freeze(
+            resolved.module, example, trunk_dtype, activation_layer, gradient_layers, owner
+        )
+        if frozen.reads_output and not isinstance(activation_layer, (list, tuple)):
+            warn_of_class_scores(resolved.module)
         if transform is None:
             warn_of_unscaled_images(frozen.module, example)
-        names = [] if gradient_layers is None else frozen.choose(gradient_layers)
+        names = frozen.choose(gradient_layers) if has_gradient else []
     if names and dtype != trunk_dtype and not frozen.runs_in(dtype):
         dtype = trunk_dtype
     half, rounds = precision == "bfloat16", store_dtype == "bfloat16"

@@ -169,7 +169,8 @@ class BaseGradientFeature(
         extractor, names = build_extractor(
             X,
             backbone=self.backbone,
-            gradient_layers=None if self.features == "activation" else self.gradient_layers,
+            gradient_layers=self.gradient_layers,
+            has_gradient=self.features != "activation",
             activation_layer=self.activation_layer,
             preprocess=self.preprocess,
             negative_slope=self.negative_slope,

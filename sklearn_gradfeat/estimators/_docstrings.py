@@ -24,7 +24,7 @@ backbone : None, str, torch.nn.Module or callable, default=None
       number of tokens of the longest text in ``fit``, rounded up to a multiple of 32. With
       one for sounds, ``X`` has the shape (n_samples, n_times).
     - module: its output is the activation, of shape (n_samples, n_features) or
-      (n_samples, n_features, ...). The axes after the second are averaged.
+      (n_samples, n_features, ...); see ``activation_layer``.
     - callable: returns a module. It is called once in every fit, under ``random_state``.
 
 gradient_layers : {"last", "after_attention", "all"}, int, str or list of str, default="last"
@@ -34,10 +34,12 @@ gradient_layers : {"last", "after_attention", "all"}, int, str or list of str, d
     attention: the output projection and the multi-layer perceptron, without norms. An
     integer k is the k topmost blocks. Any other value holds names or glob patterns of
     submodules or parameters.
-activation_layer : str, int or list of str, default=None
+activation_layer : "auto", str, int, list of str or None, default="auto"
     The layers whose outputs are the activation.
 
-    - None: the output of the backbone.
+    - ``"auto"``: the outputs of up to four blocks below the gradient layers, and the output of
+      the backbone. Blocks are counted as in ``gradient_layers``.
+    - None: the output of the backbone alone.
     - str: the output of one submodule.
     - list of str, or a glob pattern: the outputs of several submodules, side by side from
       bottom to top. The empty name is the backbone itself. A ``*`` also matches dots. A
@@ -50,9 +52,9 @@ activation_layer : str, int or list of str, default=None
     channels are on the last axis where the layer ends in a linear layer or a layer norm, as
     in transformers, and on the second axis otherwise. Of a tuple, the first item counts; of
     several calls, the last. Padding is left out where a submodule takes its mask, as
-    ``attention_mask``, ``src_key_padding_mask`` or ``key_padding_mask``. With a list, a pattern
-    or an int, the output of each layer is divided by its root mean square over the training
-    samples, with their weights; an output of zeros stays.
+    ``attention_mask``, ``src_key_padding_mask`` or ``key_padding_mask``. Unless it is
+    None or one name, the output of each layer is divided by its root mean square over the
+    training samples, with their weights; an output of zeros stays.
 preprocess : "auto", callable or None, default="auto"
     A transform of each batch before the network. It takes and returns a tensor with one
     row per sample. ``"auto"`` is the transform of a named network, which takes uint8 images

@@ -71,6 +71,7 @@ def _complete(parameters: dict[str, Any], attributes: dict[str, Any]) -> None:
     """Add what older files lack: penalties, which could be None, and the linearization point."""
     if "alpha" in parameters and parameters.get("gradient_alpha", 0.0) is None:
         parameters["gradient_alpha"] = parameters["alpha"]
+    parameters.setdefault("activation_layer", None)
     attributes.setdefault("linearization_point_", {})
     infinite = parameters.get("features") == "activation"
     for name in ("alpha", "gradient_alpha"):
@@ -183,7 +184,7 @@ class _Saved:
                 if weights:
                     module = with_weights(module, weights, example, dtype)
                     weights.clear()
-                chosen = layer if layers is None else tuple(layers)
+                chosen = tuple(layers) if layers else None if layer == "auto" else layer
                 frozen = FrozenBackbone(module, example, dtype, chosen, channels_second=old)
         except (ValueError, TypeError) as error:
             raise ValueError(f"The backbone does not fit {self.path}: {error}") from error

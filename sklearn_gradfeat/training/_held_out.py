@@ -4,7 +4,8 @@
 of the samples decides, by its hash: so the folds do not depend on the order of the samples, and an
 integer weight has the same effect as repetitions. A class with one distinct sample is never held
 out. One fold of many samples says enough, and five folds of a few say little: folds are used until
-they hold enough samples together, more of them for the cheap models on the activations.
+they hold enough samples together, more of them for the cheap models on the activations. Where most
+samples are of one class, twice the number of the others counts.
 
 A fold with few samples is solved with explicit rows, by Newton's method. With the right singular
 vectors ``V`` of the activations, ``W f`` is linear in ``Vᵀ f``; with a root ``A Aᵀ`` of the Gram
@@ -121,6 +122,15 @@ def assign_folds(
     return folds
 
 
+def _informative(
+    names: npt.NDArray[np.uint64], strata: npt.NDArray[np.intp], has_classes: bool
+) -> int:
+    """Return the number of distinct samples, at most twice that outside of the largest class."""
+    first = np.unique(names, return_index=True)[1]
+    outside = len(first) - int(np.bincount(strata[first]).max())
+    return min(len(first), 2 * outside) if has_classes else len(first)
+
+
 class _Fold:
     """The fits of one fold, and its held-out samples.
 
@@ -132,11 +142,14 @@ class _Fold:
         Their targets and weights.
     is_held_out : ndarray of shape (n_samples,), bool
         The held-out samples.
+    size : int
+        Their number as :func:`_informative` counts it.
     """
 
     def __init__(
-        self, prepared: Prepared, problem: Problem, is_held_out: npt.NDArray[np.bool_]
+        self, prepared: Prepared, problem: Problem, is_held_out: npt.NDArray[np.bool_], size: int
     ) -> None:
+        self.size = size
         self._prepared, self._problem, self._is_held_out = prepared, problem, is_held_out
         self._train, self._test = _some(~is_held_out), _some(is_held_out)
         self._weights = np.where(is_held_out, problem.weights, 0)[self._test]
@@ -374,15 +387,19 @@ class Folds:
         names, own = rows_of_all_ranks(prepared.samples.names)
         strata, weights = (rows_of_all_ranks(of)[0] for of in (problem.strata, problem.weights))
         numbers = assign_folds(names, strata, weights)
-        return cls([_Fold(loose, problem, numbers[own] == k) for k in range(numbers.max() + 1)])
+        folds = []
+        for k in range(numbers.max() + 1):
+            size = _informative(names[numbers == k], strata[numbers == k], strata.max() > 0)
+            folds.append(_Fold(loose, problem, numbers[own] == k, size))
+        return cls(folds)
 
     def enough(self, n_samples: int) -> Folds | None:
-        """Return the first folds that hold so many distinct samples, all, or None."""
+        """Return the first folds that hold so many samples, see the module; all, or None."""
         return self.divided(n_samples)[0] if self._folds else None
 
     def divided(self, n_samples: int) -> tuple[Folds, Folds]:
-        """Return the first folds that hold so many distinct samples, and the others."""
-        held = np.cumsum([len(fold.weights) for fold in self._folds])
+        """Return the first folds that hold so many samples, and the others."""
+        held = np.cumsum([fold.size for fold in self._folds])
         n_folds = int(np.searchsorted(held, n_samples)) + 1
         return Folds(self._folds[:n_folds]), Folds(self._folds[n_folds:])
 
