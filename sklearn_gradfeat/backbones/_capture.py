@@ -51,7 +51,7 @@ _LOCK = threading.Lock()
 
 def capture(
     module: ActivationModule, example: Tensor, exported: Exported | None = None
-) -> tuple[Captured, Exported]:
+) -> Captured:
     """Return a module as a graph with a free batch size.
 
     The graph of another network of the same architecture is used again if all of its code belongs
@@ -68,10 +68,7 @@ def capture(
 
     Returns
     -------
-    captured : Captured
-        The graph.
-    exported : Exported
-        What it is a copy of.
+    Captured
 
     Raises
     ------
@@ -79,7 +76,7 @@ def capture(
         If ``torch.export`` refuses the module.
     """
     if exported is not None:
-        return _with_tensors(exported, module), exported
+        return _with_tensors(exported, module)
     wide = module if module.among is None else ActivationModule(module.module, module.among)
     key = architecture_digest(wide, example)
     with _LOCK:
@@ -87,7 +84,7 @@ def capture(
     if known is not None:
         captured = _with_tensors(known, module)
         if _agrees(captured, module, example):
-            return captured, known
+            return captured
     exported = _export(wide, example)
     captured = _with_tensors(exported, module)
     with _LOCK:
@@ -95,7 +92,7 @@ def capture(
         _exported.move_to_end(key)
         while len(_exported) > _KEPT:
             _exported.popitem(last=False)
-    return captured, exported
+    return captured
 
 
 def _export(module: ActivationModule, example: Tensor) -> Exported:
@@ -161,7 +158,15 @@ def _with_tensors(exported: Exported, module: ActivationModule) -> Captured:
     every = module.module.named_modules(remove_duplicate=False)
     classes = {name: type(layer) for name, layer in every}
     captured = Captured(
-        graph, tensors, parameters, entry[0], outputs[-1], classes, aliases=aliases, names=names
+        graph,
+        tensors,
+        parameters,
+        entry[0],
+        outputs[-1],
+        classes,
+        aliases=aliases,
+        names=names,
+        exported=exported,
     )
     if module.among is not None:
         _narrow(captured, [i for i, part in enumerate(module.among) if module.joins(part)])

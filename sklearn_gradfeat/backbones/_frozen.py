@@ -269,7 +269,7 @@ class FrozenBackbone:
     @functools.cached_property
     def _graphs(self) -> tuple[Captured, Captured] | tuple[CaptureError, CaptureError]:
         try:
-            captured, self._exported = capture(self.module, self.example, self._exported)
+            captured = capture(self.module, self.example, self._exported)
             fold_batch_norms(captured)
             merge_padding(captured)
         except CaptureError as refusal:
@@ -509,7 +509,8 @@ def _on_blocks(
     if not set(layers) <= set(among):
         return ActivationModule(module, layers), None
     alone = number is None and layers == (last,) and (last.path, last.axis) == ("", 1)
-    return ActivationModule(module, None if alone else layers, among), whole._exported
+    exported = None if isinstance(whole.captured, CaptureError) else whole.captured.exported
+    return ActivationModule(module, None if alone else layers, among), exported
 
 
 def _scaled(head: fx.GraphModule, scale: Tensor) -> fx.GraphModule:

@@ -88,6 +88,8 @@ class Captured:
         The batch norms that were folded.
     aliases : dict of str to str
         Further names of tied parameters, and the name in ``named_parameters()``.
+    exported : object
+        What the graph was copied from, for another choice of layers.
     """
 
     graph: fx.Graph
@@ -101,6 +103,7 @@ class Captured:
     aliases: dict[str, str] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)
     folds: list[Fold] = field(default_factory=list)
+    exported: Any = None
 
     def is_batch_size(self, size: object) -> bool:
         """Whether a size, or a node's value, is the symbolic number of samples."""

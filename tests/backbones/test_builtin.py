@@ -26,7 +26,7 @@ LABELS = np.arange(12) % 3
 
 def model(backbone=None, **parameters):
     defaults = {"features": "activation", "alpha": 1e-2}
-    return GradientFeatureClassifier(backbone, **defaults | parameters)
+    return GradientFeatureClassifier(backbone, **defaults | parameters, activation_layer=None)
 
 
 def activations(name, X):
@@ -120,7 +120,9 @@ def test_none_is_the_random_network_for_tabular_data():
 
 
 def test_regression_on_images():
-    regressor = GradientFeatureRegressor(features="activation", alpha=1e-4).fit(PIXELS, LABELS)
+    regressor = GradientFeatureRegressor(
+        features="activation", alpha=1e-4, activation_layer=None
+    ).fit(PIXELS, LABELS)
     assert regressor.score(PIXELS, LABELS) > 0.9
 
 

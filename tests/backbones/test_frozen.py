@@ -73,7 +73,12 @@ def test_fits_leave_the_global_generator_alone(backbone):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     GradientFeatureClassifier(
-        backbone, features="activation", random_state=8, alpha=1e-4, gradient_alpha=1e-4
+        backbone,
+        features="activation",
+        random_state=8,
+        alpha=1e-4,
+        gradient_alpha=1e-4,
+        activation_layer=None,
     ).fit(samples, Y[:20] % 2)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -183,11 +188,23 @@ def test_changed_attributes_and_hooks_are_seen_by_a_refit():
     X, y = rng.randn(40, 3), rng.randint(0, 2, 40)
     module = Module()
     options = {"alpha": 0.1, "gradient_alpha": 0.1, "tol": 1e-4}
-    first = GradientFeatureClassifier(module, **options).fit(X, y).decision_function(X)
+    first = (
+        GradientFeatureClassifier(module, **options, activation_layer=None)
+        .fit(X, y)
+        .decision_function(X)
+    )
     module.act, module.factors = torch.sin, [3.0]
-    second = GradientFeatureClassifier(module, **options).fit(X, y).decision_function(X)
+    second = (
+        GradientFeatureClassifier(module, **options, activation_layer=None)
+        .fit(X, y)
+        .decision_function(X)
+    )
     module.linear.register_forward_hook(lambda _m, _i, output: output * 3)
-    third = GradientFeatureClassifier(module, **options).fit(X, y).decision_function(X)
+    third = (
+        GradientFeatureClassifier(module, **options, activation_layer=None)
+        .fit(X, y)
+        .decision_function(X)
+    )
     assert np.abs(first - second).max() > 1e-3
     assert np.abs(second - third).max() > 1e-3
 

@@ -107,7 +107,12 @@ def test_operators_that_see_the_layout_of_memory(view):
     images = np.random.default_rng(0).random((20, 3, 4, 8), np.float32)
     network = Strided(view)
     model = GradientFeatureClassifier(
-        network, features="activation", max_iter=500, alpha=1e-4, gradient_alpha=1e-4
+        network,
+        features="activation",
+        max_iter=500,
+        alpha=1e-4,
+        gradient_alpha=1e-4,
+        activation_layer=None,
     ).fit(images, Y[:20] % 2)
     with torch.no_grad():
         activation = network(torch.from_numpy(images)).numpy()

@@ -359,7 +359,12 @@ def test_mean_pooling_of_tokens_keeps_the_graph():
 def test_models_predict_as_with_the_whole_graph(monkeypatch, tmp_path):
     X = normal(12, 3, 16, 16).numpy()
     model = GradientFeatureClassifier(
-        trained(timm_vit()), precision="float64", alpha=0.1, gradient_alpha=0.1, max_iter=5
+        trained(timm_vit()),
+        precision="float64",
+        alpha=0.1,
+        gradient_alpha=0.1,
+        max_iter=5,
+        activation_layer=None,
     ).fit(X, np.arange(12) % 3)
     expected = model.predict_proba(X)
     found = model.to_torch()(torch.from_numpy(X)).detach()

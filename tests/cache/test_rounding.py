@@ -59,7 +59,7 @@ def test_numbers_beyond_float32_are_an_error():
     network = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.Tanh()).double()
     table = 1e39 * np.random.default_rng(0).standard_normal((24, 5))
     with pytest.raises(ValueError, match=r"store_dtype='auto', or scale X"):
-        GradientFeatureClassifier(network, **ROUNDED).fit(table, Y)
+        GradientFeatureClassifier(network, **ROUNDED, activation_layer=None).fit(table, Y)
 
 
 @pytest.mark.parametrize("n_linearizations", [1, 2])
@@ -159,9 +159,13 @@ def test_masks_stay_integers(monkeypatch):
 
     monkeypatch.setattr(MemoryStore, "add", noted)
     given = {"alpha": 0.1, "gradient_alpha": 0.1, "gradient_layers": ["layer"]}
-    found = GradientFeatureClassifier(Bag(), **given, **ROUNDED).fit(tokens, np.arange(20) % 2)
+    found = GradientFeatureClassifier(Bag(), **given, **ROUNDED, activation_layer=None).fit(
+        tokens, np.arange(20) % 2
+    )
     assert kinds == {torch.bfloat16, torch.int64}
-    expected = GradientFeatureClassifier(Bag(), **given).fit(tokens, np.arange(20) % 2)
+    expected = GradientFeatureClassifier(Bag(), **given, activation_layer=None).fit(
+        tokens, np.arange(20) % 2
+    )
     np.testing.assert_allclose(
         found.decision_function(tokens), expected.decision_function(tokens), atol=0.02
     )

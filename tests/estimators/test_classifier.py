@@ -196,7 +196,9 @@ def images():
 
 def squared(**options):
     penalties = {"alpha": 1e-3, "gradient_alpha": 1e-3}
-    return GradientFeatureClassifier(loss="squared", random_state=0, **{**penalties, **options})
+    return GradientFeatureClassifier(
+        loss="squared", random_state=0, **{**penalties, **options}, activation_layer=None
+    )
 
 
 @pytest.mark.parametrize("target", ["binary", "multiclass", "multilabel"])
@@ -207,7 +209,13 @@ def test_optimum_is_that_of_a_dense_regression(target):
     module, names = build("plain")
     options = {"tol": 1e-22, "max_iter": 3000, "precision": "float64"}
     model = GradientFeatureClassifier(
-        module, gradient_layers=names, loss="squared", alpha=0.02, gradient_alpha=0.005, **options
+        module,
+        gradient_layers=names,
+        loss="squared",
+        alpha=0.02,
+        gradient_alpha=0.005,
+        **options,
+        activation_layer=None,
     ).fit(samples, y, sample_weight=weights)
     with torch.no_grad():
         f = module(torch.tensor(samples)).flatten(2).mean(2).numpy()
@@ -230,7 +238,7 @@ def test_optimum_is_that_of_a_dense_regression(target):
 def test_logits_are_those_of_a_regression(features):
     model = squared(features=features).fit(DIGITS[TRAIN], CLASSES[TRAIN])
     regressor = GradientFeatureRegressor(
-        features=features, random_state=0, alpha=1e-3, gradient_alpha=0.001
+        features=features, random_state=0, alpha=1e-3, gradient_alpha=0.001, activation_layer=None
     )
     regressor.fit(DIGITS[TRAIN], 2.0 * np.eye(5)[CLASSES[TRAIN]] - 1)
     expected = regressor.predict(DIGITS[TEST])
@@ -240,7 +248,12 @@ def test_logits_are_those_of_a_regression(features):
 def test_activations_against_ridge():
     samples, y = DIGITS[TRAIN], CLASSES[TRAIN] > 2
     model = GradientFeatureClassifier(
-        nn.Identity(), features="activation", loss="squared", alpha=0.01, tol=1e-14
+        nn.Identity(),
+        features="activation",
+        loss="squared",
+        alpha=0.01,
+        tol=1e-14,
+        activation_layer=None,
     ).fit(samples, y)
     oracle = Ridge(alpha=0.01 * len(samples)).fit(samples, 2.0 * y - 1)
     np.testing.assert_allclose(model.coef_[0], oracle.coef_, atol=1e-5)
@@ -281,7 +294,9 @@ def test_search_by_probabilities_of_squared_errors():
     search = GridSearchCV(squared(), {"alpha": [0.1]}, error_score="raise", **options)
     with pytest.raises(AttributeError, match=r"GradientFeatureClassifier has none of .*_proba"):
         search.fit(samples, y)
-    own = GradientFeatureClassifierCV(loss="squared", alphas=2, gradient_alphas=2, **options)
+    own = GradientFeatureClassifierCV(
+        loss="squared", alphas=2, gradient_alphas=2, **options, activation_layer=None
+    )
     message = r"scoring='neg_log_loss' needs probabilities.*loss='squared'. Set loss='log_loss'"
     with pytest.raises(ValueError, match=message):
         own.fit(samples, y)
@@ -296,7 +311,7 @@ def test_search_by_squared_errors_agrees_with_grid_search():
     alphas, gradient_alphas = [1e-1, 1e-3], [1e-1, 1e-2]
     options = {"loss": "squared", "scoring": "accuracy", "random_state": 0, "cv": 3}
     own = GradientFeatureClassifierCV(
-        alphas=alphas, gradient_alphas=gradient_alphas, **options
+        alphas=alphas, gradient_alphas=gradient_alphas, **options, activation_layer=None
     ).fit(samples, y)
     grid = {"alpha": alphas, "gradient_alpha": gradient_alphas}
     theirs = GridSearchCV(squared(), grid, cv=3).fit(samples, y)
@@ -341,15 +356,17 @@ def test_squared_errors_have_the_same_bits_again():
 
 def test_accuracy_of_cross_entropy():
     found = cross_val_score(squared(), DIGITS[:200], CLASSES[:200], cv=2).mean()
-    model = GradientFeatureClassifier(random_state=0, alpha=1e-3, gradient_alpha=0.001)
+    model = GradientFeatureClassifier(
+        random_state=0, alpha=1e-3, gradient_alpha=0.001, activation_layer=None
+    )
     assert found > cross_val_score(model, DIGITS[:200], CLASSES[:200], cv=2).mean() - 0.03
 
 
 def test_loss_of_another_name():
     with pytest.raises(ValueError, match="The 'loss' parameter of GradientFeatureClassifier"):
-        GradientFeatureClassifier(loss="squared_error", alpha=1e-4, gradient_alpha=1e-4).fit(
-            DIGITS[:20], CLASSES[:20]
-        )
+        GradientFeatureClassifier(
+            loss="squared_error", alpha=1e-4, gradient_alpha=1e-4, activation_layer=None
+        ).fit(DIGITS[:20], CLASSES[:20])
 
 
 @pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")

@@ -46,11 +46,15 @@ WEIGHTS = np.random.default_rng(1).integers(0, 3, len(Y)).astype(float)
 
 
 def classifier(backbone=NET, **options):
-    return GradientFeatureClassifierCV(backbone, **{**PENALTIES, "cv": 2, **options})
+    return GradientFeatureClassifierCV(
+        backbone, **{**PENALTIES, "cv": 2, **options}, activation_layer=None
+    )
 
 
 def regressor(backbone=NET, **options):
-    return GradientFeatureRegressorCV(backbone, **{**PENALTIES, "cv": 2, **options})
+    return GradientFeatureRegressorCV(
+        backbone, **{**PENALTIES, "cv": 2, **options}, activation_layer=None
+    )
 
 
 # --- GridSearchCV as the oracle ---------------------------------------------------------------
@@ -71,9 +75,11 @@ def log_likelihood(model, X, y):
 
 def grid_search(model, X, y, fit=(), **options):
     """The same search over plain estimators, one by one; scores in the shape of ours."""
-    plain = GradientFeatureClassifier(NET, alpha=1e-4, gradient_alpha=1e-4)
+    plain = GradientFeatureClassifier(NET, alpha=1e-4, gradient_alpha=1e-4, activation_layer=None)
     if isinstance(model, GradientFeatureRegressor):
-        plain = GradientFeatureRegressor(NET, alpha=1e-4, gradient_alpha=1e-4)
+        plain = GradientFeatureRegressor(
+            NET, alpha=1e-4, gradient_alpha=1e-4, activation_layer=None
+        )
     known = plain.get_params(deep=False)
     plain.set_params(**{n: v for n, v in model.get_params(deep=False).items() if n in known})
     options = {"cv": model.cv, "scoring": model.scoring, **options}
@@ -150,9 +156,14 @@ def test_tabular_data_against_grid_search(fit_intercept):
     rows, y = StandardScaler().fit_transform(rows)[:90], (y - y.mean())[:90] / y.std()
     options = {"fit_intercept": fit_intercept, "tol": 1e-16, "random_state": 0, "scoring": "r2"}
     grid = {"alphas": [1.0, 1e-4], "gradient_alphas": [1.0, 1e-4]}
-    model = GradientFeatureRegressorCV(**grid, **options, cv=3).fit(rows, y)
+    model = GradientFeatureRegressorCV(**grid, **options, cv=3, activation_layer=None).fit(rows, y)
     plain = GradientFeatureRegressor(
-        random_state=0, fit_intercept=fit_intercept, tol=1e-16, alpha=1e-4, gradient_alpha=1e-4
+        random_state=0,
+        fit_intercept=fit_intercept,
+        tol=1e-16,
+        alpha=1e-4,
+        gradient_alpha=1e-4,
+        activation_layer=None,
     )
     grid = {"alpha": list(model.alphas_), "gradient_alpha": list(model.gradient_alphas_)}
     search = GridSearchCV(plain, grid, cv=3, scoring="r2").fit(rows, y)
@@ -172,7 +183,7 @@ def test_activations_alone():
     model = classifier(**GRID, **options).fit(IMAGES, CLASSES)
     assert model.scores_.shape == (3, 2, 1)
     assert model.gradient_alphas_.tolist() == [np.inf] and model.gradient_alpha_ == np.inf
-    plain = GradientFeatureClassifier(NET, features="activation", **TIGHT)
+    plain = GradientFeatureClassifier(NET, features="activation", **TIGHT, activation_layer=None)
     search = GridSearchCV(plain, {"alpha": ALPHAS}, cv=3, scoring="neg_log_loss")
     search.fit(IMAGES, CLASSES)
     assert model.alpha_ == search.best_params_["alpha"]
@@ -267,7 +278,12 @@ def test_trunk_sees_every_sample_once(kind, store):
 def test_grid_search_without_store_passes_them_for_every_fit():
     Counting.seen = 0
     plain = GradientFeatureClassifier(
-        NET, preprocess=Counting(), feature_store=None, alpha=1e-4, gradient_alpha=1e-4
+        NET,
+        preprocess=Counting(),
+        feature_store=None,
+        alpha=1e-4,
+        gradient_alpha=1e-4,
+        activation_layer=None,
     )
     GridSearchCV(plain, {"alpha": [0.1, 1.0]}, cv=2).fit(X, Y)
     assert Counting.seen >= 3 * len(X)
@@ -505,7 +521,7 @@ def test_torch_module():
 def test_model_is_that_of_the_plain_estimator():
     model = classifier().fit(X, Y, sample_weight=WEIGHTS)
     plain = GradientFeatureClassifier(
-        NET, alpha=model.alpha_, gradient_alpha=model.gradient_alpha_
+        NET, alpha=model.alpha_, gradient_alpha=model.gradient_alpha_, activation_layer=None
     ).fit(X, Y, sample_weight=WEIGHTS)
     assert np.array_equal(model.predict_proba(X), plain.predict_proba(X))
     assert np.array_equal(model.objective_path_, plain.objective_path_)

@@ -36,7 +36,9 @@ TIGHT = {"tol": 1e-22, "max_iter": 3000, "precision": "float64"}
 def fit(kind, target, fresh=False, **options):
     module, names = build(kind)
     module = copy.deepcopy(module) if fresh else module
-    model = GradientFeatureClassifier(module, gradient_layers=names, **{**TIGHT, **options})
+    model = GradientFeatureClassifier(
+        module, gradient_layers=names, **{**TIGHT, **options}, activation_layer=None
+    )
     return model.fit(X, TARGETS[target], sample_weight=WEIGHTS), module
 
 
@@ -146,7 +148,9 @@ def test_stage_one_is_logistic_regression(target):
 def test_more_features_than_samples(n_features):
     """The preconditioner is then exact for the samples, however many features there are."""
     wide = np.random.default_rng(3).normal(size=(N, n_features))
-    model = GradientFeatureClassifier(nn.Identity(), features="activation", alpha=0.02, tol=1e-14)
+    model = GradientFeatureClassifier(
+        nn.Identity(), features="activation", alpha=0.02, tol=1e-14, activation_layer=None
+    )
     model.fit(wide, TARGETS["multinomial"], sample_weight=WEIGHTS)
     oracle = LogisticRegression(C=1 / (0.02 * WEIGHTS.sum()), tol=1e-10, max_iter=10000)
     oracle.fit(wide, TARGETS["multinomial"], sample_weight=WEIGHTS)
@@ -160,7 +164,9 @@ def test_more_features_than_samples(n_features):
 def test_more_features_than_samples_without_a_penalty(loss):
     """Directions that no sample has are next to free, so rounding errors along them are large."""
     X, y = np.random.default_rng(0).normal(size=(200, 400)).astype(np.float32), np.arange(200) % 3
-    model = GradientFeatureClassifier(nn.Identity(), features="activation", alpha=0, loss=loss)
+    model = GradientFeatureClassifier(
+        nn.Identity(), features="activation", alpha=0, loss=loss, activation_layer=None
+    )
     separable = pytest.warns(ConvergenceWarning, match="The classes are separable")
     with separable if loss == "log_loss" else nullcontext():
         model.fit(X, y)
@@ -198,10 +204,12 @@ def test_order_repetition_and_batch_size_do_not_matter(seed, batch_size):
     rng = np.random.default_rng(seed)
     weights = rng.integers(1, 3, len(x))
     order = rng.permutation(weights.sum())
-    weighted = GradientFeatureClassifier(module, gradient_layers=names, **options)
+    weighted = GradientFeatureClassifier(
+        module, gradient_layers=names, **options, activation_layer=None
+    )
     weighted.fit(x, y, sample_weight=weights)
     repeated = GradientFeatureClassifier(
-        module, gradient_layers=names, batch_size=batch_size, **options
+        module, gradient_layers=names, batch_size=batch_size, **options, activation_layer=None
     )
     repeated.fit(x.repeat(weights, 0)[order], y.repeat(weights)[order])
     np.testing.assert_allclose(weighted.predict_proba(x), repeated.predict_proba(x), atol=1e-6)
@@ -252,7 +260,11 @@ def test_the_unit_of_the_activations_does_not_matter(features):
             scaled.weight *= scale
             scaled.bias *= scale
         model = GradientFeatureClassifier(
-            scaled, features=features, alpha=0.01 * scale**2, gradient_alpha=0.1 / scale**2
+            scaled,
+            features=features,
+            alpha=0.01 * scale**2,
+            gradient_alpha=0.1 / scale**2,
+            activation_layer=None,
         )
         fits[scale] = model.fit(X, y)
     probabilities = [model.predict_proba(X) for model in fits.values()]
@@ -277,7 +289,13 @@ def test_fit_of_tied_weights_reaches_the_optimum():
     rows = np.random.default_rng(0).normal(size=(9, 3))
     y = np.sin(rows[:, 0] * 3)
     model = GradientFeatureRegressor(
-        Tied(), gradient_layers="all", alpha=0.01, gradient_alpha=1e-4, tol=1e-10, max_iter=1000
+        Tied(),
+        gradient_layers="all",
+        alpha=0.01,
+        gradient_alpha=1e-4,
+        tol=1e-10,
+        max_iter=1000,
+        activation_layer=None,
     ).fit(rows, y)
     names = model.gradient_layers_
     module = model.backbone

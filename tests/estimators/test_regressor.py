@@ -45,13 +45,15 @@ TIGHT = {"tol": 1e-22, "max_iter": 3000, "precision": "float64"}
 
 def fit(kind, y, **options):
     module, names = build(kind)
-    model = GradientFeatureRegressor(module, gradient_layers=names, **{**TIGHT, **options})
+    model = GradientFeatureRegressor(
+        module, gradient_layers=names, **{**TIGHT, **options}, activation_layer=None
+    )
     return model.fit(X, y, sample_weight=WEIGHTS), module
 
 
 def small(**options):
     defaults = {"alpha": 0.1, "gradient_alpha": 0.01}
-    return GradientFeatureRegressor(NET, **{**defaults, **options})
+    return GradientFeatureRegressor(NET, **{**defaults, **options}, activation_layer=None)
 
 
 def activation(module):
@@ -130,7 +132,12 @@ def mlp():
 def test_tabular_data_are_solved_to_rounding_whatever_tol(features, gradient_alpha):
     module, rows = mlp(), X.reshape(N, -1)
     model = GradientFeatureRegressor(
-        module, gradient_layers="all", features=features, alpha=1e-3, gradient_alpha=gradient_alpha
+        module,
+        gradient_layers="all",
+        features=features,
+        alpha=1e-3,
+        gradient_alpha=gradient_alpha,
+        activation_layer=None,
     ).fit(rows, Y)
     with torch.no_grad():
         f = module(torch.from_numpy(rows)).numpy()
@@ -182,7 +189,7 @@ def test_first_stage_is_scikit_learns_huber_regression_at_its_scale():
     oracle.fit(f, y, sample_weight=weights)
     model = GradientFeatureRegressor(
         module, features="activation", loss="huber", epsilon=1.2 * oracle.scale_,
-        alpha=0.5 * oracle.scale_ / weights.sum(), **TIGHT,
+        alpha=0.5 * oracle.scale_ / weights.sum(), **TIGHT, activation_layer=None,
     )  # fmt: skip
     model.fit(X, y, sample_weight=weights)
     np.testing.assert_allclose(model.predict(X), oracle.predict(f), rtol=1e-4)
@@ -199,6 +206,7 @@ def test_few_samples_have_the_optimum_of_many(loss, monkeypatch):
         tol=1e-18,
         max_iter=2000,
         gradient_alpha=0.01,
+        activation_layer=None,
     )
     exact = clone(model).fit(rows, y)
     monkeypatch.setattr("sklearn_gradfeat.curvature._sample_space.MAX_ROWS", 0)
@@ -211,7 +219,9 @@ def test_few_samples_have_the_optimum_of_many(loss, monkeypatch):
 @pytest.mark.parametrize("loss", ["squared_error", "huber"])
 def test_integer_weights_are_repetitions(loss):
     module, names = build("normed")
-    model = GradientFeatureRegressor(module, gradient_layers=names, loss=loss, epsilon=0.5, **TIGHT)
+    model = GradientFeatureRegressor(
+        module, gradient_layers=names, loss=loss, epsilon=0.5, **TIGHT, activation_layer=None
+    )
     model.set_params(alpha=0.05)
     some, y, times = X[:20], Y[:20], WEIGHTS[:20].astype(int)
     weighted = clone(model).fit(some, y, sample_weight=times)
@@ -317,7 +327,9 @@ def test_parameters_that_cannot_be_used(options):
 
 def test_pipeline_search_and_transformed_targets():
     rows, y = load_diabetes(return_X_y=True)
-    model = GradientFeatureRegressor(alpha=1.0, random_state=0, gradient_alpha=1.0)
+    model = GradientFeatureRegressor(
+        alpha=1.0, random_state=0, gradient_alpha=1.0, activation_layer=None
+    )
     scaled = TransformedTargetRegressor(model, transformer=StandardScaler())
     grid = {"transformedtargetregressor__regressor__gradient_alpha": [0.1, 1.0]}
     search = GridSearchCV(make_pipeline(StandardScaler(), scaled), grid, cv=2)

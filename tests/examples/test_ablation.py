@@ -69,7 +69,9 @@ def test_regressor_reaches_the_dense_optimum(scripts, X):
     targets = np.random.default_rng(1).normal(size=(N, 2))
     module, other, elsewhere, names = networks(scripts, "plain")
     layers = [f"gradient.{name}" for name in names]
-    model = GradientFeatureRegressor(elsewhere, gradient_layers=layers, **TIGHT).fit(X, targets)
+    model = GradientFeatureRegressor(
+        elsewhere, gradient_layers=layers, **TIGHT, activation_layer=None
+    ).fit(X, targets)
     f, g = explicit(module, other, names, model.omega_, X)
     expected = dense_regression(f, g, targets, np.ones(N), *PENALTIES.values())
     np.testing.assert_allclose(model.predict(X), expected, atol=1e-6)
@@ -78,9 +80,13 @@ def test_regressor_reaches_the_dense_optimum(scripts, X):
 def test_gradients_of_the_same_network_change_nothing(scripts, X, y):
     module, names = build("plain")
     same = scripts("_ablation").GradientsElsewhere(module, module)
-    plain = GradientFeatureClassifier(module, gradient_layers=names, **TIGHT).fit(X, y)
+    plain = GradientFeatureClassifier(
+        module, gradient_layers=names, **TIGHT, activation_layer=None
+    ).fit(X, y)
     layers = [f"gradient.{name}" for name in names]
-    model = GradientFeatureClassifier(same, gradient_layers=layers, **TIGHT).fit(X, y)
+    model = GradientFeatureClassifier(
+        same, gradient_layers=layers, **TIGHT, activation_layer=None
+    ).fit(X, y)
     for name in names:
         moved = model.gradient_coef_[f"gradient.{name}"]
         np.testing.assert_allclose(moved, plain.gradient_coef_[name], atol=1e-8)
@@ -89,8 +95,8 @@ def test_gradients_of_the_same_network_change_nothing(scripts, X, y):
 def test_activations_do_not_depend_on_the_network_of_the_gradients(scripts, X, y):
     module, _, elsewhere, _ = networks(scripts, "plain")
     options = {**TIGHT, "features": "activation"}
-    expected = GradientFeatureClassifier(module, **options).fit(X, y).coef_
-    found = GradientFeatureClassifier(elsewhere, **options).fit(X, y).coef_
+    expected = GradientFeatureClassifier(module, **options, activation_layer=None).fit(X, y).coef_
+    found = GradientFeatureClassifier(elsewhere, **options, activation_layer=None).fit(X, y).coef_
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
@@ -98,7 +104,7 @@ def test_random_omega_depends_on_the_seed_and_keeps_the_size(scripts, X, y):
     module, names = build("plain")
     options = {**TIGHT, "gradient_layers": names, "tol": 1e-6}
     random = scripts("_ablation").RandomOmegaClassifier
-    fitted = GradientFeatureClassifier(module, **options).fit(X, y)
+    fitted = GradientFeatureClassifier(module, **options, activation_layer=None).fit(X, y)
     first, again, other = (
         random(module, **{**options, "random_state": seed}).fit(X, y) for seed in (0, 0, 1)
     )

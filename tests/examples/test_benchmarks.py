@@ -302,7 +302,7 @@ def test_table_1(scripts, tmp_path, monkeypatch):
     model = GradientFeatureClassifier(
         ablation.GradientsElsewhere(network, other), preprocess=preprocess,
         gradient_layers="gradient.conv5", alpha=first["alpha"], gradient_alpha=1e-3, max_iter=3,
-        random_state=0,
+        random_state=0, activation_layer=None,
     )  # fmt: skip
     read = scripts("_datasets").read_images
     with pytest.warns(ConvergenceWarning):
@@ -340,7 +340,7 @@ def test_fine_tuning_starts_anew(scripts):
     network, preprocess = scripts("_setup").encoder("convnet-vae")
     X, y = pixels(20), np.arange(20) % 4
     fitted = GradientFeatureClassifier(
-        network, preprocess=preprocess, features="activation", alpha=0.1
+        network, preprocess=preprocess, features="activation", alpha=0.1, activation_layer=None
     ).fit(X, y)
     kept, device = fitted.coef_.copy(), torch.device("cpu")
     z = tuning.below(fitted, X, device)

@@ -34,7 +34,9 @@ def by_differences(model, module, image, column):
 def test_saliency_is_the_derivative_through_the_whole_network(kind):
     module, names = build(kind)
     samples = two_channels()
-    model = GradientFeatureClassifier(module, gradient_layers=names, alpha=0.1, **DOUBLE)
+    model = GradientFeatureClassifier(
+        module, gradient_layers=names, alpha=0.1, **DOUBLE, activation_layer=None
+    )
     display = SaliencyDisplay.from_estimator(model.fit(samples, Y), samples[:2], target=1)
     for image, drawn in zip(torch.as_tensor(samples[:2]), display.saliency, strict=True):
         expected = by_differences(model, module, image, 1).norm(dim=0)
@@ -45,7 +47,9 @@ def test_saliency_is_the_derivative_through_the_whole_network(kind):
 def test_attention_is_followed_by_derivatives():
     module, names = build("transformer")
     samples = two_channels()
-    model = GradientFeatureClassifier(module, gradient_layers=names, alpha=0.1, **DOUBLE)
+    model = GradientFeatureClassifier(
+        module, gradient_layers=names, alpha=0.1, **DOUBLE, activation_layer=None
+    )
     model.set_params(max_iter=2).fit(samples, Y)
     display = SaliencyDisplay.from_estimator(model, samples[:1], target=1)
     eps = 1e-5

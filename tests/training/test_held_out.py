@@ -139,7 +139,13 @@ def regression(features="full", n=14):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(n, 4))
     y = rows @ rng.normal(size=4) + rng.normal(size=n)
-    return GradientFeatureRegressor(features=features, random_state=0, alpha=1.0), rows, y
+    return (
+        GradientFeatureRegressor(
+            features=features, random_state=0, alpha=1.0, activation_layer=None
+        ),
+        rows,
+        y,
+    )
 
 
 @pytest.mark.parametrize("gradient_alpha", [math.inf, 0.5])
@@ -175,7 +181,7 @@ def test_copies_of_a_sample_are_left_out_together():
 
 def test_where_leaving_out_has_no_closed_form():
     assert LeftOut.where_cheap(*held_out(estimator(), X, Y)) is None
-    model = GradientFeatureRegressor(NET, alpha=1.0, gradient_alpha=1.0)
+    model = GradientFeatureRegressor(NET, alpha=1.0, gradient_alpha=1.0, activation_layer=None)
     assert not LeftOut.where_cheap(*held_out(model, X, Y * 1.0)).has_gram(1.0)
     model, rows, y = regression(n=1100)
     assert LeftOut.where_cheap(*held_out(model, rows, y)) is None

@@ -26,11 +26,11 @@ TARGETS = Y + np.random.default_rng(0).normal(size=len(Y))
 
 def classifier(**options):
     grid = {"alphas": [0.5, 0.02], "gradient_alphas": [0.1]}
-    return GradientFeatureClassifierCV(NET, **{**grid, "cv": 2, **options})
+    return GradientFeatureClassifierCV(NET, **{**grid, "cv": 2, **options}, activation_layer=None)
 
 
 def regressor(**options):
-    return GradientFeatureRegressorCV(NET, alphas=2, cv=2, **options)
+    return GradientFeatureRegressorCV(NET, alphas=2, cv=2, **options, activation_layer=None)
 
 
 # --- default grids ----------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def test_default_grids_follow_the_scale_of_the_activations(scale):
     # Without biases below the ReLUs the activations are proportional to the rows.
     net = nn.Sequential(nn.Linear(4, 16, bias=False), nn.ReLU(), nn.Linear(16, 8, bias=False))
     options = {"gradient_layers": ["2"], "alphas": 3, "gradient_alphas": 2, "cv": 2}
-    model = GradientFeatureClassifierCV(net, **options).fit(rows, y[::3])
+    model = GradientFeatureClassifierCV(net, **options, activation_layer=None).fit(rows, y[::3])
     assert model.best_score_ > -0.3
     reference = clone(model).fit(rows / scale, y[::3])
     np.testing.assert_allclose(model.alphas_, scale**2 * reference.alphas_, 1e-6)
@@ -54,7 +54,9 @@ def test_default_grids_follow_the_scale_of_the_activations(scale):
 def test_default_alphas_start_at_the_largest_curvature():
     rows = np.random.default_rng(0).normal(size=(60, 3)) * [5, 1, 0.1] + 40
     identity = nn.Sequential(nn.Flatten())
-    model = GradientFeatureRegressorCV(identity, features="activation", alphas=4, refit=False)
+    model = GradientFeatureRegressorCV(
+        identity, features="activation", alphas=4, refit=False, activation_layer=None
+    )
     model.fit(rows, rows[:, 1])
     largest = np.linalg.eigvalsh(np.cov(rows.T, bias=True))[-1]
     tried = set(np.round(np.log10(model.alphas_ / largest), 3))
@@ -138,7 +140,9 @@ def test_folds_in_threads_give_the_same_scores():
 
 def test_warning_of_a_choice_at_an_end():
     rows = np.random.default_rng(0).normal(size=(60, 3))
-    model = GradientFeatureRegressorCV(nn.Sequential(nn.Flatten()), features="activation", cv=2)
+    model = GradientFeatureRegressorCV(
+        nn.Sequential(nn.Flatten()), features="activation", cv=2, activation_layer=None
+    )
     model.set_params(alphas=[1e-3, 10.0, 100.0])
     with pytest.warns(UserWarning, match=r"best of alphas is 0\.001, at an end of the list"):
         model.fit(rows, rows[:, 1])
@@ -187,11 +191,13 @@ def test_path_takes_fewer_passes_than_a_grid_search(monkeypatch):
     rows, y = load_iris(return_X_y=True)
     rows, y = StandardScaler().fit_transform(rows)[::3], y[::3]
     grid = {"alpha": [0.1, 0.01], "gradient_alpha": [0.1, 0.01, 0.001]}
-    plain = GradientFeatureClassifier(random_state=0, alpha=1e-4, gradient_alpha=1e-4)
+    plain = GradientFeatureClassifier(
+        random_state=0, alpha=1e-4, gradient_alpha=1e-4, activation_layer=None
+    )
     GridSearchCV(plain, grid, cv=2, refit=False).fit(rows, y)
     of_grid_search = sum(passes)
     passes.clear()
-    model = GradientFeatureClassifierCV(cv=2, refit=False, random_state=0)
+    model = GradientFeatureClassifierCV(cv=2, refit=False, random_state=0, activation_layer=None)
     model.set_params(alphas=grid["alpha"], gradient_alphas=grid["gradient_alpha"]).fit(rows, y)
     assert len(passes) == 2 * (2 + 6)
     assert sum(passes) < 0.6 * of_grid_search

@@ -73,7 +73,7 @@ def test_callback_sees_every_iteration(features):
 def test_callback_sees_the_predictions_of_a_regressor():
     """The constant that the targets were shifted by is part of the intercept."""
     recorder = Recorder()
-    model = GradientFeatureRegressor(NET, alpha=0.1, gradient_alpha=0.01)
+    model = GradientFeatureRegressor(NET, alpha=0.1, gradient_alpha=0.01, activation_layer=None)
     model.set_callbacks(recorder).fit(X, Y + 100.0)
     assert len(recorder.predictions) == model.n_iter_ >= 1
     np.testing.assert_array_equal(recorder.predictions[-1], model.predict(X))
@@ -102,7 +102,7 @@ def test_callback_may_stop_between_linearizations():
 @pytest.mark.parametrize("features", ["full", "activation"])
 def test_callback_sees_every_pair_of_penalties(features):
     recorder = Recorder()
-    model = GradientFeatureClassifier(NET, features=features, **FAST)
+    model = GradientFeatureClassifier(NET, features=features, **FAST, activation_layer=None)
     model.set_callbacks(recorder).fit(X, Y)
     tried = [name for name in recorder.ended if name.startswith("auto: alpha ")]
     assert len(tried) == len(model.validation_scores_["loss"])
@@ -130,7 +130,7 @@ def test_callback_may_stop_the_search(features, n_linearizations, of_gradients):
 
     recorder = StopSearch()
     model = GradientFeatureClassifier(
-        NET, features=features, n_linearizations=n_linearizations, **FAST
+        NET, features=features, n_linearizations=n_linearizations, **FAST, activation_layer=None
     )
     model.set_callbacks(recorder).fit(X, Y)
     tried = model.validation_scores_["gradient_alpha"]
@@ -237,7 +237,9 @@ def test_stored_samples_have_no_line(capsys):
 def test_without_verbose_nothing_is_printed(capsys):
     model = estimator(alpha="auto", features="activation", feature_store=None).fit(X, Y)
     model.predict(X)
-    GradientFeatureClassifierCV(NET, alphas=[1.0], gradient_alphas=[1.0], cv=2).fit(X, Y)
+    GradientFeatureClassifierCV(
+        NET, alphas=[1.0], gradient_alphas=[1.0], cv=2, activation_layer=None
+    ).fit(X, Y)
     assert capsys.readouterr() == ("", "")
 
 
@@ -275,6 +277,8 @@ def test_silent_fit_makes_no_bar(monkeypatch):
         raise AssertionError("a bar takes a lock that a killed fork may hold")
 
     monkeypatch.setattr("tqdm.std.tqdm.__new__", fail)
-    search = GradientFeatureClassifierCV(NET, alphas=[0.1], gradient_alphas=[0.1], cv=2, tol=0.1)
+    search = GradientFeatureClassifierCV(
+        NET, alphas=[0.1], gradient_alphas=[0.1], cv=2, tol=0.1, activation_layer=None
+    )
     for model in (estimator(alpha="auto", tol=0.1, feature_store=None), search):
         model.fit(X, Y).predict(X + 1)
