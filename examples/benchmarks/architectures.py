@@ -117,7 +117,7 @@ def digest(network):
 def fit(network, x, y, **settings):
     """Return a fitted classifier with penalties at which both terms matter."""
     settings |= {"precision": "float64", "parametrization": "standard", "tol": 1e-8}
-    settings["feature_store"] = None
+    settings |= {"feature_store": None, "activation_layer": None}
     own = copy.deepcopy(network)  # some networks keep what a pass computes
     with torch.no_grad():
         output = own(x)

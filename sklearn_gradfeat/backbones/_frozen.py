@@ -490,12 +490,10 @@ def _on_blocks(
 
     ``number`` is that of the topmost blocks, None for those below ``gradient_layers``.
     """
+    check_independence(ActivationModule(module, None), example)
     outputs = Outputs(module, example, None if number is not None else classifier(module))
     last, among = outputs.last, outputs.candidates
-    if last is None:  # whoever calls the network learns why
-        return ActivationModule(module, None), None
     whole = FrozenBackbone._restored(ActivationModule(module, (last,), among), example, dtype)
-    check_independence(whole.module, example)
     blocks = {path: names for path, names in whole.blocks().items() if names}
     if number is not None:
         layers = outputs.topmost(number, list(blocks))

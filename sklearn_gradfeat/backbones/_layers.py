@@ -128,15 +128,14 @@ class Outputs:
 
     Attributes
     ----------
-    last : Layer or None
-        The network, or that submodule; None if the output cannot be an activation.
+    last : Layer
+        The network, or that submodule.
     """
 
     def __init__(self, module: nn.Module, example: Tensor, without: str | None = None) -> None:
         self._seen = _run(module, ["", *_names(module)], example)
         self._module, self._example = module, example
-        seen = self._seen[""]
-        self.last = None if seen.fault else seen.layer
+        self.last = self._seen[""].layer
         if without is not None:
             rows = _input_of(module, without, example)
             same = [s for s in self._seen.values() if not s.fault and torch.equal(s.rows, rows)]
@@ -149,9 +148,8 @@ class Outputs:
         These are the elements of the network and of lists, and those with submodules of their own
         whose output is not that of another one around them.
         """
-        last = self.last.path if self.last else ""
         seen = {path: found for path, found in self._seen.items() if not found.fault}
-        chosen = {path for path in seen if path == last or _is_element(self._module, path)}
+        chosen = {path for path in seen if path == self.last.path or _is_element(self._module, path)}
         for path in sorted(seen.keys() - chosen, key=len):
             around = [seen[outer].rows for outer in chosen if path.startswith(f"{outer}.")]
             same = any(torch.equal(rows, seen[path].rows) for rows in around)
@@ -187,8 +185,7 @@ class Outputs:
         """Return up to four blocks below all parameters ``names``, and the last layer."""
         lowest = next((i for i, own in enumerate(blocks.values()) if set(own) & set(names)), 0)
         paths = list(blocks)[max(lowest - _AUTO_BLOCKS, 0) : lowest]
-        last = [self.last.path] if self.last else []
-        return self._layers([_around(path, self._seen) for path in paths] + last)
+        return self._layers([self.last.path, *(_around(path, self._seen) for path in paths)])
 
 
 def _input_of(module: nn.Module, path: str, example: Tensor) -> Tensor:

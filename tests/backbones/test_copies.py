@@ -113,17 +113,21 @@ class Fourier(nn.Module):
 def test_complex_weights_keep_their_imaginary_part(precision, layers):
     torch.manual_seed(0)
     network = Fourier()
-    model = estimator(network, gradient_layers=layers, precision=precision).fit(X, Y)
+    model = estimator(
+        network, gradient_layers=layers, precision=precision, activation_layer=None
+    ).fit(X, Y)
     kept = model._extractor.backbone.module.module.filter
     assert kept.dtype == getattr(torch, precision).to_complex()
     assert torch.equal(kept.to(torch.cfloat), network.filter)
-    plain = estimator(network, features="activation", precision=precision, tol=1e-8).fit(X, Y)
+    plain = estimator(
+        network, features="activation", precision=precision, tol=1e-8, activation_layer=None
+    ).fit(X, Y)
     with torch.no_grad():
         activation = network(torch.from_numpy(X)).mean((2, 3)).numpy()
     expected = activation @ plain.coef_.T + plain.intercept_
     np.testing.assert_allclose(plain.decision_function(X), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"'filter' is not a floating point tensor"):
-        estimator(network, gradient_layers="filter").fit(X, Y)
+        estimator(network, gradient_layers="filter", activation_layer=None).fit(X, Y)
 
 
 def scripted_function(x: torch.Tensor) -> torch.Tensor:

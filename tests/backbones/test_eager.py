@@ -131,7 +131,7 @@ class Upper(nn.Module):
 def test_activation_layer_without_a_graph(gradient_layers):
     options = {"gradient_layers": gradient_layers, "precision": "float64", "tol": 1e-10}
     model = estimator(Upper(), activation_layer="net", max_iter=200, **options).fit(X, Y)
-    plain = estimator(Branching(), max_iter=200, **options).fit(X, Y)
+    plain = estimator(Branching(), activation_layer=None, max_iter=200, **options).fit(X, Y)
     assert model.gradient_layers_ == [f"net.{name}" for name in plain.gradient_layers_]
     np.testing.assert_allclose(model.predict_proba(X), plain.predict_proba(X), atol=1e-8)
     with pytest.raises(ValueError, match=r"'head\.weight' .* no derivative in it"):

@@ -405,7 +405,9 @@ def test_features_of_sounds_need_no_feature_extractor(named):
     name = named("ast")
     _, preprocess, _ = load_huggingface(name)
     features = preprocess(torch.from_numpy(SOUNDS)).numpy()
-    model = estimator(name, features="activation", preprocess=None).fit(features, LABELS)
+    model = estimator(name, features="activation", preprocess=None, activation_layer=None).fit(
+        features, LABELS
+    )
     with torch.no_grad():
         expected = load_huggingface(name)[0].eval()(torch.from_numpy(features)).numpy()
     np.testing.assert_allclose(model.transform(features), expected, atol=1e-5)

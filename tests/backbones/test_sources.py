@@ -247,10 +247,10 @@ def lazy_net():
 
 
 def test_lazy_factory():
-    first = estimator(lazy_net, random_state=0).fit(X, Y)
-    assert same(first, estimator(lazy_net, random_state=0).fit(X, Y))
+    first = estimator(lazy_net, random_state=0, activation_layer=None).fit(X, Y)
+    assert same(first, estimator(lazy_net, random_state=0, activation_layer=None).fit(X, Y))
     assert first.coef_.shape == (3, 5)
-    assert not same(first, estimator(lazy_net, random_state=1).fit(X, Y))
+    assert not same(first, estimator(lazy_net, random_state=1, activation_layer=None).fit(X, Y))
 
 
 def test_lazy_module():
@@ -273,12 +273,12 @@ def test_lazy_module_forgets_the_seed_of_a_former_fit():
 
 def test_no_backbone_for_tabular_data():
     rows = X.reshape(24, -1)[:, :4].astype(float)
-    first = estimator(None, random_state=0).fit(rows, Y)
+    first = estimator(None, random_state=0, activation_layer=None).fit(rows, Y)
     assert first.coef_.shape == (3, 256)
     assert first.coef_.dtype == np.float64
     assert first.gradient_layers_ == ["2.weight", "2.bias"]
-    assert same(first, estimator(None, random_state=0).fit(rows, Y))
-    assert not same(first, estimator(None, random_state=1).fit(rows, Y))
+    assert same(first, estimator(None, random_state=0, activation_layer=None).fit(rows, Y))
+    assert not same(first, estimator(None, random_state=1, activation_layer=None).fit(rows, Y))
 
 
 # --- indices ---------------------------------------------------------------------------------

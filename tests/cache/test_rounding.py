@@ -68,14 +68,14 @@ def test_same_model_as_for_rounded_inputs_of_the_head(n_linearizations):
     with torch.no_grad():
         inputs = copy.deepcopy(NET[:2]).double()(torch.from_numpy(X).double())
     exact, narrow = (z.numpy() for z in (inputs, inputs.bfloat16().double()))
-    found = estimator(**given, **ROUNDED).fit(X, Y)
-    expected = estimator(nn.Sequential(*NET[2:]), **given).fit(narrow, Y)
+    found = estimator(**given, **ROUNDED, activation_layer=None).fit(X, Y)
+    expected = estimator(nn.Sequential(*NET[2:]), **given, activation_layer=None).fit(narrow, Y)
     np.testing.assert_allclose(found.objective_path_[-1], expected.objective_path_[-1], rtol=1e-9)
     np.testing.assert_allclose(
         found.decision_function(X), expected.decision_function(narrow), rtol=1e-5, atol=1e-6
     )
     np.testing.assert_allclose(found.transform(X), expected.transform(narrow), rtol=1e-12)
-    other = estimator(nn.Sequential(*NET[2:]), **given).fit(exact, Y)
+    other = estimator(nn.Sequential(*NET[2:]), **given, activation_layer=None).fit(exact, Y)
     gap = np.abs(found.decision_function(X) - other.decision_function(exact)).max()
     assert 1e-5 < gap < 0.01
     merged = found.merge(X, Y).decision_function(X)
@@ -177,8 +177,8 @@ def test_cross_validation(kind):
     with torch.no_grad():
         inputs = copy.deepcopy(NET[:2]).double()(torch.from_numpy(X).double())
     narrow = inputs.bfloat16().double().numpy()
-    found = kind(NET, **grid, **ROUNDED).fit(X, Y)
-    expected = kind(nn.Sequential(*NET[2:]), **grid).fit(narrow, Y)
+    found = kind(NET, **grid, **ROUNDED, activation_layer=None).fit(X, Y)
+    expected = kind(nn.Sequential(*NET[2:]), **grid, activation_layer=None).fit(narrow, Y)
     np.testing.assert_allclose(found.scores_, expected.scores_, rtol=1e-6)
     np.testing.assert_allclose(found.predict(X), expected.predict(narrow), rtol=1e-5)
 

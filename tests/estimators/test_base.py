@@ -397,7 +397,10 @@ def table(n=40):
 @pytest.mark.parametrize("features", ["full", "activation", "gradient"])
 def test_activations_are_those_of_the_network(model, features):
     X, y = table()
-    model = clone(model).set_params(backbone=TANH, features=features, batch_size=16).fit(X, y)
+    model = clone(model).set_params(
+        backbone=TANH, features=features, batch_size=16, activation_layer=None
+    )
+    model.fit(X, y)
     with torch.no_grad():
         expected = copy.deepcopy(TANH).double()(torch.from_numpy(X)).numpy()
     found = model.transform(X)
@@ -418,7 +421,7 @@ def test_activations_are_averaged_over_places():
     net = NET[:4]
     with torch.no_grad():
         expected = net(torch.from_numpy(X)).mean((2, 3)).numpy()
-    found = estimator(net).fit(X, Y).transform(X)
+    found = estimator(net, activation_layer=None).fit(X, Y).transform(X)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-6)
 

@@ -47,7 +47,7 @@ def accuracy(model):
 @pytest.mark.parametrize("convert", [np.asarray, sp.csr_array, sp.csr_matrix, sp.coo_array])
 def test_multilabel(convert):
     target = convert(LABELS)
-    model = estimator().fit(X, target)
+    model = estimator(activation_layer=None).fit(X, target)
     assert list(model.classes_) == [0, 1, 2, 3]
     assert model.coef_.shape == (4, 6)
     labels, proba = model.predict(X), model.predict_proba(X)
@@ -57,7 +57,7 @@ def test_multilabel(convert):
     exact = np.mean((labels == LABELS).all(1))
     assert model.score(X, target) == pytest.approx(exact)
     np.testing.assert_allclose(model.predict_log_proba(X), np.log(proba), rtol=1e-4)
-    assert np.array_equal(model.coef_, estimator().fit(X, LABELS).coef_)
+    assert np.array_equal(model.coef_, estimator(activation_layer=None).fit(X, LABELS).coef_)
 
 
 def test_multilabel_is_several_binary_problems_in_the_activations():
@@ -87,7 +87,7 @@ def test_string_labels(fitted, dtype):
 @pytest.mark.parametrize("values", [(False, True), (-1, 1), ("no", "yes"), (0.0, 1.0)])
 def test_two_classes(values):
     y = np.array(values)[BINARY]
-    model = estimator().fit(X, y)
+    model = estimator(activation_layer=None).fit(X, y)
     logits, proba = model.decision_function(X), model.predict_proba(X)
     assert logits.shape == (24,)
     assert model.coef_.shape == (1, 6)
@@ -95,7 +95,7 @@ def test_two_classes(values):
     assert np.array_equal(model.predict(X), np.array(values)[(logits > 0).astype(int)])
     np.testing.assert_allclose(proba[:, 1], 1 / (1 + np.exp(-logits)), rtol=1e-5)
     np.testing.assert_allclose(proba.sum(1), 1, rtol=1e-6)
-    assert np.array_equal(model.coef_, estimator().fit(X, BINARY).coef_)
+    assert np.array_equal(model.coef_, estimator(activation_layer=None).fit(X, BINARY).coef_)
 
 
 @pytest.mark.parametrize("y", [Y, BINARY])
@@ -135,7 +135,9 @@ def test_class_weight_of_names():
 
 def test_penalty_has_the_meaning_of_scikit_learn():
     activation = torch.no_grad()(NET)(torch.from_numpy(X)).double().numpy()
-    model = estimator(features="activation", precision="float64", tol=1e-18, max_iter=500)
+    model = estimator(
+        features="activation", precision="float64", tol=1e-18, max_iter=500, activation_layer=None
+    )
     model.set_params(alpha=1e-2).fit(X, Y)
     reference = LogisticRegression(C=1 / (1e-2 * 24), tol=1e-10, max_iter=5000).fit(activation, Y)
     np.testing.assert_allclose(

@@ -126,7 +126,7 @@ def test_optimum_matches_a_dense_solve(kind, target, rows, request):
 def test_rows_reach_the_optimum_of_jacobian_products(options, rows, request):
     rng = np.random.default_rng(0)
     images = rng.normal(size=(N, 1, 8, 8)).astype(np.float32)
-    model = estimator(tol=1e-9, max_iter=500, **options)
+    model = estimator(tol=1e-9, max_iter=500, activation_layer=None, **options)
     expected = model.fit(images, TARGETS["multinomial"], WEIGHTS).objective_path_[-1]
     request.getfixturevalue(rows)
     found = model.fit(images, TARGETS["multinomial"], WEIGHTS).objective_path_[-1]

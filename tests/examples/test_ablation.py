@@ -55,7 +55,8 @@ def test_classifier_reaches_the_dense_optimum(kind, omega, scripts, X, y):
     random = scripts("_ablation").RandomOmegaClassifier
     estimator = random if omega == "random" else GradientFeatureClassifier
     layers = [f"gradient.{name}" for name in names]
-    model = estimator(elsewhere, gradient_layers=layers, **TIGHT).fit(X, y)
+    model = estimator(elsewhere, gradient_layers=layers, activation_layer=None, **TIGHT)
+    model.fit(X, y)
     assert model.gradient_layers_ == layers
     f, g = explicit(module, other, names, model.omega_, X)
     value, logits = dense_optimum(f, g, y, np.ones(N), *PENALTIES.values(), 3, "multinomial")
@@ -102,9 +103,9 @@ def test_activations_do_not_depend_on_the_network_of_the_gradients(scripts, X, y
 
 def test_random_omega_depends_on_the_seed_and_keeps_the_size(scripts, X, y):
     module, names = build("plain")
-    options = {**TIGHT, "gradient_layers": names, "tol": 1e-6}
+    options = {**TIGHT, "gradient_layers": names, "activation_layer": None, "tol": 1e-6}
     random = scripts("_ablation").RandomOmegaClassifier
-    fitted = GradientFeatureClassifier(module, **options, activation_layer=None).fit(X, y)
+    fitted = GradientFeatureClassifier(module, **options).fit(X, y)
     first, again, other = (
         random(module, **{**options, "random_state": seed}).fit(X, y) for seed in (0, 0, 1)
     )

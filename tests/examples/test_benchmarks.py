@@ -323,7 +323,7 @@ def test_choice_of_a_penalty(random, scripts):
     held_out = PredefinedSplit(np.where(np.arange(90) < 30, 0, -1))
     task = SimpleNamespace(X=X, y=y, multilabel=False, held_out_fold=held_out)
     kind = scripts("_ablation").RandomOmegaClassifier if random else GradientFeatureClassifier
-    model = kind(features="gradient", alpha=1.0, random_state=0)
+    model = kind(features="gradient", alpha=1.0, random_state=0, activation_layer=None)
     penalties = [1e-5, 1e-3]
     chosen = scripts("paper_tables").choose(model, task, "gradient_alpha", penalties)
     scores = [

@@ -162,6 +162,12 @@ def with_layers(layers, scales):
     return change
 
 
+def without_layers(document, arrays):
+    """Let a document lack the layers that its parameter promises."""
+    document["parameters"]["activation_layer"] = ["3"]
+    del document["extractor"]["layers"]
+
+
 def test_machine_of_the_reader_is_not_chosen_by_the_file(tmp_path, saved):
     victim = tmp_path / "victim"
     forge(saved, set_in("parameters", "feature_store", value=str(victim)))
@@ -199,7 +205,7 @@ def test_file_has_no_path_or_device_of_the_writer(path, tmp_path):
         (with_layers(["3"], [0.0]), "wrong value of 'scales'"),
         (with_layers(["3"], [float("nan")]), "wrong value of 'scales'"),
         (with_layers(["3"], [10**400]), "wrong value of 'scales'"),
-        (set_in("parameters", "activation_layer", value=["3"]), "extractor lacks 'layers'"),
+        (without_layers, "extractor lacks 'layers'"),
         (set_in("parameters", "activation_layer", value={"tuple": [3]}), "'activation_layer'"),
         (set_in("parameters", "x", value=1), "no parameter 'x'"),
         (set_in("parameters", "alpha", value="x"), "'alpha' parameter"),

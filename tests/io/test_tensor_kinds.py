@@ -83,7 +83,7 @@ WARNINGS = pytest.mark.filterwarnings(
 @pytest.mark.parametrize("as_parameters", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_same_to_the_bit(as_parameters, path):
     network, blank = (Scaled([f() for f in DENSE.values()], as_parameters) for _ in range(2))
-    model = estimator(network, features="activation").fit(X, Y)
+    model = estimator(network, features="activation", activation_layer=None).fit(X, Y)
     with torch.no_grad():
         np.testing.assert_allclose(model.transform(X), network(torch.from_numpy(X)), atol=1e-5)
         for i, kind in enumerate(DENSE):

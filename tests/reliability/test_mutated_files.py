@@ -80,7 +80,7 @@ KINDS = {
 def without_graph(monkeypatch):
     """Leave the network as it is: the capture of a graph takes a third of a second."""
 
-    def refuse(module, example):
+    def refuse(module, example, exported=None):
         raise CaptureError("it takes too long")
 
     monkeypatch.setattr(_frozen, "capture", refuse)

@@ -71,7 +71,7 @@ def test_samples_of_weight_zero_are_never_held_out():
 
 
 def test_losses_are_those_of_fits_without_the_samples():
-    model = estimator(precision="float64", tol=1e-10)
+    model = estimator(precision="float64", tol=1e-10, activation_layer=None)
     prepared, stages = held_out(model, X, Y)
     folds = Folds.of(prepared, stages)
     numbers = assign_folds(prepared.samples.names, stages.problem.strata, np.ones(len(X)))
@@ -99,7 +99,7 @@ def test_the_coarse_space_takes_the_place_of_fits(monkeypatch):
     """The losses are close to those of fits, and those of copies of a sample are the same."""
     monkeypatch.setattr(coarse_space, "_MIN_COST", 1)
     monkeypatch.setattr(held_out_module, "_MAX_DENSE", 0)
-    model = estimator(precision="float64", tol=1e-6)
+    model = estimator(precision="float64", tol=1e-6, activation_layer=None)
     monkeypatch.setattr(held_out_module, "_TOL", 1e-6)
     folds, fits = shared(model, X, Y), Folds.of(*held_out(model, X, Y))
     for gradient_alpha in (1.0, 0.1):

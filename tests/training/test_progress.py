@@ -261,7 +261,7 @@ def test_lines_fit_into_a_terminal(monkeypatch):
         output = thread.submit(read)
         with open(theirs, "w") as terminal:
             monkeypatch.setattr("sys.stderr", terminal)
-            auto = {"alpha": 0.1, "gradient_alpha": "auto"}
+            auto = {"alpha": 0.1, "gradient_alpha": "auto", "activation_layer": None}
             estimator(verbose=1, feature_store=None, **auto).fit(X, Y)
             monkeypatch.undo()
         text = output.result()
