@@ -36,7 +36,8 @@ from sklearn_gradfeat.training import TwoStageFit
 def digits():
     """Return a model and data: tabular digits, the random network."""
     X, y = load_digits(return_X_y=True)
-    return GradientFeatureClassifier(random_state=0), StandardScaler().fit_transform(X), y
+    model = GradientFeatureClassifier(random_state=0, activation_layer=None)
+    return model, StandardScaler().fit_transform(X), y
 
 
 def scaled_images(side=96):
@@ -62,13 +63,13 @@ def efficientnet():
 
 
 def pretrained(name, side=96):
-    """Return the parameters of an estimator for a pretrained network.
+    """Return the parameters of an estimator for a pretrained network, with its output alone.
 
     ``name`` is ``"efficientnet"``, for images resized to ``side``, or a name for :func:`encoder`.
     """
     if name != "efficientnet":
         network, preprocess = encoder(name)
-        return {"backbone": network, "preprocess": preprocess}
+        return {"backbone": network, "preprocess": preprocess, "activation_layer": None}
     pooling = {"activation_layer": "_avg_pooling"}
     return {"backbone": efficientnet(), "preprocess": scaled_images(side), **pooling}
 
@@ -96,7 +97,8 @@ def docstrings(n_each=100, max_length=24):
         texts, y = texts + chosen, y + [library] * len(chosen)
     X = TextTokenizer(path, max_length=max_length).fit_transform(texts)
     network = MaskedMean(AutoModel.from_pretrained(path, local_files_only=True))
-    return GradientFeatureClassifier(network, alpha=1e-2, gradient_alpha=1), X, np.array(y)
+    model = GradientFeatureClassifier(network, alpha=1e-2, gradient_alpha=1, activation_layer=None)
+    return model, X, np.array(y)
 
 
 def encoder(name):

@@ -3,7 +3,7 @@
 Every problem has three splits with disjoint test samples. The models:
 
 * "LogisticRegression" and "LogisticRegressionCV", or "Ridge" and "RidgeCV": scikit-learn, on the
-  activations of the network;
+  output of the network;
 * "activation" and "full": the estimator with default parameters, by ``features``;
 * "search": the estimator that chooses its penalties by cross-validation, with its defaults;
 * "oracle": the penalties of a grid, with the gradient term or without it, that have the smallest
@@ -73,13 +73,17 @@ EXACT = 1e-8
 
 
 class Problem(NamedTuple):
-    """All samples of a problem, and the parameters of an estimator that name its network."""
+    """All samples of a problem, and the parameters of an estimator that name its network.
+
+    ``output`` is the layer whose output the models of scikit-learn receive.
+    """
 
     network: dict[str, Any]
     X: np.ndarray
     y: np.ndarray
     n_train: int | None = None
     regression: bool = False
+    output: str | None = None
 
 
 class Split(NamedTuple):
@@ -105,7 +109,12 @@ def encoder(n_train):
 
 
 def efficientnet(n_train):
-    return lambda path: Problem(pretrained("efficientnet"), *photographs(path), n_train)
+    def problem(path):
+        network = pretrained("efficientnet")
+        output = network.pop("activation_layer")
+        return Problem(network, *photographs(path), n_train, output=output)
+
+    return problem
 
 
 def digit_images(n_train):
@@ -258,14 +267,23 @@ def estimators(problem):
     return GradientFeatureClassifier, GradientFeatureClassifierCV
 
 
+def outputs(problem, split):
+    """Return the outputs of the network for the training and the test samples."""
+    model = estimators(problem)[0](
+        **problem.network, features="activation", activation_layer=problem.output, alpha=1.0,
+        max_iter=1,
+    )  # fmt: skip
+    fitted(model, split.X, split.y)
+    return activations(model, split.X), activations(model, split.X_test)
+
+
 def warm(problem, split):
-    """Pass all samples through the frozen layers, and return a model that was fitted on them."""
+    """Pass all samples through the frozen layers."""
     for features in ("full", "activation"):
         model = estimators(problem)[0](
             **problem.network, features=features, alpha=1.0, gradient_alpha=1.0, max_iter=1
         )
         fitted(model, split.X, split.y)[0].predict(split.X_test)
-    return model
 
 
 def oracle(problem, split, grid):
@@ -294,8 +312,8 @@ def oracle(problem, split, grid):
 
 def models(problem, split, arguments):
     """Iterate over (name, unfitted model, training inputs, test inputs)."""
-    known = warm(problem, split)
-    features = activations(known, split.X), activations(known, split.X_test)
+    features = outputs(problem, split)
+    warm(problem, split)
     for name, model in linear_models(problem).items():
         yield name, model, *features
     kind, search = estimators(problem)

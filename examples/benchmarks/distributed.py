@@ -135,7 +135,9 @@ def measure(task):
     images = random_images(task["n_train"])
     classes, own = nearest(images, 10), slice(rank, None, size)
     options = {"gradient_layers": task["gradient_layers"], "feature_store": None, **PENALTIES}
-    model = GradientFeatureClassifier(task["network"], max_iter=task["max_iter"], **options)
+    model = GradientFeatureClassifier(
+        task["network"], max_iter=task["max_iter"], **options, activation_layer=None
+    )
     with warnings.catch_warnings(), counted() as noted, second_stage(noted) as found:
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(images[:64], np.arange(64) % 2)  # loads libraries and captures the graph

@@ -61,7 +61,7 @@ def linear_models(network, preprocess, names, arguments):
     """Return the two estimators to fit."""
     full = GradientFeatureClassifier(
         network, preprocess=preprocess, gradient_layers=names, max_iter=arguments.max_iter,
-        alpha=arguments.alpha, gradient_alpha=arguments.gradient_alpha,
+        alpha=arguments.alpha, gradient_alpha=arguments.gradient_alpha, activation_layer=None,
     )  # fmt: skip
     return {"full": full, "activation": clone(full).set_params(features="activation")}
 

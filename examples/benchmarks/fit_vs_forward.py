@@ -68,7 +68,7 @@ def problem(name, arguments):
     preprocess = scaled_images(arguments.size)
     model = GradientFeatureClassifier(
         network, preprocess=preprocess, gradient_layers=layers,
-        alpha=0.1, gradient_alpha=1e-4, batch_size=64,
+        alpha=0.1, gradient_alpha=1e-4, batch_size=64, activation_layer=None,
     )  # fmt: skip
     return model, *read_images(arguments.data, "train", n), preprocess
 

@@ -118,7 +118,7 @@ def compare(name, task, arguments):
     network, preprocess = encoder(name)
     model = GradientFeatureClassifier(
         network, preprocess=preprocess, gradient_layers="conv5", max_iter=arguments.max_iter,
-        alpha=arguments.alpha, gradient_alpha=arguments.gradient_alpha,
+        alpha=arguments.alpha, gradient_alpha=arguments.gradient_alpha, activation_layer=None,
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     evaluate = Evaluation(network, preprocess, task, arguments, device)

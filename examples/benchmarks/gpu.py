@@ -74,7 +74,7 @@ def problem(name, arguments):
         preprocess = scaled_images(arguments.size)
     model = GradientFeatureClassifier(
         network, preprocess=preprocess, gradient_layers=layers, alpha=0.1, gradient_alpha=1e-3,
-        device=arguments.device, batch_size=arguments.batch_size,
+        device=arguments.device, batch_size=arguments.batch_size, activation_layer=None,
     )  # fmt: skip
     return model, X, y
 

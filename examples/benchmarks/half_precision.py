@@ -42,7 +42,7 @@ def resnet(path, n_train):
     X, y = read_images(path, "train", n_train)
     model = GradientFeatureClassifier(
         network, preprocess=scaled_images(224), gradient_layers="layer4.1", alpha=0.1,
-        gradient_alpha=1e-4, batch_size=64,
+        gradient_alpha=1e-4, batch_size=64, activation_layer=None,
     )  # fmt: skip
     return model, X, y
 
@@ -94,7 +94,7 @@ def compare_stored(name, layers, arguments):
     for store_dtype in STORE_DTYPES:
         model = models[store_dtype] = GradientFeatureClassifier(
             "convnet-rotation", gradient_layers=layers, alpha=1e-3, gradient_alpha=1e-4,
-            store_dtype=store_dtype, tol=1e-6, max_iter=500,
+            store_dtype=store_dtype, tol=1e-6, max_iter=500, activation_layer=None,
         )  # fmt: skip
         model.fit(X, y)
         logits[store_dtype] = model.decision_function(X_test)

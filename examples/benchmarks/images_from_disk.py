@@ -56,7 +56,7 @@ def hiding(files, size, batch_size, repeats):
     scale = v2.Compose([v2.ToDtype(torch.float32), v2.Normalize([116.0] * 3, [58.0] * 3)])
     model = GradientFeatureClassifier(
         network, preprocess=scale, features="activation", max_iter=1, tol=1,
-        batch_size=batch_size, feature_store=None,
+        batch_size=batch_size, feature_store=None, activation_layer=None,
     )  # fmt: skip
     images = np.asarray(X)
     model.fit(images, np.arange(len(X)) % 2)

@@ -41,7 +41,7 @@ PROBLEMS = {
 def best_on_test(search, X, y, X_test, y_test):
     """Return the highest score on the test samples over the grid of a search."""
     scores = [
-        GradientFeatureRegressor(alpha=a, gradient_alpha=g, random_state=0)
+        GradientFeatureRegressor(alpha=a, gradient_alpha=g, random_state=0, activation_layer=None)
         .fit(X, y)
         .score(X_test, y_test)
         for a in search.alphas_
@@ -60,7 +60,9 @@ def compare(name, repeats):
     models = {}
     for _ in range(repeats):
         for cv, times in seconds.items():
-            model = GradientFeatureRegressorCV(alphas=6, gradient_alphas=6, cv=cv, random_state=0)
+            model = GradientFeatureRegressorCV(
+                alphas=6, gradient_alphas=6, cv=cv, random_state=0, activation_layer=None
+            )
             start = time.perf_counter()
             models[cv] = model.fit(X, y)
             times.append(time.perf_counter() - start)

@@ -113,7 +113,8 @@ def samples(name, path, multilabel):
         model, X, y = docstrings(400)
         codes = np.unique(y, return_inverse=True)[1]
         parts = train_test_split(X, codes, test_size=600, stratify=y, random_state=0)
-        return {"backbone": model.backbone}, parts[::2], parts[1::2]
+        network = {"backbone": model.backbone, "activation_layer": None}
+        return network, parts[::2], parts[1::2]
     if multilabel:
         images = read_images(path, "train", N_POOL), read_images(path, "test")
         parts = [tiles(*some, 0) for some in images]

@@ -50,7 +50,7 @@ def measure(name, X, y, arguments):
     empty_store()
     model = GradientFeatureClassifier(
         arguments.network, alpha=arguments.alpha, gradient_alpha=arguments.gradient_alpha,
-        gradient_layers=arguments.gradient_layers, max_iter=300,
+        gradient_layers=arguments.gradient_layers, max_iter=300, activation_layer=None,
     )  # fmt: skip
     start = time.process_time()
     model.fit(X, y)
@@ -93,7 +93,9 @@ def main():
     X, names = read_images(arguments.data, "train", arguments.n_train)
     order = np.random.default_rng(0).permutation(len(X))
     X, y = X[order], np.unique(names, return_inverse=True)[1][order]
-    short = GradientFeatureClassifier(arguments.network, max_iter=1, alpha=1, gradient_alpha=1)
+    short = GradientFeatureClassifier(
+        arguments.network, max_iter=1, alpha=1, gradient_alpha=1, activation_layer=None
+    )
     short.fit(random_images(8), np.arange(8) % 2)  # loads libraries and captures the graph
     rows = []
     for case in arguments.cases:

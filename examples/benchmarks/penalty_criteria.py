@@ -46,7 +46,7 @@ def encoder(name):
     """Return the function that does the same for a network of the package."""
 
     def task(path):
-        model = GradientFeatureClassifier(name, gradient_layers=["conv5"])
+        model = GradientFeatureClassifier(name, gradient_layers=["conv5"], activation_layer=None)
         train, test = read_images(path, "train", N_TRAIN), read_images(path, "test", 3000)
         return model, train, test, (np.logspace(-4, -1, 4), np.logspace(-6, -2, 5))
 

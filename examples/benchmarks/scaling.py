@@ -62,10 +62,14 @@ def measure(task):
     if task["n_classes"] is not None:
         y = nearest(X, task["n_classes"])
     options = {k: task[k] for k in ("gradient_layers", "batch_size")}
-    model = GradientFeatureClassifier("convnet-rotation", **PENALTIES, **options)
+    model = GradientFeatureClassifier(
+        "convnet-rotation", **PENALTIES, **options, activation_layer=None
+    )
     with warnings.catch_warnings(), timed_second_stage() as second:
         warnings.simplefilter("ignore", ConvergenceWarning)
-        short = GradientFeatureClassifier("convnet-rotation", max_iter=1, **options)
+        short = GradientFeatureClassifier(
+            "convnet-rotation", max_iter=1, **options, activation_layer=None
+        )
         short.set_params(feature_store=None).fit(random_images(32, seed=1), np.arange(32) % 2)
         host, cuda = resident("VmRSS", reset_peak=True), torch.cuda.memory_allocated()
         start = time.perf_counter()

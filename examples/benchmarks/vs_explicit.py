@@ -115,7 +115,7 @@ def compare(name, arguments):
     model = GradientFeatureClassifier(
         network, preprocess=preprocess, gradient_layers=layers, alpha=ALPHA,
         gradient_alpha=GRADIENT_ALPHA, tol=arguments.tol, max_iter=1000, feature_store=None,
-        device="cpu",
+        device="cpu", activation_layer=None,
     )  # fmt: skip
     short = clone(model).set_params(max_iter=1).fit(X[:32], y[:32])  # captures the graph
     n_parameters = sum(v.size for v in short.gradient_coef_.values())

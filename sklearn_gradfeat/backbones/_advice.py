@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _AXES = {1: "length", 2: "height, width", 3: "depth, height, width"}
 # Layers that hold the class scores in networks of torchvision, timm and transformers.
-_CLASSIFIERS = {"fc", "classifier", "head", "heads", "last_linear", "logits"}
+_CLASSIFIERS = {"fc", "_fc", "classifier", "head", "heads", "last_linear", "logits"}
 # ImageNet, with or without a class for the background, and its larger variants.
 _NUMBERS_OF_CLASSES = {1000, 1001, 11221, 11821, 21841, 21843}
 # Values of images from 0 to 255: so many levels; if they are no integers, such a maximum.
