@@ -143,7 +143,7 @@ CASES = {
     ),
     "copies": lambda: (exact(estimator()), _with_copies(*_images(40))),
     "auto, activation": lambda: (
-        exact(estimator(), alpha="auto", features="activation"),
+        exact(estimator(activation_layer=None), alpha="auto", features="activation"),
         _with_copies(*_images(100, 2)),
     ),
     "auto": lambda: (

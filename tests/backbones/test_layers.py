@@ -1,15 +1,17 @@
 """The choice of several activation layers, and the activation that they make up."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from sklearn_gradfeat import GradientFeatureClassifierCV
+from sklearn_gradfeat import GradientFeatureClassifierCV, load
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, freeze
-from sklearn_gradfeat.backbones._graph import main_output, watched
+from sklearn_gradfeat.backbones._graph import CaptureError, main_output, watched
 from sklearn_gradfeat.backbones._split import extract
-from tests.networks import Residual, Tokens
+from tests.networks import Residual, ResidualBlock, Tokens
 from tests.tiny import X, Y, estimator, tiny_net
 
 IMAGES = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 2, 5, 5)))
@@ -78,6 +80,132 @@ def test_gradient_layers_are_counted_as_without_activation_layers():
     assert (
         joined.choose(2) == plain.choose(2) == ["1.0.weight", "1.0.bias", "2.0.weight", "2.0.bias"]
     )
+
+
+# --- the default -----------------------------------------------------------------------------
+
+
+def chain(n, width=2):
+    """A network of n residual blocks below an average."""
+    blocks = [ResidualBlock(width) for _ in range(n)]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def default(module, x=IMAGES, gradient_layers="last"):
+    module = module.double().eval()
+    return FrozenBackbone(module, x[:2], torch.float64, "auto", gradient_layers)
+
+
+@pytest.mark.parametrize(
+    ("n", "gradient_layers", "expected"),
+    [
+        (1, "last", None),
+        (3, "last", ["0", "1", ""]),
+        (6, "last", ["1", "2", "3", "4", ""]),
+        (6, 2, ["0", "1", "2", "3", ""]),
+        (6, ["3.*", "5.*"], ["0", "1", "2", ""]),
+        (6, "all", None),
+        (6, "no layer", None),
+    ],
+)
+def test_default_is_the_blocks_below_the_gradient_layers(n, gradient_layers, expected):
+    layers = default(chain(n), gradient_layers=gradient_layers).layers
+    assert (layers and [layer.path for layer in layers]) == expected
+
+
+def test_default_is_the_model_of_its_layers():
+    chosen = estimator(activation_layer=["0", ""]).fit(X, Y)
+    found = estimator().fit(X, Y)
+    assert found.coef_.shape == (3, 10)
+    np.testing.assert_allclose(found.predict_proba(X), chosen.predict_proba(X), rtol=1e-5)
+    alone = estimator(features="activation").fit(X, Y)
+    np.testing.assert_array_equal(alone.transform(X), found.transform(X))
+
+
+def test_default_adds_nothing_to_the_head():
+    """The blocks are part of the trunk, which every sample passes once."""
+    names = ["2.weight", "2.bias"]
+    plain = FrozenBackbone(tiny_net().double(), IMAGES[:2, :1], torch.float64, None)
+    wide = default(tiny_net(), IMAGES[:, :1])
+    head, other = (backbone.network(names).graph.graph for backbone in (plain, wide))
+    weights = {"conv2d", "convolution", "linear"}
+    count = [sum(any(w in str(n.target) for w in weights) for n in g.nodes) for g in (head, other)]
+    assert count == [1, 1]
+
+
+@pytest.mark.parametrize("chosen", ["auto", 2])
+def test_blocks_need_no_second_export(chosen, monkeypatch):
+    calls = []
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: calls.append(0) or export(*a, **k))
+    backbone = FrozenBackbone(Unknown(chain(3)).double(), IMAGES[:2], torch.float64, chosen)
+    backbone.choose("last")
+    assert not isinstance(backbone.computed, CaptureError)
+    assert len(calls) == 1
+    backbone = FrozenBackbone(Unknown(chain(3)).double(), IMAGES[:2], torch.float64, chosen)
+    expected = backbone.module(IMAGES)
+    graph = extract(backbone.computed, [backbone.computed.input], [backbone.computed.output])
+    torch.testing.assert_close(graph(IMAGES)[0], expected)
+
+
+class Unknown(nn.Module):
+    """Code that belongs to no package, whose graph is not kept for other networks."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Scored(nn.Module):
+    """A network with a classifier for 1,000 classes at its end."""
+
+    def __init__(self, n_classes=1000, pooled=True):
+        super().__init__()
+        self.body = nn.Sequential(ResidualBlock(2), ResidualBlock(2))
+        self.pool = nn.AdaptiveAvgPool2d(1) if pooled else None
+        self.fc = nn.Linear(2, n_classes)
+
+    def forward(self, x):
+        z = self.body(x)
+        z = z.mean((2, 3), keepdim=True).square() if self.pool is None else self.pool(z)
+        return self.fc(z.flatten(1))
+
+
+@pytest.mark.filterwarnings("error:The backbone ends in")
+def test_default_leaves_class_scores_out():
+    assert [layer.path for layer in default(Scored()).layers] == ["body.0", "pool"]
+    assert [layer.path for layer in default(Scored(10)).layers] == ["body.0", ""]
+    model = estimator(Scored()).fit(IMAGES[[0, 1, 2, 3] * 3].numpy(), np.arange(12) % 2)
+    assert model.coef_.shape == (1, 4)
+
+
+def test_scores_that_cannot_be_left_out_have_a_warning():
+    with pytest.warns(UserWarning, match="The backbone ends in the layer 'fc'"):
+        estimator(Scored(pooled=False)).fit(IMAGES.numpy(), [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("gradient_layers", ["last", "all"])
+def test_default_is_saved(gradient_layers, tmp_path):
+    model = estimator(gradient_layers=gradient_layers).fit(X, Y)
+    model.save(tmp_path / "model")
+    loaded = load(tmp_path / "model", tiny_net())
+    assert loaded.activation_layer == "auto"
+    np.testing.assert_array_equal(loaded.predict_proba(X), model.predict_proba(X))
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_allclose(again.predict_proba(X), model.predict_proba(X), rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured as a graph")
+def test_default_without_a_graph():
+    class Bounded(Unknown):
+        def forward(self, x):
+            return super().forward(x if float(x.detach().abs().max()) < 1e9 else x.clamp(-1, 1))
+
+    layers = default(Bounded(chain(3))).layers
+    assert [layer.path for layer in layers] == ["inner.0", "inner.1", ""]
 
 
 class Nested(nn.Module):

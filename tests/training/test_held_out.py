@@ -21,7 +21,7 @@ from sklearn_gradfeat.training._held_out import (
     Runs,
     assign_folds,
 )
-from tests.tiny import NET, X, Y, estimator
+from tests.tiny import NET, X, Y, data, estimator
 
 
 def names(n, seed=0):
@@ -120,6 +120,13 @@ def test_folds_until_they_hold_enough_samples():
     assert len(folds.weights) == 24
     assert [len(folds.enough(n).weights) for n in (1, 5, 6, 24, 99)] == [5, 5, 10, 24, 24]
     assert Folds([]).enough(5) is None
+
+
+@pytest.mark.parametrize(("n_rare", "n_folds"), [(6, 5), (20, 2), (60, 1)])
+def test_more_folds_where_a_class_is_rare(n_rare, n_folds):
+    images, _ = data(120)
+    prepared, stages = held_out(estimator(), images, (np.arange(120) < n_rare).astype(int))
+    assert len(Folds.of(prepared, stages).enough(10)._folds) == n_folds
 
 
 def test_folds_with_a_typical_loss_come_first():

@@ -219,7 +219,9 @@ def bytes_of_collectives(rank, n):
         return note
 
     X, y = data(2 * n)
-    model = estimator(tol=0, max_iter=3)  # the same passes for any number of samples
+    model = estimator(
+        activation_layer=None, tol=0, max_iter=3
+    )  # the same passes for any number of samples
     with (
         warnings.catch_warnings(),
         mock.patch.object(dist, "all_reduce", noted(dist.all_reduce, 0)),
