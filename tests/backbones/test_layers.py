@@ -125,8 +125,8 @@ def test_default_is_the_model_of_its_layers():
 def test_default_adds_nothing_to_the_head():
     """The blocks are part of the trunk, which every sample passes once."""
     names = ["2.weight", "2.bias"]
-    plain = FrozenBackbone(tiny_net().double(), IMAGES[:2, :1], torch.float64, None)
-    wide = default(tiny_net(), IMAGES[:, :1])
+    x = torch.from_numpy(X).double()
+    plain, wide = (FrozenBackbone(tiny_net().double(), x[:2], x.dtype, c) for c in (None, "auto"))
     head, other = (backbone.network(names).graph.graph for backbone in (plain, wide))
     calls = [[str(n.target) for n in g.nodes if n.op == "call_function"] for g in (head, other)]
     count = [sum("conv" in name for name in names) for names in calls]
