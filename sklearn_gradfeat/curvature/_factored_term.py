@@ -12,6 +12,12 @@ dimension that the output weights ``Ω`` span, which is one less with a softmax.
 
 Rows of linear layers at positions without a gradient, such as padded tokens, are left out. Where
 memory is too small for all samples, the others pass the network.
+
+*Check.* The sum is all of the derivative where the layers are the only uses of the parameters. In
+every batch, autograd is asked for other uses, which costs nothing where its graph has none. Whether
+rows belong to their samples does not show there: a few samples of every batch are compared with the
+network. All of them are where a layer has no axis of samples, since one sample may then have more
+rows than another.
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from sklearn_gradfeat.curvature._layer_rows import (
     READING,
     LayerCall,
     NormCall,
+    Record,
     backward_share,
     complete,
     multiplications,
@@ -40,8 +47,8 @@ from sklearn_gradfeat.linearized import Batches, TangentTerm, Tensors, agrees
 
 # Passes of a fit, and the cost of one through the network, in forward passes of the head.
 _PASSES, _NETWORK = 10, 3
-# The cost of the rows besides the backward passes: the value, and a pass for the check.
-_CHECKED = 1 + _NETWORK
+# Samples of a batch that are compared with the network.
+_COMPARED = 4
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,9 @@ class _Linear:
     n_positions: int
 
     @property
-    def n_bytes(self) -> int:
-        """The size of all tensors."""
-        return self.inputs.nbytes + self.gradients.nbytes
+    def tensors(self) -> Tensors:
+        """What is kept."""
+        return self.inputs, self.gradients
 
     @property
     def n_columns(self) -> int:
@@ -78,6 +85,15 @@ class _Linear:
         return cls(
             call.without_tensors(), inputs.flatten(0, 1)[seen], rows, samples, seen, n_positions
         )
+
+    def of(self, chosen: Tensor) -> _Linear:
+        """Return the rows of some samples, in this order."""
+        samples, kept = (chosen[:, None] == self.samples).nonzero().T
+        places = samples * self.n_positions + self.places[kept] % self.n_positions
+        return replace(
+            self, inputs=self.inputs[kept], gradients=self.gradients[:, kept], samples=samples,
+            places=places,
+        )  # fmt: skip
 
     def project(self, weight: Tensor, bias: Tensor | None, n_samples: int) -> Tensor:
         """Return the outputs of another layer with the same inputs, (n_samples, positions, n)."""
@@ -136,9 +152,9 @@ class _Convolution:
     gradients: Tensor
 
     @property
-    def n_bytes(self) -> int:
-        """The size of all tensors."""
-        return self.inputs.nbytes + self.gradients.nbytes
+    def tensors(self) -> Tensors:
+        """What is kept."""
+        return self.inputs, self.gradients
 
     @property
     def n_columns(self) -> int:
@@ -149,6 +165,10 @@ class _Convolution:
     def from_call(cls, call: LayerCall, gradients: Sequence[Tensor]) -> _Convolution:
         """Keep all inputs and gradients."""
         return cls(call.without_tensors(), call.inputs.clone(), torch.stack(list(gradients), 1))
+
+    def of(self, chosen: Tensor) -> _Convolution:
+        """Return the inputs and gradients of some samples."""
+        return replace(self, inputs=self.inputs[chosen], gradients=self.gradients[chosen])
 
     def project(self, weight: Tensor, bias: Tensor | None, n_samples: int) -> Tensor:
         """Return the outputs of another layer with the same inputs, (n_samples, positions, n)."""
@@ -195,15 +215,19 @@ class _Norm:
     gradients: dict[int, Tensor]
 
     @property
-    def n_bytes(self) -> int:
-        """The size of all tensors."""
-        return sum(gradients.nbytes for gradients in self.gradients.values())
+    def tensors(self) -> Tensors:
+        """What is kept."""
+        return tuple(self.gradients.values())
 
     @classmethod
     def from_call(cls, call: NormCall, gradients: Sequence[Tensor], n_samples: int) -> _Norm:
         """Sum the gradients over the positions of every sample."""
         found = [call.sample_gradients(g, n_samples) for g in gradients]
         return cls({i: torch.stack([one[i] for one in found], 1) for i in found[0]})
+
+    def of(self, chosen: Tensor) -> _Norm:
+        """Return the gradients of some samples."""
+        return _Norm({i: gradients[chosen] for i, gradients in self.gradients.items()})
 
     def add_forward(self, moves: Tensors, total: Tensor) -> None:
         """Add the change of every column to ``total``, of shape (n_samples, n_columns)."""
@@ -342,68 +366,102 @@ def _after(batches: Batches, n: int) -> Iterator[tuple[slice, Tensors]]:
 def _is_cheap(tangent: TangentTerm, few: Tensors) -> bool:
     """Return whether the rows save time."""
     head, n_samples, n_columns = tangent.head, len(few[0]), min(tangent.omega.shape)
-    _, calls, norms = record_with_norms(head, few)
-    if not _covers(calls, norms, len(head.values), n_samples):
+    record = record_with_norms(head, few)
+    if not _covers(record, len(head.values), n_samples):
         return False
-    forward = multiplications(head, few)
+    calls, forward = record.calls, multiplications(head, few)
     layers = sum(call.output.numel() * head.values[call.weight][0].numel() for call in calls)
     numbers = sum(call.inputs.numel() + n_columns * call.output.numel() for call in calls)
     saved = _PASSES * (_NETWORK * forward - layers - READING * numbers)
-    cost = (_CHECKED + n_columns * backward_share(head, forward, calls)) * forward
-    return saved >= cost
+    passes = 1 + n_columns * backward_share(head, forward, calls)
+    passes += 0 if _have_axes(record, n_samples) else _NETWORK
+    return saved >= passes * forward
 
 
-def _covers(
-    calls: Sequence[LayerCall], norms: Sequence[NormCall], n_parameters: int, n_samples: int
-) -> bool:
+def _every(record: Record) -> list[LayerCall | NormCall]:
+    return [*record.calls, *record.norms]
+
+
+def _have_axes(record: Record, n_samples: int) -> bool:
+    """Return whether samples have an axis of their own in all layers."""
+    return all(call.has_axis_of_samples(n_samples) for call in _every(record))
+
+
+def _covers(record: Record, n_parameters: int, n_samples: int) -> bool:
     """Return whether all parameters are those of layers whose rows belong to samples."""
-    every: list[LayerCall | NormCall] = [*calls, *norms]
+    every = _every(record)
     used = {i for call in every for i in (call.weight, call.bias)}
     by_sample = all(call.is_by_sample(n_samples) for call in every)
     # The backward operator of convolutions takes no padding by name.
-    named = any(isinstance(option, str) for call in calls for option in call.options)
+    named = any(isinstance(option, str) for call in record.calls for option in call.options)
     return by_sample and not named and used >= set(range(n_parameters))
 
 
 def _rows(
     tangent: TangentTerm, outer: Tensor, columns: Tensor, max_bytes: int
 ) -> list[tuple[slice, list[_Kept]]] | None:
-    """Return the layers of the first samples, or None if they and the network disagree."""
-    head, n_bytes = tangent.head, 0
+    """Return the layers of the first samples, or None if they do not determine the map."""
+    n_bytes = 0
     kept: list[tuple[slice, list[_Kept]]] = []
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(head.size, generator=generator, dtype=torch.float64).to(columns)
-    moves = head.displacements(u)
     for rows, boundary in tangent.batches():
         n_samples = rows.stop - rows.start
-        with threads_for_head(head.values, boundary):
-            layers = _kept(tangent, boundary, columns, n_samples)
+        with threads_for_head(tangent.head.values, boundary):
+            record = record_with_norms(tangent.head, boundary, differentiable=True)
+            layers = _kept(tangent, record, columns, n_samples)
         if layers is None:
             return None
-        n_bytes += sum(layer.n_bytes for layer in layers)
+        n_bytes += sum(part.nbytes for layer in layers for part in layer.tensors)
         if n_bytes > max_bytes:
             break
-        found = columns.new_zeros(n_samples, len(columns))
-        with threads_for_head(head.values, boundary):
-            for layer in layers:
-                layer.add_forward(moves, found)
-        if not agrees(found @ outer.T, head.jvp(boundary, u) @ tangent.omega.T, columns.dtype):
+        n_compared = min(n_samples, _COMPARED) if _have_axes(record, n_samples) else n_samples
+        del record
+        if not _agree(tangent, outer, layers, boundary, n_compared):
             return None
         kept.append((rows, layers))
     return kept or None
 
 
 def _kept(
-    tangent: TangentTerm, boundary: Tensors, columns: Tensor, n_samples: int
+    tangent: TangentTerm, record: Record, columns: Tensor, n_samples: int
 ) -> list[_Kept] | None:
-    """Return the layers of a batch, or None if a row of one belongs to several samples."""
-    head = tangent.head
-    activation, calls, norms = record_with_norms(head, boundary, differentiable=True)
-    if not (activation.requires_grad and _covers(calls, norms, len(head.values), n_samples)):
+    """Return the layers of a batch, or None if they are not all that the parameters change."""
+    if not (record.activation.requires_grad and _covers(record, len(record.values), n_samples)):
         return None
-    every: list[LayerCall | NormCall] = [*calls, *norms]
-    pulled = zip(*output_gradients(activation, every, columns), strict=True)
-    return [_keep(call, g, n_samples) for call, g in zip(every, pulled, strict=True)]
+    if record.has_other_uses():
+        return None
+    every = _every(record)
+    pulled = zip(*output_gradients(record.activation, every, columns), strict=True)
+    layers = [_keep(call, g, n_samples) for call, g in zip(every, pulled, strict=True)]
+    return layers if all(_is_finite(part) for layer in layers for part in layer.tensors) else None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite, without a copy."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def _agree(
+    tangent: TangentTerm,
+    outer: Tensor,
+    layers: Sequence[_Kept],
+    boundary: Tensors,
+    n_compared: int,
+) -> bool:
+    """Return whether layers and network agree on a random vector, for some samples of a batch.
+
+    They are the first and the last sample, and others at equal distances in between.
+    """
+    head, n_samples = tangent.head, len(boundary[0])
+    chosen = torch.linspace(0, n_samples - 1, n_compared, device=outer.device).round().long()
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(head.size, generator=generator, dtype=torch.float64).to(outer)
+    moves = head.displacements(u)
+    found = outer.new_zeros(n_compared, outer.shape[1])
+    with threads_for_head(head.values, boundary):
+        for layer in layers:
+            layer.of(chosen).add_forward(moves, found)
+    expected = head.jvp(tuple(z[chosen] for z in boundary), u) @ tangent.omega.T
+    return agrees(found @ outer.T, expected, outer.dtype)
 
 
 def _keep(call: LayerCall | NormCall, gradients: Tensors, n_samples: int) -> _Kept:

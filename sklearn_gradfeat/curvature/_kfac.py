@@ -69,6 +69,8 @@ _MAX_COLUMNS = 16
 MAX_WIDTH = 8192
 # Rows are kept instead of their Gram matrix while there are this many times more columns.
 _FEW = 2
+# Width of the blocks of columns of a Gram matrix.
+_WIDTH = 512
 # Largest number of entries of the per-sample gradients that are squared at once.
 _MAX_PER_SAMPLE = 2**26
 
@@ -95,7 +97,10 @@ class Factor:
     def sum_rows(self) -> None:
         """Add the rows that are kept to the Gram matrix."""
         for part in self.rows:
-            self.inputs += (part**2).sum(1) if self.inputs.ndim == 2 else part.mT @ part
+            if self.inputs.ndim == 2:
+                self.inputs += (part**2).sum(1)
+            else:
+                _add_gram(self.inputs, part)
         self.rows = []
 
     def sum_over_ranks(self) -> None:
@@ -145,6 +150,14 @@ def _gram(rows: Tensor, weights: Tensor) -> Tensor:
     weighted = (rows * _by_row(rows, weights)[:, None, None]).flatten(1, 2)
     flat = rows.flatten(1, 2)
     return (weighted * flat).sum(1) if rows.shape[-1] > MAX_WIDTH else weighted.mT @ flat
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add ``rowsᵀ rows`` to symmetric matrices; blocks below the diagonal are copied from above."""
+    for start in range(0, total.shape[-1], _WIDTH):
+        block, right = slice(start, start + _WIDTH), slice(start + _WIDTH, None)
+        total[:, block, start:] += rows[:, :, block].mT @ rows[:, :, start:]
+        total[:, right, block] = total[:, block, right].mT
 
 
 def _by_row(rows: Tensor, weights: Tensor) -> Tensor:
@@ -197,7 +210,7 @@ def factors(
     signs = _Signs()
     for rows, boundary in batches:
         w, kinds = weights[rows], signs.kinds(boundary)
-        activation, calls, norms = record_with_norms(head, boundary, differentiable=True)
+        activation, calls, norms, _ = record_with_norms(head, boundary, differentiable=True)
         norms = [call for call in norms if call.is_by_sample(len(w))]
         if not len(columns):  # the output weights are zero
             calls = []

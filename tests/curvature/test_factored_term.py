@@ -93,11 +93,101 @@ def test_columns_span_the_output_weights():
     torch.testing.assert_close(found.add_forward(u, logits), term.add_forward(u, logits))
 
 
-def test_none_where_a_parameter_has_another_use_for_a_single_sample():
+@pytest.mark.parametrize("sample", range(N))
+def test_none_where_a_parameter_has_another_use_for_a_single_sample(sample):
     x, names = normal(N, 3), ["layer.weight", "layer.bias"]
     assert factored(module_term(Twice(), names, x), N, 2**30) is not None
-    x[N - 2] = 10
+    x[sample] = 10
     assert factored(module_term(Twice(), names, x), N, 2**30) is None
+
+
+class NormTwice(nn.Module):
+    """Uses a vector of a layer norm outside of the norm as well, for some samples."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+        self.norm = nn.LayerNorm(3).double()
+
+    def forward(self, x):
+        seldom = torch.relu(x[:, :1] - 9)
+        return torch.tanh(self.norm(x)) + seldom * getattr(self.norm, self.name)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_none_where_a_vector_of_a_norm_has_another_use_for_a_single_sample(name):
+    x, names = normal(N, 3), ["norm.weight", "norm.bias"]
+    assert factored(module_term(NormTwice(name), names, x), N, 2**30) is not None
+    x[N - 3, 0] = 10
+    assert factored(module_term(NormTwice(name), names, x), N, 2**30) is None
+
+
+def linear(width=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(width, width).double()
+
+
+class Packed(nn.Module):
+    """Applies a layer to the tokens that are not padded, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x):
+        read = x[:, :, 0] != 0
+        tokens = torch.zeros_like(x)
+        tokens[read] = torch.tanh(self.layer(x[read]))
+        return tokens.sum(1)
+
+
+def test_none_where_two_samples_of_a_packed_batch_have_other_lengths():
+    x, names = normal(N, 4, 3), ["layer.weight", "layer.bias"]
+    x[:, -1, 0] = 0
+    term = module_term(Packed(), names, x, batch_size=10)
+    u, logits = normal(term.head.size), normal(N, 1, seed=1)
+    found = factored(term, N, 2**30)
+    torch.testing.assert_close(found.add_forward(u, logits), term.add_forward(u, logits))
+    x[14, -1, 0], x[15, 0, 0] = 1, 0  # as many tokens in total
+    assert factored(module_term(Packed(), names, x, batch_size=10), N, 2**30) is None
+
+
+class SequenceFirst(nn.Module):
+    """Applies a layer to tokens along the first axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x.transpose(0, 1))).sum(0)
+
+
+@pytest.mark.parametrize(("n_tokens", "is_known"), [(3, True), (5, False), (10, False)])
+def test_none_where_samples_are_taken_for_tokens(n_tokens, is_known):
+    x, names = normal(N, n_tokens, 3), ["layer.weight", "layer.bias"]
+    term = module_term(SequenceFirst(), names, x)
+    assert (factored(term, N, 2**30) is not None) == is_known
+
+
+class Root(nn.Module):
+    """Has no derivative where the layer returns zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = linear()
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x):
+        return self.layer(x).abs().sqrt()
+
+
+def test_none_where_the_derivative_of_a_single_sample_is_not_finite():
+    x, names = normal(N, 3), ["layer.weight", "layer.bias"]
+    assert factored(module_term(Root(), names, x), N, 2**30) is not None
+    x[N - 3] = 0
+    assert factored(module_term(Root(), names, x), N, 2**30) is None
 
 
 def test_none_where_a_parameter_is_outside_of_layers():
@@ -108,7 +198,7 @@ def test_none_where_a_parameter_is_outside_of_layers():
 
 def test_samples_for_which_memory_is_too_small_pass_the_network():
     term = masked_term()
-    size = sum(layer.n_bytes for layer in factored(term, N, 2**30).kept[0][1])
+    size = sum(z.nbytes for layer in factored(term, N, 2**30).kept[0][1] for z in layer.tensors)
     found = factored(term, N, int(2.5 * size))
     assert 0 < found.kept[-1][0].stop < N
     u, logits, cotangent = normal(term.head.size), normal(N, 3, seed=1), normal(N, 3, seed=2)

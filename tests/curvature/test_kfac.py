@@ -54,6 +54,15 @@ def grams(found):
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
 
 
+def test_blocks_of_a_gram_matrix(monkeypatch):
+    monkeypatch.setattr(_kfac, "_WIDTH", 3)
+    rows, half = normal(2, 5, 8), normal(2, 8, 8)
+    total = half + half.mT
+    expected = total + rows.mT @ rows
+    _kfac._add_gram(total, rows)
+    torch.testing.assert_close(total, expected)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(9)), st.integers(1, 9))
 def test_batches_and_order_do_not_matter(order, size):
