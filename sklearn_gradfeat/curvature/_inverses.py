@@ -254,7 +254,7 @@ def largest_curvature(objective: TangentObjective) -> float:
         If it is not finite.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(objective.penalty.shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(sum(objective.sizes), generator=generator, dtype=torch.float64)
     x = x.to(objective.like)
     logits = objective.forward(torch.zeros_like(x))
     weights = objective.loss.curvatures(logits)

@@ -184,7 +184,7 @@ class TangentObjective:
     like: Tensor
     accumulator: torch.device
     sizes: tuple[int, int, int] = field(init=False)
-    penalty: Tensor = field(init=False)
+    penalties: Tensors = field(init=False)
 
     def __post_init__(self) -> None:
         """Lay out the unknowns and their penalties."""
@@ -193,11 +193,16 @@ class TangentObjective:
         p = 0 if self.tangent is None else self.tangent.head.size
         sizes = (c * d, c if self.fit_intercept else 0, p)
         penalties = (self.alpha, 0.0, self.tangent.alpha if self.tangent else 0.0)
-        penalty = torch.cat(
-            [self.like.new_full((n,), v) for n, v in zip(sizes, penalties, strict=True)]
+        blocks = tuple(
+            self.like.new_full((), v).expand(n) for n, v in zip(sizes, penalties, strict=True)
         )
         object.__setattr__(self, "sizes", sizes)
-        object.__setattr__(self, "penalty", penalty)
+        object.__setattr__(self, "penalties", blocks)
+
+    @property
+    def penalty(self) -> Tensor:
+        """The coefficients of the penalty as one vector, which takes memory."""
+        return torch.cat(self.penalties)
 
     def split(self, x: Tensor) -> Parts:
         """View a flat vector as its parts; parts that the model lacks are empty."""

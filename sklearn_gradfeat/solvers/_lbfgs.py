@@ -26,6 +26,7 @@ from sklearn_gradfeat.solvers._steps import (
     CoarseSolver,
     LinearObjective,
     Point,
+    add_penalised,
     coarse_step,
     line_and_coarse_step,
     line_step,
@@ -47,10 +48,10 @@ Status = Literal["converged", "max_iter", "stalled", "interrupted"]
 
 
 class CurvaturePairs(NamedTuple):
-    """Steps and the changes of the gradient over them, and the penalty of that objective."""
+    """Steps and the changes of the gradient over them, and the penalties of that objective."""
 
     pairs: list[tuple[Tensor, Tensor]]
-    penalty: Tensor
+    penalties: tuple[Tensor, ...]
 
 
 class State(NamedTuple):
@@ -159,12 +160,13 @@ class _Memory:
         """The pairs of step and change."""
         return [(step, change) for step, change, _ in self.pairs]
 
-    def recall(self, curvature_pairs: CurvaturePairs | None, penalty: Tensor) -> None:
+    def recall(self, curvature_pairs: CurvaturePairs | None, penalties: tuple[Tensor, ...]) -> None:
         """Store the pairs of another fit, corrected for the difference of the penalties."""
         if curvature_pairs is None:
             return
         for step, former in curvature_pairs.pairs:
-            change = former + (penalty - curvature_pairs.penalty) * step
+            change = add_penalised(former.clone(), penalties, step)
+            change = add_penalised(change, curvature_pairs.penalties, step, -1)
             self.add(step, change, self.inverse(change))
 
     def restore(self, state: State) -> None:
@@ -274,11 +276,11 @@ def minimize(
     FloatingPointError
         If the gradient is not finite.
     """
-    loss, penalty = objective.loss, objective.penalty
+    loss, penalties = objective.loss, objective.penalties
     if state is None:
         point = start(objective, x)
         memory = _Memory(precondition, loss, point.x, point.logits)
-        memory.recall(curvature_pairs, penalty)
+        memory.recall(curvature_pairs, penalties)
         path, passes, coarse_pairs = [point.value], 1, None
     else:
         point, memory = _restored(objective, precondition, state)
@@ -322,7 +324,7 @@ def minimize(
         if keep is not None:
             keep(_state(point, memory, path, passes, solve))
     return Solution(
-        point.x, path, n_iter, passes, status, norm, CurvaturePairs(memory.steps, penalty)
+        point.x, path, n_iter, passes, status, norm, CurvaturePairs(memory.steps, penalties)
     )
 
 
