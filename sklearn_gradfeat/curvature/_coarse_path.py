@@ -44,7 +44,7 @@ class CoarsePath:
         self._subspace, self._curvature = subspace, curvature
         self._start = of_first_rank(subspace.restrict(x))
         self._rest = logits - subspace.forward(self._start)
-        self._outside = x - subspace.extend(self._start)
+        self._outside = subspace.extend_(-self._start, x.clone())
         self._last: tuple[float, Solution] | None = None
 
     @property
@@ -55,7 +55,7 @@ class CoarsePath:
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the unknowns of the objective for those of the coarse space."""
-        return of_first_rank(self._outside + self._subspace.extend(x))
+        return of_first_rank(self._subspace.extend_(x, self._outside.clone()))
 
     def minimum(
         self,

@@ -66,7 +66,7 @@ class CoarseSolve:
         Parameters
         ----------
         x : tensor of shape (n,)
-            The unknowns of the objective.
+            The unknowns of the objective; they are overwritten.
         logits : tensor of shape (n_samples, n_outputs), float64
             Their logits.
         norm : float
@@ -91,7 +91,7 @@ class CoarseSolve:
         self.curvature_pairs, self.limits = solution.curvature_pairs, _LATER
         moved = solution.x - start
         gain = solution.objective_path[-1] - solution.objective_path[0]
-        found = of_first_rank(self.subspace.extend(moved).add_(x))
+        found = of_first_rank(self.subspace.extend_(moved, x))
         return found, logits + self.subspace.forward(moved), gain
 
 

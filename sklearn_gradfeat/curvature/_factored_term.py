@@ -271,11 +271,12 @@ class FactoredTerm(TangentTerm):
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """Return ``Σᵢ Jᵢᵀ Ωᵀ cotangentᵢ``."""
-        totals = [torch.zeros_like(value) for value in self.head.values]
+        pulled = self.omega.new_zeros(self.head.size)
+        totals = self.head.pieces(pulled)
         for rows, layers in self.kept:
             self._adjoint(layers, cotangent[rows], totals)
-        pulled = self._flat(totals)
-        return pulled if self.rest is None else pulled + self.rest.adjoint(cotangent)
+        self._scale_(totals)
+        return pulled if self.rest is None else pulled.add_(self.rest.adjoint(cotangent))
 
     def add_forward_adjoint(
         self, u: Tensor, logits: Tensor, cotangent_of: Callable[[slice, Tensor], Tensor]
@@ -285,15 +286,16 @@ class FactoredTerm(TangentTerm):
         The cotangent of a batch may depend on the logits of that batch alone.
         """
         total, moves = logits.clone(), self.head.displacements(u)
-        totals = [torch.zeros_like(value) for value in self.head.values]
+        pulled = self.omega.new_zeros(self.head.size)
+        totals = self.head.pieces(pulled)
         for rows, layers in self.kept:
             total[rows] += self._forward(layers, moves, rows).to(logits)
             self._adjoint(layers, cotangent_of(rows, total[rows]), totals)
-        pulled = self._flat(totals)
+        self._scale_(totals)
         if self.rest is None:
             return total, pulled
         total, others = self.rest.add_forward_adjoint(u, total, cotangent_of)
-        return total, pulled + others
+        return total, pulled.add_(others)
 
     def calls(self, layers: Sequence[_Kept], weight: int) -> list[KeptLayer]:
         """Return the linear layers and convolutions with a given weight."""
@@ -316,9 +318,10 @@ class FactoredTerm(TangentTerm):
             for layer in layers:
                 layer.add_adjoint(pulled, totals)
 
-    def _flat(self, totals: Sequence[Tensor]) -> Tensor:
-        pieces = zip(totals, self.head.scales, strict=True)
-        return torch.cat([scale * piece.reshape(-1) for piece, scale in pieces])
+    def _scale_(self, totals: Sequence[Tensor]) -> None:
+        """Turn gradients in the displacements into those in ``u``."""
+        for piece, scale in zip(totals, self.head.scales, strict=True):
+            piece.mul_(scale)
 
 
 def factored(tangent: TangentTerm, n_samples: int, max_bytes: int) -> FactoredTerm | None:

@@ -106,7 +106,7 @@ class TangentTerm:
         def adjoint_pass() -> Tensor:
             u = self.omega.new_zeros(self.head.size)
             for rows, boundary in self.batches():
-                u += self.head.vjp(boundary, self._pulled(cotangent[rows]))
+                self.head.vjp(boundary, self._pulled(cotangent[rows]), u)
             return u
 
         return self.retry(adjoint_pass)
@@ -127,7 +127,7 @@ class TangentTerm:
                     total[rows] += self._logits(tangent).to(logits)
                     return self._pulled(cotangent_of(rows, total[rows]))
 
-                pulled += self.head.jvp_then_vjp(boundary, u, cotangent)[1]
+                self.head.jvp_then_vjp(boundary, u, cotangent, pulled)
             return total, pulled
 
         return self.retry(both)

@@ -25,7 +25,10 @@ class CoarseSolver(Protocol):
     """Approximate minimiser over the coarse space through a point."""
 
     def __call__(self, x: Tensor, logits: Tensor, norm: float) -> tuple[Tensor, Tensor, float]:
-        """Return new unknowns, their logits and the change of the objective."""
+        """Return new unknowns, their logits and the change of the objective.
+
+        It may overwrite ``x``.
+        """
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -139,7 +142,7 @@ def coarse_step(
     objective: LinearObjective, point: Point, solve: CoarseSolver, norm: float
 ) -> tuple[Point, int]:
     """Return the point after a coarse-space solve, and the number of passes."""
-    x, logits, gain = solve(point.x, point.logits, norm)
+    x, logits, gain = solve(point.x.clone(), point.logits, norm)
     return _with_gradient(objective, x, logits, point.value + gain), 1
 
 

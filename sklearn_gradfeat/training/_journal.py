@@ -81,6 +81,11 @@ class Journal:
         self._n_done = 0  # entries that this process has passed
         self._state: Entry | None = None
 
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is written."""
+        return self._write is not None
+
     def number(self, name: str, compute: Callable[[], float]) -> float:
         """Return a number, from the journal or from ``compute()``."""
         return float(self.numbers(name, compute).item())
@@ -130,6 +135,7 @@ class Journal:
         """Take note of the state of the run."""
         if self._write is None:
             return
+        assert state.built_at is not None
         inverses.curvature_pairs = None  # those of the state take their place
         coarse = state.coarse_pairs
         vectors: dict[str, Vectors] = {
