@@ -301,7 +301,7 @@ def _from_kept(
     n_columns = calls[0].n_columns
     kept = block.rows.empty(inputs.new_empty, n_samples, n_columns)
     for i in range(n_columns):
-        gradient = torch.cat([call.output_rows(i, n_samples) for call in calls], 1)
+        gradient = torch.cat([call.output_rows(i, n_samples)[0] for call in calls], 1)
         block.rows.put(kept, inputs, i, gradient)
     return kept
 

@@ -22,6 +22,7 @@ rows than another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +34,7 @@ from sklearn_gradfeat.backbones import threads_for, threads_for_head
 from sklearn_gradfeat.curvature._layer_rows import (
     READING,
     LayerCall,
+    LayerGradients,
     NormCall,
     Record,
     backward_share,
@@ -79,8 +81,11 @@ class _Linear:
         flat = [own.output_rows(g, n_samples)[0].flatten(0, 1) for g in gradients]
         inputs = call.input_rows((), n_samples)[0]
         n_positions = inputs.shape[1]
-        seen = torch.stack([g.any(1) for g in flat]).any(0).nonzero()[:, 0]
-        rows = torch.stack([g[seen] for g in flat])
+        sizes = [torch.linalg.vector_norm(g, ord=math.inf, dim=1) for g in flat]
+        seen = torch.stack(sizes).any(0).nonzero()[:, 0]
+        rows = inputs.new_empty(len(flat), len(seen), flat[0].shape[1])
+        for place, g in zip(rows, flat, strict=True):
+            torch.index_select(g, 0, seen, out=place)
         samples = seen // n_positions
         return cls(
             call.without_tensors(), inputs.flatten(0, 1)[seen], rows, samples, seen, n_positions
@@ -100,10 +105,15 @@ class _Linear:
         moved = torch.nn.functional.linear(self.inputs, weight.flatten(1), bias)
         return self._spread(moved, n_samples)
 
-    def output_rows(self, i: int, n_samples: int) -> Tensor:
-        """Return the gradients of a column, of shape (n_samples, positions, n_outputs)."""
-        rows = self._spread(self.gradients[i], n_samples)
-        return self.call.output_rows(rows, n_samples)[0]
+    def output_rows(self, of: Tensor | int, n_samples: int) -> Tensor:
+        """Return those of a column or a mixture, (groups, n_samples, positions, n_outputs)."""
+        one = isinstance(of, int)
+        rows = self.gradients[of] if one else torch.tensordot(of, self.gradients, 1)
+        return self.call.output_rows(self._spread(rows, n_samples), n_samples)
+
+    def whole_call(self, n_samples: int) -> LayerCall:
+        """Return the call with its inputs, zeros where none are kept."""
+        return replace(self.call, inputs=self._spread(self.inputs, n_samples))
 
     def _spread(self, rows: Tensor, n_samples: int) -> Tensor:
         """Return the rows at all positions, zeros where none are kept."""
@@ -175,9 +185,15 @@ class _Convolution:
         layer: Callable[..., Tensor] = getattr(torch, self.call.kind)
         return layer(self.inputs, weight, bias, *self.call.options).flatten(2).mT
 
-    def output_rows(self, i: int, n_samples: int) -> Tensor:
-        """Return the gradients of a column, of shape (n_samples, positions, n_outputs)."""
-        return self.gradients[:, i].flatten(2).mT
+    def output_rows(self, of: Tensor | int, n_samples: int) -> Tensor:
+        """Return those of a column or a mixture, (groups, n_samples, positions, n_outputs)."""
+        one = isinstance(of, int)
+        rows = self.gradients[:, of] if one else torch.tensordot(self.gradients, of, ([1], [0]))
+        return self.call.output_rows(rows, n_samples)
+
+    def whole_call(self, n_samples: int) -> LayerCall:
+        """Return the call with its inputs, and an output of the same shape."""
+        return replace(self.call, inputs=self.inputs, output=self.gradients[:, 0])
 
     def _blocks(self) -> Iterator[slice]:
         return row_blocks(len(self.inputs), self.gradients[0, 0].numel() + self.inputs[0].numel())
@@ -302,6 +318,23 @@ class FactoredTerm(TangentTerm):
         found = [layer for layer in layers if not isinstance(layer, _Norm)]
         return [layer for layer in found if layer.call.weight == weight]
 
+    def layer_gradients(
+        self, stride: int, columns: Tensor
+    ) -> Iterator[tuple[Tensor, LayerGradients]]:
+        """Iterate over (rows, their layers with gradients) of every ``stride``-th sample kept.
+
+        ``columns``, of shape (n_columns, n_features), are in the span of those of ``Ω``.
+        """
+        outer, omega, wide = (z.cpu().double() for z in (self.outer, self.omega, columns))
+        mixtures = wide @ torch.linalg.pinv(torch.linalg.pinv(outer) @ omega)
+        mixtures = mixtures.to(self.outer)
+        for rows, layers in self.kept:
+            first = -(-rows.start // stride) * stride
+            chosen = torch.arange(first, rows.stop, stride, device=self.outer.device)
+            if len(chosen):
+                some = [layer.of(chosen - rows.start) for layer in layers]
+                yield chosen, _gradients(some, mixtures, len(chosen))
+
     def _forward(self, layers: Sequence[_Kept], moves: Tensors, rows: slice) -> Tensor:
         n_samples = rows.stop - rows.start
         total = self.outer.new_zeros(n_samples, self.outer.shape[1])
@@ -322,6 +355,22 @@ class FactoredTerm(TangentTerm):
         """Turn gradients in the displacements into those in ``u``."""
         for piece, scale in zip(totals, self.head.scales, strict=True):
             piece.mul_(scale)
+
+
+def _gradients(layers: Sequence[_Kept], mixtures: Tensor, n_samples: int) -> LayerGradients:
+    """Return the layers of some samples with the gradients of mixtures of the columns."""
+    rows = [layer for layer in layers if not isinstance(layer, _Norm)]
+    norms = [layer for layer in layers if isinstance(layer, _Norm)]
+
+    def of_mixture(mixture: Tensor) -> tuple[list[Tensor], dict[int, Tensor]]:
+        found: dict[int, Tensor] = {}
+        for i, gradients in (pair for norm in norms for pair in norm.gradients.items()):
+            part = torch.tensordot(gradients, mixture, ([1], [0]))
+            found[i] = found[i] + part if i in found else part
+        return [layer.output_rows(mixture, n_samples) for layer in rows], found
+
+    calls = [layer.whole_call(n_samples) for layer in rows]
+    return LayerGradients(calls, map(of_mixture, mixtures))
 
 
 def factored(tangent: TangentTerm, n_samples: int, max_bytes: int) -> FactoredTerm | None:

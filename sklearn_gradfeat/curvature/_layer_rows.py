@@ -8,7 +8,7 @@ and the gradients ``g`` of the output rows. Rows have shape
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -345,6 +345,44 @@ def output_gradients(
             activation, outputs, column.expand_as(activation),
             retain_graph=True, materialize_grads=True,
         )  # fmt: skip
+
+
+class LayerGradients(NamedTuple):
+    """The layers of some samples, and the gradients of columns of activations in their outputs.
+
+    Attributes
+    ----------
+    calls : list of LayerCall
+        The layers, with their inputs.
+    by_column : iterable of (list of tensors, dict of int to tensor)
+        For every column, the output rows of each layer, and the gradients of every sample in the
+        vectors of layer norms.
+    """
+
+    calls: list[LayerCall]
+    by_column: Iterable[tuple[list[Tensor], dict[int, Tensor]]]
+
+    @classmethod
+    def from_network(cls, record: Record, columns: Tensor, n_samples: int) -> LayerGradients:
+        """Take a backward pass for every column; leave out norms without an axis of samples."""
+        calls, norms = record.calls, [n for n in record.norms if n.is_by_sample(n_samples)]
+        if not len(columns):  # the output weights are zero
+            calls = []
+        pulled = output_gradients(record.activation, [*calls, *norms], columns)
+        return cls(calls, (_by_kind(calls, norms, grads, n_samples) for grads in pulled))
+
+
+def _by_kind(
+    calls: Sequence[LayerCall], norms: Sequence[NormCall], gradients: Tensors, n_samples: int
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Return the output rows of layers, and the gradients in the vectors of norms."""
+    pairs = zip(calls, gradients[: len(calls)], strict=True)
+    rows = [call.output_rows(gradient, n_samples) for call, gradient in pairs]
+    found: dict[int, Tensor] = {}
+    for norm, gradient in zip(norms, gradients[len(calls) :], strict=True):
+        for i, part in norm.sample_gradients(gradient, n_samples).items():
+            found[i] = found[i] + part if i in found else part
+    return rows, found
 
 
 def multiplications(head: LinearizedHead, boundary: Tensors) -> float:

@@ -19,18 +19,23 @@ to every eigenvalue. An unpenalised block gets the rounding unit times its large
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.curvature._factored_term import FactoredTerm
 from sklearn_gradfeat.curvature._kfac import (
     MAX_WIDTH,
+    Batch,
     Factor,
+    Signs,
     enough_samples,
     factors,
     loss_columns,
+    network_batches,
     sums_over_ranks,
 )
 from sklearn_gradfeat.curvature._spectrum import MAX_EXACT, KroneckerInverse, Spectrum, damping
@@ -194,9 +199,20 @@ def _layer_factors(
     n_samples = _count(part)
 
     def one_pass() -> tuple[dict[int, Factor], dict[int, Tensor]]:
-        return factors(tangent.head, tangent.batches(stride), columns, share, n_samples)
+        batches = _batches(tangent, stride, columns)
+        return factors(tangent.head, batches, columns, share, n_samples)
 
     return sums_over_ranks(*tangent.retry(one_pass))
+
+
+def _batches(tangent: TangentTerm, stride: int, columns: Tensor) -> Iterator[Batch]:
+    """Iterate over the layers of every k-th sample, without the network where rows are kept."""
+    if not isinstance(tangent, FactoredTerm) or tangent.rest is not None or not len(columns):
+        yield from network_batches(tangent.head, tangent.batches(stride), columns)
+        return
+    kinds = torch.cat([Signs.kinds(boundary) for _, boundary in tangent.batches(stride)])
+    for rows, layers in tangent.layer_gradients(stride, columns):
+        yield Batch(rows, (), kinds[rows // stride], layers)
 
 
 def _count(rows: Tensor) -> int:

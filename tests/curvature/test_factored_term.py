@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sklearn_gradfeat.curvature import FactoredTerm, _factored_term, with_rows_if_cheap
+from sklearn_gradfeat.curvature import FactoredTerm, _factored_term, _kfac, with_rows_if_cheap
 from sklearn_gradfeat.curvature._factored_term import factored
-from tests.curvature.problems import batches, image_term, module_term, normal
+from sklearn_gradfeat.curvature._preconditioner import _layer_factors
+from tests.curvature.problems import batches, image_term, module_term, normal, unequal_weights
 from tests.curvature.test_explicit_rows import Twice
 
 N = 20
@@ -76,6 +77,26 @@ def test_products_are_those_of_the_network(kind):
     torch.testing.assert_close(found.adjoint(cotangent), term.adjoint(cotangent))
     both = found.add_forward_adjoint(u, logits, cotangent_of)
     torch.testing.assert_close(both, term.add_forward_adjoint(u, logits, cotangent_of))
+
+
+@pytest.mark.parametrize("kind", TERMS)
+@pytest.mark.parametrize("least", [N, 5])
+def test_factors_of_the_curvature_are_those_of_the_network(kind, least, monkeypatch):
+    monkeypatch.setattr(_kfac, "_MIN_SAMPLES", least)
+    monkeypatch.setattr(_kfac, "_MAX_SAMPLES", least)
+    term = TERMS[kind]()
+    term.omega[2] = -term.omega[:2].sum(0)
+    kept, weights, curvature = factored(term, N, 2**30), unequal_weights(N), normal(3, 3)
+    assert kept.rest is None
+    curvature = curvature @ curvature.T
+    found, expected = (_layer_factors(of, curvature, weights) for of in (kept, term))
+    for of in (found, expected):
+        for factor in of[0].values():
+            factor.sum_rows()
+    for i, factor in expected[0].items():
+        torch.testing.assert_close(found[0][i].inputs, factor.inputs)
+        torch.testing.assert_close(found[0][i].output, factor.output)
+    torch.testing.assert_close(found[1], expected[1])
 
 
 def test_rows_of_padded_tokens_are_left_out():
