@@ -9,8 +9,8 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from sklearn_gradfeat import MaskedMean
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone
-from sklearn_gradfeat.curvature._kfac import factors
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead
+from tests.curvature.problems import network_factors
 
 
 def letters(texts, padding, truncation, max_length):
@@ -91,7 +91,7 @@ def check_split(net, X, last, width):
     torch.testing.assert_close(tangent, head.jvp(boundary, u), rtol=1e-4, atol=1e-4)
     n = len(X)
     columns = torch.ones(1, tangent.shape[1])
-    found, _ = factors(head, [(slice(0, n), boundary)], columns, torch.ones(n) / n, n)
+    found, _ = network_factors(head, [(slice(0, n), boundary)], columns, torch.ones(n) / n, n)
     matrices = [i for i, value in enumerate(head.values) if value.ndim == 2]
     assert sorted(found) == matrices
     assert all(factor.bias is not None for factor in found.values())

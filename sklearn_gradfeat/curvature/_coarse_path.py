@@ -44,7 +44,7 @@ class CoarsePath:
         self._subspace, self._curvature = subspace, curvature
         self._start = of_first_rank(subspace.restrict(x))
         self._rest = logits - subspace.forward(self._start)
-        self._outside = x - subspace.extend(self._start)
+        self._outside = subspace.extend_(-self._start, x.clone())
         self._last: tuple[float, Solution] | None = None
 
     @property
@@ -55,7 +55,7 @@ class CoarsePath:
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the unknowns of the objective for those of the coarse space."""
-        return of_first_rank(self._outside + self._subspace.extend(x))
+        return of_first_rank(self._subspace.extend_(x, self._outside.clone()))
 
     def minimum(
         self,
@@ -89,7 +89,7 @@ class CoarsePath:
             x=self.whole(found.x),
             objective_path=[constant + value for value in found.objective_path],
             n_passes=1,
-            curvature_pairs=CurvaturePairs([], objective.penalty),
+            curvature_pairs=CurvaturePairs([], objective.penalties),
         )
 
     def _minimize(
@@ -97,7 +97,7 @@ class CoarsePath:
     ) -> Solution:
         inverse = Preconditioner(objective, self._logits, self._curvature)
         solve = CoarseSolve(objective, self._subspace, inverse, True)
-        coarse = CoarseObjective(objective.loss, solve.penalty, self._subspace, self._rest)
+        coarse = CoarseObjective(objective.loss, solve.penalties, self._subspace, self._rest)
         baseline = objective.loss.value(self._logits)
         baseline += penalised(coarse, self._start, self._start) / 2
         rounding = torch.finfo(self._start.dtype).eps * abs(baseline)

@@ -11,7 +11,7 @@ from sklearn_gradfeat.curvature._coarse_space import Subspace
 from sklearn_gradfeat.curvature._preconditioner import Preconditioner
 from sklearn_gradfeat.curvature._spectrum import damping
 from sklearn_gradfeat.data import of_first_rank
-from sklearn_gradfeat.linearized import Loss, TangentObjective
+from sklearn_gradfeat.linearized import Loss, TangentObjective, Tensors
 from sklearn_gradfeat.solvers import CurvaturePairs, minimize
 
 # Tolerance as a share of the gradient norm, and largest number of iterations: for the first
@@ -43,7 +43,10 @@ class CoarseSolve:
         curvature = torch.cat([none, *(block.curvature.reshape(-1) for block in subspace.blocks)])
         curvature = curvature * (inverse.curvature.total / subspace.total)
         self.loss, self.subspace = objective.loss, subspace
-        self.penalty = torch.cat([objective.penalty[:n], torch.full_like(curvature, alpha)])
+        self.penalties = (
+            *objective.penalties[:2],
+            curvature.new_full((), alpha).expand_as(curvature),
+        )
         self.inverse = _CoarseInverse(inverse, n, 1 / (curvature + damping(alpha, curvature)))
         self.curvature_pairs: CurvaturePairs | None = None
         self.limits = _FIRST if first else _LATER
@@ -55,7 +58,7 @@ class CoarseSolve:
 
     def recall(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Go on after a solve that had these curvature pairs."""
-        self.curvature_pairs, self.limits = CurvaturePairs(pairs, self.penalty), _LATER
+        self.curvature_pairs, self.limits = CurvaturePairs(pairs, self.penalties), _LATER
 
     def __call__(self, x: Tensor, logits: Tensor, norm: float) -> tuple[Tensor, Tensor, float]:
         """Return the minimiser over the subspace through ``x``.
@@ -63,7 +66,7 @@ class CoarseSolve:
         Parameters
         ----------
         x : tensor of shape (n,)
-            The unknowns of the objective.
+            The unknowns of the objective; they are overwritten.
         logits : tensor of shape (n_samples, n_outputs), float64
             Their logits.
         norm : float
@@ -78,7 +81,7 @@ class CoarseSolve:
         rest = logits - self.subspace.forward(start)
         share, max_iter = self.limits
         solution = minimize(
-            CoarseObjective(self.loss, self.penalty, self.subspace, rest),
+            CoarseObjective(self.loss, self.penalties, self.subspace, rest),
             start,
             lambda _: self.inverse,
             tolerance=lambda _: (share * norm) ** 2 / 2,
@@ -88,7 +91,7 @@ class CoarseSolve:
         self.curvature_pairs, self.limits = solution.curvature_pairs, _LATER
         moved = solution.x - start
         gain = solution.objective_path[-1] - solution.objective_path[0]
-        found = of_first_rank(self.subspace.extend(moved).add_(x))
+        found = of_first_rank(self.subspace.extend_(moved, x))
         return found, logits + self.subspace.forward(moved), gain
 
 
@@ -110,7 +113,7 @@ class CoarseObjective:
     """The objective as a function of the coordinates; ``rest`` are the remaining logits."""
 
     loss: Loss
-    penalty: Tensor
+    penalties: Tensors
     subspace: Subspace
     rest: Tensor
 

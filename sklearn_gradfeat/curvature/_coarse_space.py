@@ -131,20 +131,20 @@ class Block:
         width = sum(self.curvature.shape) + self.rows.channelwise * len(self.rows.outputs)
         return row_blocks(n_samples, self.rows.n_positions * width)
 
-    def extend(self, r: Tensor, pieces: list[Tensor]) -> None:
-        """Replace the pieces of the layer by ``U_g R U_aᵀ``."""
-        matrix = self.rows.outputs @ r.view_as(self.curvature) @ self.inputs.T
+    def extend_(self, r: Tensor, pieces: Sequence[Tensor]) -> None:
+        """Add ``U_g R U_aᵀ`` to the pieces of the layer."""
+        matrix, rows = pieces[self.weight].flatten(1), self.rows.outputs @ r.view_as(self.curvature)
+        matrix.addmm_(rows, self.inputs[: matrix.shape[1]].T)
         if self.bias is not None:
-            pieces[self.bias] = matrix[:, -1]
-            matrix = matrix[:, :-1]
-        pieces[self.weight] = matrix
+            pieces[self.bias].addmv_(rows, self.inputs[-1])
 
     def restrict(self, pieces: Sequence[Tensor]) -> Tensor:
         """Return ``U_gᵀ D U_a``, the coordinates of the orthogonal projection."""
-        matrix = pieces[self.weight].flatten(1)
+        matrix, outputs = pieces[self.weight].flatten(1), self.rows.outputs
+        found = outputs.T @ matrix @ self.inputs[: matrix.shape[1]]
         if self.bias is not None:
-            matrix = torch.cat([matrix, pieces[self.bias][:, None]], 1)
-        return (self.rows.outputs.T @ matrix @ self.inputs).reshape(-1)
+            found += torch.outer(outputs.T @ pieces[self.bias], self.inputs[-1])
+        return found.reshape(-1)
 
 
 class Subspace:
@@ -226,11 +226,16 @@ class Subspace:
 
     def extend(self, x: Tensor) -> Tensor:
         """Return the unknowns of the objective from coordinates."""
+        return self.extend_(x, x.new_zeros(self.sizes[0] + self.head.size))
+
+    def extend_(self, x: Tensor, total: Tensor) -> Tensor:
+        """Add the unknowns of the objective from coordinates to ``total``, and return it."""
         affine, *coordinates = x.split(self.sizes)
-        pieces = [torch.zeros_like(value) for value in self.head.values]
+        total[: self.sizes[0]] += affine
+        pieces = self.head.pieces(total[self.sizes[0] :])
         for block, r in zip(self.blocks, coordinates, strict=True):
-            block.extend(r, pieces)
-        return torch.cat([affine, *(piece.reshape(-1) for piece in pieces)])
+            block.extend_(r, pieces)
+        return total
 
     def restrict(self, x: Tensor) -> Tensor:
         """Return the transpose of :meth:`extend`: coordinates of the orthogonal projection."""
@@ -296,7 +301,7 @@ def _from_kept(
     n_columns = calls[0].n_columns
     kept = block.rows.empty(inputs.new_empty, n_samples, n_columns)
     for i in range(n_columns):
-        gradient = torch.cat([call.output_rows(i, n_samples) for call in calls], 1)
+        gradient = torch.cat([call.output_rows(i, n_samples)[0] for call in calls], 1)
         block.rows.put(kept, inputs, i, gradient)
     return kept
 

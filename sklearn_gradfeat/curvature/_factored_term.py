@@ -12,10 +12,17 @@ dimension that the output weights ``Ω`` span, which is one less with a softmax.
 
 Rows of linear layers at positions without a gradient, such as padded tokens, are left out. Where
 memory is too small for all samples, the others pass the network.
+
+*Check.* The sum is all of the derivative where the layers are the only uses of the parameters. In
+every batch, autograd is asked for other uses, which costs nothing where its graph has none. Whether
+rows belong to their samples does not show there: a few samples of every batch are compared with the
+network. All of them are where a layer has no axis of samples, since one sample may then have more
+rows than another.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +34,9 @@ from sklearn_gradfeat.backbones import threads_for, threads_for_head
 from sklearn_gradfeat.curvature._layer_rows import (
     READING,
     LayerCall,
+    LayerGradients,
     NormCall,
+    Record,
     backward_share,
     complete,
     multiplications,
@@ -40,8 +49,8 @@ from sklearn_gradfeat.linearized import Batches, TangentTerm, Tensors, agrees
 
 # Passes of a fit, and the cost of one through the network, in forward passes of the head.
 _PASSES, _NETWORK = 10, 3
-# The cost of the rows besides the backward passes: the value, and a pass for the check.
-_CHECKED = 1 + _NETWORK
+# Samples of a batch that are compared with the network.
+_COMPARED = 4
 
 
 @dataclass(frozen=True)
@@ -56,9 +65,9 @@ class _Linear:
     n_positions: int
 
     @property
-    def n_bytes(self) -> int:
-        """The size of all tensors."""
-        return self.inputs.nbytes + self.gradients.nbytes
+    def tensors(self) -> Tensors:
+        """What is kept."""
+        return self.inputs, self.gradients
 
     @property
     def n_columns(self) -> int:
@@ -72,22 +81,39 @@ class _Linear:
         flat = [own.output_rows(g, n_samples)[0].flatten(0, 1) for g in gradients]
         inputs = call.input_rows((), n_samples)[0]
         n_positions = inputs.shape[1]
-        seen = torch.stack([g.any(1) for g in flat]).any(0).nonzero()[:, 0]
-        rows = torch.stack([g[seen] for g in flat])
+        sizes = [torch.linalg.vector_norm(g, ord=math.inf, dim=1) for g in flat]
+        seen = torch.stack(sizes).any(0).nonzero()[:, 0]
+        rows = inputs.new_empty(len(flat), len(seen), flat[0].shape[1])
+        for place, g in zip(rows, flat, strict=True):
+            torch.index_select(g, 0, seen, out=place)
         samples = seen // n_positions
         return cls(
             call.without_tensors(), inputs.flatten(0, 1)[seen], rows, samples, seen, n_positions
         )
+
+    def of(self, chosen: Tensor) -> _Linear:
+        """Return the rows of some samples, in this order."""
+        samples, kept = (chosen[:, None] == self.samples).nonzero().T
+        places = samples * self.n_positions + self.places[kept] % self.n_positions
+        return replace(
+            self, inputs=self.inputs[kept], gradients=self.gradients[:, kept], samples=samples,
+            places=places,
+        )  # fmt: skip
 
     def project(self, weight: Tensor, bias: Tensor | None, n_samples: int) -> Tensor:
         """Return the outputs of another layer with the same inputs, (n_samples, positions, n)."""
         moved = torch.nn.functional.linear(self.inputs, weight.flatten(1), bias)
         return self._spread(moved, n_samples)
 
-    def output_rows(self, i: int, n_samples: int) -> Tensor:
-        """Return the gradients of a column, of shape (n_samples, positions, n_outputs)."""
-        rows = self._spread(self.gradients[i], n_samples)
-        return self.call.output_rows(rows, n_samples)[0]
+    def output_rows(self, of: Tensor | int, n_samples: int) -> Tensor:
+        """Return those of a column or a mixture, (groups, n_samples, positions, n_outputs)."""
+        one = isinstance(of, int)
+        rows = self.gradients[of] if one else torch.tensordot(of, self.gradients, 1)
+        return self.call.output_rows(self._spread(rows, n_samples), n_samples)
+
+    def whole_call(self, n_samples: int) -> LayerCall:
+        """Return the call with its inputs, zeros where none are kept."""
+        return replace(self.call, inputs=self._spread(self.inputs, n_samples))
 
     def _spread(self, rows: Tensor, n_samples: int) -> Tensor:
         """Return the rows at all positions, zeros where none are kept."""
@@ -136,9 +162,9 @@ class _Convolution:
     gradients: Tensor
 
     @property
-    def n_bytes(self) -> int:
-        """The size of all tensors."""
-        return self.inputs.nbytes + self.gradients.nbytes
+    def tensors(self) -> Tensors:
+        """What is kept."""
+        return self.inputs, self.gradients
 
     @property
     def n_columns(self) -> int:
@@ -150,14 +176,24 @@ class _Convolution:
         """Keep all inputs and gradients."""
         return cls(call.without_tensors(), call.inputs.clone(), torch.stack(list(gradients), 1))
 
+    def of(self, chosen: Tensor) -> _Convolution:
+        """Return the inputs and gradients of some samples."""
+        return replace(self, inputs=self.inputs[chosen], gradients=self.gradients[chosen])
+
     def project(self, weight: Tensor, bias: Tensor | None, n_samples: int) -> Tensor:
         """Return the outputs of another layer with the same inputs, (n_samples, positions, n)."""
         layer: Callable[..., Tensor] = getattr(torch, self.call.kind)
         return layer(self.inputs, weight, bias, *self.call.options).flatten(2).mT
 
-    def output_rows(self, i: int, n_samples: int) -> Tensor:
-        """Return the gradients of a column, of shape (n_samples, positions, n_outputs)."""
-        return self.gradients[:, i].flatten(2).mT
+    def output_rows(self, of: Tensor | int, n_samples: int) -> Tensor:
+        """Return those of a column or a mixture, (groups, n_samples, positions, n_outputs)."""
+        one = isinstance(of, int)
+        rows = self.gradients[:, of] if one else torch.tensordot(self.gradients, of, ([1], [0]))
+        return self.call.output_rows(rows, n_samples)
+
+    def whole_call(self, n_samples: int) -> LayerCall:
+        """Return the call with its inputs, and an output of the same shape."""
+        return replace(self.call, inputs=self.inputs, output=self.gradients[:, 0])
 
     def _blocks(self) -> Iterator[slice]:
         return row_blocks(len(self.inputs), self.gradients[0, 0].numel() + self.inputs[0].numel())
@@ -195,15 +231,19 @@ class _Norm:
     gradients: dict[int, Tensor]
 
     @property
-    def n_bytes(self) -> int:
-        """The size of all tensors."""
-        return sum(gradients.nbytes for gradients in self.gradients.values())
+    def tensors(self) -> Tensors:
+        """What is kept."""
+        return tuple(self.gradients.values())
 
     @classmethod
     def from_call(cls, call: NormCall, gradients: Sequence[Tensor], n_samples: int) -> _Norm:
         """Sum the gradients over the positions of every sample."""
         found = [call.sample_gradients(g, n_samples) for g in gradients]
         return cls({i: torch.stack([one[i] for one in found], 1) for i in found[0]})
+
+    def of(self, chosen: Tensor) -> _Norm:
+        """Return the gradients of some samples."""
+        return _Norm({i: gradients[chosen] for i, gradients in self.gradients.items()})
 
     def add_forward(self, moves: Tensors, total: Tensor) -> None:
         """Add the change of every column to ``total``, of shape (n_samples, n_columns)."""
@@ -247,11 +287,12 @@ class FactoredTerm(TangentTerm):
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """Return ``Σᵢ Jᵢᵀ Ωᵀ cotangentᵢ``."""
-        totals = [torch.zeros_like(value) for value in self.head.values]
+        pulled = self.omega.new_zeros(self.head.size)
+        totals = self.head.pieces(pulled)
         for rows, layers in self.kept:
             self._adjoint(layers, cotangent[rows], totals)
-        pulled = self._flat(totals)
-        return pulled if self.rest is None else pulled + self.rest.adjoint(cotangent)
+        self._scale_(totals)
+        return pulled if self.rest is None else pulled.add_(self.rest.adjoint(cotangent))
 
     def add_forward_adjoint(
         self, u: Tensor, logits: Tensor, cotangent_of: Callable[[slice, Tensor], Tensor]
@@ -261,20 +302,38 @@ class FactoredTerm(TangentTerm):
         The cotangent of a batch may depend on the logits of that batch alone.
         """
         total, moves = logits.clone(), self.head.displacements(u)
-        totals = [torch.zeros_like(value) for value in self.head.values]
+        pulled = self.omega.new_zeros(self.head.size)
+        totals = self.head.pieces(pulled)
         for rows, layers in self.kept:
             total[rows] += self._forward(layers, moves, rows).to(logits)
             self._adjoint(layers, cotangent_of(rows, total[rows]), totals)
-        pulled = self._flat(totals)
+        self._scale_(totals)
         if self.rest is None:
             return total, pulled
         total, others = self.rest.add_forward_adjoint(u, total, cotangent_of)
-        return total, pulled + others
+        return total, pulled.add_(others)
 
     def calls(self, layers: Sequence[_Kept], weight: int) -> list[KeptLayer]:
         """Return the linear layers and convolutions with a given weight."""
         found = [layer for layer in layers if not isinstance(layer, _Norm)]
         return [layer for layer in found if layer.call.weight == weight]
+
+    def layer_gradients(
+        self, stride: int, columns: Tensor
+    ) -> Iterator[tuple[Tensor, LayerGradients]]:
+        """Iterate over (rows, their layers with gradients) of every ``stride``-th sample kept.
+
+        ``columns``, of shape (n_columns, n_features), are in the span of those of ``Ω``.
+        """
+        outer, omega, wide = (z.cpu().double() for z in (self.outer, self.omega, columns))
+        mixtures = wide @ torch.linalg.pinv(torch.linalg.pinv(outer) @ omega)
+        mixtures = mixtures.to(self.outer)
+        for rows, layers in self.kept:
+            first = -(-rows.start // stride) * stride
+            chosen = torch.arange(first, rows.stop, stride, device=self.outer.device)
+            if len(chosen):
+                some = [layer.of(chosen - rows.start) for layer in layers]
+                yield chosen, _gradients(some, mixtures, len(chosen))
 
     def _forward(self, layers: Sequence[_Kept], moves: Tensors, rows: slice) -> Tensor:
         n_samples = rows.stop - rows.start
@@ -292,9 +351,26 @@ class FactoredTerm(TangentTerm):
             for layer in layers:
                 layer.add_adjoint(pulled, totals)
 
-    def _flat(self, totals: Sequence[Tensor]) -> Tensor:
-        pieces = zip(totals, self.head.scales, strict=True)
-        return torch.cat([scale * piece.reshape(-1) for piece, scale in pieces])
+    def _scale_(self, totals: Sequence[Tensor]) -> None:
+        """Turn gradients in the displacements into those in ``u``."""
+        for piece, scale in zip(totals, self.head.scales, strict=True):
+            piece.mul_(scale)
+
+
+def _gradients(layers: Sequence[_Kept], mixtures: Tensor, n_samples: int) -> LayerGradients:
+    """Return the layers of some samples with the gradients of mixtures of the columns."""
+    rows = [layer for layer in layers if not isinstance(layer, _Norm)]
+    norms = [layer for layer in layers if isinstance(layer, _Norm)]
+
+    def of_mixture(mixture: Tensor) -> tuple[list[Tensor], dict[int, Tensor]]:
+        found: dict[int, Tensor] = {}
+        for i, gradients in (pair for norm in norms for pair in norm.gradients.items()):
+            part = torch.tensordot(gradients, mixture, ([1], [0]))
+            found[i] = found[i] + part if i in found else part
+        return [layer.output_rows(mixture, n_samples) for layer in rows], found
+
+    calls = [layer.whole_call(n_samples) for layer in rows]
+    return LayerGradients(calls, map(of_mixture, mixtures))
 
 
 def factored(tangent: TangentTerm, n_samples: int, max_bytes: int) -> FactoredTerm | None:
@@ -342,68 +418,102 @@ def _after(batches: Batches, n: int) -> Iterator[tuple[slice, Tensors]]:
 def _is_cheap(tangent: TangentTerm, few: Tensors) -> bool:
     """Return whether the rows save time."""
     head, n_samples, n_columns = tangent.head, len(few[0]), min(tangent.omega.shape)
-    _, calls, norms = record_with_norms(head, few)
-    if not _covers(calls, norms, len(head.values), n_samples):
+    record = record_with_norms(head, few)
+    if not _covers(record, len(head.values), n_samples):
         return False
-    forward = multiplications(head, few)
+    calls, forward = record.calls, multiplications(head, few)
     layers = sum(call.output.numel() * head.values[call.weight][0].numel() for call in calls)
     numbers = sum(call.inputs.numel() + n_columns * call.output.numel() for call in calls)
     saved = _PASSES * (_NETWORK * forward - layers - READING * numbers)
-    cost = (_CHECKED + n_columns * backward_share(head, forward, calls)) * forward
-    return saved >= cost
+    passes = 1 + n_columns * backward_share(head, forward, calls)
+    passes += 0 if _have_axes(record, n_samples) else _NETWORK
+    return saved >= passes * forward
 
 
-def _covers(
-    calls: Sequence[LayerCall], norms: Sequence[NormCall], n_parameters: int, n_samples: int
-) -> bool:
+def _every(record: Record) -> list[LayerCall | NormCall]:
+    return [*record.calls, *record.norms]
+
+
+def _have_axes(record: Record, n_samples: int) -> bool:
+    """Return whether samples have an axis of their own in all layers."""
+    return all(call.has_axis_of_samples(n_samples) for call in _every(record))
+
+
+def _covers(record: Record, n_parameters: int, n_samples: int) -> bool:
     """Return whether all parameters are those of layers whose rows belong to samples."""
-    every: list[LayerCall | NormCall] = [*calls, *norms]
+    every = _every(record)
     used = {i for call in every for i in (call.weight, call.bias)}
     by_sample = all(call.is_by_sample(n_samples) for call in every)
     # The backward operator of convolutions takes no padding by name.
-    named = any(isinstance(option, str) for call in calls for option in call.options)
+    named = any(isinstance(option, str) for call in record.calls for option in call.options)
     return by_sample and not named and used >= set(range(n_parameters))
 
 
 def _rows(
     tangent: TangentTerm, outer: Tensor, columns: Tensor, max_bytes: int
 ) -> list[tuple[slice, list[_Kept]]] | None:
-    """Return the layers of the first samples, or None if they and the network disagree."""
-    head, n_bytes = tangent.head, 0
+    """Return the layers of the first samples, or None if they do not determine the map."""
+    n_bytes = 0
     kept: list[tuple[slice, list[_Kept]]] = []
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(head.size, generator=generator, dtype=torch.float64).to(columns)
-    moves = head.displacements(u)
     for rows, boundary in tangent.batches():
         n_samples = rows.stop - rows.start
-        with threads_for_head(head.values, boundary):
-            layers = _kept(tangent, boundary, columns, n_samples)
+        with threads_for_head(tangent.head.values, boundary):
+            record = record_with_norms(tangent.head, boundary, differentiable=True)
+            layers = _kept(tangent, record, columns, n_samples)
         if layers is None:
             return None
-        n_bytes += sum(layer.n_bytes for layer in layers)
+        n_bytes += sum(part.nbytes for layer in layers for part in layer.tensors)
         if n_bytes > max_bytes:
             break
-        found = columns.new_zeros(n_samples, len(columns))
-        with threads_for_head(head.values, boundary):
-            for layer in layers:
-                layer.add_forward(moves, found)
-        if not agrees(found @ outer.T, head.jvp(boundary, u) @ tangent.omega.T, columns.dtype):
+        n_compared = min(n_samples, _COMPARED) if _have_axes(record, n_samples) else n_samples
+        del record
+        if not _agree(tangent, outer, layers, boundary, n_compared):
             return None
         kept.append((rows, layers))
     return kept or None
 
 
 def _kept(
-    tangent: TangentTerm, boundary: Tensors, columns: Tensor, n_samples: int
+    tangent: TangentTerm, record: Record, columns: Tensor, n_samples: int
 ) -> list[_Kept] | None:
-    """Return the layers of a batch, or None if a row of one belongs to several samples."""
-    head = tangent.head
-    activation, calls, norms = record_with_norms(head, boundary, differentiable=True)
-    if not (activation.requires_grad and _covers(calls, norms, len(head.values), n_samples)):
+    """Return the layers of a batch, or None if they are not all that the parameters change."""
+    if not (record.activation.requires_grad and _covers(record, len(record.values), n_samples)):
         return None
-    every: list[LayerCall | NormCall] = [*calls, *norms]
-    pulled = zip(*output_gradients(activation, every, columns), strict=True)
-    return [_keep(call, g, n_samples) for call, g in zip(every, pulled, strict=True)]
+    if record.has_other_uses():
+        return None
+    every = _every(record)
+    pulled = zip(*output_gradients(record.activation, every, columns), strict=True)
+    layers = [_keep(call, g, n_samples) for call, g in zip(every, pulled, strict=True)]
+    return layers if all(_is_finite(part) for layer in layers for part in layer.tensors) else None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite, without a copy."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def _agree(
+    tangent: TangentTerm,
+    outer: Tensor,
+    layers: Sequence[_Kept],
+    boundary: Tensors,
+    n_compared: int,
+) -> bool:
+    """Return whether layers and network agree on a random vector, for some samples of a batch.
+
+    They are the first and the last sample, and others at equal distances in between.
+    """
+    head, n_samples = tangent.head, len(boundary[0])
+    chosen = torch.linspace(0, n_samples - 1, n_compared, device=outer.device).round().long()
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(head.size, generator=generator, dtype=torch.float64).to(outer)
+    moves = head.displacements(u)
+    found = outer.new_zeros(n_compared, outer.shape[1])
+    with threads_for_head(head.values, boundary):
+        for layer in layers:
+            layer.of(chosen).add_forward(moves, found)
+    expected = head.jvp(tuple(z[chosen] for z in boundary), u) @ tangent.omega.T
+    return agrees(found @ outer.T, expected, outer.dtype)
 
 
 def _keep(call: LayerCall | NormCall, gradients: Tensors, n_samples: int) -> _Kept:

@@ -56,9 +56,11 @@ class Inverses:
     curvature_pairs : CurvaturePairs or None
         The curvature pairs of the last solve.
     x : tensor or None
-        The unknowns of the next logits for which an inverse is asked; the caller sets them.
+        The unknowns of the next logits for which an inverse is asked; the caller sets them, for
+        a checkpoint.
     curvature_at, subspace_at : tensor or None
-        The unknowns at which the Kronecker factors were computed, and those of the coarse space.
+        The unknowns at which the Kronecker factors were computed, and those of the coarse space;
+        None where they are not known.
     """
 
     curvature_pairs: CurvaturePairs | None = None
@@ -231,7 +233,7 @@ class Inverses:
         self._restore()
         known = self._curvature
         if known is not None and not same_curvature(known.total, objective.loss, logits):
-            known = None
+            known = self._curvature = None  # before the matrices of the next are in memory
         layers = self._known_layers(objective) if known is None else None
         if layers is not None:
             known = Curvature(objective, logits, layers)
@@ -254,7 +256,7 @@ def largest_curvature(objective: TangentObjective) -> float:
         If it is not finite.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(objective.penalty.shape, generator=generator, dtype=torch.float64)
+    x = torch.randn(sum(objective.sizes), generator=generator, dtype=torch.float64)
     x = x.to(objective.like)
     logits = objective.forward(torch.zeros_like(x))
     weights = objective.loss.curvatures(logits)

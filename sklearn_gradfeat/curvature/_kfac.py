@@ -41,18 +41,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
 from sklearn_gradfeat.backbones import differentiable_attention
-from sklearn_gradfeat.curvature._layer_rows import (
-    NormCall,
-    output_gradients,
-    record,
-    record_with_norms,
-)
+from sklearn_gradfeat.curvature._layer_rows import LayerGradients, record, record_with_norms
 from sklearn_gradfeat.curvature._spectrum import Spectrum, eigh
 from sklearn_gradfeat.data import gather_over_ranks, n_ranks, rows_of_all_ranks, sum_over_ranks
 from sklearn_gradfeat.linearized import LinearizedHead, Tensors
@@ -69,6 +65,8 @@ _MAX_COLUMNS = 16
 MAX_WIDTH = 8192
 # Rows are kept instead of their Gram matrix while there are this many times more columns.
 _FEW = 2
+# Width of the blocks of columns of a Gram matrix.
+_WIDTH = 512
 # Largest number of entries of the per-sample gradients that are squared at once.
 _MAX_PER_SAMPLE = 2**26
 
@@ -95,7 +93,10 @@ class Factor:
     def sum_rows(self) -> None:
         """Add the rows that are kept to the Gram matrix."""
         for part in self.rows:
-            self.inputs += (part**2).sum(1) if self.inputs.ndim == 2 else part.mT @ part
+            if self.inputs.ndim == 2:
+                self.inputs += (part**2).sum(1)
+            else:
+                _add_gram(self.inputs, part)
         self.rows = []
 
     def sum_over_ranks(self) -> None:
@@ -147,6 +148,14 @@ def _gram(rows: Tensor, weights: Tensor) -> Tensor:
     return (weighted * flat).sum(1) if rows.shape[-1] > MAX_WIDTH else weighted.mT @ flat
 
 
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add ``rowsᵀ rows`` to symmetric matrices; blocks below the diagonal are copied from above."""
+    for start in range(0, total.shape[-1], _WIDTH):
+        block, right = slice(start, start + _WIDTH), slice(start + _WIDTH, None)
+        total[:, block, start:] += rows[:, :, block].mT @ rows[:, :, start:]
+        total[:, right, block] = total[:, block, right].mT
+
+
 def _by_row(rows: Tensor, weights: Tensor) -> Tensor:
     """Return a weight for every row group: equal ones where the groups are not samples."""
     n_rows = rows.shape[1]
@@ -165,9 +174,40 @@ def loss_columns(omega: Tensor, curvature: Tensor) -> Tensor:
     return (columns * largest.sign()).to(omega)
 
 
+class Batch(NamedTuple):
+    """Some samples: their rows, inputs of the head, numbers of :class:`Signs`, and layers."""
+
+    rows: slice | Tensor
+    boundary: Tensors
+    kinds: Tensor
+    layers: LayerGradients
+
+
+def network_batches(
+    head: LinearizedHead, batches: Iterable[tuple[slice, Tensors]], columns: Tensor
+) -> Iterator[Batch]:
+    """Iterate over batches of samples that pass the head.
+
+    Parameters
+    ----------
+    head : LinearizedHead
+        The head.
+    batches : iterable of (slice, tuple of tensors)
+        The rows and the boundary tensors of every batch.
+    columns : tensor of shape (n_columns, n_features)
+        The rows ``v`` of :func:`loss_columns`.
+    """
+    for rows, boundary in batches:
+        record = record_with_norms(head, boundary, differentiable=True)
+        if not record.activation.requires_grad:
+            raise ValueError("The activation does not depend on the gradient layers.")
+        layers = LayerGradients.from_network(record, columns, len(boundary[0]))
+        yield Batch(rows, boundary, Signs.kinds(boundary), layers)
+
+
 def factors(
     head: LinearizedHead,
-    batches: Iterable[tuple[slice, Tensors]],
+    batches: Iterable[Batch],
     columns: Tensor,
     weights: Tensor,
     n_samples: int,
@@ -178,8 +218,8 @@ def factors(
     ----------
     head : LinearizedHead
         The head.
-    batches : iterable of (slice, tuple of tensors)
-        The rows and the boundary tensors of every batch.
+    batches : iterable of Batch
+        The samples.
     columns : tensor of shape (n_columns, n_features)
         The rows ``v`` of :func:`loss_columns`.
     weights : tensor of shape (n_samples,)
@@ -194,15 +234,9 @@ def factors(
     """
     found: dict[int, Factor] = {}
     diagonals: dict[int, Tensor] = {}
-    signs = _Signs()
-    for rows, boundary in batches:
-        w, kinds = weights[rows], signs.kinds(boundary)
-        activation, calls, norms = record_with_norms(head, boundary, differentiable=True)
-        norms = [call for call in norms if call.is_by_sample(len(w))]
-        if not len(columns):  # the output weights are zero
-            calls = []
-        if not activation.requires_grad:
-            raise ValueError("The activation does not depend on the gradient layers.")
+    signs = Signs()
+    for rows, boundary, kinds, (calls, by_column) in batches:
+        w = weights[rows]
         mixed = [
             _Mixtures.of(
                 call.scaled_rows(head.values, head.scales, len(w)),
@@ -217,16 +251,15 @@ def factors(
             for call in calls
         ]
         squares: dict[int, Tensor] = {}
-        for grads in output_gradients(activation, [*calls, *norms], columns):
-            for i, gradient in _norm_gradients(norms, grads[len(calls) :], len(w)).items():
+        for outputs, vectors in by_column:
+            for i, gradient in vectors.items():
                 squares[i] = squares.get(i, 0.0) + w @ (head.scales[i] * gradient) ** 2
-            for call, gradient, roots, of_outputs in zip(
-                calls, grads[: len(calls)], mixed, mixing, strict=True
+            for call, rows_out, roots, of_outputs in zip(
+                calls, outputs, mixed, mixing, strict=True
             ):
                 if call.weight not in found:
                     value = head.values[call.weight]
                     found[call.weight] = Factor(value, call.bias, call.groups)
-                rows_out = call.output_rows(gradient, len(w))
                 found[call.weight].add_output(roots @ rows_out, w)
                 of_outputs.add(rows_out)
         for call, of_outputs in zip(calls, mixing, strict=True):
@@ -238,17 +271,6 @@ def factors(
         for i, square in (*squares.items(), *others):
             diagonals[i] = diagonals.get(i, 0.0) + square
     return found, diagonals
-
-
-def _norm_gradients(
-    norms: Sequence[NormCall], gradients: Tensors, n_samples: int
-) -> dict[int, Tensor]:
-    """Return the gradients of every sample in the weights and biases of norms."""
-    found: dict[int, Tensor] = {}
-    for call, gradient in zip(norms, gradients, strict=True):
-        for i, part in call.sample_gradients(gradient, n_samples).items():
-            found[i] = found[i] + part if i in found else part
-    return found
 
 
 def sums_over_ranks(
@@ -273,19 +295,19 @@ class _Mixtures:
     ----------
     n : int
         Largest number of mixtures of a sample.
-    signs : _Signs
+    signs : Signs
         The signs where there are more positions.
     kinds : tensor of shape (n_samples,), int64
         Which signs are those of a sample.
     """
 
-    def __init__(self, n: int, signs: _Signs, kinds: Tensor) -> None:
+    def __init__(self, n: int, signs: Signs, kinds: Tensor) -> None:
         self.n, self._signs, self._kinds = n, signs, kinds
         self._total: Tensor | None = None
         self._n_added = 0
 
     @classmethod
-    def of(cls, rows: Tensor, n: int, signs: _Signs, kinds: Tensor) -> Tensor:
+    def of(cls, rows: Tensor, n: int, signs: Signs, kinds: Tensor) -> Tensor:
         """Return the mixtures of some rows."""
         mixtures = cls(n, signs, kinds)
         mixtures.add(rows)
@@ -312,7 +334,7 @@ class _Mixtures:
         return (vectors * values.clamp(min=0).sqrt()[..., None, :]).mT.to(total)
 
 
-class _Signs:
+class Signs:
     """Signs that look random, and are the same for the same sample in any batch."""
 
     def __init__(self) -> None:

@@ -8,10 +8,10 @@ and the gradients ``g`` of the output rows. Rows have shape
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,10 @@ class LayerCall:
         if self.kind == "linear":
             return _by_sample(self.output, n_samples).shape[1] == n_samples
         return len(self.output) == n_samples and self.output.ndim == self.inputs.ndim
+
+    def has_axis_of_samples(self, n_samples: int) -> bool:
+        """Return whether samples have an axis of their own, instead of a share of a longer one."""
+        return len(self.output) == n_samples or _is_second_axis(self.output, n_samples)
 
     def without_tensors(self) -> LayerCall:
         """Return the call without its input and output, which take memory."""
@@ -149,6 +153,10 @@ class NormCall:
         """Return whether every row of the output belongs to one sample."""
         return _by_sample(self.output, n_samples).shape[1] == n_samples
 
+    def has_axis_of_samples(self, n_samples: int) -> bool:
+        """Return whether samples have an axis of their own, instead of a share of a longer one."""
+        return len(self.output) == n_samples or _is_second_axis(self.output, n_samples)
+
     def sample_gradients(self, gradient: Tensor, n_samples: int) -> dict[int, Tensor]:
         """Return the gradients in weight and bias of every sample, from that in the output."""
         rows = _by_sample(gradient, n_samples)[0]
@@ -172,32 +180,47 @@ class LayerRecorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         kind = getattr(func, "__name__", "").split(".")[0]
+        if kind in _LAYERS and not kwargs:
+            found = self._layer(kind, args)
+            if found is not None:
+                weight, bias, part = found
+                output = _apart(func, args, {}, args[1 : 2 + (bias is not None)])
+                inputs, options = args[0].detach(), args[3:]
+                self.calls.append(LayerCall(weight, bias, kind, inputs, output, options, part))
+                # An operator that works in place must not change the recorded output.
+                return output.clone()
+        if kind == "layer_norm":
+            return self._norm(func, args, kwargs)
+        output = func(*args, **kwargs)
         if kind in _VIEWS and args and id(args[0]) in self.positions:
             self._note_derived(kind, args, output)
-        if kind in _LAYERS and not kwargs and id(args[1]) in self.positions:
-            weight, part = self.positions[id(args[1])], self.parts.get(id(args[1]))
-            # A convolution without an axis of samples has no rows either.
-            if kind != "linear" and (part is not None or args[0].ndim != args[1].ndim):
-                return output
-            bias = self.positions.get(id(args[2])) if len(args) > 2 else None
-            if bias is not None and not _same(part, self.parts.get(id(args[2]))):
-                bias = None
-            inputs, options = args[0].detach(), args[3:]
-            self.calls.append(LayerCall(weight, bias, kind, inputs, output, options, part))
-            # An operator that works in place must not change the recorded output.
-            return output.clone()
-        if kind == "layer_norm":
-            return self._note_norm(dict(zip(_NORM, args, strict=False)) | (kwargs or {}), output)
         return output
 
-    def _note_norm(self, given: dict[str, Any], output: Tensor) -> Tensor:
-        """Record a layer norm over the last axis whose weight is a parameter."""
-        shape, weight = given["normalized_shape"], self.positions.get(id(given.get("weight")))
+    def _layer(
+        self, kind: str, args: tuple[Any, ...]
+    ) -> tuple[int, int | None, tuple[Tensor, int] | None] | None:
+        """Return the positions of the weight and of the bias of a layer, and its part."""
+        weight, part = self.positions.get(id(args[1])), self.parts.get(id(args[1]))
+        # A convolution without an axis of samples has no rows either.
+        whole = kind == "linear" or (part is None and args[0].ndim == args[1].ndim)
+        if weight is None or not whole:
+            return None
+        bias = self.positions.get(id(args[2])) if len(args) > 2 else None
+        if bias is not None and not _same(part, self.parts.get(id(args[2]))):
+            bias = None
+        return weight, bias, part
+
+    def _norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Apply a layer norm; record it if it is over the last axis and its weight a parameter."""
+        given = dict(zip(_NORM, args, strict=False)) | kwargs
+        shape, pair = given["normalized_shape"], (given.get("weight"), given.get("bias"))
+        weight, bias = (self.positions.get(id(one)) for one in pair)
         if len(shape) != 1 or weight is None:
-            return output
-        bias = self.positions.get(id(given.get("bias")))
+            plain: Tensor = func(*args, **kwargs)
+            return plain
+        output = _apart(func, args, kwargs, pair if bias is not None else pair[:1])
         eps = given.get("eps", 1e-5)
         normalised = torch.layer_norm(given["input"].detach(), shape, eps=eps)
         self.norms.append(NormCall(weight, bias, normalised, output))
@@ -221,11 +244,54 @@ class LayerRecorder(TorchFunctionMode):
         self.derived.append(output)
 
 
+def _apart(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Sequence[Any]
+) -> Tensor:
+    """Return the output of a layer, as if it did not depend on its parameters.
+
+    So autograd finds the other uses of a parameter. The first argument is the input.
+    """
+    own = {id(parameter) for parameter in parameters}
+    rest = (arg.detach() if id(arg) in own else arg for arg in args[1:])
+    named = {
+        name: arg.detach() if id(arg) in own and name != "input" else arg
+        for name, arg in kwargs.items()
+    }
+    output: Tensor = func(*args[:1], *rest, **named)
+    return output.requires_grad_(torch.is_grad_enabled()) if output.is_leaf else output
+
+
 def _same(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:
     """Whether two parts are the same rows."""
     if one is None or other is None:
         return one is other
     return torch.equal(one[0], other[0])
+
+
+class Record(NamedTuple):
+    """The activation of a batch, and the layers and layer norms with parameters.
+
+    ``values`` are the parameters as autograd knows them.
+    """
+
+    activation: Tensor
+    calls: list[LayerCall]
+    norms: list[NormCall]
+    values: Tensors
+
+    def has_other_uses(self) -> bool:
+        """Return whether the activation depends on a parameter other than through these layers.
+
+        Another use counts for samples on which it has an effect. Without another use in the graph
+        of autograd, nothing is computed.
+        """
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(self.activation.shape, generator=generator, dtype=torch.float64)
+        found = torch.autograd.grad(
+            self.activation, self.values, v.to(self.activation),
+            retain_graph=True, allow_unused=True,
+        )  # fmt: skip
+        return any(gradient is not None and bool(gradient.any()) for gradient in found)
 
 
 def record(
@@ -237,7 +303,7 @@ def record(
 
 def record_with_norms(
     head: LinearizedHead, boundary: Tensors, *, differentiable: bool = False
-) -> tuple[Tensor, list[LayerCall], list[NormCall]]:
+) -> Record:
     """Return the activation, and every application of a layer or layer norm with parameters."""
     values = tuple(value.detach().requires_grad_(differentiable) for value in head.values)
     with (
@@ -246,7 +312,7 @@ def record_with_norms(
         LayerRecorder(values) as recorder,
     ):
         activation = head.head(values, boundary)
-    return activation, _with_one_width(recorder.calls), recorder.norms
+    return Record(activation, _with_one_width(recorder.calls), recorder.norms, values)
 
 
 def _with_one_width(calls: list[LayerCall]) -> list[LayerCall]:
@@ -279,6 +345,44 @@ def output_gradients(
             activation, outputs, column.expand_as(activation),
             retain_graph=True, materialize_grads=True,
         )  # fmt: skip
+
+
+class LayerGradients(NamedTuple):
+    """The layers of some samples, and the gradients of columns of activations in their outputs.
+
+    Attributes
+    ----------
+    calls : list of LayerCall
+        The layers, with their inputs.
+    by_column : iterable of (list of tensors, dict of int to tensor)
+        For every column, the output rows of each layer, and the gradients of every sample in the
+        vectors of layer norms.
+    """
+
+    calls: list[LayerCall]
+    by_column: Iterable[tuple[list[Tensor], dict[int, Tensor]]]
+
+    @classmethod
+    def from_network(cls, record: Record, columns: Tensor, n_samples: int) -> LayerGradients:
+        """Take a backward pass for every column; leave out norms without an axis of samples."""
+        calls, norms = record.calls, [n for n in record.norms if n.is_by_sample(n_samples)]
+        if not len(columns):  # the output weights are zero
+            calls = []
+        pulled = output_gradients(record.activation, [*calls, *norms], columns)
+        return cls(calls, (_by_kind(calls, norms, grads, n_samples) for grads in pulled))
+
+
+def _by_kind(
+    calls: Sequence[LayerCall], norms: Sequence[NormCall], gradients: Tensors, n_samples: int
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """Return the output rows of layers, and the gradients in the vectors of norms."""
+    pairs = zip(calls, gradients[: len(calls)], strict=True)
+    rows = [call.output_rows(gradient, n_samples) for call, gradient in pairs]
+    found: dict[int, Tensor] = {}
+    for norm, gradient in zip(norms, gradients[len(calls) :], strict=True):
+        for i, part in norm.sample_gradients(gradient, n_samples).items():
+            found[i] = found[i] + part if i in found else part
+    return rows, found
 
 
 def multiplications(head: LinearizedHead, boundary: Tensors) -> float:
@@ -324,12 +428,17 @@ def _by_sample(rows: Tensor, n_samples: int) -> Tensor:
 
     The latter happens if no axis has the size of the batch.
     """
-    if rows.ndim > 2 and rows.shape[0] % n_samples and rows.shape[1] == n_samples:
+    if _is_second_axis(rows, n_samples):
         rows = rows.transpose(0, 1)
     flat = rows.reshape(-1, rows.shape[-1])
     if flat.shape[0] % n_samples:
         return flat[None, :, None]
     return flat.view(1, n_samples, -1, flat.shape[-1])
+
+
+def _is_second_axis(rows: Tensor, n_samples: int) -> bool:
+    """Return whether the samples are along the second axis, as in a sequence of batches."""
+    return rows.ndim > 2 and rows.shape[0] % n_samples > 0 and rows.shape[1] == n_samples
 
 
 def complete(options: tuple[Any, ...], n_axes: int) -> list[Any]:

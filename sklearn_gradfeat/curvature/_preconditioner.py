@@ -19,23 +19,28 @@ to every eigenvalue. An unpenalised block gets the rounding unit times its large
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.curvature._factored_term import FactoredTerm
 from sklearn_gradfeat.curvature._kfac import (
     MAX_WIDTH,
+    Batch,
     Factor,
+    Signs,
     enough_samples,
     factors,
     loss_columns,
+    network_batches,
     sums_over_ranks,
 )
 from sklearn_gradfeat.curvature._spectrum import MAX_EXACT, KroneckerInverse, Spectrum, damping
 from sklearn_gradfeat.data import of_first_rank, row_blocks, rows_of_all_ranks, sum_over_ranks
-from sklearn_gradfeat.linearized import TangentObjective, TangentTerm, Tensors
+from sklearn_gradfeat.linearized import TangentObjective, TangentTerm
 
 # Curvatures of the intercept below this share of the largest one count as zero.
 _FLAT = 1e-6
@@ -128,13 +133,12 @@ class Preconditioner:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply the inverse to a flat vector."""
+        """Apply the inverse to a flat vector, which is overwritten and returned."""
         n = sum(self.objective.sizes[:2])
-        solved = torch.empty_like(x)
-        solved[:n] = self.affine(x[:n])
+        x[:n] = self.affine(x[:n])
         if self.layers is not None:
-            self.layers.solve(x[n:], solved[n:])
-        return solved
+            self.layers.solve_(x[n:])
+        return x
 
     def affine(self, x: Tensor) -> Tensor:
         """Apply the blocks of the weights and the intercept."""
@@ -195,9 +199,20 @@ def _layer_factors(
     n_samples = _count(part)
 
     def one_pass() -> tuple[dict[int, Factor], dict[int, Tensor]]:
-        return factors(tangent.head, tangent.batches(stride), columns, share, n_samples)
+        batches = _batches(tangent, stride, columns)
+        return factors(tangent.head, batches, columns, share, n_samples)
 
     return sums_over_ranks(*tangent.retry(one_pass))
+
+
+def _batches(tangent: TangentTerm, stride: int, columns: Tensor) -> Iterator[Batch]:
+    """Iterate over the layers of every k-th sample, without the network where rows are kept."""
+    if not isinstance(tangent, FactoredTerm) or tangent.rest is not None or not len(columns):
+        yield from network_batches(tangent.head, tangent.batches(stride), columns)
+        return
+    kinds = torch.cat([Signs.kinds(boundary) for _, boundary in tangent.batches(stride)])
+    for rows, layers in tangent.layer_gradients(stride, columns):
+        yield Batch(rows, (), kinds[rows // stride], layers)
 
 
 def _count(rows: Tensor) -> int:
@@ -218,24 +233,13 @@ class _LayerInverses:
             i: 1 / (d + damping(tangent.alpha, d)) for i, d in curvature.diagonals.items()
         }
 
-    def solve(self, u: Tensor, solved: Tensor) -> None:
-        """Apply the inverses to a flat vector ``u``, and write the result to ``solved``."""
-        solved.copy_(u)
-        pieces = self.head.pieces(solved)
+    def solve_(self, u: Tensor) -> None:
+        """Apply the inverses to a flat vector ``u``, in place."""
+        pieces = self.head.pieces(u)
         for i, scale in self.diagonals.items():
             pieces[i].mul_(scale)
         for layer, inverse in self.layers:
-            _solve(pieces, layer.weight, layer.factor, inverse)
-
-
-def _solve(pieces: Tensors, i: int, factor: Factor, inverse: KroneckerInverse) -> None:
-    """Apply the inverse of a layer to the pieces of its weight and bias, in place."""
-    weight = pieces[i]
-    matrix = weight.reshape(factor.groups, weight.shape[0] // factor.groups, -1)
-    if factor.bias is None:
-        weight.copy_(inverse(matrix).reshape(weight.shape))
-        return
-    bias = pieces[factor.bias]
-    solved = inverse(torch.cat([matrix, bias.view(*matrix.shape[:2], 1)], 2))
-    matrix.copy_(solved[..., :-1])
-    bias.copy_(solved[..., -1].reshape(bias.shape))
+            weight, of_bias = pieces[layer.weight], layer.factor.bias
+            matrix = weight.view(layer.factor.groups, -1, weight[0].numel())
+            bias = None if of_bias is None else pieces[of_bias].view(*matrix.shape[:2], 1)
+            inverse.solve_(matrix, bias)

@@ -67,10 +67,11 @@ class SampleInverse:
         n_outputs, rows = objective.loss.n_outputs, objective.activation
         inner = gram.new_zeros(2 * weights.shape) if rows is None else rows @ rows.T
         of_sample = gram.diagonal().view(-1, n_outputs).sum(1)
+        assert objective.tangent is not None
         levels = (
             _level(objective.alpha, weights @ inner.diagonal()),
             _FLOOR,
-            _level(float(objective.penalty[-1]), weights @ of_sample),
+            _level(objective.tangent.alpha, weights @ of_sample),
         )
         shared = inner / levels[0] + (1 / levels[1] if objective.fit_intercept else 0.0)
         self.objective = objective

@@ -10,6 +10,7 @@ the others stands for each of them on the rest of the space.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,8 @@ _RANK = 1024
 _ITERATIONS = 3
 # Largest ratio of two eigenvalues whose inverses may cancel each other in float32.
 _RANGE = 1e5
+# Numbers of a matrix that are solved for at a time, beside which the memory is small.
+_BLOCK = 2**20
 # A decomposition has many steps, after which threads wait for each other. To be large, it must
 # have this many times the multiplications of a product.
 STEPS = 8
@@ -91,21 +94,6 @@ class Spectrum:
         rest = None if rest is None else of_first_rank(rest)
         return cls(of_first_rank(values), of_first_rank(vectors), rest)
 
-    def project(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the last axis in the eigenbasis, and its part outside of the basis."""
-        if self.vectors is None:
-            return rows, None
-        projected = rows @ self.vectors
-        if self.rest is None:
-            return projected, None
-        outside = rows - projected @ self.vectors.mT
-        # Project twice to remove rounding errors, which a division by a tiny number would enlarge.
-        return projected, outside - (outside @ self.vectors) @ self.vectors.mT
-
-    def restore(self, rows: Tensor) -> Tensor:
-        """Return the last axis from the eigenbasis."""
-        return rows if self.vectors is None else rows @ self.vectors.mT
-
     def columns(self, n: int) -> Tensor:
         """Return the last eigenvectors of the first matrix."""
         assert self.vectors is not None
@@ -155,36 +143,98 @@ class KroneckerInverse:
             self.wide_range = float(curvature.max()) > _RANGE * smallest
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        """Apply the inverse."""
+        """Return the solution for a matrix."""
+        solved = matrix.clone(memory_format=torch.contiguous_format)
+        self.solve_(solved)
+        return solved
+
+    def solve_(self, matrix: Tensor, bias: Tensor | None = None) -> None:
+        """Replace a matrix by the solution.
+
+        Parameters
+        ----------
+        matrix : tensor of shape (..., n_outputs, n_inputs)
+            The matrix, or all but its last column.
+        bias : tensor of shape (..., n_outputs, 1) or None
+            The last column, if it is elsewhere.
+        """
+        parts = [matrix] if bias is None else [matrix, bias]
+        sizes = [part.shape[-1] for part in parts]
         with threads_for(matrix.numel() * self.inputs.values.shape[-1]):
-            return self._inverse(matrix)
+            if self.inputs.vectors is None:
+                values = self.inputs.values.split(sizes, -1)
+                for part, eigenvalues in zip(parts, values, strict=True):
+                    self._divide_(part, eigenvalues)
+            else:
+                self._solve_(parts, self.inputs.vectors.split(sizes, -2))
 
-    def _inverse(self, matrix: Tensor) -> Tensor:
-        if self.inputs.vectors is None or self.inputs.rest is None:
-            projected, _ = self.inputs.project(matrix)
-            return self.inputs.restore(self._solve(projected, self.inputs.values))
-        rest = self.inputs.rest[..., None]
+    def _solve_(self, parts: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
+        """Do the same in the eigenbasis of the inputs, whose rows are those of the columns."""
+        inside = _inside(parts, vectors)
+        rest = None if self.inputs.rest is None else self.inputs.rest[..., None]
+        if rest is None:
+            self._divide_(inside, self.inputs.values)
+            _add(inside, parts, vectors, keep=0)
+            return
         if self.wide_range:
-            projected, outside = self.inputs.project(matrix)
-            assert outside is not None
-            solved = self._solve(projected, self.inputs.values)
-            return self.inputs.restore(solved) + self._solve(outside, rest)
-        # The inverse on the rest of the space, corrected within the eigenbasis: half the products.
-        projected = matrix @ self.inputs.vectors
-        solved = self._solve(projected, self.inputs.values) - self._solve(projected, rest)
-        return self.inputs.restore(solved).add_(self._solve(matrix, rest))
+            # Subtract twice to remove rounding errors, which are divided by a tiny number then.
+            _add(inside, parts, vectors, sign=-1)
+            _add(_inside(parts, vectors), parts, vectors, sign=-1)
+            self._divide_(inside, self.inputs.values)
+        else:
+            # The inverse on the rest of the space, corrected within the eigenbasis.
+            other = inside.clone()
+            self._divide_(other, rest)
+            self._divide_(inside, self.inputs.values)
+            inside -= other
+            del other
+        for part in parts:
+            self._divide_(part, rest)
+        _add(inside, parts, vectors)
 
-    def _solve(self, matrix: Tensor, eigenvalues: Tensor) -> Tensor:
-        """Apply the inverse to columns in the eigenbasis of the inputs."""
-        projected, rest = self.output.project(matrix.mT)
-        curvature = eigenvalues[..., :, None] * self.output.values[..., None, :]
-        curvature += self.damping
-        fresh = self.output.vectors is not None  # in memory of its own
-        solved = self.output.restore(projected.div_(curvature) if fresh else projected / curvature)
-        if rest is not None and self.output.rest is not None:
-            outside = eigenvalues * self.output.rest[..., None]
-            solved = solved + rest / (outside[..., :, None] + self.damping)
-        return solved.mT
+    def _divide_(self, matrix: Tensor, eigenvalues: Tensor) -> None:
+        """Apply the inverse to columns in the eigenbasis of the inputs, some at a time."""
+        n_columns = max(1, _BLOCK // max(1, matrix.shape[:-1].numel()))
+        for start in range(0, matrix.shape[-1], n_columns):
+            some = slice(start, start + n_columns)
+            shared = eigenvalues.shape[-1] == 1
+            own = eigenvalues if shared else eigenvalues[..., some]
+            self._divide_all(matrix[..., some], own[..., None, :])
+
+    def _divide_all(self, matrix: Tensor, eigenvalues: Tensor) -> None:
+        output, curvature = self.output, self.output.values[..., None] * eigenvalues + self.damping
+        if output.vectors is None:
+            matrix.div_(curvature)
+            return
+        inside = output.vectors.mT @ matrix
+        if output.rest is None:
+            matrix.copy_(output.vectors @ inside.div_(curvature))
+            return
+        for _ in range(2):
+            matrix.sub_(output.vectors @ (output.vectors.mT @ matrix))
+        matrix.div_(output.rest[..., None, None] * eigenvalues + self.damping)
+        matrix.add_(output.vectors @ inside.div_(curvature))
+
+
+def _inside(parts: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
+    """Return the product of a matrix, in parts of its columns, with the rows of vectors."""
+    total = parts[0] @ vectors[0]
+    for part, rows in zip(parts[1:], vectors[1:], strict=True):
+        total += part * rows if part.shape[-1] == 1 else part @ rows
+    return total
+
+
+def _add(
+    inside: Tensor,
+    parts: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    keep: float = 1,
+    sign: float = 1,
+) -> None:
+    """Replace a matrix by ``keep`` times it plus ``sign`` times the columns from the eigenbasis."""
+    for part, rows in zip(parts, vectors, strict=True):
+        add = part.addmm_ if part.ndim == 2 else part.baddbmm_
+        add(inside, rows.mT, beta=keep, alpha=sign)
 
 
 def damping(alpha: float, curvature: Tensor) -> float:

@@ -183,19 +183,26 @@ class LinearizedHead:
         found = self._in_forward_mode(jvp, boundary, u)
         return found or (self.activation(boundary), self.jvp(boundary, u))
 
-    def vjp(self, boundary: Tensors, cotangent: Tensor) -> Tensor:
-        """Return ``Jᵀ cotangent`` as a flat vector."""
-        return self._flat(vjp(self.head, self.values, boundary, cotangent))
+    def vjp(self, boundary: Tensors, cotangent: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return ``Jᵀ cotangent`` as a flat vector, added to ``total``."""
+        return self._add(vjp(self.head, self.values, boundary, cotangent), total)
 
     def jvp_then_vjp(
-        self, boundary: Tensors, u: Tensor, cotangent_of: Callable[[Tensor], Tensor]
+        self,
+        boundary: Tensors,
+        u: Tensor,
+        cotangent_of: Callable[[Tensor], Tensor],
+        total: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return ``J u`` and ``Jᵀ cotangent_of(J u)``, from one pass where possible."""
+        """Return ``J u`` and ``Jᵀ cotangent_of(J u)``, from one pass where possible.
+
+        The second is added to ``total``.
+        """
         found = self._in_forward_mode(jvp_then_vjp, boundary, u, cotangent_of)
         if found is not None:
-            return found[0], self._flat(found[1])
+            return found[0], self._add(found[1], total)
         tangent = self.jvp(boundary, u)
-        return tangent, self.vjp(boundary, cotangent_of(tangent))
+        return tangent, self.vjp(boundary, cotangent_of(tangent), total)
 
     def _in_forward_mode(
         self, product: Callable[..., Product], boundary: Tensors, u: Tensor, *options: Any
@@ -229,9 +236,10 @@ class LinearizedHead:
         pieces = [d.reshape(-1) / scale for d, scale in pairs]
         return torch.cat(pieces) if pieces else torch.empty(0)
 
-    def _flat(self, gradients: Tensors) -> Tensor:
-        """Return the gradient in ``u`` from the gradients in the displacements."""
-        flat = self.values[0].new_empty(self.size) if self.values else torch.empty(0)
-        for place, g, scale in zip(self.pieces(flat), gradients, self.scales, strict=True):
-            torch.mul(g, scale, out=place)
-        return flat
+    def _add(self, gradients: Tensors, total: Tensor | None) -> Tensor:
+        """Add the gradient in ``u`` from the gradients in the displacements to ``total``."""
+        if total is None:
+            total = self.values[0].new_zeros(self.size) if self.values else torch.empty(0)
+        for place, g, scale in zip(self.pieces(total), gradients, self.scales, strict=True):
+            place.add_(g, alpha=scale)
+        return total

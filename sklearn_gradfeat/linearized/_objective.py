@@ -106,7 +106,7 @@ class TangentTerm:
         def adjoint_pass() -> Tensor:
             u = self.omega.new_zeros(self.head.size)
             for rows, boundary in self.batches():
-                u += self.head.vjp(boundary, self._pulled(cotangent[rows]))
+                self.head.vjp(boundary, self._pulled(cotangent[rows]), u)
             return u
 
         return self.retry(adjoint_pass)
@@ -127,7 +127,7 @@ class TangentTerm:
                     total[rows] += self._logits(tangent).to(logits)
                     return self._pulled(cotangent_of(rows, total[rows]))
 
-                pulled += self.head.jvp_then_vjp(boundary, u, cotangent)[1]
+                self.head.jvp_then_vjp(boundary, u, cotangent, pulled)
             return total, pulled
 
         return self.retry(both)
@@ -184,7 +184,7 @@ class TangentObjective:
     like: Tensor
     accumulator: torch.device
     sizes: tuple[int, int, int] = field(init=False)
-    penalty: Tensor = field(init=False)
+    penalties: Tensors = field(init=False)
 
     def __post_init__(self) -> None:
         """Lay out the unknowns and their penalties."""
@@ -193,11 +193,16 @@ class TangentObjective:
         p = 0 if self.tangent is None else self.tangent.head.size
         sizes = (c * d, c if self.fit_intercept else 0, p)
         penalties = (self.alpha, 0.0, self.tangent.alpha if self.tangent else 0.0)
-        penalty = torch.cat(
-            [self.like.new_full((n,), v) for n, v in zip(sizes, penalties, strict=True)]
+        blocks = tuple(
+            self.like.new_full((), v).expand(n) for n, v in zip(sizes, penalties, strict=True)
         )
         object.__setattr__(self, "sizes", sizes)
-        object.__setattr__(self, "penalty", penalty)
+        object.__setattr__(self, "penalties", blocks)
+
+    @property
+    def penalty(self) -> Tensor:
+        """The coefficients of the penalty as one vector, which takes memory."""
+        return torch.cat(self.penalties)
 
     def split(self, x: Tensor) -> Parts:
         """View a flat vector as its parts; parts that the model lacks are empty."""

@@ -26,6 +26,7 @@ from sklearn_gradfeat.solvers._steps import (
     CoarseSolver,
     LinearObjective,
     Point,
+    add_penalised,
     coarse_step,
     line_and_coarse_step,
     line_step,
@@ -42,15 +43,16 @@ _CHANGE = 2.0
 # Coarse-space solves pay off when the gradient norm must decrease by more than this factor.
 _FAR = 8.0
 
+# Applies a preconditioner; it may overwrite its argument.
 Inverse: TypeAlias = Callable[[Tensor], Tensor]
 Status = Literal["converged", "max_iter", "stalled", "interrupted"]
 
 
 class CurvaturePairs(NamedTuple):
-    """Steps and the changes of the gradient over them, and the penalty of that objective."""
+    """Steps and the changes of the gradient over them, and the penalties of that objective."""
 
     pairs: list[tuple[Tensor, Tensor]]
-    penalty: Tensor
+    penalties: tuple[Tensor, ...]
 
 
 class State(NamedTuple):
@@ -63,8 +65,8 @@ class State(NamedTuple):
     logits : tensor or None
         The logits there, which are sums over the iterations. None computes them from ``x``, and
         the gradient from them, which gives other last digits.
-    built_at : tensor
-        The unknowns at which the preconditioner was built.
+    built_at : tensor or None
+        The unknowns at which the preconditioner was built. None where no state is kept.
     scale : float
         The factor ``γ`` of the preconditioner, see :func:`minimize`.
     objective_path, n_passes
@@ -78,7 +80,7 @@ class State(NamedTuple):
     x: Tensor
     gradient: Tensor
     logits: Tensor | None
-    built_at: Tensor
+    built_at: Tensor | None
     scale: float
     objective_path: list[float]
     n_passes: int
@@ -122,9 +124,14 @@ class _Memory:
     """A preconditioner and the curvature pairs collected since it was built."""
 
     def __init__(
-        self, precondition: Callable[[Tensor], Inverse], loss: Loss, x: Tensor, logits: Tensor
+        self,
+        precondition: Callable[[Tensor], Inverse],
+        loss: Loss,
+        x: Tensor,
+        logits: Tensor,
+        is_kept: bool,
     ) -> None:
-        self.built_at = x
+        self.built_at = x if is_kept else None
         self.inverse = precondition(logits)
         self.curvature = _curvature(loss, logits)
         self.scale = 1.0
@@ -142,30 +149,33 @@ class _Memory:
             self.pairs.append((step, change, 1.0 / curvature))
             self.scale = curvature / metric
 
-    def learn(self, point: Point, moved: Point, former: Tensor) -> Tensor:
-        """Store the step between two points, and return ``Pg`` at the second.
+    def learn(self, step: Tensor, change: Tensor, gradient: Tensor, former: Tensor) -> Tensor:
+        """Store the step to a point with a given gradient, and return ``Pg`` there.
 
-        ``former``, that at the first, is overwritten.
+        ``former``, that before the step, is overwritten.
         """
-        if len(self.pairs) == self.pairs.maxlen:
-            self.pairs.popleft()  # before memory is needed
-        preconditioned = self.inverse(moved.gradient)
-        step, change = moved.x - point.x, moved.gradient - point.gradient
+        preconditioned = self.inverse(gradient.clone())
         self.add(step, change, former.neg_().add_(preconditioned))
         return preconditioned
+
+    def clear(self) -> None:
+        """Free the matrices and the pairs, before those of another memory exist."""
+        del self.inverse
+        self.pairs.clear()
 
     @property
     def steps(self) -> list[tuple[Tensor, Tensor]]:
         """The pairs of step and change."""
         return [(step, change) for step, change, _ in self.pairs]
 
-    def recall(self, curvature_pairs: CurvaturePairs | None, penalty: Tensor) -> None:
+    def recall(self, curvature_pairs: CurvaturePairs | None, penalties: tuple[Tensor, ...]) -> None:
         """Store the pairs of another fit, corrected for the difference of the penalties."""
         if curvature_pairs is None:
             return
         for step, former in curvature_pairs.pairs:
-            change = former + (penalty - curvature_pairs.penalty) * step
-            self.add(step, change, self.inverse(change))
+            change = add_penalised(former.clone(), penalties, step)
+            change = add_penalised(change, curvature_pairs.penalties, step, -1)
+            self.add(step, change, self.inverse(change.clone()))
 
     def restore(self, state: State) -> None:
         """Take the place of the memory at the end of an iteration."""
@@ -173,7 +183,10 @@ class _Memory:
         self.pairs.extend((step, y, 1.0 / float(step @ y)) for step, y in state.pairs)
 
     def direction(self, gradient: Tensor, preconditioned: Tensor) -> Tensor:
-        """Return the L-BFGS direction, by the two-loop recursion; ``Pg`` is given."""
+        """Return the L-BFGS direction, by the two-loop recursion; ``Pg`` is given.
+
+        It leaves room for the next pair: the following passes need the memory.
+        """
         if not self.pairs:
             return of_first_rank(-self.scale * preconditioned)
         q = gradient.neg()
@@ -185,6 +198,8 @@ class _Memory:
         q = self.inverse(q).mul_(self.scale)
         for (step, change, reciprocal), weight in zip(self.pairs, reversed(weights), strict=True):
             q.add_(step, alpha=weight - reciprocal * float(change @ q))
+        if len(self.pairs) == self.pairs.maxlen:
+            self.pairs.popleft()
         return of_first_rank(q)
 
 
@@ -198,7 +213,6 @@ def minimize(
     callback: Callable[[int, float, Tensor, float, float], bool] | None = None,
     curvature_pairs: CurvaturePairs | None = None,
     coarse: Callable[[Inverse], CoarseSolver | None] | None = None,
-    coarse_after: int = 0,
     state: State | None = None,
     keep: Callable[[State], None] | None = None,
 ) -> Solution:
@@ -240,7 +254,7 @@ def minimize(
         The starting point.
     precondition : callable
         Maps logits to a function that applies ``P``, a symmetric positive definite
-        approximation of the inverse Hessian at these logits.
+        approximation of the inverse Hessian at these logits. It may overwrite its argument.
     tolerance : callable
         Maps the objective to the Newton decrement at which to stop.
     max_iter : int
@@ -252,13 +266,9 @@ def minimize(
     curvature_pairs : CurvaturePairs, default=None
         The curvature pairs of a fit that ended at ``x``, of the same loss under any penalty.
     coarse : callable, default=None
-        Called with every preconditioner, unless the point is nearly optimal after the first
-        ``coarse_after`` iterations. Returns None or a function ``solve(x, logits, norm)``, which
-        returns an approximate minimiser over the coarse space through ``x``, its logits and the
-        change of the objective.
-    coarse_after : int, default=0
-        Number of iterations without coarse-space solves at the start. They may be enough where a
-        pass is cheap.
+        Called with every preconditioner, unless the start is nearly optimal. Returns None or a
+        function ``solve(x, logits, norm)``, which returns an approximate minimiser over the coarse
+        space through ``x``, its logits and the change of the objective. It may overwrite ``x``.
     state : State, default=None
         Where a former call ended an iteration, with the same arguments. This call then returns
         the same as that one would have, and without ``logits`` the same up to rounding errors.
@@ -274,16 +284,17 @@ def minimize(
     FloatingPointError
         If the gradient is not finite.
     """
-    loss, penalty = objective.loss, objective.penalty
+    loss, penalties = objective.loss, objective.penalties
     if state is None:
         point = start(objective, x)
-        memory = _Memory(precondition, loss, point.x, point.logits)
-        memory.recall(curvature_pairs, penalty)
+        memory = _Memory(precondition, loss, point.x, point.logits, keep is not None)
+        memory.recall(curvature_pairs, penalties)
         path, passes, coarse_pairs = [point.value], 1, None
     else:
         point, memory = _restored(objective, precondition, state)
         path, passes, coarse_pairs = list(state.objective_path), state.n_passes, state.coarse_pairs
-    preconditioned = memory.inverse(point.gradient)
+    del x  # its memory, unless the caller has it
+    preconditioned = memory.inverse(point.gradient.clone())
     norm = _norm(point.gradient, preconditioned)
     n_iter = len(path) - 1
     solve = None if coarse is None or coarse_pairs is None else coarse(memory.inverse)
@@ -294,7 +305,7 @@ def minimize(
         if n_iter == max_iter:
             status = "max_iter"
             break
-        begins = n_iter == coarse_after
+        begins = n_iter == 0
         if begins and coarse and norm**2 / 2 > _FAR**2 * tolerance(point.value):
             solve = solve or coarse(memory.inverse)
         moved, cost = _step(objective, point, memory, preconditioned, norm, solve, begins)
@@ -305,8 +316,9 @@ def minimize(
                 break
             memory.pairs.clear()
             continue
-        preconditioned = memory.learn(point, moved, preconditioned)
+        step, change = moved.x - point.x, moved.gradient - point.gradient
         point, n_iter = moved, n_iter + 1
+        preconditioned = memory.learn(step, change, point.gradient, preconditioned)
         path.append(point.value)
         norm = _norm(point.gradient, preconditioned)
         decrement, wanted = norm**2 / 2, tolerance(point.value)
@@ -314,16 +326,29 @@ def minimize(
             status = "converged" if decrement <= wanted else "interrupted"
             break
         if not same_curvature(memory.curvature, loss, point.logits):
-            point, passes = point._replace(logits=objective.forward(point.x)), passes + 1
-            memory = _Memory(precondition, loss, point.x, point.logits)
-            preconditioned = memory.inverse(point.gradient)
+            has_space, solve, passes = solve is not None, None, passes + 1
+            point, memory = _rebuilt(objective, precondition, point, memory)
+            preconditioned = memory.inverse(point.gradient.clone())
             norm = _norm(point.gradient, preconditioned)
-            solve = coarse(memory.inverse) if coarse and solve else None
+            solve = coarse(memory.inverse) if coarse and has_space else None
         if keep is not None:
             keep(_state(point, memory, path, passes, solve))
     return Solution(
-        point.x, path, n_iter, passes, status, norm, CurvaturePairs(memory.steps, penalty)
+        point.x, path, n_iter, passes, status, norm, CurvaturePairs(memory.steps, penalties)
     )
+
+
+def _rebuilt(
+    objective: LinearObjective,
+    precondition: Callable[[Tensor], Inverse],
+    point: Point,
+    former: _Memory,
+) -> tuple[Point, _Memory]:
+    """Return the point with logits computed anew, and a memory without pairs there."""
+    is_kept = former.built_at is not None
+    former.clear()
+    point = point._replace(logits=objective.forward(point.x))
+    return point, _Memory(precondition, objective.loss, point.x, point.logits, is_kept)
 
 
 def _restored(
@@ -334,8 +359,8 @@ def _restored(
         point = start(objective, state.x)
     else:
         point = Point(state.x, state.logits, state.gradient, state.objective_path[-1])
-    at = state.built_at
-    memory = _Memory(precondition, objective.loss, at, objective.forward(at))
+    at = state.x if state.built_at is None else state.built_at
+    memory = _Memory(precondition, objective.loss, at, objective.forward(at), True)
     memory.restore(state)
     return point, memory
 
@@ -390,7 +415,7 @@ def _curvature(loss: Loss, logits: Tensor) -> float:
 
 def preconditioned_norm(gradient: Tensor, precondition: Inverse) -> float:
     """Return ``sqrt(gᵀPg)``, the norm of a gradient in the metric of a preconditioner."""
-    return _norm(gradient, precondition(gradient))
+    return _norm(gradient, precondition(gradient.clone()))
 
 
 def _norm(gradient: Tensor, preconditioned: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -24,7 +25,10 @@ class CoarseSolver(Protocol):
     """Approximate minimiser over the coarse space through a point."""
 
     def __call__(self, x: Tensor, logits: Tensor, norm: float) -> tuple[Tensor, Tensor, float]:
-        """Return new unknowns, their logits and the change of the objective."""
+        """Return new unknowns, their logits and the change of the objective.
+
+        It may overwrite ``x``.
+        """
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -42,8 +46,8 @@ class LinearObjective(Protocol):
         """The loss of the logits."""
 
     @property
-    def penalty(self) -> Tensor:
-        """Coefficients of the quadratic penalty, of the shape of x."""
+    def penalties(self) -> tuple[Tensor, ...]:
+        """Coefficients of the quadratic penalty, of blocks of x; equal ones are one number."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits ``A x``, of shape (n_samples, n_outputs), float64."""
@@ -74,17 +78,33 @@ def start(objective: LinearObjective, x: Tensor) -> Point:
 def penalised(objective: LinearObjective, x: Tensor, y: Tensor) -> float:
     """Return ``Σ penalty x y`` in float64; with millions of terms float32 is off by 1e-5."""
     wide, total = objective.loss.weights, objective.loss.weights.new_zeros(())
-    for parts in zip(*(t.split(_BLOCK) for t in (objective.penalty, x, y)), strict=True):
-        penalty, of_x, of_y = (part.to(wide) for part in parts)
-        total += (penalty * of_x) @ of_y
+    for block in _blocks(objective.penalties, x, y):
+        for parts in zip(*(t.split(_BLOCK) for t in block), strict=True):
+            penalty, of_x, of_y = (part.to(wide) for part in parts)
+            total += (penalty * of_x) @ of_y
     return number_of_first_rank(float(total))
+
+
+def add_penalised(
+    total: Tensor, penalties: tuple[Tensor, ...], x: Tensor, sign: float = 1
+) -> Tensor:
+    """Add ``sign penalty x`` to ``total``, and return it."""
+    for penalty, place, part in _blocks(penalties, total, x):
+        place.addcmul_(penalty, part, value=sign)
+    return total
+
+
+def _blocks(penalties: tuple[Tensor, ...], *vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Iterate over the penalties with the parts of vectors that they belong to."""
+    sizes = [len(penalty) for penalty in penalties]
+    return zip(penalties, *(vector.split(sizes) for vector in vectors), strict=True)
 
 
 def line_step(
     objective: LinearObjective, point: Point, direction: Tensor
 ) -> tuple[Point | None, int]:
     """Return the next point on a line, or None without a decrease, and the number of passes."""
-    penalty, minimizer = objective.penalty, objective.loss.quadratic_minimizer
+    penalties, minimizer = objective.penalties, objective.loss.quadratic_minimizer
     # The gradient of a quadratic loss vanishes at its minimiser, so this adjoint is the change
     # of the gradient over a unit step. For any other loss it is the gradient after a unit step.
     change, adjoint = objective.forward_adjoint(
@@ -96,9 +116,9 @@ def line_step(
     logits, value = point.logits + step * change, point.value + gain
     x = torch.add(point.x, direction, alpha=step)
     if minimizer is not None:
-        gradient = adjoint.addcmul_(penalty, direction).mul_(step).add_(point.gradient)
+        gradient = add_penalised(adjoint, penalties, direction).mul_(step).add_(point.gradient)
     elif step == 1.0:
-        gradient = adjoint.addcmul_(penalty, x)
+        gradient = add_penalised(adjoint, penalties, x)
     else:
         return _with_gradient(objective, x, logits, value), 2
     return Point(x, logits, gradient, value), 1
@@ -122,7 +142,7 @@ def coarse_step(
     objective: LinearObjective, point: Point, solve: CoarseSolver, norm: float
 ) -> tuple[Point, int]:
     """Return the point after a coarse-space solve, and the number of passes."""
-    x, logits, gain = solve(point.x, point.logits, norm)
+    x, logits, gain = solve(point.x.clone(), point.logits, norm)
     return _with_gradient(objective, x, logits, point.value + gain), 1
 
 
@@ -136,5 +156,6 @@ def _search(
 
 def _with_gradient(objective: LinearObjective, x: Tensor, logits: Tensor, value: float) -> Point:
     """Return a point; its gradient takes a pass."""
-    gradient = objective.adjoint(objective.loss.gradient(logits)).addcmul_(objective.penalty, x)
+    gradient = objective.adjoint(objective.loss.gradient(logits))
+    gradient = add_penalised(gradient, objective.penalties, x)
     return Point(x, logits, gradient, value)

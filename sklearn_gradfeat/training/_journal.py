@@ -20,7 +20,6 @@ from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from sklearn_gradfeat.curvature import Inverses
@@ -82,6 +81,11 @@ class Journal:
         self._n_done = 0  # entries that this process has passed
         self._state: Entry | None = None
 
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is written."""
+        return self._write is not None
+
     def number(self, name: str, compute: Callable[[], float]) -> float:
         """Return a number, from the journal or from ``compute()``."""
         return float(self.numbers(name, compute).item())
@@ -103,10 +107,10 @@ class Journal:
             return None
         _recall(entry, objective, inverses)
         n_iter, n_passes, status, norm, *path = entry.numbers.tolist()
-        (x,) = entry.vectors.get("x") or (torch.full_like(objective.penalty, np.nan),)
+        (x,) = entry.vectors.get("x") or (objective.like.new_full((sum(objective.sizes),), np.nan),)
         solution = Solution(
             x, path, int(n_iter), int(n_passes), _STATUS[int(status)], norm,
-            CurvaturePairs(_pairs(entry.vectors.get("pairs", ())), objective.penalty),
+            CurvaturePairs(_pairs(entry.vectors.get("pairs", ())), objective.penalties),
         )  # fmt: skip
         if self._write is None:
             entry.vectors = {}
@@ -131,6 +135,7 @@ class Journal:
         """Take note of the state of the run."""
         if self._write is None:
             return
+        assert state.built_at is not None
         inverses.curvature_pairs = None  # those of the state take their place
         coarse = state.coarse_pairs
         vectors: dict[str, Vectors] = {
@@ -236,7 +241,7 @@ class Journal:
 def _recall(entry: Entry, objective: TangentObjective, inverses: Inverses) -> None:
     """Tell inverses what they learned in a run of a former process."""
     pairs = entry.vectors.get("pairs")
-    learned = CurvaturePairs(_pairs(pairs), objective.penalty) if pairs else None
+    learned = CurvaturePairs(_pairs(pairs), objective.penalties) if pairs else None
     curvature_at, subspace_at = (
         next(iter(entry.vectors.get(name, ())), None) for name in ("curvature_at", "subspace_at")
     )

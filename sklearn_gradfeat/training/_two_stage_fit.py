@@ -58,8 +58,6 @@ from sklearn_gradfeat.training._progress import Progress, Watch
 # The first stage is solved to this share of tol. Its iterations are cheap; the second stage would
 # need passes over the head to remove the error that it leaves.
 _FIRST_STAGE = 0.01
-# Where passes need no network, the coarse space is built only if these iterations are not enough.
-_COARSE_AFTER = 0
 # Least share of the parameters in a coarse space that takes the place of all of them.
 _SHARE = 0.5
 # Tolerance over the coarse space, where iterations are cheap. With a larger one, the fit with a
@@ -583,7 +581,8 @@ class TwoStageFit:
 
     def _first_model(self, objective: TangentObjective, x: Tensor) -> LinearModel:
         parts = objective.split(x)
-        unmoved = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        zero = self.like.new_zeros(())
+        unmoved = {name: zero.expand_as(value) for name, value in self.parameters.items()}
         intercept = self._intercept(parts.intercept)
         return LinearModel(parts.weights, intercept, parts.weights, unmoved, self.point)
 
@@ -653,34 +652,34 @@ class TwoStageFit:
         found = self.journal.finished(stage, objective, inverses)
         if found is not None:
             return found
-        x, value_at_baseline = of_first_rank(start()), baseline()
+        begin, value_at_baseline = [of_first_rank(start())], baseline()
         state = self.journal.state(objective, inverses)
         inverse, coarse = self._inverse(objective, inverses), inverses.coarse(objective)
-        eps = torch.finfo(x.dtype).eps
+        eps = torch.finfo(self.like.dtype).eps
         rounding = max(100 * eps**2, torch.finfo(torch.float64).eps)
 
         def tolerance(share: float, value: float) -> float:
             return max(share * (value_at_baseline - value), rounding * abs(value))
 
         def callback(iteration: int, value: float, x: Tensor, *decrement: float) -> bool:
-            inverses.x = x
+            inverses.x = x if keeps else None
             return watch is not None and watch(iteration, value, x, *decrement)
 
-        inverses.x = x if state is None else state.built_at
+        # Without a checkpoint, nothing else keeps former unknowns in memory.
+        keeps = self.journal.keeps
+        inverses.x = None if not keeps else begin[0] if state is None else state.built_at
         wanted = min(tol, _EXACT) if inverses.exact_for(objective) else tol
-        without_space = inverses.subspace_at is None and isinstance(objective.tangent, FactoredTerm)
         solution = minimize(
             objective,
-            x,
+            begin.pop(),
             inverse,
             tolerance=partial(tolerance, wanted),
             max_iter=self.settings.max_iter,
             callback=callback,
             curvature_pairs=inverses.curvature_pairs,
             coarse=lambda inverse: self._retry(partial(coarse, inverse)),
-            coarse_after=_COARSE_AFTER if without_space else 0,
             state=state,
-            keep=partial(self.journal.keep, stage, inverses),
+            keep=partial(self.journal.keep, stage, inverses) if keeps else None,
         )
         inverses.learn(solution)
         # `tol` itself is enough, even if the solver missed a stricter tolerance; and no digit of

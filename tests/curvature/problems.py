@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sklearn_gradfeat.backbones import freeze
+from sklearn_gradfeat.curvature._kfac import factors, network_batches
 from sklearn_gradfeat.linearized import (
     LinearizedHead,
     Multinomial,
@@ -82,6 +83,12 @@ def module_term(module, names, x, n_outputs=1, alpha=0.03, batch_size=5):
     linearized = LinearizedHead(head, parameters, "ntk")
     omega = normal(n_outputs, linearized.activation((x,)).shape[1], seed=2)
     return TangentTerm(linearized, partial(batches, (x,), batch_size), omega, alpha)
+
+
+def network_factors(head, batches, columns, weights, n_samples):
+    """Return the factors from samples that pass the head."""
+    through = network_batches(head, batches, columns)
+    return factors(head, through, columns, weights, n_samples)
 
 
 def dense_map(objective):

@@ -330,7 +330,7 @@ def test_rows_of_layers_give_those_of_the_space(monkeypatch, name, room):
     tangent = masked_term() if name == "masked" else image_term(name, 20)[0]
     if room is None:
         first = _factored_term.factored(tangent, 20, 2**30).kept[0][1]
-        room = sum(layer.n_bytes for layer in first)
+        room = sum(z.nbytes for layer in first for z in layer.tensors)
     term = _factored_term.factored(tangent, 20, room)
     problems = [objective(classes(20), None, one) for one in (tangent, term)]
     subspace = subspace_of(problems[1])

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sklearn_gradfeat.curvature import FactoredTerm, _factored_term, with_rows_if_cheap
+from sklearn_gradfeat.curvature import FactoredTerm, _factored_term, _kfac, with_rows_if_cheap
 from sklearn_gradfeat.curvature._factored_term import factored
-from tests.curvature.problems import batches, image_term, module_term, normal
+from sklearn_gradfeat.curvature._preconditioner import _layer_factors
+from tests.curvature.problems import batches, image_term, module_term, normal, unequal_weights
 from tests.curvature.test_explicit_rows import Twice
 
 N = 20
@@ -78,6 +79,26 @@ def test_products_are_those_of_the_network(kind):
     torch.testing.assert_close(both, term.add_forward_adjoint(u, logits, cotangent_of))
 
 
+@pytest.mark.parametrize("kind", TERMS)
+@pytest.mark.parametrize("least", [N, 5])
+def test_factors_of_the_curvature_are_those_of_the_network(kind, least, monkeypatch):
+    monkeypatch.setattr(_kfac, "_MIN_SAMPLES", least)
+    monkeypatch.setattr(_kfac, "_MAX_SAMPLES", least)
+    term = TERMS[kind]()
+    term.omega[2] = -term.omega[:2].sum(0)
+    kept, weights, curvature = factored(term, N, 2**30), unequal_weights(N), normal(3, 3)
+    assert kept.rest is None
+    curvature = curvature @ curvature.T
+    found, expected = (_layer_factors(of, curvature, weights) for of in (kept, term))
+    for of in (found, expected):
+        for factor in of[0].values():
+            factor.sum_rows()
+    for i, factor in expected[0].items():
+        torch.testing.assert_close(found[0][i].inputs, factor.inputs)
+        torch.testing.assert_close(found[0][i].output, factor.output)
+    torch.testing.assert_close(found[1], expected[1])
+
+
 def test_rows_of_padded_tokens_are_left_out():
     wide = factored(masked_term(), N, 2**30).kept[0][1][0]
     n_read = int((TOKENS[:5, 1:, 0] <= 0).sum()) + 5
@@ -93,11 +114,101 @@ def test_columns_span_the_output_weights():
     torch.testing.assert_close(found.add_forward(u, logits), term.add_forward(u, logits))
 
 
-def test_none_where_a_parameter_has_another_use_for_a_single_sample():
+@pytest.mark.parametrize("sample", range(N))
+def test_none_where_a_parameter_has_another_use_for_a_single_sample(sample):
     x, names = normal(N, 3), ["layer.weight", "layer.bias"]
     assert factored(module_term(Twice(), names, x), N, 2**30) is not None
-    x[N - 2] = 10
+    x[sample] = 10
     assert factored(module_term(Twice(), names, x), N, 2**30) is None
+
+
+class NormTwice(nn.Module):
+    """Uses a vector of a layer norm outside of the norm as well, for some samples."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+        self.norm = nn.LayerNorm(3).double()
+
+    def forward(self, x):
+        seldom = torch.relu(x[:, :1] - 9)
+        return torch.tanh(self.norm(x)) + seldom * getattr(self.norm, self.name)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_none_where_a_vector_of_a_norm_has_another_use_for_a_single_sample(name):
+    x, names = normal(N, 3), ["norm.weight", "norm.bias"]
+    assert factored(module_term(NormTwice(name), names, x), N, 2**30) is not None
+    x[N - 3, 0] = 10
+    assert factored(module_term(NormTwice(name), names, x), N, 2**30) is None
+
+
+def linear(width=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(width, width).double()
+
+
+class Packed(nn.Module):
+    """Applies a layer to the tokens that are not padded, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x):
+        read = x[:, :, 0] != 0
+        tokens = torch.zeros_like(x)
+        tokens[read] = torch.tanh(self.layer(x[read]))
+        return tokens.sum(1)
+
+
+def test_none_where_two_samples_of_a_packed_batch_have_other_lengths():
+    x, names = normal(N, 4, 3), ["layer.weight", "layer.bias"]
+    x[:, -1, 0] = 0
+    term = module_term(Packed(), names, x, batch_size=10)
+    u, logits = normal(term.head.size), normal(N, 1, seed=1)
+    found = factored(term, N, 2**30)
+    torch.testing.assert_close(found.add_forward(u, logits), term.add_forward(u, logits))
+    x[14, -1, 0], x[15, 0, 0] = 1, 0  # as many tokens in total
+    assert factored(module_term(Packed(), names, x, batch_size=10), N, 2**30) is None
+
+
+class SequenceFirst(nn.Module):
+    """Applies a layer to tokens along the first axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x.transpose(0, 1))).sum(0)
+
+
+@pytest.mark.parametrize(("n_tokens", "is_known"), [(3, True), (5, False), (10, False)])
+def test_none_where_samples_are_taken_for_tokens(n_tokens, is_known):
+    x, names = normal(N, n_tokens, 3), ["layer.weight", "layer.bias"]
+    term = module_term(SequenceFirst(), names, x)
+    assert (factored(term, N, 2**30) is not None) == is_known
+
+
+class Root(nn.Module):
+    """Has no derivative where the layer returns zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = linear()
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x):
+        return self.layer(x).abs().sqrt()
+
+
+def test_none_where_the_derivative_of_a_single_sample_is_not_finite():
+    x, names = normal(N, 3), ["layer.weight", "layer.bias"]
+    assert factored(module_term(Root(), names, x), N, 2**30) is not None
+    x[N - 3] = 0
+    assert factored(module_term(Root(), names, x), N, 2**30) is None
 
 
 def test_none_where_a_parameter_is_outside_of_layers():
@@ -108,7 +219,7 @@ def test_none_where_a_parameter_is_outside_of_layers():
 
 def test_samples_for_which_memory_is_too_small_pass_the_network():
     term = masked_term()
-    size = sum(layer.n_bytes for layer in factored(term, N, 2**30).kept[0][1])
+    size = sum(z.nbytes for layer in factored(term, N, 2**30).kept[0][1] for z in layer.tensors)
     found = factored(term, N, int(2.5 * size))
     assert 0 < found.kept[-1][0].stop < N
     u, logits, cotangent = normal(term.head.size), normal(N, 3, seed=1), normal(N, 3, seed=2)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sklearn_gradfeat.curvature import _kfac
-from sklearn_gradfeat.curvature._kfac import enough_samples, factors, loss_columns
+from sklearn_gradfeat.curvature._kfac import enough_samples, loss_columns
 from tests.curvature.problems import (
     MLP_LAYERS,
     batches,
@@ -14,6 +14,7 @@ from tests.curvature.problems import (
     image_term,
     mlp,
     module_term,
+    network_factors,
     normal,
     unequal_weights,
 )
@@ -27,7 +28,9 @@ def test_curvature_with_one_position_is_exact_in_the_diagonal(kind):
     tangent, boundary = image_term(kind, n=6)
     head, one = tangent.head, tuple(z[:1] for z in boundary)
     column = normal(1, tangent.omega.shape[1])
-    found, diagonals = factors(head, [(slice(0, 1), one)], column, torch.ones(1).double(), 1)
+    found, diagonals = network_factors(
+        head, [(slice(0, 1), one)], column, torch.ones(1).double(), 1
+    )
     module, names = build(kind)
     assert list(names) == head.names
     J = dense_jacobian(module, names, normal(6, 2, 5, 5)[:1])[0] * ntk_scales(module, names)
@@ -54,14 +57,23 @@ def grams(found):
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
 
 
+def test_blocks_of_a_gram_matrix(monkeypatch):
+    monkeypatch.setattr(_kfac, "_WIDTH", 3)
+    rows, half = normal(2, 5, 8), normal(2, 8, 8)
+    total = half + half.mT
+    expected = total + rows.mT @ rows
+    _kfac._add_gram(total, rows)
+    torch.testing.assert_close(total, expected)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(9)), st.integers(1, 9))
 def test_batches_and_order_do_not_matter(order, size):
     x, weights, columns = normal(9, 3), unequal_weights(9), normal(2, 4, seed=1)
     head = module_term(mlp(), MLP_LAYERS, x).head
-    found, _ = factors(head, [(slice(0, 9), (x,))], columns, weights, 9)
+    found, _ = network_factors(head, [(slice(0, 9), (x,))], columns, weights, 9)
     moved = torch.tensor(order)
-    again, _ = factors(head, batches((x[moved],), size), columns, weights[moved], 9)
+    again, _ = network_factors(head, batches((x[moved],), size), columns, weights[moved], 9)
     torch.testing.assert_close(grams(again), grams(found))
 
 
@@ -100,7 +112,7 @@ def test_factors_are_the_partial_traces_of_the_curvature(monkeypatch, kind, leas
     monkeypatch.setattr(_kfac, "_MIN_ROWS", least)
     tangent, boundary = image_term(kind, n=n)
     head, columns, weights = tangent.head, normal(2, tangent.omega.shape[1]), unequal_weights(n)
-    found, _ = factors(head, batches(boundary, 100), columns, weights, n)
+    found, _ = network_factors(head, batches(boundary, 100), columns, weights, n)
     gradients = sample_gradients(kind, head, normal(n, 2, 5, 5), columns)
     w = weights.repeat_interleave(2)[:, None, None]
     for i, factor in found.items():
@@ -123,9 +135,9 @@ def test_factors_do_not_depend_on_the_batches():
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     shuffled = tuple(z[order] for z in boundary)
     found = [
-        factors(head, batches(boundary, 40), columns, weights, 1000)[0],
-        factors(head, batches(boundary, 7), columns, weights, 1000)[0],
-        factors(head, batches(shuffled, 9), columns, weights[order], 1000)[0],
+        network_factors(head, batches(boundary, 40), columns, weights, 1000)[0],
+        network_factors(head, batches(boundary, 7), columns, weights, 1000)[0],
+        network_factors(head, batches(shuffled, 9), columns, weights[order], 1000)[0],
     ]
     for one in found:
         for factor in one.values():

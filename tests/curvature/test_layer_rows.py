@@ -41,18 +41,21 @@ def test_calls_on_parts_of_a_weight_add_up_to_its_gradient():
     w, b, some = w.requires_grad_(), b.requires_grad_(), torch.tensor([0, 3, 5])
     aten, parts = torch.ops.aten, [torch.ops.aten.slice.Tensor, torch.ops.aten.index_select.default]
     rows = [(0, 0, 6, 2), (0, some)]
-    with LayerRecorder([w, b]) as recorder:
-        pieces = [
-            aten.linear.default(x[:, :n], part(w, *r), part(b, *r))
+
+    def total():
+        return sum(
+            aten.linear.default(x[:, :n], part(w, *r), part(b, *r)).sin().sum()
             for part, r, n in zip(parts, rows, (1, 5), strict=True)
-        ]
+        )
+
+    with LayerRecorder([w, b]) as recorder:
+        recorded = total()
         aten.linear.default(x, w, aten.slice.Tensor(b.repeat(2), 0, 0, 6))
     *calls, last = recorder.calls
     assert last.bias is None
     assert [call.bias for call in calls] == [1, 1]
-    outputs = [call.output for call in calls]
-    total = sum(piece.sin().sum() for piece in pieces)
-    *gradients, of_w, of_b = torch.autograd.grad(total, [*outputs, w, b])
+    gradients = torch.autograd.grad(recorded, [call.output for call in calls])
+    of_w, of_b = torch.autograd.grad(total(), [w, b])
     found = sum(
         call.output_rows(g, 4).flatten(0, 2).T
         @ call.scaled_rows((w, b), (1.0, 1.0), 4).flatten(0, 2)

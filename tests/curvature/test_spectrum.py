@@ -39,6 +39,34 @@ def test_inverse_against_dense_solve(monkeypatch, largest, rank):
     torch.testing.assert_close(solved, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["exact", "partial", "partial outputs", "wide", "diagonal"])
+def test_matrix_and_last_column_are_solved_in_place_and_in_blocks(monkeypatch, kind):
+    """The same as the matrix with the column, where nothing is split."""
+    output, inputs = (torch.stack([decaying(n, i) for i in range(2)]) for n in (6, 9))
+    matrix = torch.randn(2, 6, 9, dtype=torch.float64)
+    monkeypatch.setattr(_spectrum, "_RANK", 4)
+    monkeypatch.setattr(_spectrum, "_RANGE", 1e-9 if kind == "wide" else 1e9)
+    monkeypatch.setattr(_spectrum, "MAX_EXACT", {"exact": 9, "partial outputs": 5}.get(kind, 8))
+    spectra = [Spectrum.from_matrix(output), Spectrum.from_matrix(inputs)]
+    if kind == "diagonal":
+        spectra[1] = Spectrum(inputs.diagonal(dim1=1, dim2=2), None)
+    inverse = KroneckerInverse(*spectra, ALPHA)
+    factors = [
+        torch.diag_embed(s.values) if s.vectors is None else s.vectors @ torch.diag_embed(s.values)
+        @ s.vectors.mT + (0 if s.rest is None else s.rest.view(-1, 1, 1)
+        * (torch.eye(s.vectors.shape[1]).double() - s.vectors @ s.vectors.mT))
+        for s in spectra
+    ]  # fmt: skip
+    dense = torch.stack([torch.kron(*pair) for pair in zip(*factors, strict=True)])
+    dense += ALPHA * torch.eye(54, dtype=torch.float64)
+    expected = torch.linalg.solve(dense, matrix.reshape(2, -1)).view_as(matrix)
+    torch.testing.assert_close(inverse(matrix), expected)
+    monkeypatch.setattr(_spectrum, "_BLOCK", 30)
+    first, last = matrix[..., :-1].clone(), matrix[..., -1:].clone()
+    inverse.solve_(first, last)
+    torch.testing.assert_close(torch.cat([first, last], 2), expected)
+
+
 def test_batches_of_matrices():
     output = torch.stack([decaying(4, 0), decaying(4, 1)])
     inputs = torch.stack([decaying(5, 2), decaying(5, 3)])

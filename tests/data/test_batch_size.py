@@ -215,12 +215,12 @@ def test_passes_over_the_head(fit, name, kind, options, monkeypatch):
 
 def test_kronecker_factors(fit, monkeypatch):
     expected = fit(batch_size=15)
-    factors = _preconditioner.factors
+    through = _preconditioner.network_batches
 
-    def limited(head, batches, *rest):
-        return factors(head, map(_refuse_large, batches), *rest)
+    def limited(head, batches, columns):
+        return through(head, map(_refuse_large, batches), columns)
 
-    monkeypatch.setattr(_preconditioner, "factors", limited)
+    monkeypatch.setattr(_preconditioner, "network_batches", limited)
     with pytest.warns(RuntimeWarning, match=SMALLER):
         model = fit()
     np.testing.assert_allclose(model.coef_, expected.coef_, rtol=1e-3, atol=1e-5)

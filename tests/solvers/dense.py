@@ -33,6 +33,10 @@ class Dense:
         self.passes += 1
         return torch.einsum("ncp,nc->p", self.matrix, cotangent)
 
+    @property
+    def penalties(self):
+        return (self.penalty,)
+
     def forward_adjoint(self, direction, logits):
         change = self.forward(direction)
         self.passes -= 1

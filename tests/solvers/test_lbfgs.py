@@ -174,22 +174,6 @@ def test_coarse_space_solves():
     assert solve(objective, coarse=lambda inverse: None).n_iter == alone.n_iter
 
 
-@pytest.mark.parametrize(("after", "n_made"), [(2, 1), (100, 0)])
-def test_coarse_space_only_after_some_iterations(after, n_made):
-    objective, made = problem("squared", size=20), []
-
-    def coarse(inverse):
-        made.append(inverse)
-        return coarse_of(objective, 15)
-
-    alone = solve(objective)
-    solution = solve(objective, coarse=coarse, coarse_after=after)
-    assert len(made) == n_made
-    assert solution.objective_path[: after + 1] == alone.objective_path[: after + 1]
-    assert solution.status == "converged"
-    torch.testing.assert_close(solution.x, alone.x, rtol=0, atol=1e-7)
-
-
 def test_gradient_that_is_not_finite():
     objective = problem("multinomial")
     objective.matrix[0, 0, 0] = math.inf

@@ -64,6 +64,7 @@ def test_penalty_is_summed_in_float64():
     numbers = np.random.default_rng(0)
     penalty, x, y = numbers.random((3, 10**6), dtype=np.float32)
     loss = SimpleNamespace(weights=torch.zeros(1, dtype=torch.float64))
-    objective = SimpleNamespace(penalty=torch.from_numpy(penalty), loss=loss)
+    blocks = torch.from_numpy(penalty).split([1, 10**6 - 1])
+    objective = SimpleNamespace(penalties=blocks, loss=loss)
     found = penalised(objective, torch.from_numpy(x), torch.from_numpy(y))
     assert found == pytest.approx((penalty.astype(float) * x) @ y.astype(float), rel=1e-12)

@@ -17,7 +17,8 @@ from tests.tiny import NET, X
 class Objective:
     """The part of an objective that a journal reads."""
 
-    penalty = torch.ones(3, dtype=torch.float64)
+    penalties = (torch.ones(3, dtype=torch.float64),)
+    like, sizes = torch.empty(0, dtype=torch.float64), (3,)
 
 
 def vector(value):
@@ -25,7 +26,7 @@ def vector(value):
 
 
 def solution(value):
-    pairs = CurvaturePairs([(vector(value), vector(value + 1))], Objective.penalty)
+    pairs = CurvaturePairs([(vector(value), vector(value + 1))], Objective.penalties)
     return Solution(vector(value), [3.0, 2.0], 1, 4, "max_iter", 0.5, pairs)
 
 
