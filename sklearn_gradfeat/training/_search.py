@@ -225,8 +225,9 @@ class _Search:
         first, others = enough.typical_first(nearest).divided(ENOUGH_WITH_GRADIENTS)
         of_alpha = stages.fit_activation(alpha)
         if self._n_linearizations != 1:
-            if stages.has_coarse_space(of_alpha):
-                first.share(of_alpha.inverses, True)
+            shared = stages.shared(of_alpha)
+            if shared is not None:
+                first.share(shared[0], stages.has_coarse_space(of_alpha))
             found = Relinearized(first, self._n_linearizations, self._negligible, without)
             return found, Folds([])
         shared = stages.shared(of_alpha)
@@ -331,12 +332,12 @@ class _Path:
         penalty = start
         for _ in range(_MAX_STEPS):
             self._try(penalty)
-            if self._failures == _FAILURES or self._rises(penalty) or self.stopped:
+            if self._failures == _FAILURES or self._rises(penalty) or self._ends:
                 break
             penalty /= STEP
         penalty = start
         for _ in range(_MAX_STEPS):
-            if self._lowest() not in (penalty, math.inf) or self.stopped:
+            if self._lowest() not in (penalty, math.inf) or self._ends:
                 break
             penalty *= STEP
             if not self._try(penalty):
@@ -351,6 +352,12 @@ class _Path:
         self._weights = np.concatenate([self._weights, others.weights])
         self._means = {penalty: self._mean(losses) for penalty, losses in self._losses.items()}
         return self._chosen()
+
+    @property
+    def _ends(self) -> bool:
+        """Whether a callback asked to stop, or another ``alpha`` is better."""
+        gave_up = isinstance(self._held_out, Relinearized) and self._held_out.gave_up
+        return self.stopped or gave_up
 
     def strongest(self, errors: float) -> float:
         """Return the strongest penalty whose loss is so many standard errors above the smallest."""

@@ -269,15 +269,73 @@ def test_the_first_moved_network_judges_penalties(losses, judged):
     assert held.n_models(1.0, math.inf) == 1
 
 
-def test_penalties_go_on_from_the_stronger_ones():
-    folds = Losses(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+class Sequences(Losses):
+    """One fold of one sample, with the losses of moved networks for sequences of penalties."""
+
+    def __init__(self, given, refitted=np.inf):
+        super().__init__(unmoved=1.0)
+        self.given, self.of_refitted, self.tried = given, refitted, []
+
+    def start(self, alpha):
+        return Runs([(self, Sequence())])
+
+    def go_on(self, run, gradient_alpha):
+        run.penalties += (gradient_alpha,)
+        self.tried.append(run.penalties)
+        return np.array([9.0]), np.array([self.given[run.penalties]])
+
+    def refitted(self, alpha):
+        return np.array([self.of_refitted])
+
+
+@dataclass
+class Sequence:
+    """The penalties of a run."""
+
+    penalties: tuple = ()
+
+    def copy(self):
+        return replace(self)
+
+
+SEQUENCES = {
+    (1.0,): 0.9,
+    (0.1,): 0.8,
+    (0.01,): 0.85,
+    (0.1, 0.01): 0.7,
+    (0.1, 0.001): 0.7,
+    (0.1, 0.01, 0.001): 0.71,
+    (0.1, 0.01, 1e-4): 0.72,
+    (0.1, 0.01, 0.01): 0.6,
+    (0.1, 0.01, 0.01, 0.01): 0.7,
+    (0.1, 0.01, 0.01, 0.01, 0.01): 0.7,
+    (10.0,): 0.95,
+}
+
+
+def test_penalties_share_a_point_while_the_loss_falls():
+    folds = Sequences(SEQUENCES)
     held = Relinearized(folds, None, 0.0, 1.0)
-    assert [held.losses(10.0, g).item() for g in (1.0, 0.1)] == [0.9, 0.7]
-    assert held.stronger(10.0, 0.1) == (1.0,)
-    assert held.n_models(10.0, 0.1) == 8
+    found = [held.losses(10.0, g).item() for g in (1.0, 0.1, 0.01, 1e-3, 1e-4)]
+    assert found == [0.9, 0.8, 0.7, 0.71, 0.72]
+    # The network that moved with the fourth is no better, so nothing goes on from there.
+    assert folds.tried == [s for s in SEQUENCES if len(s) < 3 or s[-1] < 0.01][:7]
+    assert held.stronger(10.0, 0.01) == (0.1,)
+    assert held.n_models(10.0, 0.01) == 6
     # Neither another alpha nor a stronger penalty goes on from there.
-    assert (held.losses(5.0, 0.01), held.losses(10.0, 100.0)) == (0.9, 0.9)
-    assert held.stronger(5.0, 0.01) == held.stronger(10.0, 100.0) == ()
-    of_two = Relinearized(folds, 2, 0.0, 1.0)
+    assert held.losses(5.0, 0.01) == 0.85
+    assert held.losses(10.0, 10.0) == 0.95
+    assert held.stronger(5.0, 0.01) == held.stronger(10.0, 10.0) == ()
+
+
+def test_nothing_goes_on_where_another_alpha_is_better():
+    folds = Sequences(SEQUENCES, refitted=0.79)
+    held = Relinearized(folds, None, 0.0, 1.0)
+    assert [held.losses(10.0, g).item() for g in (1.0, 0.1, 0.01)] == [0.9, 0.8, 0.85]
+    assert held.refitted == 0.79
+
+
+def test_penalties_of_a_given_number_of_linearizations():
+    of_two = Relinearized(Losses(1.0, 0.9, 0.8, 0.7), 2, 0.0, 1.0)
     assert [of_two.losses(10.0, g).item() for g in (1.0, 0.1)] == [0.9, 0.9]
     assert of_two.stronger(10.0, 0.1) == ()
