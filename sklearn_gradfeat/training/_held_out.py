@@ -447,6 +447,8 @@ class Runs:
     def __init__(self, runs: list[tuple[_Fold, Relinearization]]) -> None:
         self._runs = runs
         self._losses: list[Array | None] = [None] * len(runs)
+        # Of folds where no network moved with the last penalty: the losses of the linear model.
+        self._stuck: list[Array | None] = [None] * len(runs)
         self.gradient_alphas: tuple[float, ...] = ()
         self.has_ended = False
         self.former: Array | None = None
@@ -462,7 +464,12 @@ class Runs:
         """Return the losses of the next linear models and of the networks after the next move."""
         if self.gradient_alphas:
             self.former = self._every()
-        pairs = [fold.go_on(run, gradient_alpha) for fold, run in self._runs]
+        stay = self.gradient_alphas[-1:] == (gradient_alpha,)
+        pairs = [
+            (linear, None) if stay and linear is not None else fold.go_on(run, gradient_alpha)
+            for (fold, run), linear in zip(self._runs, self._stuck, strict=True)
+        ]
+        self._stuck = [linear if moved is None else None for linear, moved in pairs]
         self.has_ended = all(moved is None for _, moved in pairs)
         for i, (linear, moved) in enumerate(pairs):
             if moved is not None or self._losses[i] is None:
@@ -604,8 +611,8 @@ class Relinearized:
 
     def _falls(self, former: _Judged, found: _Judged) -> bool:
         """Whether both losses fall; where that of the linear model rises, it overshoots."""
-        pairs = (former.linear, found.linear), (former.moved, found.moved)
-        return all(self._mean(after) < self._mean(before) for before, after in pairs)
+        linear = self._mean(found.linear) < self._mean(former.linear)
+        return linear and self._counts(self._mean(former.moved), self._mean(found.moved))
 
     def _moved_from(self, point: Runs, alpha: float, gradient_alpha: float) -> _Judged:
         """Return the losses after a linearisation around a point."""
