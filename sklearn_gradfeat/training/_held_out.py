@@ -527,9 +527,9 @@ class Relinearized:
     """The losses of samples that are left out of several linearisations.
 
     Where their number is chosen, too, penalties from strong to weak share a point, with the rows of
-    the samples there, for as long as the losses of the linear models and of the moved networks fall.
-    Then the next one goes on from the last of these networks, if that is better than the one at the
-    point. So the last penalties are judged after several linearisations.
+    the samples there, for as long as the losses of the linear models and of the moved networks
+    fall. Then the next one goes on from the last of these networks, if that is better than the one
+    at the point. So the last penalties are judged after several linearisations.
 
     Parameters
     ----------

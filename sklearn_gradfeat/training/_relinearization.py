@@ -266,7 +266,7 @@ class Relinearization:
                 kept = (objective - value) / step.promised
                 needed = max((1 - kept) * scale, 0.0)
                 if kept > _SUFFICIENT:
-                    # The rows of the samples at the point are not those of the stages, which live on.
+                    # The rows at the point take memory, and copies of the stages live on.
                     found = replace(found, inverses=self.first.inverses.with_layers())
                     self.stages, self.first, self._step = trial, found, None
                     self._proximal = _RELAXED * needed

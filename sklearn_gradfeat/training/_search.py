@@ -22,11 +22,12 @@ was smaller, more samples are held out first, where there are more folds.
 
 With several linearisations, the loss of a ``gradient_alpha`` is that of the network after the next
 move, see :class:`Relinearized`, and the choice is the value with the smallest loss. A moved network
-fits the training samples closely, so ``alpha`` is ten times as large as
-without a gradient term. The path is tried again with the smaller ``alpha`` if no moved network is
-better than the activations, or if the moved networks are better with the output weights for that
-``alpha``; it ends at once if they are after the first linearisation. There, and with a given ``alpha``, the first linear model competes. The best pair alone
-has further linearisations, which give their number.
+fits the training samples closely, so ``alpha`` is ten times as large as without a gradient term.
+The path is tried again with the smaller ``alpha`` if no moved network is better than the
+activations, or if the moved networks are better with the output weights for that ``alpha``; where
+they are after the first linearisation, the path ends there. With the smaller ``alpha``, and with a
+given one, the first linear model competes. The best pair alone has further linearisations, which
+give their number.
 
 Without samples to hold out, as with one sample of each class, a rule by scale takes their place:
 ``alpha`` is the mean variance of the activations, divided by the number of samples, as in a

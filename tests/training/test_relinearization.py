@@ -302,7 +302,6 @@ def test_stages_keep_no_rows():
             run.moved()
             kept.append(run.stages)
 
-
     gc.collect()
     assert len(terms) >= 2
     assert not any(term() is not None for term in terms)
