@@ -549,7 +549,7 @@ class Relinearized:
         weights for ``alpha``.
     gave_up : bool
         Whether the networks that moved with the last ``alpha`` would be better with these output
-        weights where the first ones go on.
+        weights, so that nothing goes on from them.
     """
 
     def __init__(

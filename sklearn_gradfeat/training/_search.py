@@ -25,7 +25,7 @@ move, see :class:`Relinearized`, and the choice is the value with the smallest l
 fits the training samples closely, so ``alpha`` is ten times as large as without a gradient term.
 The path is tried again with the smaller ``alpha`` if no moved network is better than the
 activations, or if the moved networks are better with the output weights for that ``alpha``; where
-they are after the first linearisation, the path ends there. With the smaller ``alpha``, and with a
+they are before a further linearisation, the path ends there. With the smaller ``alpha``, and with a
 given one, the first linear model competes. The best pair alone has further linearisations, which
 give their number.
 
