@@ -26,8 +26,8 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -464,6 +464,8 @@ class Runs:
     def __init__(self, runs: list[tuple[_Fold, Relinearization]]) -> None:
         self._runs = runs
         self._losses: list[Array | None] = [None] * len(runs)
+        # Of folds where no network moved with the last penalty: the losses of the linear model.
+        self._stuck: list[Array | None] = [None] * len(runs)
         self.gradient_alphas: tuple[float, ...] = ()
         self.has_ended = False
         self.former: Array | None = None
@@ -479,7 +481,12 @@ class Runs:
         """Return the losses of the next linear models and of the networks after the next move."""
         if self.gradient_alphas:
             self.former = self._every()
-        pairs = [fold.go_on(run, gradient_alpha) for fold, run in self._runs]
+        stay = self.gradient_alphas[-1:] == (gradient_alpha,)
+        pairs = [
+            (linear, None) if stay and linear is not None else fold.go_on(run, gradient_alpha)
+            for (fold, run), linear in zip(self._runs, self._stuck, strict=True)
+        ]
+        self._stuck = [linear if moved is None else None for linear, moved in pairs]
         self.has_ended = all(moved is None for _, moved in pairs)
         for i, (linear, moved) in enumerate(pairs):
             if moved is not None or self._losses[i] is None:
@@ -499,12 +506,47 @@ class Runs:
                 yield moved
 
 
+class _Judged(NamedTuple):
+    """The losses after a linearisation.
+
+    ``refitted`` is the mean loss of the moved networks with output weights for another ``alpha``.
+    """
+
+    linear: Array
+    moved: Array
+    runs: Runs
+    refitted: float
+
+
+@dataclass
+class _Turn:
+    """The linearisations around one point.
+
+    Attributes
+    ----------
+    point : Runs
+        The point.
+    loss : float
+        The smallest mean loss of the network at the point and of those that moved from there.
+    best : _Judged or None
+        The network that has it; None for the one at the point.
+    gradient_alpha : float
+        The last penalty.
+    """
+
+    point: Runs
+    loss: float
+    best: _Judged | None = None
+    gradient_alpha: float = math.inf
+
+
 class Relinearized:
     """The losses of samples that are left out of several linearisations.
 
-    Where their number is chosen, too, a penalty goes on from the networks that moved with the next
-    stronger one. So every pair of penalties costs one linearisation, and the last ones are judged
-    after several.
+    Where their number is chosen, too, penalties from strong to weak share a point, with the rows of
+    the samples there, for as long as the losses of the linear models and of the moved networks
+    fall. Then the next one goes on from the last of these networks, if that is better than the one
+    at the point. So the last penalties are judged after several linearisations.
 
     Parameters
     ----------
@@ -522,6 +564,9 @@ class Relinearized:
     refitted : float
         The smallest mean loss of the networks that moved with another penalty, with the output
         weights for ``alpha``.
+    gave_up : bool
+        Whether the networks that moved with the last ``alpha`` would be better with these output
+        weights, so that nothing goes on from them.
     """
 
     def __init__(
@@ -529,10 +574,10 @@ class Relinearized:
     ) -> None:
         self._folds, self._n_linearizations = folds, n_linearizations
         self._negligible, self._alpha = negligible, alpha
-        self._runs: dict[float, Runs] = {}
-        self._judged: dict[tuple[float, float], tuple[Array, Array, Runs]] = {}
+        self._turns: dict[float, _Turn] = {}
+        self._judged: dict[tuple[float, float], _Judged] = {}
         self._smallest: defaultdict[float, float] = defaultdict(lambda: math.inf)
-        self.refitted = math.inf
+        self.refitted, self.gave_up = math.inf, False
 
     @property
     def weights(self) -> Array:
@@ -547,25 +592,54 @@ class Relinearized:
         """
         if math.isinf(gradient_alpha):
             return self._folds.losses(alpha, gradient_alpha)
-        linear, moved, _ = self._judge(alpha, gradient_alpha)
+        found = self._judge(alpha, gradient_alpha)
+        losses = found.moved
         if alpha == self._alpha:
-            found = min(linear, moved, key=self._mean)
-        else:
-            found = moved
-            self.refitted = min(self.refitted, self._mean(self._folds.refitted(self._alpha)))
-        self._forget(alpha, gradient_alpha, self._mean(found))
-        return found
+            losses = min(found.linear, losses, key=self._mean)
+        self._forget(alpha, gradient_alpha, self._mean(losses))
+        return losses
 
-    def _judge(self, alpha: float, gradient_alpha: float) -> tuple[Array, Array, Runs]:
+    def _judge(self, alpha: float, gradient_alpha: float) -> _Judged:
         """Return the losses of the linear models and of the moved networks, and where these are."""
         pair = alpha, gradient_alpha
         if pair not in self._judged:
-            run = self._runs.get(alpha)
-            goes_on = run is not None and gradient_alpha < run.gradient_alphas[-1]
-            if run is None or not goes_on or self._n_linearizations is not None:
-                run = self._runs[alpha] = self._folds.start(alpha)
-            self._judged[pair] = *run.go_on(gradient_alpha), run.copy()
+            turn = self._turns.get(alpha)
+            goes_on = turn is not None and gradient_alpha < turn.gradient_alpha
+            if turn is None or not goes_on or self._n_linearizations is not None:
+                unmoved = self._mean(self._folds.losses(alpha, math.inf))
+                turn = self._turns[alpha] = _Turn(self._folds.start(alpha), unmoved)
+                self.gave_up = False
+            self._judged[pair] = self._next(turn, *pair)
         return self._judged[pair]
+
+    def _next(self, turn: _Turn, alpha: float, gradient_alpha: float) -> _Judged:
+        """Return the losses after a linearisation around the point, or around the next one."""
+        turn.gradient_alpha = gradient_alpha
+        found, best = self._moved_from(turn.point, alpha, gradient_alpha), turn.best
+        if best is not None and not self._falls(best, found):
+            self.gave_up = best.refitted < turn.loss
+            if self.gave_up:
+                return found
+            turn.point, turn.best = best.runs, None
+            found = self._moved_from(turn.point, alpha, gradient_alpha)
+        if self._mean(found.moved) < turn.loss:
+            turn.best, turn.loss = found, self._mean(found.moved)
+        return found
+
+    def _falls(self, former: _Judged, found: _Judged) -> bool:
+        """Whether both losses fall; where that of the linear model rises, it overshoots."""
+        linear = self._mean(found.linear) < self._mean(former.linear)
+        return linear and self._counts(self._mean(former.moved), self._mean(found.moved))
+
+    def _moved_from(self, point: Runs, alpha: float, gradient_alpha: float) -> _Judged:
+        """Return the losses after a linearisation around a point."""
+        runs = point.copy()
+        linear, moved = runs.go_on(gradient_alpha)
+        refitted = math.inf
+        if alpha != self._alpha:
+            refitted = self._mean(self._folds.refitted(self._alpha))
+            self.refitted = min(self.refitted, refitted)
+        return _Judged(linear, moved, runs, refitted)
 
     def _forget(self, alpha: float, gradient_alpha: float, mean: float) -> None:
         """Forget the networks of penalties that cannot be the choice: they take memory."""
@@ -581,19 +655,20 @@ class Relinearized:
         """Return the penalties of the linearisations before those with this one."""
         if math.isinf(gradient_alpha) or self._n_linearizations is not None:
             return ()
-        return self._judge(alpha, gradient_alpha)[2].gradient_alphas[:-1]
+        return self._judge(alpha, gradient_alpha).runs.gradient_alphas[:-1]
 
     def n_models(self, alpha: float, gradient_alpha: float) -> int:
         """Return the number of linear models and moved networks up to the best one."""
         if math.isinf(gradient_alpha):
             return 1
-        linear, moved, run = self._judge(alpha, gradient_alpha)
-        judged = (linear,) if run.has_ended else (linear, moved)
-        models = itertools.chain(judged, run.copy().models(gradient_alpha))
+        self._turns.clear()  # the rows of the samples take memory
+        linear, moved, runs, _ = self._judge(alpha, gradient_alpha)
+        judged = (linear,) if runs.has_ended else (linear, moved)
+        n_former, former = 2 * len(runs.gradient_alphas) - 2, runs.former
+        models = itertools.chain(judged, runs.copy().models(gradient_alpha))
         if self._n_linearizations is not None:
             return self._last(models, 2 * self._n_linearizations)
-        former = self._folds.losses(alpha, math.inf) if run.former is None else run.former
-        n_former = 2 * len(run.gradient_alphas) - 2
+        former = self._folds.losses(alpha, math.inf) if former is None else former
         return n_former + self._while_it_falls(self._mean(former), models)
 
     def _while_it_falls(self, former: float, models: Iterator[Array]) -> int:

@@ -200,9 +200,8 @@ class Relinearization:
         self._step: _Step | None = None
 
     def copy(self) -> Relinearization:
-        """Return a copy that goes on from the same point."""
+        """Return a copy that goes on from the same point, with the same rows of the samples."""
         found = copy.copy(self)
-        found.first = replace(self.first, inverses=self.first.inverses.with_layers(), term=None)
         found._path, found._solutions = list(self._path), list(self._solutions)
         found._spent = list(self._spent)
         return found
@@ -267,9 +266,8 @@ class Relinearization:
                 kept = (objective - value) / step.promised
                 needed = max((1 - kept) * scale, 0.0)
                 if kept > _SUFFICIENT:
-                    found.inverses = self.first.inverses.with_layers()
-                    if self.stages.point:
-                        self.first.term = None  # its rows take memory
+                    # The rows at the point take memory, and copies of the stages live on.
+                    found = replace(found, inverses=self.first.inverses.with_layers())
                     self.stages, self.first, self._step = trial, found, None
                     self._proximal = _RELAXED * needed
                     self._path.append(value)

@@ -22,11 +22,12 @@ was smaller, more samples are held out first, where there are more folds.
 
 With several linearisations, the loss of a ``gradient_alpha`` is that of the network after the next
 move, see :class:`Relinearized`, and the choice is the value with the smallest loss. A moved network
-fits the training samples closely, so ``alpha`` is ten times as large as
-without a gradient term. The path is tried again with the smaller ``alpha`` if no moved network is
-better than the activations, or if the moved networks are better with the output weights for that
-``alpha``. There, and with a given ``alpha``, the first linear model competes. The best pair alone
-has further linearisations, which give their number.
+fits the training samples closely, so ``alpha`` is ten times as large as without a gradient term.
+The path is tried again with the smaller ``alpha`` if no moved network is better than the
+activations, or if the moved networks are better with the output weights for that ``alpha``; where
+they are before a further linearisation, the path ends there. With the smaller ``alpha``, and with a
+given one, the first linear model competes. The best pair alone has further linearisations, which
+give their number.
 
 Without samples to hold out, as with one sample of each class, a rule by scale takes their place:
 ``alpha`` is the mean variance of the activations, divided by the number of samples, as in a
@@ -225,8 +226,9 @@ class _Search:
         first, others = enough.typical_first(nearest).divided(ENOUGH_WITH_GRADIENTS)
         of_alpha = stages.fit_activation(alpha)
         if self._n_linearizations != 1:
-            if stages.has_coarse_space(of_alpha):
-                first.share(of_alpha.inverses, True)
+            shared = stages.shared(of_alpha)
+            if shared is not None:
+                first.share(shared[0], stages.has_coarse_space(of_alpha))
             found = Relinearized(first, self._n_linearizations, self._negligible, without)
             return found, Folds([])
         shared = stages.shared(of_alpha)
@@ -331,12 +333,12 @@ class _Path:
         penalty = start
         for _ in range(_MAX_STEPS):
             self._try(penalty)
-            if self._failures == _FAILURES or self._rises(penalty) or self.stopped:
+            if self._failures == _FAILURES or self._rises(penalty) or self._ends:
                 break
             penalty /= STEP
         penalty = start
         for _ in range(_MAX_STEPS):
-            if self._lowest() not in (penalty, math.inf) or self.stopped:
+            if self._lowest() not in (penalty, math.inf) or self._ends:
                 break
             penalty *= STEP
             if not self._try(penalty):
@@ -351,6 +353,12 @@ class _Path:
         self._weights = np.concatenate([self._weights, others.weights])
         self._means = {penalty: self._mean(losses) for penalty, losses in self._losses.items()}
         return self._chosen()
+
+    @property
+    def _ends(self) -> bool:
+        """Whether a callback asked to stop, or another ``alpha`` is better."""
+        gave_up = isinstance(self._held_out, Relinearized) and self._held_out.gave_up
+        return self.stopped or gave_up
 
     def strongest(self, errors: float) -> float:
         """Return the strongest penalty whose loss is so many standard errors above the smallest."""

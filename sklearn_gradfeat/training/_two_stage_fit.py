@@ -66,6 +66,8 @@ COARSE_TOL = 1e-4
 # So many iterations are allowed there, even if `max_iter` is smaller: a model that stops early has
 # a score as with more penalty.
 _COARSE_ITER = 1000
+# A known model whose objective is lower by this share shows that the zero model is not the optimum.
+_LOWER = 1e-3
 # Tolerance where Newton steps are exact: one or two more steps reach it.
 _EXACT = 1e-16
 
@@ -327,8 +329,15 @@ class TwoStageFit:
         objective = self.objective(alpha, self.samples.activation, None)
         zero = self.like.new_zeros(sum(objective.sizes))
 
+        def value(x: Tensor) -> float:
+            return self.loss.value(objective.forward(x)) + penalised(objective, x, x) / 2
+
         @cache
         def zero_is_optimum() -> bool:
+            if warm is not None:
+                known = self._unknowns(warm.omega, warm.intercept, zero[:0])
+                if value(known) < (1 - _LOWER) * value(zero):
+                    return False
             self.inverses.x = zero
             return _is_optimum(objective, zero, self._inverse(objective, self.inverses))
 
@@ -338,7 +347,7 @@ class TwoStageFit:
             return self._unknowns(warm.omega, warm.intercept, zero[:0])
 
         def baseline() -> float:
-            return math.inf if zero_is_optimum() else self.loss.value(objective.forward(zero))
+            return math.inf if zero_is_optimum() else value(zero)
 
         is_zero = bool(self.journal.number("zero is optimum", zero_is_optimum))
         to_model = partial(self._first_model, objective)

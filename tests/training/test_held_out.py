@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -257,6 +258,15 @@ def test_linearizations_end_where_the_next_gain_would_be_too_small():
         assert folds.n_computed == n_computed
 
 
+def test_a_fold_that_does_not_move_is_fitted_once_for_each_penalty():
+    moving, stuck = Losses(1.0, 0.9, 0.8, 0.7, 0.6, 0.5), Losses(0.8)
+    stuck.go_on = mock.Mock(side_effect=lambda run, g: (np.array([g]), None))
+    runs = Runs([(moving, Position()), (stuck, Position())])
+    found = [tuple(np.concatenate(runs.go_on(g))) for g in (0.3, 0.3, 0.1)]
+    assert found == [(1.0, 0.3, 0.9, 0.3), (0.8, 0.3, 0.7, 0.3), (0.6, 0.1, 0.5, 0.3)]
+    assert stuck.go_on.call_count == 2
+
+
 @pytest.mark.parametrize(
     ("losses", "n", "n_models"),
     [
@@ -282,15 +292,86 @@ def test_the_first_moved_network_judges_penalties(losses, judged):
     assert held.n_models(1.0, math.inf) == 1
 
 
-def test_penalties_go_on_from_the_stronger_ones():
-    folds = Losses(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+class Sequences(Losses):
+    """One fold of one sample, with the losses for sequences of penalties.
+
+    They are those of moved networks, or pairs with those of the linear models before them.
+    """
+
+    def __init__(self, given, refitted=np.inf):
+        super().__init__(unmoved=1.0)
+        self.given, self.of_refitted, self.tried = given, refitted, []
+
+    def start(self, alpha):
+        return Runs([(self, Sequence())])
+
+    def go_on(self, run, gradient_alpha):
+        run.penalties += (gradient_alpha,)
+        self.tried.append(run.penalties)
+        losses = self.given[run.penalties]
+        linear, moved = losses if isinstance(losses, tuple) else (losses + 0.5, losses)
+        return np.array([linear]), np.array([moved])
+
+    def refitted(self, alpha):
+        return np.array([self.of_refitted])
+
+
+@dataclass
+class Sequence:
+    """The penalties of a run."""
+
+    penalties: tuple = ()
+
+    def copy(self):
+        return replace(self)
+
+
+PATH = {
+    (1.0,): 0.9,
+    (0.1,): 0.8,
+    (0.01,): 0.85,
+    (0.1, 0.01): 0.7,
+    (0.1, 1e-3): 0.7,
+    (0.1, 0.01, 1e-3): 0.71,
+    (0.1, 0.01, 1e-4): 0.72,
+}
+
+
+def test_penalties_share_a_point_while_the_loss_falls():
+    further = {(0.1, *[0.01] * n): loss for n, loss in ((2, 0.6), (3, 0.7), (4, 0.7))}
+    folds = Sequences({**PATH, **further, (10.0,): 0.95})
+    held = Relinearized(folds, None, 0.0, 1.0)
+    penalties = 1.0, 0.1, 0.01, 1e-3, 1e-4
+    assert [held.losses(10.0, g).item() for g in penalties] == [0.9, 0.8, 0.7, 0.71, 0.72]
+    # The network that moved with the fourth is no better, so nothing goes on from there.
+    assert folds.tried == list(PATH)
+    assert held.stronger(10.0, 0.01) == (0.1,)
+    assert held.n_models(10.0, 0.01) == 6
+    # Neither another alpha nor a stronger penalty goes on from there.
+    assert held.losses(5.0, 0.01) == 0.85
+    assert held.losses(10.0, 10.0) == 0.95
+    assert held.stronger(5.0, 0.01) == held.stronger(10.0, 10.0) == ()
+
+
+@pytest.mark.parametrize("losses", [(1.41, 0.8), (1.3, 0.898)])
+def test_penalties_share_no_point_beyond_a_rise_of_the_linear_model(losses):
+    """Nor beyond a fall of the moved network that does not count."""
+    folds = Sequences({(1.0,): 0.9, (0.1,): losses, (1.0, 0.1): 0.7})
     held = Relinearized(folds, None, 0.0, 1.0)
     assert [held.losses(10.0, g).item() for g in (1.0, 0.1)] == [0.9, 0.7]
     assert held.stronger(10.0, 0.1) == (1.0,)
-    assert held.n_models(10.0, 0.1) == 8
-    # Neither another alpha nor a stronger penalty goes on from there.
-    assert (held.losses(5.0, 0.01), held.losses(10.0, 100.0)) == (0.9, 0.9)
-    assert held.stronger(5.0, 0.01) == held.stronger(10.0, 100.0) == ()
-    of_two = Relinearized(folds, 2, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("refitted", "last", "gave_up"), [(0.79, 0.85, True), (0.81, 0.7, False)])
+def test_nothing_goes_on_where_another_alpha_is_better(refitted, last, gave_up):
+    held = Relinearized(Sequences(PATH, refitted), None, 0.0, 1.0)
+    assert [held.losses(10.0, g).item() for g in (1.0, 0.1, 0.01)] == [0.9, 0.8, last]
+    assert (held.refitted, held.gave_up) == (refitted, gave_up)
+    held.losses(1.0, 1.0)
+    assert not held.gave_up
+
+
+def test_penalties_of_a_given_number_of_linearizations():
+    of_two = Relinearized(Losses(1.0, 0.9, 0.8, 0.7), 2, 0.0, 1.0)
     assert [of_two.losses(10.0, g).item() for g in (1.0, 0.1)] == [0.9, 0.9]
     assert of_two.stronger(10.0, 0.1) == ()

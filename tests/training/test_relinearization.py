@@ -23,7 +23,7 @@ from sklearn_gradfeat import (
 )
 from sklearn_gradfeat.cache._runner import Trunk
 from sklearn_gradfeat.curvature import _coarse_space as coarse_space
-from sklearn_gradfeat.training import Journal, TwoStageFit, _relinearization
+from sklearn_gradfeat.training import Journal, TwoStageFit, _relinearization, _two_stage_fit
 from sklearn_gradfeat.training._held_out import Relinearized, Runs
 from sklearn_gradfeat.training._relinearization import (
     Relinearization,
@@ -232,7 +232,7 @@ def test_the_last_penalty_is_that_of_the_result(monkeypatch):
 
 def test_gains_are_those_of_one_linearization_each():
     """The fall with stronger penalties is not the gain that the next one is compared with."""
-    n_rounds, losses = [], iter([1.0, 0.50, 0.40, 0.35, 0.345, 0.345, 0.345])
+    n_rounds, losses = [], iter([0.5, 0.9, 0.4, 0.35, 0.345, 0.345])
     network = np.ones(1)
 
     class Fold:
@@ -254,11 +254,11 @@ def test_gains_are_those_of_one_linearization_each():
             return np.full(1, 2.0)
 
     search = Relinearized(Started(), None, 1e-6, 1.0)
-    for gradient_alpha in (1.0, 0.1, 0.01):
+    for gradient_alpha in (1.0, 0.1):
         search.losses(1.0, gradient_alpha)
     # 0.5 before the chosen value, then 0.40, 0.35 and 0.345: gains of 0.1, 0.05 and 0.005
-    assert search.n_models(1.0, 0.01) == 2 * 5
-    assert n_rounds == [1.0, 0.1, 0.01, 0.01, 0.01]
+    assert search.n_models(1.0, 0.1) == 2 * 4
+    assert n_rounds == [1.0, 0.1, 0.1, 0.1, 0.1]
 
 
 class Unmoved(nn.Module):
@@ -285,7 +285,7 @@ def test_output_weights_alone_change(max_iter, gradient_alpha):
     assert not any(move.any() for move in model.gradient_coef_.values())
 
 
-def test_copies_keep_no_rows():
+def test_stages_keep_no_rows():
     """The gradient term of a point may hold explicit rows, and lives as long as its turn."""
     fits = stages(classifier())
     terms, choose = [], TwoStageFit._choose_term
@@ -296,14 +296,43 @@ def test_copies_keep_no_rows():
             terms.append(weakref.ref(first.term))
 
     with mock.patch.object(TwoStageFit, "_choose_term", noted):
-        run, copies = Relinearization(fits, fits.fit_activation(1e-2)), []
+        run, kept = Relinearization(fits, fits.fit_activation(1e-2)), []
         for gradient_alpha in (1e-1, 1e-2, 1e-3):
             run.linear(gradient_alpha)
             run.moved()
-            copies.append(run.copy())
+            kept.append(run.stages)
+
     gc.collect()
     assert len(terms) >= 2
     assert not any(term() is not None for term in terms)
+
+
+def test_copies_share_the_rows_of_a_point(monkeypatch):
+    """Each has the linear model of a run of its own."""
+    monkeypatch.setattr(_relinearization, "_TOL", 0.0)
+    choose, n_terms = _two_stage_fit.with_rows_if_cheap, []
+
+    def counted(*arguments):
+        n_terms.append(1)
+        return choose(*arguments)
+
+    monkeypatch.setattr(_two_stage_fit, "with_rows_if_cheap", counted)
+
+    def moved():
+        fits = stages(classifier(tol=1e-12))
+        run = Relinearization(fits, fits.fit_activation(1e-2))
+        run.linear(1e-1)
+        run.moved()
+        return run
+
+    point = moved()
+    n_before = len(n_terms)
+    found = [point.copy().linear(gradient_alpha).model for gradient_alpha in (1e-2, 1e-3)]
+    assert len(n_terms) == n_before + 1
+    for gradient_alpha, model in zip((1e-2, 1e-3), found, strict=True):
+        expected = moved().linear(gradient_alpha).model
+        for name, total in expected.total.items():
+            assert torch.allclose(model.total[name], total, rtol=1e-4, atol=1e-6)
 
 
 def test_linear_model_with_a_proximal_term(monkeypatch):

@@ -152,6 +152,19 @@ def test_second_stage_starts_at_the_first(solves):
     assert model.objective_path_[-1] < model.objective_path_[0]
 
 
+def test_a_better_model_shows_that_the_zero_model_is_not_the_optimum(monkeypatch):
+    model = estimator()
+    problem = model._problem(Y, None)
+    fits = TwoStageFit(model._prepare(X, problem.weights), problem)
+    found = fits.fit_activation(1.0)
+    worse = replace(found.model, omega=-100 * found.model.omega)
+    assert not fits.fit_activation(0.1, worse).is_zero
+    monkeypatch.setattr(_two_stage_fit, "_is_optimum", None)
+    assert not fits.fit_activation(0.01, found.model).is_zero
+    with pytest.raises(TypeError):
+        fits.fit_activation(0.01, worse)
+
+
 @pytest.mark.parametrize("features", ["full", "activation"])
 def test_zero_model_that_is_the_optimum(solves, features):
     """All targets are in both classes with equal weights, so the gradient is rounding noise."""
