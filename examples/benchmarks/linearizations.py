@@ -5,7 +5,8 @@ Models of the same samples and the same layers θ₂:
 * "LogisticRegressionCV": scikit-learn, on the activations;
 * "activation", "one linearization", "linearizations": the estimator with default penalties, and
   ``features="activation"``, ``n_linearizations=1`` or ``"auto"``;
-* "... of several layers": likewise, with the activations of the last blocks;
+* "... of several layers": likewise, with the default ``activation_layer``, the output and four
+  blocks below θ₂; the others have the output alone;
 * "AdamW, 15 epochs", "AdamW, 40 epochs", "SGD, 15 epochs": fine-tuning of θ₂ and the output
   weights, which start from the "activation" model (Kumar et al., ICLR 2022, arXiv:2202.10054), with
   a one-cycle schedule. A fifth of the training samples chooses the rate; then it trains on all of
@@ -78,28 +79,26 @@ TUNINGS = {
 
 
 class Problem(NamedTuple):
-    """A network, its gradient layers, and the layers of "several layers"."""
+    """A network and its gradient layers."""
 
     network: str
     gradient_layers: int
     n_train: int
-    layers: int | list[str]
     multilabel: bool = False
 
 
-EFFICIENTNET = [*(f"_blocks.{i}" for i in range(8, 16)), "_avg_pooling"]
 PROBLEMS = {
-    "efficientnet-head": Problem("efficientnet", 1, 1000, EFFICIENTNET),
-    "efficientnet-1": Problem("efficientnet", 2, 1000, EFFICIENTNET),
-    "efficientnet-3": Problem("efficientnet", 4, 1000, EFFICIENTNET),
-    "efficientnet-6": Problem("efficientnet", 7, 1000, EFFICIENTNET),
-    "tiles-1": Problem("efficientnet", 2, 1000, EFFICIENTNET, multilabel=True),
-    "tiles-3": Problem("efficientnet", 4, 1000, EFFICIENTNET, multilabel=True),
-    "rotation-1": Problem("convnet-rotation", 1, 2000, 3),
-    "rotation-2": Problem("convnet-rotation", 2, 2000, 3),
-    "vae-1": Problem("convnet-vae", 1, 2000, 3),
-    "sentences-1": Problem("sentences", 1, 1000, 4),
-    "sentences-2": Problem("sentences", 2, 1000, 4),
+    "efficientnet-head": Problem("efficientnet", 1, 1000),
+    "efficientnet-1": Problem("efficientnet", 2, 1000),
+    "efficientnet-3": Problem("efficientnet", 4, 1000),
+    "efficientnet-6": Problem("efficientnet", 7, 1000),
+    "tiles-1": Problem("efficientnet", 2, 1000, multilabel=True),
+    "tiles-3": Problem("efficientnet", 4, 1000, multilabel=True),
+    "rotation-1": Problem("convnet-rotation", 1, 2000),
+    "rotation-2": Problem("convnet-rotation", 2, 2000),
+    "vae-1": Problem("convnet-vae", 1, 2000),
+    "sentences-1": Problem("sentences", 1, 1000),
+    "sentences-2": Problem("sentences", 2, 1000),
 }
 
 
@@ -205,7 +204,7 @@ def whole_network(start, X, codes):
 def estimators(problem, network):
     """Return the estimators by name."""
     common = {**network, "gradient_layers": problem.gradient_layers}
-    several = {**common, "activation_layer": problem.layers}
+    several = {**common, "activation_layer": "auto"}
     found = {
         "activation": {**common, "features": "activation"},
         "activation of several layers": {**several, "features": "activation"},

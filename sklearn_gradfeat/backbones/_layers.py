@@ -149,7 +149,9 @@ class Outputs:
         whose output is not that of another one around them.
         """
         seen = {path: found for path, found in self._seen.items() if not found.fault}
-        chosen = {path for path in seen if path == self.last.path or _is_element(self._module, path)}
+        chosen = {
+            path for path in seen if path == self.last.path or _is_element(self._module, path)
+        }
         for path in sorted(seen.keys() - chosen, key=len):
             around = [seen[outer].rows for outer in chosen if path.startswith(f"{outer}.")]
             same = any(torch.equal(rows, seen[path].rows) for rows in around)
