@@ -504,11 +504,11 @@ def _on_blocks(
                 layers = outputs.below(blocks, whole._chosen(gradient_layers))
         except ValueError:  # whoever asks for the gradient layers learns why
             layers = (last,)
-    if not set(layers) <= set(among):
-        return ActivationModule(module, layers), None
     alone = number is None and layers == (last,) and (last.path, last.axis) == ("", 1)
-    exported = None if isinstance(whole.captured, CaptureError) else whole.captured.exported
-    return ActivationModule(module, None if alone else layers, among), exported
+    chosen = None if alone else layers
+    if isinstance(whole.captured, CaptureError) or not set(layers) <= set(among):
+        return ActivationModule(module, chosen), None
+    return ActivationModule(module, chosen, among), whole.captured.exported
 
 
 def _scaled(head: fx.GraphModule, scale: Tensor) -> fx.GraphModule:

@@ -187,7 +187,9 @@ class Outputs:
         """Return up to four blocks below all parameters ``names``, and the last layer."""
         lowest = next((i for i, own in enumerate(blocks.values()) if set(own) & set(names)), 0)
         paths = list(blocks)[max(lowest - _AUTO_BLOCKS, 0) : lowest]
-        return self._layers([self.last.path, *(_around(path, self._seen) for path in paths)])
+        around = [_around(path, self._seen) for path in paths]
+        below = [path for path in around if not any(n.startswith(f"{path}.") for n in names)]
+        return self._layers([self.last.path, *below])
 
 
 def _input_of(module: nn.Module, path: str, example: Tensor) -> Tensor:
