@@ -674,8 +674,8 @@ class TwoStageFit:
             inverses.x = x if keeps else None
             return watch is not None and watch(iteration, value, x, *decrement)
 
-        # Without a checkpoint, nothing else keeps former unknowns in memory.
-        keeps = self.journal.keeps
+        # Without a checkpoint, which rank 0 writes, nothing else keeps former unknowns in memory.
+        keeps = self.journal.keeps or n_ranks() > 1
         inverses.x = None if not keeps else begin[0] if state is None else state.built_at
         wanted = min(tol, _EXACT) if inverses.exact_for(objective) else tol
         solution = minimize(

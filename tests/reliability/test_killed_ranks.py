@@ -113,7 +113,7 @@ def one_kill(folder):
     folder = Path(folder)
     assert together(folder / "whole", 0, "fixed") == [0, 0]
     fits = folder / "fits"
-    statuses = together(fits, 0, "fixed", [1], "solver", 4)
+    statuses = together(fits, 0, "fixed", [1], "solver", 10)
     assert statuses == [1, -signal.SIGKILL]
     check_survivor(fits, statuses)
     assert (fits / "checkpoint").exists()
