@@ -194,8 +194,14 @@ class Outputs:
         self, blocks: Mapping[str, Collection[str]], names: Collection[str], last: Layer
     ) -> tuple[Layer, ...]:
         """Return up to four blocks below all parameters ``names``, and ``last``."""
-        lowest = next((i for i, own in enumerate(blocks.values()) if set(own) & set(names)), 0)
-        paths = list(blocks)[max(lowest - _AUTO_BLOCKS, 0) : lowest]
+        # A submodule around later blocks has layers of its own at its place, and no output there.
+        order = list(blocks)
+        later = {
+            of: [path for path in order[i:] if _inside(path, of)] for i, of in enumerate(order)
+        }
+        own = [set(blocks[of]).difference(*(blocks[p] for p in later[of])) for of in order]
+        lowest = next((i for i, found in enumerate(own) if found & set(names)), 0)
+        paths = [path for path in order[:lowest] if not later[path]][-_AUTO_BLOCKS:]
         around = [_around(path, self._seen) for path in paths]
         below = [path for path in around if not any(n.startswith(f"{path}.") for n in names)]
         return self._layers([last.path, *below])
@@ -338,6 +344,11 @@ def _around(path: str, seen: Mapping[str, _Seen]) -> str:
     while path and (path not in seen or seen[path].fault):
         path = path.rpartition(".")[0]
     return path
+
+
+def _inside(path: str, other: str) -> bool:
+    """Whether a submodule is part of another one."""
+    return path != other and (not other or path.startswith(f"{other}."))
 
 
 def _same(block: _Seen, network: _Seen, example: Tensor) -> bool:

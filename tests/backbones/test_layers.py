@@ -121,6 +121,33 @@ def test_default_is_the_blocks_below_the_gradient_layers(n, gradient_layers, exp
     assert (layers and [layer.path for layer in layers]) == expected
 
 
+class Stacked(nn.Module):
+    """A residual connection of its own below a list of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(2, 2, 1)
+        self.layers = nn.ModuleList([ResidualBlock(2) for _ in range(3)])
+
+    def forward(self, x):
+        x = x + self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("gradient_layers", "expected"),
+    [("last", ["0.layers.0", "0.layers.1", ""]), (["0.embed", "0.layers.2"], None)],
+)
+def test_default_where_a_block_is_around_others(gradient_layers, expected):
+    network = nn.Sequential(Stacked(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found = default(network, gradient_layers=gradient_layers)
+    assert list(found.blocks()) == ["0", "0.layers.0", "0.layers.1", "0.layers.2"]
+    paths = found.layers and [layer.path for layer in found.layers]
+    assert paths == expected
+
+
 def test_default_is_the_model_of_its_layers():
     chosen = estimator(activation_layer=["0", ""]).fit(X, Y)
     found = estimator().fit(X, Y)
