@@ -12,7 +12,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any, Self
 
 import torch
@@ -493,27 +492,32 @@ def _on_blocks(
     """
     check_independence(ActivationModule(module, None), example)
     outputs = Outputs(module, example, None if number is not None else classifier(module))
-    among, layers, exported = outputs.candidates, (outputs.network,), None
+    among, exported = outputs.candidates, None
+    layers: tuple[Layer, ...] = (outputs.network,)
     for last in dict.fromkeys((outputs.last, outputs.network)):
         whole = FrozenBackbone._restored(ActivationModule(module, (last,), among), example, dtype)
         whole._exported = exported
-        blocks = {path: names for path, names in whole.blocks().items() if names}
         captured = whole.captured
         exported = None if isinstance(captured, CaptureError) else captured.exported
         if number is not None:
-            layers = outputs.topmost(number, list(blocks))
+            layers = outputs.topmost(number, list(_with_parameters(whole)))
             break
         # The next one has the parameters of the classifier. Whoever asks for the gradient layers
         # learns why there are none.
         with contextlib.suppress(ValueError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            layers = outputs.below(blocks, whole._chosen(gradient_layers), last)
+            names = whole._chosen(gradient_layers)
+            layers = outputs.below(_with_parameters(whole), names, last)
             break
     alone = number is None and layers == (outputs.network,) and outputs.network.axis == 1
     chosen = None if alone else layers
     if exported is None or not set(layers) <= set(among):
         return ActivationModule(module, chosen), None
     return ActivationModule(module, chosen, among), exported
+
+
+def _with_parameters(backbone: FrozenBackbone) -> dict[str, list[str]]:
+    return {path: names for path, names in backbone.blocks().items() if names}
 
 
 def _scaled(head: fx.GraphModule, scale: Tensor) -> fx.GraphModule:
@@ -604,9 +608,7 @@ def freeze(
     """
     check_module(unwrapped(module))
     layer = hashable(activation_layer)
-    if isinstance(gradient_layers, Integral):  # also of numpy
-        gradient_layers = int(gradient_layers)
-    elif not isinstance(gradient_layers, str):
+    if isinstance(gradient_layers, Sequence) and not isinstance(gradient_layers, str):
         gradient_layers = tuple(gradient_layers)
     if has_lazy_parameters(module):
         frozen = FrozenBackbone(module, example, dtype, layer, gradient_layers)

@@ -310,6 +310,17 @@ def test_default_leaves_out_what_are_no_rows_of_all_samples(network, expected):
     assert np.isfinite(model.predict_proba(x)).all()
 
 
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured as a graph")
+def test_default_without_a_derivative():
+    class OfNumpy(Unknown):
+        def forward(self, x):
+            return torch.from_numpy(np.tanh(super().forward(x).detach().numpy()))
+
+    x = np.random.default_rng(0).normal(size=(12, 5))
+    model = estimator(OfNumpy(Linears(5, 4, 4)), features="activation").fit(x, np.arange(12) % 2)
+    assert model.coef_.shape == (1, 4)
+
+
 @pytest.mark.parametrize("k", [2, np.int64(2)])
 def test_numbers_of_blocks_of_numpy(k):
     assert estimator(gradient_layers=k).fit(X, Y).coef_.shape == (3, 6)
