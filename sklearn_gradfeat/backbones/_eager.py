@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,15 +13,12 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from sklearn_gradfeat.backbones._attention import plain_attention
-from sklearn_gradfeat.backbones._graph import ActivationModule
+from sklearn_gradfeat.backbones._graph import MODULE_LOCK, ActivationModule
 
 _LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
     nn.ConvTranspose3d, nn.RNNBase, nn.MultiheadAttention,
 )  # fmt: skip
-
-# A call changes parameters and hooks of the module, which folds in threads share.
-_LOCK = threading.RLock()
 
 
 class _GradientsStayOn(TorchFunctionMode):
@@ -64,7 +60,7 @@ class EagerHead:
         """Take the parameters, then the batch."""
         *parameters, x = values
         replaced = dict(zip(self.names, parameters, strict=True))
-        with plain_attention(), _LOCK, self.mode():
+        with plain_attention(), MODULE_LOCK, self.mode():
             return (functional_call(self.module, replaced, (x,)),)
 
 

@@ -492,23 +492,32 @@ def _on_blocks(
     """
     check_independence(ActivationModule(module, None), example)
     outputs = Outputs(module, example, None if number is not None else classifier(module))
-    last, among = outputs.last, outputs.candidates
-    whole = FrozenBackbone._restored(ActivationModule(module, (last,), among), example, dtype)
-    blocks = {path: names for path, names in whole.blocks().items() if names}
-    if number is not None:
-        layers = outputs.topmost(number, list(blocks))
-    else:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                layers = outputs.below(blocks, whole._chosen(gradient_layers))
-        except ValueError:  # whoever asks for the gradient layers learns why
-            layers = (last,)
-    alone = number is None and layers == (last,) and (last.path, last.axis) == ("", 1)
+    among, exported = outputs.candidates, None
+    layers: tuple[Layer, ...] = (outputs.network,)
+    for last in dict.fromkeys((outputs.last, outputs.network)):
+        whole = FrozenBackbone._restored(ActivationModule(module, (last,), among), example, dtype)
+        whole._exported = exported
+        captured = whole.captured
+        exported = None if isinstance(captured, CaptureError) else captured.exported
+        if number is not None:
+            layers = outputs.topmost(number, list(_with_parameters(whole)))
+            break
+        # The next one has the parameters of the classifier. Whoever asks for the gradient layers
+        # learns why there are none.
+        with contextlib.suppress(ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            names = whole._chosen(gradient_layers)
+            layers = outputs.below(_with_parameters(whole), names, last)
+            break
+    alone = number is None and layers == (outputs.network,) and outputs.network.axis == 1
     chosen = None if alone else layers
-    if isinstance(whole.captured, CaptureError) or not set(layers) <= set(among):
+    if exported is None or not set(layers) <= set(among):
         return ActivationModule(module, chosen), None
-    return ActivationModule(module, chosen, among), whole.captured.exported
+    return ActivationModule(module, chosen, among), exported
+
+
+def _with_parameters(backbone: FrozenBackbone) -> dict[str, list[str]]:
+    return {path: names for path, names in backbone.blocks().items() if names}
 
 
 def _scaled(head: fx.GraphModule, scale: Tensor) -> fx.GraphModule:
@@ -599,7 +608,7 @@ def freeze(
     """
     check_module(unwrapped(module))
     layer = hashable(activation_layer)
-    if not isinstance(gradient_layers, (str, int)):
+    if isinstance(gradient_layers, Sequence) and not isinstance(gradient_layers, str):
         gradient_layers = tuple(gradient_layers)
     if has_lazy_parameters(module):
         frozen = FrozenBackbone(module, example, dtype, layer, gradient_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ WEIGHTED = MATRIX | {
 # Arguments of modules for samples with different numbers of tokens, and whether numbers other than
 # zero stand for padding.
 _MASKS = {"attention_mask": False, "src_key_padding_mask": True, "key_padding_mask": True}
+
+
+# A call of a module changes its hooks, and may change its parameters. Folds in threads share it.
+MODULE_LOCK = threading.RLock()
 
 
 class CaptureError(Exception):
@@ -168,10 +173,11 @@ class ActivationModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation."""
-        if isinstance(self.layer, tuple):
-            rows = joined(self.module, self.layer, x)
-        else:
-            rows = activation(self.module, self.layer, x)
+        with MODULE_LOCK:
+            if isinstance(self.layer, tuple):
+                rows = joined(self.module, self.layer, x)
+            else:
+                rows = activation(self.module, self.layer, x)
         dtype = self._dtype()
         return rows if dtype in (None, rows.dtype) else rows.to(dtype)
 

@@ -12,6 +12,7 @@ or from the mask of padding that torch's transformers take.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -32,6 +33,7 @@ from sklearn_gradfeat.backbones._graph import (
     token_masks,
     watched,
 )
+from sklearn_gradfeat.backbones._independence import agree
 
 ActivationLayer: TypeAlias = str | int | Sequence[str] | None
 
@@ -49,6 +51,8 @@ _CHANNELS_LAST = {
 }  # fmt: skip
 # Averages agree if they differ by no more than this share.
 _ROUNDING = 1e-4
+# Samples of noise, for layers that see some samples only, such as experts.
+_N_NOISE = 8
 
 
 class _Seen(NamedTuple):
@@ -128,17 +132,22 @@ class Outputs:
 
     Attributes
     ----------
+    network : Layer
+        The network.
     last : Layer
-        The network, or that submodule.
+        The network, or the submodule that returns the input of that layer.
     """
 
     def __init__(self, module: nn.Module, example: Tensor, without: str | None = None) -> None:
-        self._seen = _run(module, ["", *_names(module)], example)
+        # A compiled submodule does not call hooks of those inside of it.
+        names = [name for name in _names(module) if "_orig_mod" not in name.split(".")]
+        self._seen = _run(module, ["", *names], example)
+        _leave_out(self._seen, module, example)
         self._module, self._example = module, example
-        self.last = self._seen[""].layer
+        self.network = self.last = self._seen[""].layer
         if without is not None:
-            rows = _input_of(module, without, example)
-            same = [s for s in self._seen.values() if not s.fault and torch.equal(s.rows, rows)]
+            x = _input_of(module, without, example)
+            same = [s for s in self._seen.values() if not s.fault and _equal(s.rows, x)]
             self.last = same[-1].layer if same else self.last
 
     @property
@@ -182,26 +191,74 @@ class Outputs:
         return tuple(found.layer for path, found in self._seen.items() if path in paths)
 
     def below(
-        self, blocks: Mapping[str, Collection[str]], names: Collection[str]
+        self, blocks: Mapping[str, Collection[str]], names: Collection[str], last: Layer
     ) -> tuple[Layer, ...]:
-        """Return up to four blocks below all parameters ``names``, and the last layer."""
-        lowest = next((i for i, own in enumerate(blocks.values()) if set(own) & set(names)), 0)
-        paths = list(blocks)[max(lowest - _AUTO_BLOCKS, 0) : lowest]
+        """Return up to four blocks below all parameters ``names``, and ``last``."""
+        # A submodule around later blocks has layers of its own at its place, and no output there.
+        order = list(blocks)
+        later = {
+            of: [path for path in order[i:] if _inside(path, of)] for i, of in enumerate(order)
+        }
+        own = [set(blocks[of]).difference(*(blocks[p] for p in later[of])) for of in order]
+        lowest = next((i for i, found in enumerate(own) if found & set(names)), 0)
+        paths = [path for path in order[:lowest] if not later[path]][-_AUTO_BLOCKS:]
         around = [_around(path, self._seen) for path in paths]
         below = [path for path in around if not any(n.startswith(f"{path}.") for n in names)]
-        return self._layers([self.last.path, *below])
+        return self._layers([last.path, *below])
 
 
 def _input_of(module: nn.Module, path: str, example: Tensor) -> Tensor:
     """Return what a submodule receives."""
     received: list[Tensor] = []
+
+    def note(_layer: nn.Module, args: Any, kwargs: Any) -> None:
+        received.extend(x for x in tree_leaves((args, kwargs))[:1] if isinstance(x, Tensor))
+
     layer = module.get_submodule(path)
-    hook = layer.register_forward_pre_hook(lambda _layer, inputs: received.append(inputs[0]))
+    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
     try:
         run_once(module, example)
     finally:
         hook.remove()
     return received[-1] if received else torch.empty(0)
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def _leave_out(seen: dict[str, _Seen], module: nn.Module, example: Tensor) -> None:
+    """Note the submodules whose outputs are no rows of samples in another batch.
+
+    Such a submodule runs on other numbers of rows, or not in every call, or has rows that depend
+    on other samples or are not finite.
+    """
+    again = _other_run(module, [path for path in seen if path], example)
+    for path, found in seen.items():
+        other = again.get(path)
+        if not path or found.fault:
+            continue
+        if other is None or other.fault:
+            fault = "is not called for every batch" if other is None else other.fault
+        elif not found.rows.isfinite().all():
+            fault = "returns NaN or infinity"
+        elif not agree(other.rows[: len(example)], found.rows.flip(0)):
+            fault = "depends on other samples of a batch"
+        else:
+            continue
+        seen[path] = found._replace(fault=fault)
+
+
+def _other_run(module: nn.Module, paths: Collection[str], example: Tensor) -> dict[str, _Seen]:
+    """Run a network on the example in reverse and further samples: noise, if it takes any."""
+    reverse = example.flip(0)
+    if example.is_floating_point():
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(_N_NOISE, *example.shape[1:], generator=generator).to(example)
+        noise = example.mean() + noise * example.std()
+        with contextlib.suppress(Exception):  # whatever the network may raise for noise
+            return _run(module, paths, torch.cat([reverse, noise]))
+    return _run(module, paths, torch.cat([reverse, reverse[:1]]))
 
 
 def _is_element(module: nn.Module, name: str) -> bool:
@@ -287,6 +344,11 @@ def _around(path: str, seen: Mapping[str, _Seen]) -> str:
     while path and (path not in seen or seen[path].fault):
         path = path.rpartition(".")[0]
     return path
+
+
+def _inside(path: str, other: str) -> bool:
+    """Whether a submodule is part of another one."""
+    return path != other and (not other or path.startswith(f"{other}."))
 
 
 def _same(block: _Seen, network: _Seen, example: Tensor) -> bool:

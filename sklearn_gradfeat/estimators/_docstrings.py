@@ -38,8 +38,8 @@ activation_layer : "auto", str, int, list of str or None, default="auto"
     The layers whose outputs are the activation.
 
     - ``"auto"``: the outputs of up to four blocks below the gradient layers, and the output of
-      the backbone, or the input of a classifier of ImageNet at its end. Blocks are counted as
-      in ``gradient_layers``.
+      the backbone, or the input of a classifier of ImageNet at its end, unless that is one of
+      the gradient layers. Blocks are counted as in ``gradient_layers``.
     - None: the output of the backbone alone.
     - str: the output of one submodule.
     - list of str, or a glob pattern: the outputs of several submodules, side by side from

@@ -1,6 +1,8 @@
 """The choice of several activation layers, and the activation that they make up."""
 
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,7 +11,13 @@ from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifierCV, load
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, freeze
-from sklearn_gradfeat.backbones._graph import CaptureError, main_output, watched
+from sklearn_gradfeat.backbones._graph import (
+    ActivationModule,
+    CaptureError,
+    Layer,
+    main_output,
+    watched,
+)
 from sklearn_gradfeat.backbones._split import extract
 from tests.networks import Residual, ResidualBlock, Tokens
 from tests.tiny import X, Y, estimator, tiny_net
@@ -113,6 +121,33 @@ def test_default_is_the_blocks_below_the_gradient_layers(n, gradient_layers, exp
     assert (layers and [layer.path for layer in layers]) == expected
 
 
+class Stacked(nn.Module):
+    """A residual connection of its own below a list of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(2, 2, 1)
+        self.layers = nn.ModuleList([ResidualBlock(2) for _ in range(3)])
+
+    def forward(self, x):
+        x = x + self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("gradient_layers", "expected"),
+    [("last", ["0.layers.0", "0.layers.1", ""]), (["0.embed", "0.layers.2"], None)],
+)
+def test_default_where_a_block_is_around_others(gradient_layers, expected):
+    network = nn.Sequential(Stacked(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found = default(network, gradient_layers=gradient_layers)
+    assert list(found.blocks()) == ["0", "0.layers.0", "0.layers.1", "0.layers.2"]
+    paths = found.layers and [layer.path for layer in found.layers]
+    assert paths == expected
+
+
 def test_default_is_the_model_of_its_layers():
     chosen = estimator(activation_layer=["0", ""]).fit(X, Y)
     found = estimator().fit(X, Y)
@@ -162,8 +197,9 @@ class Unknown(nn.Module):
 class Scored(nn.Module):
     """A network with a classifier for 1,000 classes at its end."""
 
-    def __init__(self, n_classes=1000, pooled=True):
+    def __init__(self, n_classes=1000, pooled=True, by_name=False):
         super().__init__()
+        self.by_name = by_name
         self.body = nn.Sequential(ResidualBlock(2), ResidualBlock(2))
         self.pool = nn.AdaptiveAvgPool2d(1) if pooled else None
         self.fc = nn.Linear(2, n_classes)
@@ -171,15 +207,141 @@ class Scored(nn.Module):
     def forward(self, x):
         z = self.body(x)
         z = z.mean((2, 3), keepdim=True).square() if self.pool is None else self.pool(z)
-        return self.fc(z.flatten(1))
+        return self.fc(input=z.flatten(1)) if self.by_name else self.fc(z.flatten(1))
+
+
+class Prompted(nn.Module):
+    """Has a block that always returns two rows, and one with rows of its own samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.rand(2, 5))
+        self.keys, self.below, self.above = Linears(5, 4), Linears(5, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        keys = self.keys(self.prompt)
+        return self.above(torch.softmax(self.below(x) @ keys.T, 1) @ keys)
+
+
+def Linears(*widths):
+    return nn.Sequential(*map(nn.Linear, widths, widths[1:]))
+
+
+class Experts(nn.Module):
+    """The first two samples have the same expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = nn.Linear(5, 4), nn.Linear(4, 4)
+        self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        z = self.below(x)
+        index, out = (x[:, 0] > 0.8).long(), torch.zeros_like(z)
+        for i, expert in enumerate(self.experts):
+            if (index == i).any():
+                out[index == i] = expert(z[index == i])
+        return self.above(out)
+
+
+class SamplesSecond(nn.Module):
+    """A transformer on two tokens, with samples on the second axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = nn.Linear(5, 8), nn.Linear(8, 4)
+        layers = [nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0) for _ in range(3)]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        z = self.below(x).reshape(-1, 2, 4).transpose(0, 1)
+        for layer in self.layers:
+            z = layer(z)
+        return self.above(z.transpose(0, 1).flatten(1))
+
+
+class Infinite(nn.Module):
+    """Has a block that returns the weights of a softmax, some of them zero, as logarithms."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.logs, self.above = nn.Linear(5, 4), Logarithms(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.above(torch.softmax(self.logs(self.below(x)), 1))
+
+
+class Logarithms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.where(torch.arange(4) > 1, x + self.layer(x), -torch.inf)
+
+
+class Compiled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = torch.compile(Linears(5, 4, 4), backend="eager"), Linears(4, 4)
+
+    def forward(self, x):
+        return self.above(self.below(x))
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured as a graph")
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (Prompted, ["below.0", ""]),
+        (Experts, ["below", ""]),
+        (SamplesSecond, ["below", ""]),
+        (Infinite, ["below", ""]),
+        (Compiled, ["below", ""]),
+    ],
+)
+def test_default_leaves_out_what_are_no_rows_of_all_samples(network, expected):
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).random((12, 5)) + 0.3
+    x[6:] -= 0.5
+    model = estimator(network(), tol=0.1).fit(x, np.arange(12) % 2)
+    layers = model._extractor.backbone.layers
+    assert layers is None or set(expected).issuperset(layer.path for layer in layers)
+    assert np.isfinite(model.predict_proba(x)).all()
+
+
+@pytest.mark.filterwarnings("ignore:The backbone cannot be captured as a graph")
+def test_default_without_a_derivative():
+    class OfNumpy(Unknown):
+        def forward(self, x):
+            return torch.from_numpy(np.tanh(super().forward(x).detach().numpy()))
+
+    x = np.random.default_rng(0).normal(size=(12, 5))
+    model = estimator(OfNumpy(Linears(5, 4, 4)), features="activation").fit(x, np.arange(12) % 2)
+    assert model.coef_.shape == (1, 4)
+
+
+@pytest.mark.parametrize("k", [2, np.int64(2)])
+def test_numbers_of_blocks_of_numpy(k):
+    assert estimator(gradient_layers=k).fit(X, Y).coef_.shape == (3, 6)
 
 
 @pytest.mark.filterwarnings("error:The backbone ends in")
 def test_default_leaves_class_scores_out():
     assert [layer.path for layer in default(Scored()).layers] == ["body.0", "pool"]
+    assert [layer.path for layer in default(Scored(by_name=True)).layers] == ["body.0", "pool"]
     assert [layer.path for layer in default(Scored(10)).layers] == ["body.0", ""]
     model = estimator(Scored()).fit(IMAGES[[0, 1, 2, 3] * 3].numpy(), np.arange(12) % 2)
     assert model.coef_.shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("gradient_layers", "expected"), [("fc", None), (["fc", "body.1.*"], ["body.0", ""])]
+)
+def test_default_keeps_scores_of_gradient_layers(gradient_layers, expected):
+    found = default(Scored(), gradient_layers=gradient_layers)
+    assert (found.layers and [layer.path for layer in found.layers]) == expected
+    assert "fc.weight" in found.choose(gradient_layers)
 
 
 def test_scores_that_cannot_be_left_out_have_a_warning():
@@ -206,6 +368,28 @@ def test_default_without_a_graph():
 
     layers = default(Bounded(chain(3))).layers
     assert [layer.path for layer in layers] == ["inner.0", "inner.1", ""]
+
+
+def test_calls_in_threads():
+    """The outputs that a call joins are its own."""
+    entered, left = threading.Event(), threading.Event()
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            if len(x) == 3:
+                entered.set()
+                left.wait(0.5)
+            return x + 1
+
+    module = ActivationModule(nn.Sequential(nn.Identity(), Slow()), (Layer("0", 1, 2),))
+    x = torch.arange(10.0).reshape(5, 2)
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(module, x[:3])
+        entered.wait(5)
+        quick = pool.submit(module, x)
+        quick.add_done_callback(lambda _: left.set())
+        torch.testing.assert_close(slow.result(), x[:3])
+        torch.testing.assert_close(quick.result(), x)
 
 
 class Nested(nn.Module):
