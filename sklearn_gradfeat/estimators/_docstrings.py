@@ -54,8 +54,9 @@ activation_layer : "auto", str, int, list of str or None, default="auto"
     in transformers, and on the second axis otherwise. Of a tuple, the first item counts; of
     several calls, the last. Padding is left out where a submodule takes its mask, as
     ``attention_mask``, ``src_key_padding_mask`` or ``key_padding_mask``. Unless it is
-    None or one name, the output of each layer is divided by its root mean square over the
-    training samples, with their weights; an output of zeros stays.
+    None, one name, or ``"auto"`` with the output of the backbone alone, the output of each
+    layer is divided by its root mean square over the training samples, with their weights; an
+    output of zeros stays.
 preprocess : "auto", callable or None, default="auto"
     A transform of each batch before the network. It takes and returns a tensor with one
     row per sample. ``"auto"`` is the transform of a named network, which takes uint8 images
