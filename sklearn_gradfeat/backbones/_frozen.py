@@ -502,8 +502,8 @@ def _on_blocks(
         if number is not None:
             layers = outputs.topmost(number, list(_with_parameters(whole)))
             break
-        # The next one has the parameters of the classifier. Whoever asks for the gradient layers
-        # learns why there are none.
+        # There are no such layers below the classifier if they are the classifier itself. If there
+        # are none at all, the error comes from the caller's own choice of gradient layers.
         with contextlib.suppress(ValueError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             names = whole._chosen(gradient_layers)

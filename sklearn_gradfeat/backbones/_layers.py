@@ -208,7 +208,7 @@ class Outputs:
 
 
 def _input_of(module: nn.Module, path: str, example: Tensor) -> Tensor:
-    """Return what a submodule receives."""
+    """Return the first tensor that a submodule receives."""
     received: list[Tensor] = []
 
     def note(_layer: nn.Module, args: Any, kwargs: Any) -> None:
