@@ -206,10 +206,10 @@ def test_many_kills(name, kill, tmp_path):
     samples, n_kills = data(60), 0
     whole = clone(model).fit(*samples)
     model.set_params(checkpoint=tmp_path / "checkpoint")
-    while kill(clone(model), 61, *samples):
+    while kill(clone(model), 47, *samples):
         n_kills += 1
     assert n_kills > 4
-    assert kill(clone(model), 61, *samples)
+    assert kill(clone(model), 47, *samples)
     assert_same(clone(model).fit(*samples), whole)
 
 
