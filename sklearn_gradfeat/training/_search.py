@@ -225,13 +225,12 @@ class _Search:
         nearest = min(tried, key=lambda other: abs(math.log(other / alpha)), default=alpha)
         first, others = enough.typical_first(nearest).divided(ENOUGH_WITH_GRADIENTS)
         of_alpha = stages.fit_activation(alpha)
+        shared = stages.shared(of_alpha)
         if self._n_linearizations != 1:
-            shared = stages.shared(of_alpha)
             if shared is not None:
                 first.share(shared[0], stages.has_coarse_space(of_alpha))
             found = Relinearized(first, self._n_linearizations, self._negligible, without)
             return found, Folds([])
-        shared = stages.shared(of_alpha)
         if shared is not None:
             first.share(*shared)
             others.share(*shared)
