@@ -103,10 +103,11 @@ PROBLEMS = {
 
 
 @functools.cache
-def samples(name, path, multilabel):
+def samples(name, path, multilabel, n_pool):
     """Return the parameters that name a network, training samples, and test samples.
 
-    Targets are class indices, or an indicator matrix.
+    Targets are class indices, or an indicator matrix. ``n_pool`` is the number of images to draw
+    training images from.
     """
     if name == "sentences":
         model, X, y = docstrings(400)
@@ -115,15 +116,15 @@ def samples(name, path, multilabel):
         network = {"backbone": model.backbone, "activation_layer": None}
         return network, parts[::2], parts[1::2]
     if multilabel:
-        images = read_images(path, "train", N_POOL), read_images(path, "test")
+        images = read_images(path, "train", n_pool), read_images(path, "test")
         parts = [tiles(*some, 0) for some in images]
         encode = MultiLabelBinarizer().fit(parts[0][1]).transform
     else:
-        parts = read_images(path, "train", N_POOL), read_images(path, "test", N_TEST)
+        parts = read_images(path, "train", n_pool), read_images(path, "test", N_TEST)
         classes = np.unique(parts[0][1])
         encode = functools.partial(np.searchsorted, classes)
     train, test = (
-        (X[:n], encode(y[:n])) for (X, y), n in zip(parts, (N_POOL, N_TEST), strict=True)
+        (X[:n], encode(y[:n])) for (X, y), n in zip(parts, (n_pool, N_TEST), strict=True)
     )
     return pretrained(name), train, test
 
@@ -218,9 +219,9 @@ def estimators(problem, network):
 def compare(name, arguments, seed):
     """Iterate over the rows of one split."""
     problem = PROBLEMS[name]
-    asked = problem.network, arguments.data, problem.multilabel
-    network, (X, codes), (X_test, codes_test) = samples(*asked)
     n_train = arguments.n_train or problem.n_train
+    asked = problem.network, arguments.data, problem.multilabel, max(N_POOL, n_train)
+    network, (X, codes), (X_test, codes_test) = samples(*asked)
     rows = np.random.default_rng(seed).permutation(len(X))[:n_train]
     X, codes = X[rows], codes[rows]
     tests = {"": X_test, **disturbances(X_test)}

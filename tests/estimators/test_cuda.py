@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sklearn_gradfeat import (
@@ -13,6 +14,7 @@ from sklearn_gradfeat import (
     GradientFeatureClassifierCV,
     GradientFeatureRegressor,
 )
+from sklearn_gradfeat.data import _ranks
 from tests.tiny import NET, X, Y, estimator
 
 pytestmark = pytest.mark.cuda
@@ -87,6 +89,27 @@ def test_device_is_that_of_the_products():
     probabilities = model.to_torch(DEVICE)(torch.from_numpy(X).to(DEVICE))
     assert probabilities.device.type == DEVICE
     np.testing.assert_allclose(probabilities.cpu(), model.predict_proba(X), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_collectives_of_nccl(backend, tmp_path, monkeypatch):
+    """One rank communicates with itself, since NCCL wants a device for every rank."""
+    alone = estimator(alpha="auto", gradient_alpha="auto", device=DEVICE).fit(X, Y)
+    url = f"file://{tmp_path / 'store'}"
+    dist.init_process_group(backend, init_method=url, rank=0, world_size=1)
+    group = _ranks._Group()
+    monkeypatch.setattr(_ranks._Group, "current", group)
+    try:
+        found = estimator(alpha="auto", gradient_alpha="auto", device=DEVICE).fit(X, Y)
+        assert group._beats.n_calls > 0
+        content = torch.arange(5.0, device=DEVICE)
+        assert torch.equal(group.sum(content), content)
+        assert torch.equal(group.sum(content.cpu()), content.cpu())
+        assert group.gather("rank") == ["rank"]
+    finally:
+        group.close()
+        dist.destroy_process_group()
+    np.testing.assert_allclose(found.predict_proba(X), alone.predict_proba(X), atol=1e-4)
 
 
 def test_little_memory():
