@@ -9,8 +9,9 @@ ViT-B/16 with random weights on made images, and for the network of the package 
 ``--data`` names them, it reports
 
 * the relative difference of the objective to that of a fit of few images on the CPU;
-* a fit in units of a forward pass, passes, images per second, peak memory, and a fit that chooses
-  its penalties in units of one that knows them;
+* a fit in units of a forward pass in float32, passes, images per second, peak memory, and a fit
+  that chooses its penalties in units of one that knows them; torch's default forward pass, with
+  TF32 in convolutions, is timed, too;
 * a fit in little memory, whose batches are halved;
 * one pass under the profiler: seconds in kernels, seconds without a kernel, synchronisations with
   the host, copies from and to it;
@@ -39,6 +40,7 @@ from _setup import empty_store, encoder, nearest, random_images, save, scaled_im
 from torch.profiler import ProfilerActivity, profile
 
 from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.backbones import neutral_state
 from sklearn_gradfeat.linearized import LinearizedHead
 
 ROOT = Path(__file__).parents[2]
@@ -95,8 +97,8 @@ def seconds(device, function, *arguments):
 
 
 def forward(model, X):
-    """Run the plain network over all images."""
-    network = model.backbone.eval().to(model.device)
+    """Run the plain network over all images, by default with TF32 in convolutions."""
+    network = copy.deepcopy(model.backbone).eval().to(model.device)
     with torch.inference_mode():
         for batch in torch.from_numpy(X).split(model.batch_size):
             network(model.preprocess(batch.to(model.device)))
@@ -119,7 +121,8 @@ def speed(model, X, y, repeats):
     seconds(device, model.fit, X[:FEW], y[:FEW])  # captures the graph, loads kernels
     searching = model.__class__(**{**model.get_params(), "alpha": "auto", "gradient_alpha": "auto"})
     for _ in range(repeats):
-        row = {"forward": seconds(device, forward, model, X)[0]}
+        row = {"forward": seconds(device, neutral_state()(forward), model, X)[0]}
+        row["forward with TF32"] = seconds(device, forward, model, X)[0]
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         empty_store()
@@ -141,6 +144,7 @@ def speed(model, X, y, repeats):
     }
 
 
+@neutral_state()
 def one_pass(model, X, y):
     """Return the objective of the second stage, a direction and the logits at the start."""
     stages = two_stages(model, X, y)
@@ -152,6 +156,7 @@ def one_pass(model, X, y):
     return objective, direction, objective.forward(x)
 
 
+@neutral_state()
 def profiled(objective, direction, logits, device):
     """Return the kernels, waits and copies of a pass, by torch's profiler."""
     objective.forward_adjoint(direction, logits)
@@ -186,7 +191,8 @@ def profiled(objective, direction, logits, device):
 def errors(model, X, y):
     """Return the relative errors of a gradient in TF32 and bfloat16, on few images."""
     few = slice(None, None, max(1, len(X) // FEW))
-    stages = two_stages(model, X[few], y[few])
+    with neutral_state():
+        stages = two_stages(model, X[few], y[few])
     network = stages._prepared.network
     rows, boundary = next(iter(stages.samples.batches()))
     generator = torch.Generator().manual_seed(0)
@@ -208,7 +214,7 @@ def errors(model, X, y):
     ):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         found[kind] = float((gradient(dtype) - exact).norm() / exact.norm())
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
     return found
 
 
@@ -216,11 +222,10 @@ def in_little_memory(model, X, y):
     """Return the warnings of a fit in a part of the memory, and its batch size at the end."""
     if model.device != "cuda":
         return None
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    used = total - free
-    fraction = min(1.0, (used + 1.5 * 2**30) / total)
     empty_store()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    fraction = (torch.cuda.memory_reserved() + 1.5 * 2**30) / total
     torch.cuda.set_per_process_memory_fraction(fraction)
     large = model.__class__(**{**model.get_params(), "batch_size": 4096, "max_iter": 3})
     try:

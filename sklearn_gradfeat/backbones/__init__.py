@@ -2,7 +2,11 @@
 
 from sklearn_gradfeat.backbones._advice import warn_of_class_scores, warn_of_unscaled_images
 from sklearn_gradfeat.backbones._ambient import neutral_state
-from sklearn_gradfeat.backbones._attention import differentiable_attention
+from sklearn_gradfeat.backbones._attention import (
+    differentiable_attention,
+    is_recurrent,
+    without_cudnn,
+)
 from sklearn_gradfeat.backbones._copies import on_host, stored_weights, unwrapped, with_weights
 from sklearn_gradfeat.backbones._fingerprint import UndigestibleError, digest, tensor_bytes
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, Network, freeze
@@ -34,6 +38,7 @@ __all__ = [
     "digest",
     "freeze",
     "influenced",
+    "is_recurrent",
     "neutral_state",
     "on_host",
     "resolve_backbone",
@@ -47,4 +52,5 @@ __all__ = [
     "warn_of_class_scores",
     "warn_of_unscaled_images",
     "with_weights",
+    "without_cudnn",
 ]

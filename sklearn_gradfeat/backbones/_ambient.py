@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 
 from sklearn_gradfeat.backbones._attention import shared_setting
 from sklearn_gradfeat.backbones._threads import one_thread
 
+Value = TypeVar("Value")
+
 _AUTOCAST = ("cpu", "cuda", "mps")
+# What may trade the accuracy of float32 for speed; convolutions on CUDA do so by default.
+_ROUNDING: tuple[Any, ...] = operator.attrgetter(
+    "cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn.conv", "mkldnn.rnn", "mkldnn.matmul"
+)(torch.backends)
 
 
 @contextmanager
@@ -25,7 +33,42 @@ def _single_precision() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Let products of float32 numbers have all digits, without TF32 or bfloat16."""
+    # torch refuses to read the older switches where the newer ones contradict them.
+    convolutions = _readable(lambda: torch.backends.cudnn.allow_tf32)
+    matrices = _readable(torch.get_float32_matmul_precision)
+    before = [kind.fp32_precision for kind in _ROUNDING]
+    if convolutions:
+        torch.backends.cudnn.allow_tf32 = False
+    if matrices in ("high", "medium"):
+        torch.set_float32_matmul_precision("highest")
+    for kind in _ROUNDING:
+        if kind.fp32_precision not in ("none", "ieee"):
+            kind.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if convolutions:
+            torch.backends.cudnn.allow_tf32 = True
+        if matrices in ("high", "medium"):
+            torch.set_float32_matmul_precision(matrices)
+        for kind, value in zip(_ROUNDING, before, strict=True):
+            if kind.fp32_precision != value:
+                kind.fp32_precision = value
+
+
+def _readable(switch: Callable[[], Value]) -> Value | None:
+    """Return the value of an older switch, None if the newer ones contradict it."""
+    try:
+        return switch()
+    except RuntimeError:
+        return None
+
+
 _default_dtype = shared_setting(_single_precision)
+_float32_products = shared_setting(_exact_products)
 
 
 @contextmanager
@@ -33,13 +76,15 @@ def neutral_state() -> Iterator[None]:
     """Run the body in torch's initial state, as a context manager or a decorator.
 
     Gradients are enabled, outside of inference mode and autocast. New tensors are float32 on the
-    CPU. A network may depend on all of these, and its outputs are stored for later fits. Small
-    matrix products run in one thread.
+    CPU, and products of float32 numbers are not rounded to TF32, as those in convolutions on CUDA
+    are by default. A network may depend on all of these, and its outputs are stored for later fits.
+    Small matrix products run in one thread.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_default_dtype())
+        stack.enter_context(_float32_products())
         stack.enter_context(one_thread())
         for kind in _AUTOCAST:
             if torch.is_autocast_enabled(kind):

@@ -1,4 +1,4 @@
-"""Attention kernels that have derivatives, selected for all threads."""
+"""Kernels of attention and of recurrent layers that have derivatives, selected for all threads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _LOCK = threading.Lock()
@@ -62,3 +63,29 @@ def differentiable_attention() -> Iterator[None]:
     """Use the attention kernel that has a forward derivative."""
     with plain_attention(), _math_attention():
         yield
+
+
+@contextmanager
+def _disabled_cudnn() -> Iterator[None]:
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
+
+
+without_cudnn = shared_setting(_disabled_cudnn)
+"""Avoid the kernels of cuDNN: those of recurrent layers have no derivative in evaluation mode."""
+
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+def is_recurrent(module: object) -> bool:
+    """Whether a network, or a graph of one, has recurrent layers."""
+    if isinstance(module, fx.GraphModule):
+        operators = (node.target for node in module.graph.nodes if node.op == "call_function")
+        return any(getattr(op, "__name__", "").partition(".")[0] in _RECURRENT for op in operators)
+    return isinstance(module, nn.Module) and any(
+        isinstance(layer, nn.RNNBase) for layer in module.modules()
+    )

@@ -18,7 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._advice import classifier
-from sklearn_gradfeat.backbones._attention import differentiable_attention
+from sklearn_gradfeat.backbones._attention import (
+    differentiable_attention,
+    is_recurrent,
+    without_cudnn,
+)
 from sklearn_gradfeat.backbones._blocks import (
     after_attention,
     blocks,
@@ -115,7 +119,8 @@ class Network:
 
     def head(self, parameters: tuple[Tensor, ...], boundary: tuple[Tensor, ...]) -> Tensor:
         """Return the activation, of shape (n_samples, n_activations)."""
-        activation = self._head(*parameters, *boundary)[0]
+        with without_cudnn() if self._recurrent else contextlib.nullcontext():
+            activation = self._head(*parameters, *boundary)[0]
         return activation if self.scale is None else activation * self.scale
 
     def moved(self, displacements: Mapping[str, Tensor]) -> Network:
@@ -126,6 +131,11 @@ class Network:
             name: value + displacements[name].to(value) for name, value in self.parameters.items()
         }
         return replace(self, parameters=moved)
+
+    @functools.cached_property
+    def _recurrent(self) -> bool:
+        head: object = self._head.module if isinstance(self._head, EagerHead) else self._head
+        return is_recurrent(head)
 
     @property
     def graph(self) -> fx.GraphModule | None:
@@ -534,7 +544,7 @@ def _gradients(
     function: Callable[[tuple[Tensor, ...]], Tensor], values: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """Return the gradients of a random combination of outputs; the same one in every call."""
-    with torch.enable_grad(), differentiable_attention():
+    with torch.enable_grad(), differentiable_attention(), without_cudnn():
         leaves = tuple(value.detach().requires_grad_() for value in values)
         output = function(leaves)
         generator = torch.Generator().manual_seed(0)

@@ -91,6 +91,7 @@ def check_independence(module: nn.Module, example: Tensor) -> None:
 def check_transform(
     transform: Callable[[Tensor], Tensor],
     samples: Tensor,
+    device: torch.device,
     alone: Sequence[list[int]] = _ALONE,
 ) -> None:
     """Raise an error unless ``preprocess`` maps every sample on its own, always in the same way.
@@ -101,6 +102,8 @@ def check_transform(
         Maps a batch to the input of the network.
     samples : tensor of shape (n_samples, ...)
         One or more samples.
+    device : torch.device
+        Where random numbers would be drawn.
     alone : sequence of list of int
         The samples that are transformed without the others.
 
@@ -109,10 +112,10 @@ def check_transform(
     ValueError
         If the results are random, or depend on the other samples of a batch.
     """
-    drawn = _states(samples.device)
+    drawn = _states(device)
     prepared = transform(samples.clone())
     same = True
-    if _states(samples.device) != drawn:
+    if _states(device) != drawn:
         for run in _other_draws():
             with run:
                 found = transform(samples.clone())
@@ -271,7 +274,8 @@ class _Replaced(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
         leaves = tree_leaves((args, kwargs))
-        device = next((t.device for t in leaves if isinstance(t, Tensor)), _CPU)
+        device = (kwargs or {}).get("device") or _CPU
+        device = next((t.device for t in leaves if isinstance(t, Tensor)), torch.device(device))
         before = _states(device)
         results = func(*args, **(kwargs or {}))
         own = any(isinstance(leaf, torch.Generator) for leaf in leaves)

@@ -220,7 +220,7 @@ def _input_of(module: nn.Module, path: str, example: Tensor) -> Tensor:
         run_once(module, example)
     finally:
         hook.remove()
-    return received[-1] if received else torch.empty(0)
+    return received[-1] if received else example.new_empty(0)
 
 
 def _equal(found: Tensor, expected: Tensor) -> bool:

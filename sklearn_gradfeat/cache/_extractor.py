@@ -43,11 +43,6 @@ from sklearn_gradfeat.data import (
     sum_over_ranks,
 )
 
-# Settings of torch that trade the accuracy of float32 for speed.
-_ROUNDING = operator.attrgetter(
-    "cuda.matmul.fp32_precision", "cudnn.conv.fp32_precision",
-    "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision",
-)  # fmt: skip
 # Switches that choose between kernels, which round differently.
 _KERNELS = operator.attrgetter("cudnn.enabled", "cudnn.deterministic", "cudnn.benchmark")
 
@@ -176,7 +171,7 @@ class Extractor:
         """Raise an error if some samples of a batch depend on the others."""
         prepared = samples.prepare(raw)
         if samples.preprocess is not None:
-            check_transform(samples.prepare, raw, [rows])
+            check_transform(samples.prepare, raw, samples.device, [rows])
         check_batch(self.backbone.to(prepared.device, samples.dtype).module, prepared, rows)
 
     def _trunk(self, X: Any, network: Network, batch_size: BatchSize, store: Store | None) -> Trunk:
@@ -205,7 +200,7 @@ class Extractor:
         precision = (backbone.dtype, self.dtype, self.half, self.takes_indices)
         stored = (torch.bfloat16,) if rounds else ()
         deterministic = torch.are_deterministic_algorithms_enabled(), _KERNELS(torch.backends)
-        kernels = (backbone.example.device.type, _ROUNDING(torch.backends), deterministic)
+        kernels = (backbone.example.device.type, deterministic)
         try:
             value = digest(
                 backbone.fingerprint.digest,
@@ -268,7 +263,7 @@ def build_extractor(
         samples = Samples(X, transform, trunk_dtype, resolved_device, indices)
         first = samples.read(slice(0, 2))
         if transform is not resolved.preprocess:
-            check_transform(samples.prepare, first)
+            check_transform(samples.prepare, first, samples.device)
         example = rows_of_all_ranks(samples.prepare(first))[0][:2]
         frozen = freeze(
             resolved.module, example, trunk_dtype, activation_layer, gradient_layers, owner

@@ -129,7 +129,7 @@ class Block:
     def row_blocks(self, n_samples: int) -> Iterator[slice]:
         """Iterate over blocks of samples."""
         width = sum(self.curvature.shape) + self.rows.channelwise * len(self.rows.outputs)
-        return row_blocks(n_samples, self.rows.n_positions * width)
+        return row_blocks(n_samples, self.rows.n_positions * width, device=self.curvature.device)
 
     def extend_(self, r: Tensor, pieces: Sequence[Tensor]) -> None:
         """Add ``U_g R U_aᵀ`` to the pieces of the layer."""

@@ -99,7 +99,7 @@ def _rows(tangent: TangentTerm, n_samples: int) -> Tensor | None:
     u = torch.randn(head.size, generator=generator, dtype=torch.float64).to(omega)
     for some, boundary in tangent.batches():
         with threads_for_head(head.values, boundary):
-            for block in row_blocks(len(boundary[0]), n_inputs):
+            for block in row_blocks(len(boundary[0]), n_inputs, device=omega.device):
                 part = tuple(z[block] for z in boundary)
                 if not _fill(rows[some][block], head, part, omega):
                     return None

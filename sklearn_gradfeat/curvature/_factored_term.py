@@ -121,7 +121,8 @@ class _Linear:
         return spread.index_copy(0, self.places, rows).view(n_samples, self.n_positions, -1)
 
     def _blocks(self) -> Iterator[slice]:
-        return row_blocks(len(self.inputs), self.gradients.shape[2] + self.inputs.shape[1])
+        width = self.gradients.shape[2] + self.inputs.shape[1]
+        return row_blocks(len(self.inputs), width, device=self.inputs.device)
 
     def add_forward(self, moves: Tensors, total: Tensor) -> None:
         """Add the change of every column to ``total``, of shape (n_samples, n_columns)."""
@@ -196,7 +197,8 @@ class _Convolution:
         return replace(self.call, inputs=self.inputs, output=self.gradients[:, 0])
 
     def _blocks(self) -> Iterator[slice]:
-        return row_blocks(len(self.inputs), self.gradients[0, 0].numel() + self.inputs[0].numel())
+        width = self.gradients[0, 0].numel() + self.inputs[0].numel()
+        return row_blocks(len(self.inputs), width, device=self.inputs.device)
 
     def add_forward(self, moves: Tensors, total: Tensor) -> None:
         """Add the change of every column to ``total``, of shape (n_samples, n_columns)."""

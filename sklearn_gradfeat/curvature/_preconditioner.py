@@ -178,7 +178,7 @@ def _centred(objective: TangentObjective, weights: Tensor) -> tuple[Tensor, Spec
         return mean, Spectrum.from_rows(rows_of_all_ranks(own)[0])
     diagonal = n_features > MAX_WIDTH
     total = rows.new_zeros(n_features if diagonal else (n_features, n_features))
-    for some in row_blocks(*rows.shape):
+    for some in row_blocks(*rows.shape, device=rows.device):
         centred = rows[some] - mean
         weighted = weights[some, None] * centred
         total += (weighted * centred).sum(0) if diagonal else weighted.T @ centred

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sklearn_gradfeat.backbones import threads_for
-from sklearn_gradfeat.data import of_first_rank
+from sklearn_gradfeat.data import block_size, of_first_rank
 
 # Up to this width the full decomposition takes a few seconds; wider matrices get a partial one.
 MAX_EXACT = 2048
@@ -27,8 +27,6 @@ _RANK = 1024
 _ITERATIONS = 3
 # Largest ratio of two eigenvalues whose inverses may cancel each other in float32.
 _RANGE = 1e5
-# Numbers of a matrix that are solved for at a time, beside which the memory is small.
-_BLOCK = 2**20
 # A decomposition has many steps, after which threads wait for each other. To be large, it must
 # have this many times the multiplications of a product.
 STEPS = 8
@@ -104,6 +102,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and eigenvectors of symmetric matrices, float64.
 
     torch uses divide and conquer, which is fast but may fail to converge; QR iterations follow.
+    They also do where a library of the device fails otherwise.
     """
     if not torch.isfinite(matrix).all():
         raise ValueError(NOT_FINITE)
@@ -194,7 +193,7 @@ class KroneckerInverse:
 
     def _divide_(self, matrix: Tensor, eigenvalues: Tensor) -> None:
         """Apply the inverse to columns in the eigenbasis of the inputs, some at a time."""
-        n_columns = max(1, _BLOCK // max(1, matrix.shape[:-1].numel()))
+        n_columns = max(1, block_size(matrix.device) // max(1, matrix.shape[:-1].numel()))
         for start in range(0, matrix.shape[-1], n_columns):
             some = slice(start, start + n_columns)
             shared = eigenvalues.shape[-1] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import pickle
@@ -20,8 +21,10 @@ Preprocess: TypeAlias = Callable[[Tensor], Tensor]
 # CPU matrix products round a row differently in a batch with fewer rows than this.
 MIN_ROWS = 16
 
-# Numbers in a block of rows.
-_BLOCK = 2**20
+# Numbers in a block of rows; other devices than the CPU need larger blocks to be busy.
+_BLOCK, _BLOCK_ON_DEVICE = 2**20, 2**25
+
+_CPU = torch.device("cpu")
 
 _PRECISIONS = {
     "float64": torch.float64,
@@ -137,7 +140,8 @@ class Samples:
     X : ndarray or lazy array-like of shape (n_samples, ...)
         Validated input.
     preprocess : callable or None
-        Maps a batch, in the dtype of ``X``, to the input of the network.
+        Maps a batch, in the dtype of ``X``, to the input of the network. It receives a batch on the
+        device, or one in host memory if it fails there, as with NumPy or tensors of its own.
     dtype : torch.dtype
         Floating dtype of the batches.
     device : torch.device
@@ -160,13 +164,16 @@ class Samples:
         self.dtype = dtype
         self.device = device
         self.indices = indices
+        self._prepared_on_host = False
 
     def __len__(self) -> int:
         return int(self.X.shape[0])
 
     def subset(self, rows: npt.NDArray[np.intp]) -> Samples:
         """Return the selected samples, without reading them."""
-        return Samples(Rows(self.X, rows), self.preprocess, self.dtype, self.device, self.indices)
+        some = copy.copy(self)
+        some.X = Rows(self.X, rows)
+        return some
 
     def batch(self, rows: slice) -> Tensor:
         """Return some samples as one input of the network, on its device."""
@@ -188,8 +195,7 @@ class Samples:
         """Move samples that were read to the device, and apply ``preprocess`` to them."""
         if self.device.type == "mps" and raw.dtype == torch.float64:
             raw = raw.float()  # the device has no float64
-        raw = to_device(raw, self.device)
-        prepared = raw if self.preprocess is None else self.preprocess(raw)
+        prepared = self._preprocessed(raw)
         if not isinstance(prepared, Tensor) or prepared.shape[:1] != raw.shape[:1]:
             is_tensor = isinstance(prepared, Tensor)
             got = tuple(prepared.shape) if is_tensor else type(prepared).__name__
@@ -199,6 +205,23 @@ class Samples:
             )
         keep = self.indices and not prepared.is_floating_point()
         return prepared.to(self.device, torch.int64 if keep else self.dtype)
+
+    def _preprocessed(self, raw: Tensor) -> Any:
+        if self.preprocess is None:
+            return to_device(raw, self.device)
+        if self._prepared_on_host or self.device.type == "cpu":
+            return self.preprocess(raw)
+        try:
+            return self.preprocess(to_device(raw, self.device))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the transform may raise
+            try:
+                prepared = self.preprocess(raw)
+            except Exception:  # no better in host memory
+                raise error from None
+            self._prepared_on_host = True
+            return prepared
 
 
 class _StructurePickler(pickle.Pickler):
@@ -242,12 +265,17 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def row_blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
+def block_size(device: torch.device, on_cpu: int = _BLOCK) -> int:
+    """Return how many numbers a temporary array may have."""
+    return on_cpu if device.type == "cpu" else _BLOCK_ON_DEVICE
+
+
+def row_blocks(n_rows: int, n_columns: int, *, device: torch.device = _CPU) -> Iterator[slice]:
     """Iterate over blocks of rows for computations whose temporary arrays are as large as a block.
 
-    The blocks depend on the shape alone, so sums over them do, too.
+    The blocks depend on the shape and the device alone, so sums over them do, too.
     """
-    return slices(n_rows, max(1, _BLOCK // max(1, n_columns)))
+    return slices(n_rows, max(1, block_size(device) // max(1, n_columns)))
 
 
 def slices(n_samples: int, batch_size: int, stride: int = 1) -> Iterator[slice]:

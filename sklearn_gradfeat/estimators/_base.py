@@ -330,7 +330,10 @@ class BaseGradientFeature(
         prepared = self._prepared(X, extractor, names, self._pass(X, extractor, names))
         stages = TwoStageFit(prepared, problem).moved(model.total)
         activation = stages.samples.activation
-        finite = (torch.isfinite(activation[rows]).all() for rows in row_blocks(*activation.shape))
+        finite = (
+            torch.isfinite(activation[rows]).all()
+            for rows in row_blocks(*activation.shape, device=activation.device)
+        )
         if not on_all_ranks(all(map(bool, finite))):
             raise ValueError(
                 "The moved network returns NaN or infinity: gradient_alpha_="

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.backbones import Network, differentiable_attention, neutral_state
+from sklearn_gradfeat.backbones import (
+    Network,
+    differentiable_attention,
+    is_recurrent,
+    neutral_state,
+    without_cudnn,
+)
 from sklearn_gradfeat.cache import Extractor
 from sklearn_gradfeat.data import BatchSize, Samples
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Tensors, to_numpy
@@ -139,7 +146,8 @@ class InputTerm:
         a second backward pass, and no forward mode.
         """
         values = self.linearized.values
-        with torch.enable_grad(), differentiable_attention():
+        recurrent = without_cudnn() if is_recurrent(self.network.trunk) else nullcontext()
+        with torch.enable_grad(), differentiable_attention(), recurrent:
             x = x.detach().clone().requires_grad_()
             leaves = [value.detach().requires_grad_() for value in values]
             activation = self.network.head(tuple(leaves), self.network.boundary(x))

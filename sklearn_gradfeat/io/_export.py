@@ -73,7 +73,9 @@ class LinearizedNetwork(nn.Module):
         self.dtypes = extractor.backbone.dtype, extractor.dtype
         self.takes_indices = extractor.takes_indices
         transform = extractor.preprocess
-        self.preprocess = transform if isinstance(transform, nn.Module) else nn.Identity()
+        self.preprocess: nn.Module = nn.Identity()
+        if isinstance(transform, nn.Module):
+            self.preprocess = copy.deepcopy(transform).to(extractor.backbone.example.device)
         self.trunk = network.trunk
         self.gradient = model.moves
         self.activation = bool(model.weights.any()) or not self.gradient  # one has the samples

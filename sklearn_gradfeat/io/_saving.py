@@ -123,7 +123,7 @@ def transformed(estimator: Any) -> npt.NDArray[np.float64]:
     wave = _wave(torch.Size(shape))
     for row, samples in enumerate(((255 * wave).to(torch.uint8), wave.float())):
         try:
-            values = preprocess(samples).double().flatten()
+            values = preprocess(samples).cpu().double().flatten()
         except Exception:  # the transform may raise anything
             continue
         weights = torch.linspace(0, 1, len(values), dtype=torch.float64)

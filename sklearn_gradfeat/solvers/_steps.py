@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sklearn_gradfeat.data import number_of_first_rank
+from sklearn_gradfeat.data import block_size, number_of_first_rank
 from sklearn_gradfeat.linearized import Loss
 from sklearn_gradfeat.solvers._line_search import Line, search
 
@@ -78,8 +78,9 @@ def start(objective: LinearObjective, x: Tensor) -> Point:
 def penalised(objective: LinearObjective, x: Tensor, y: Tensor) -> float:
     """Return ``Σ penalty x y`` in float64; with millions of terms float32 is off by 1e-5."""
     wide, total = objective.loss.weights, objective.loss.weights.new_zeros(())
+    size = block_size(x.device, _BLOCK)
     for block in _blocks(objective.penalties, x, y):
-        for parts in zip(*(t.split(_BLOCK) for t in block), strict=True):
+        for parts in zip(*(t.split(size) for t in block), strict=True):
             penalty, of_x, of_y = (part.to(wide) for part in parts)
             total += (penalty * of_x) @ of_y
     return number_of_first_rank(float(total))

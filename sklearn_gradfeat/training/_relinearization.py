@@ -349,7 +349,10 @@ def _is_finite(stages: TwoStageFit) -> bool:
 
     def compute() -> bool:
         activation = stages.samples.activation
-        squares = (activation[rows].square().sum() for rows in row_blocks(*activation.shape))
+        squares = (
+            activation[rows].square().sum()
+            for rows in row_blocks(*activation.shape, device=activation.device)
+        )
         return on_all_ranks(all(bool(torch.isfinite(square)) for square in squares))
 
     return bool(stages.journal.number("activations are finite", compute))

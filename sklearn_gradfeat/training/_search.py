@@ -455,12 +455,12 @@ def _alpha_by_scale(stages: TwoStageFit) -> float:
     weights = stages.loss.weights
     activation = stages.samples.activation
     mean = weights.new_zeros(activation.shape[1])
-    for rows in row_blocks(*activation.shape):
+    for rows in row_blocks(*activation.shape, device=activation.device):
         mean += weights[rows] @ activation[rows].to(weights)
     mean = sum_over_ranks(mean)
     rounding = 4 * torch.finfo(activation.dtype).eps * mean.abs()
     variances = torch.zeros_like(mean)
-    for rows in row_blocks(*activation.shape):
+    for rows in row_blocks(*activation.shape, device=activation.device):
         deviation = activation[rows].to(weights) - mean
         deviation[deviation.abs() <= rounding] = 0
         variances += weights[rows] @ deviation.square()

@@ -1,5 +1,7 @@
 """Settings of torch around ``fit`` and ``predict``."""
 
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -76,3 +78,82 @@ def test_module_that_was_built_in_inference_mode():
     with torch.inference_mode():
         network = Sensitive()
     assert same(estimator(network).fit(X, Y), estimator(Sensitive()).fit(X, Y))
+
+
+# torch does not return from every one of these states, so each is tried in a process of its own.
+ROUNDINGS = (
+    "pass",
+    "torch.set_float32_matmul_precision('high')",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.cudnn.allow_tf32 = False",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+)
+STATES = """
+import os, sys, torch
+from sklearn_gradfeat.backbones import neutral_state
+
+def state():
+    kinds = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul,
+             torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul]
+    return [kind.fp32_precision for kind in kinds]
+
+def older():
+    found = []
+    for read in (lambda: torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append(None)
+    return found
+
+def check():
+    before = state(), older()
+    with neutral_state():
+        assert set(state()) <= {"none", "ieee"}, state()
+        inside = older()
+    assert all(value in (False, "highest", None) for value in inside), inside
+    assert (state(), older()) == before
+    assert None in before[1] or None not in inside, inside
+
+for setting in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        exec(setting)
+        check()
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(setting)
+"""
+
+
+def test_float32_products_are_not_rounded():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", STATES, *ROUNDINGS], check=True)
+
+
+class Gate(nn.Module):
+    """A recurrent network that notes whether cuDNN was enabled in its forward passes."""
+
+    def __init__(self, captured):
+        super().__init__()
+        self.lstm, self.captured, self.enabled = nn.LSTM(4, 3, batch_first=True), captured, []
+
+    def forward(self, x):
+        self.enabled.append(torch.backends.cudnn.enabled)
+        if not self.captured and float(x.sum()) == 0.5:  # torch.export refuses it
+            return x[:, 0, 0, :3]
+        return self.lstm(x[:, 0, :, :4])[0][:, -1]
+
+
+def test_recurrent_layers_are_differentiated_without_cudnn():
+    before = torch.backends.cudnn.enabled
+    network = Gate(captured=False)
+    with pytest.warns(UserWarning, match="torch.export"):
+        model = estimator(network, gradient_layers="all", activation_layer=None).fit(X, Y)
+    frozen = model._extractor.backbone.module.module
+    frozen.enabled.clear()
+    model.score(X, Y)
+    assert frozen.enabled and not any(frozen.enabled)
+    assert torch.backends.cudnn.enabled == before

@@ -15,6 +15,7 @@ from sklearn_gradfeat import (
     GradientFeatureRegressor,
 )
 from sklearn_gradfeat.data import _ranks
+from sklearn_gradfeat.inspection import SaliencyDisplay
 from tests.tiny import NET, X, Y, estimator
 
 pytestmark = pytest.mark.cuda
@@ -112,6 +113,69 @@ def test_collectives_of_nccl(backend, tmp_path, monkeypatch):
     np.testing.assert_allclose(found.predict_proba(X), alone.predict_proba(X), atol=1e-4)
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = nn.Linear(8, 8), nn.Linear(4, 3)
+        self.recurrent = nn.ModuleList([nn.LSTM(8, 4, batch_first=True), nn.GRU(4, 4)])
+
+    def forward(self, x):
+        rows = self.recurrent[0](self.below(x[:, 0]).relu())[0]
+        return self.above(self.recurrent[1](rows.transpose(0, 1))[0][-1])
+
+
+@pytest.mark.parametrize("layers", ["recurrent.*", "below", "all"])
+def test_recurrent_layers(layers):
+    torch.manual_seed(0)
+    net = Recurrent()
+    options = {"gradient_layers": layers, "alpha": 0.1, "gradient_alpha": 0.1, "tol": 1e-7}
+    assert_alike(
+        *both(lambda **o: GradientFeatureClassifier(net, max_iter=200, **options, **o)), atol=1e-2
+    )
+
+
+MEAN = torch.full((1, 8, 8), 0.1)
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        lambda x: x - MEAN,
+        lambda x: torch.from_numpy(x.numpy() - MEAN.numpy()),
+        nn.Sequential(nn.BatchNorm2d(1, affine=False).eval()),
+        lambda x: x - MEAN.to(x.device),
+    ],
+    ids=["tensor", "numpy", "module", "moves"],
+)
+@pytest.mark.filterwarnings("ignore:preprocess cannot be pickled")
+def test_transform(preprocess, tmp_path):
+    cpu, device = both(lambda **o: estimator(preprocess=preprocess, tol=1e-8, **o))
+    assert_alike(cpu, device, atol=1e-2)
+    if isinstance(preprocess, nn.Module):
+        module = cpu.to_torch(DEVICE)
+        found = module(torch.from_numpy(X).to(DEVICE))
+        np.testing.assert_allclose(found.cpu(), cpu.predict_proba(X), atol=1e-4)
+        device.save(tmp_path / "model")
+
+
+def test_saliency():
+    models = both(lambda **o: estimator(tol=1e-8, max_iter=300, **o))
+    found = [SaliencyDisplay.from_estimator(model, X[:2]).saliency for model in models]
+    np.testing.assert_allclose(found[1], found[0], atol=1e-2 * np.abs(found[0]).max())
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
+def test_precision(precision):
+    models = both(lambda **o: estimator(precision=precision, tol=1e-8, max_iter=300, **o))
+    atol = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 0.3}[precision]
+    np.testing.assert_allclose(*(m.decision_function(X) for m in models), atol=atol)
+
+
+def test_file_of_trunk_outputs(tmp_path):
+    models = [estimator(device=DEVICE, feature_store=store).fit(X, Y) for store in (None, tmp_path)]
+    np.testing.assert_allclose(*(m.decision_function(X) for m in models), atol=1e-4)
+
+
 def test_little_memory():
     net = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), *NET[4:])
     images = np.random.default_rng(0).normal(size=(2048, 1, 32, 32)).astype(np.float32)
@@ -119,14 +183,15 @@ def test_little_memory():
     options = {"alpha": 0.1, "gradient_alpha": 0.1, "max_iter": 2, "tol": 1e-2, "device": DEVICE}
     expected = GradientFeatureClassifier(net, batch_size=64, **options).fit(images, labels)
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (total - free + 2**28) / total))
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**28) / total)
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             found = GradientFeatureClassifier(net, batch_size=2048, **options).fit(images, labels)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
     assert any("Memory ran out" in str(w.message) for w in seen)
     np.testing.assert_allclose(
         found.decision_function(images), expected.decision_function(images), atol=1e-2
