@@ -15,6 +15,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.data._batch_size import is_out_of_memory
+
 Preprocess: TypeAlias = Callable[[Tensor], Tensor]
 
 # CPU matrix products round a row differently in a batch with fewer rows than this.
@@ -41,6 +43,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
             raise RuntimeError("the tensors of this device have no values")
         return found
     except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"device={device!r} cannot be used here: {error}. "
             "Pass device='auto' to select the best available device."
