@@ -11,7 +11,7 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.data import row_blocks, warn_unless_picklable
+from sklearn_gradfeat.data import resolve_device, row_blocks, warn_unless_picklable
 from sklearn_gradfeat.data._containers import to_numpy_input
 from tests.data.arrays import Items, Lazy, memory_map, with_value
 from tests.tiny import X, Y, estimator
@@ -232,6 +232,20 @@ def test_absent_device():
         estimator(device="meta").fit(X, Y)
     with pytest.raises(ValueError, match=r"device='cuda' cannot be used here.*device='auto'"):
         estimator(device="cuda").fit(X, Y)
+
+
+def test_a_full_device_is_not_an_absent_one(fitted, monkeypatch):
+    """A fitted estimator does not turn to another device either."""
+
+    def full(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    for device in ("auto", "cuda"):
+        with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
+            resolve_device(device)
+    with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
+        fitted.predict_proba(X)
 
 
 def test_lazy_is_read_in_batches(fitted):
