@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sklearn_gradfeat.backbones import _capture, _frozen, _independence, freeze
-from sklearn_gradfeat.backbones._copies import converted_copy
+from sklearn_gradfeat.backbones._copies import _copy
 from sklearn_gradfeat.backbones._eager import parameter_names
 from sklearn_gradfeat.backbones._graph import ActivationModule, run_once
 from tests.backbones.test_independence import LimitedExperts
@@ -48,7 +48,7 @@ def _raise(error):
     [
         lambda full: run_once(full, EXAMPLE),
         lambda full: parameter_names(ActivationModule(full, None), EXAMPLE),
-        lambda full: converted_copy(full, torch.device("cpu"), torch.float64),
+        _copy,
     ],
     ids=["run", "derivative", "copy"],
 )
@@ -82,12 +82,20 @@ def test_comparison_of_graph_and_module(error, monkeypatch):
     frozen = copy.copy(freeze(tiny_net(), EXAMPLE, torch.float32, None))
     computed = frozen.computed
     assert frozen._is_function_of_module(computed)
-    monkeypatch.setattr(_frozen, "run_once", _raise(error))
+    monkeypatch.setattr(_frozen, "extract", lambda *_: Full(error))
     with pytest.raises(type(error)) as caught:
         frozen._is_function_of_module(computed)
     assert caught.value is error
-    with pytest.raises(type(error)):
+
+
+@errors
+def test_comparison_of_dtypes(error, monkeypatch):
+    frozen = freeze(tiny_net(), EXAMPLE, torch.float32, None)
+    monkeypatch.setattr(_frozen, "converted_copy", lambda *_: Full(error))
+    monkeypatch.setattr(frozen, "_others", {})
+    with pytest.raises(type(error)) as caught:
         frozen.runs_in(torch.float64)
+    assert caught.value is error
 
 
 @errors
@@ -103,7 +111,7 @@ def test_comparison_of_derivatives(error, monkeypatch):
 
 @errors
 def test_runs_in_double_precision(error, monkeypatch):
-    monkeypatch.setattr(_independence, "run_once", _raise(error))
+    monkeypatch.setattr(_independence, "converted_copy", lambda *_: Full(error))
     with pytest.raises(type(error)) as caught:
         _independence._agree_in_double_precision(tiny_net(), EXAMPLE, [0, 1])
     assert caught.value is error
