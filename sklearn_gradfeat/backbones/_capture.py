@@ -19,6 +19,7 @@ from sklearn_gradfeat.backbones._fingerprint import architecture_digest, named_t
 from sklearn_gradfeat.backbones._functional import functional
 from sklearn_gradfeat.backbones._graph import ActivationModule, Captured, CaptureError, tied_names
 from sklearn_gradfeat.backbones._split import extract
+from sklearn_gradfeat.data import is_out_of_memory
 
 
 class Exported(NamedTuple):
@@ -103,6 +104,8 @@ def _export(module: ActivationModule, example: Tensor) -> Exported:
             program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
             program = functional(program)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise CaptureError(str(error).strip().split("\n")[0] or type(error).__name__) from error
     graph = program.graph_module.graph
     for node in graph.nodes:
@@ -212,7 +215,9 @@ def _agrees(captured: Captured, module: ActivationModule, example: Tensor) -> bo
     try:
         with torch.no_grad(), plain_attention():
             expected, found = module(example), graph(example)[0]
-    except Exception:  # whatever the module may raise for these values
+    except Exception as error:  # whatever the module may raise for these values
+        if is_out_of_memory(error):
+            raise
         return False
     bound = _ROUNDINGS * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     same_shape = expected.shape == found.shape

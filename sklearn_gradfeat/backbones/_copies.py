@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 
 from sklearn_gradfeat.backbones._graph import run_once
+from sklearn_gradfeat.data import is_out_of_memory
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -192,6 +193,8 @@ def _copy(module: nn.Module) -> nn.Module:
         else:
             copied = deep_copy(module, computed)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"backbone cannot be copied ({error}). Store tensors in it as parameters or buffers, "
             "and no object that copy.deepcopy refuses."

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from sklearn_gradfeat.backbones._attention import plain_attention
 from sklearn_gradfeat.backbones._graph import MODULE_LOCK, ActivationModule
+from sklearn_gradfeat.data import is_out_of_memory
 
 _LAYERS = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
@@ -80,6 +81,8 @@ def parameter_names(module: ActivationModule, example: Tensor) -> list[str]:
         try:
             (output,) = EagerHead(module, list(candidates))(*candidates.values(), example)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"backbone cannot be differentiated: {error}\nTake the cause, such as "
                 "torch.inference_mode, out of its forward pass, or set features='activation'."

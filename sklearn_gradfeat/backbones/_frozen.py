@@ -76,6 +76,7 @@ from sklearn_gradfeat.backbones._layers import (
 from sklearn_gradfeat.backbones._padding import merge_padding
 from sklearn_gradfeat.backbones._split import boundary, downstream, extract, is_relu
 from sklearn_gradfeat.backbones._unread_tokens import without_unread_tokens
+from sklearn_gradfeat.data import is_out_of_memory
 
 _LOCK = threading.RLock()
 # Outputs and gradients of graph and module agree if they differ by no more than this share.
@@ -463,7 +464,9 @@ class FrozenBackbone:
         whole = EagerHead(self.module, common, as_written=True)
         try:
             expected = _gradients(lambda leaves: whole(*leaves, probe)[0], values)
-        except RuntimeError:  # autograd refuses, as in reentrant checkpoints
+        except RuntimeError as error:  # autograd refuses, as in reentrant checkpoints
+            if is_out_of_memory(error):
+                raise
             return self._compared.setdefault(names, [])
         graph = tuple(network.parameters.values())
         found = _gradients(lambda leaves: network.head(leaves, boundary), graph)

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sklearn_gradfeat.backbones._advice import layout_advice
 from sklearn_gradfeat.backbones._attention import plain_attention
+from sklearn_gradfeat.data import is_out_of_memory
 
 MATRIX = {"linear", "addmm", "matmul", "mm", "bmm"}
 WEIGHTED = MATRIX | {
@@ -364,6 +365,8 @@ def run_once(module: Callable[[Tensor], Tensor], example: Tensor) -> Tensor:
         with torch.no_grad(), plain_attention():
             return module(example)
     except (RuntimeError, IndexError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"backbone failed on a batch of shape {tuple(example.shape)} and dtype "
             f"{example.dtype}: {error}\n{layout_advice(module, example)}Pass X, or set "

@@ -161,18 +161,31 @@ class Extractor:
 
         trunk = self._trunk(X, network, batch_size, store)
         return cache_samples(
-            replace(trunk, check=functools.partial(self._check, trunk.samples)),
+            replace(trunk, check=functools.partial(self._check, trunk)),
             activation,
             verbose=verbose,
             keep_boundary=bool(network.parameters),
         )
 
-    def _check(self, samples: Samples, raw: Tensor, rows: list[int]) -> None:
-        """Raise an error if some samples of a batch depend on the others."""
-        prepared = samples.prepare(raw)
-        if samples.preprocess is not None:
-            check_transform(samples.prepare, raw, samples.device, [rows])
-        check_batch(self.backbone.to(prepared.device, samples.dtype).module, prepared, rows)
+    def _check(self, trunk: Trunk, raw: Tensor, rows: list[int]) -> None:
+        """Raise an error if some samples of a batch depend on the others.
+
+        Where memory runs out, they are checked among fewer others.
+        """
+        samples, batch_size = trunk.samples, trunk.batch_size
+
+        def check() -> None:
+            others = [i for i in range(len(raw)) if i not in rows]
+            chosen = sorted(rows + others[: max(batch_size.size - len(rows), 0)])
+            if len(chosen) == len(rows):
+                return
+            some, places = raw[chosen], [chosen.index(i) for i in rows]
+            prepared = samples.prepare(some)
+            if samples.preprocess is not None:
+                check_transform(samples.prepare, some, samples.device, [places])
+            check_batch(self.backbone.to(prepared.device, samples.dtype).module, prepared, places)
+
+        batch_size.retry(check)
 
     def _trunk(self, X: Any, network: Network, batch_size: BatchSize, store: Store | None) -> Trunk:
         """Return the frozen layers below the head, applied to ``X``."""

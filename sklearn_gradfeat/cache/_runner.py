@@ -47,6 +47,7 @@ from sklearn_gradfeat.data import (
     is_lazy,
     slices,
     to_device,
+    unless_out_of_memory,
 )
 
 # Operators whose result depends on the strides of their input.
@@ -100,7 +101,8 @@ class CachedSamples:
     def room(self) -> int:
         """The bytes that explicit gradients of the samples may take on the device."""
         device = self.activation.device
-        return (free_bytes(device) or memory_bytes()) // _SHARE
+        room = free_bytes(device) if device.type == "cuda" else memory_bytes()
+        return room // _SHARE
 
     @property
     def room_for_rows(self) -> int:
@@ -161,13 +163,21 @@ class CachedSamples:
 
     @functools.cached_property
     def kept(self) -> Tensors | None:
-        """All inputs of the head in a device's own memory, if they take at most half of it."""
+        """All inputs of the head in a device's own memory, if they take at most half of it.
+
+        None also if memory runs out all the same.
+        """
         assert not isinstance(self.boundary, Samples)
         n_samples, device = len(self.activation), self.activation.device
         room = free_bytes(device) // 2
         if not room or sum(z.nbytes for z in self.boundary.take(slice(1))) * n_samples > room:
             return None
+        return unless_out_of_memory(self._all_moved)
+
+    def _all_moved(self) -> Tensors:
+        """Return the inputs of the head for all samples, on the device."""
         whole: Tensors = ()
+        n_samples = len(self.activation)
         for rows in slices(n_samples, self.batch_size.size):
             part = self._moved(rows)
             whole = whole or tuple(z.new_empty(n_samples, *z.shape[1:]) for z in part)

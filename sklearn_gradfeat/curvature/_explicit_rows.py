@@ -23,7 +23,13 @@ from sklearn_gradfeat.curvature._factored_term import factored
 from sklearn_gradfeat.curvature._kfac import per_sample_gradients
 from sklearn_gradfeat.curvature._layer_rows import multiplications, output_gradients, record
 from sklearn_gradfeat.curvature._sample_space import SampleInverse
-from sklearn_gradfeat.data import on_all_ranks, row_blocks, rows_of_all_ranks, sum_over_ranks
+from sklearn_gradfeat.data import (
+    on_all_ranks,
+    row_blocks,
+    rows_of_all_ranks,
+    sum_over_ranks,
+    unless_out_of_memory,
+)
 from sklearn_gradfeat.linearized import (
     ExplicitTerm,
     LinearizedHead,
@@ -79,7 +85,7 @@ def with_rows_if_cheap(
     n_bytes = n_samples * numbers * tangent.omega.element_size() + sampled
     if not on_all_ranks(cheap and n_bytes <= max_bytes):
         return factored(tangent, n_samples, max_factored) or tangent
-    rows = tangent.retry(lambda: _rows(tangent, n_samples))
+    rows = unless_out_of_memory(lambda: _rows(tangent, n_samples))
     if not on_all_ranks(rows is not None):
         return tangent
     assert rows is not None

@@ -44,7 +44,7 @@ from sklearn_gradfeat.curvature._layer_rows import (
     record_with_norms,
     spanning,
 )
-from sklearn_gradfeat.data import on_all_ranks, row_blocks
+from sklearn_gradfeat.data import on_all_ranks, row_blocks, unless_out_of_memory
 from sklearn_gradfeat.linearized import Batches, TangentTerm, Tensors, agrees
 
 # Passes of a fit, and the cost of one through the network, in forward passes of the head.
@@ -391,15 +391,15 @@ def factored(tangent: TangentTerm, n_samples: int, max_bytes: int) -> FactoredTe
     -------
     FactoredTerm or None
         The same map. It is None where the rows take too much time, those of a batch take too much
-        memory, or the rows do not determine the map, as where a parameter has another use besides
-        the layers.
+        memory, memory runs out, or the rows do not determine the map, as where a parameter has
+        another use besides the layers.
     """
     if not on_all_ranks(max_bytes > 0 and _is_cheap(tangent, tangent.few(n_samples))):
         return None
     outer, columns = spanning(tangent.omega)
     if not columns.any():
         return None
-    kept = tangent.retry(lambda: _rows(tangent, outer, columns, max_bytes))
+    kept = unless_out_of_memory(lambda: _rows(tangent, outer, columns, max_bytes))
     if not on_all_ranks(kept is not None):
         return None
     assert kept is not None

@@ -50,7 +50,13 @@ from torch.func import grad, vmap
 from sklearn_gradfeat.backbones import differentiable_attention
 from sklearn_gradfeat.curvature._layer_rows import LayerGradients, record, record_with_norms
 from sklearn_gradfeat.curvature._spectrum import Spectrum, eigh
-from sklearn_gradfeat.data import gather_over_ranks, n_ranks, rows_of_all_ranks, sum_over_ranks
+from sklearn_gradfeat.data import (
+    gather_over_ranks,
+    is_out_of_memory,
+    n_ranks,
+    rows_of_all_ranks,
+    sum_over_ranks,
+)
 from sklearn_gradfeat.linearized import LinearizedHead, Tensors
 
 # Bounds on the number of samples, and rows of a Gram matrix as a multiple of its width.
@@ -436,6 +442,9 @@ def _each(
     try:
         batched: Tensors = vmap(gradient, in_dims=(None, 0, None))(chosen, boundary, column)
         return batched
-    except RuntimeError:
-        single = [gradient(chosen, sample, column) for sample in zip(*boundary, strict=True)]
-        return tuple(map(torch.stack, zip(*single, strict=True)))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+    # Not in the handler: its traceback keeps the tensors of the attempt alive.
+    single = [gradient(chosen, sample, column) for sample in zip(*boundary, strict=True)]
+    return tuple(map(torch.stack, zip(*single, strict=True)))

@@ -101,15 +101,15 @@ class Spectrum:
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and eigenvectors of symmetric matrices, float64.
 
-    torch uses divide and conquer, which is fast but may fail to converge; QR iterations follow.
-    They also do where a library of the device fails otherwise.
+    torch uses divide and conquer, which is fast but may fail to converge. QR iterations in host
+    memory follow then, and where a device has no memory for the decomposition.
     """
     if not torch.isfinite(matrix).all():
         raise ValueError(NOT_FINITE)
     try:
         with threads_for(matrix.shape[-1] ** 3 / STEPS):
             values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except RuntimeError:
         host = matrix.cpu().numpy()
         found = [scipy.linalg.eigh(one, driver="ev") for one in host.reshape(-1, *host.shape[-2:])]
         values, vectors = (torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))

@@ -1,6 +1,12 @@
 """User input: arrays, tensors, image files and texts, validated and read in batches."""
 
-from sklearn_gradfeat.data._batch_size import BatchSize, Result, free_bytes
+from sklearn_gradfeat.data._batch_size import (
+    BatchSize,
+    Result,
+    free_bytes,
+    is_out_of_memory,
+    unless_out_of_memory,
+)
 from sklearn_gradfeat.data._batches import (
     MIN_ROWS,
     Preprocess,
@@ -74,6 +80,7 @@ __all__ = [
     "gather_over_ranks",
     "is_first_rank",
     "is_lazy",
+    "is_out_of_memory",
     "n_ranks",
     "normalized_weights",
     "number_of_first_rank",
@@ -88,6 +95,7 @@ __all__ = [
     "slices",
     "sum_over_ranks",
     "to_device",
+    "unless_out_of_memory",
     "validate_new_samples",
     "validate_samples",
     "warn_of_tabular",

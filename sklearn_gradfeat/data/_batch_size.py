@@ -11,13 +11,50 @@ import torch
 
 Result = TypeVar("Result")
 
-# The messages of torch's allocators. Not all of them have an exception class of their own.
-_MESSAGES = ("can't allocate memory", "out of memory")
+# The messages of torch's allocators and of the libraries of CUDA, such as the status
+# CUBLAS_STATUS_ALLOC_FAILED. Not all of them have an exception class of their own. Without memory
+# for its workspace, cuDNN finds no engine for a convolution.
+_MESSAGES = (
+    "can't allocate memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    "unable to find an engine to execute this computation",
+)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device with memory of its own, 0 for the host."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0
+    """Return the memory of a device that tensors may still take, 0 for the host.
+
+    It includes what torch has reserved and does not use, and ends at the fraction of the device
+    that ``torch.cuda.set_per_process_memory_fraction`` grants.
+    """
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    unused = torch.cuda.memory_reserved(device) - allocated
+    granted = int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated
+    return max(min(free + unused, granted), 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of the host or of a device is too small."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+
+
+def unless_out_of_memory(compute: Callable[[], Result]) -> Result | None:
+    """Return ``compute()``, or None where memory runs out, for results that are not needed."""
+    try:
+        return compute()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Not in the handler: its traceback keeps the tensors of the attempt alive.
+    _free_unused()
+    return None
 
 
 class BatchSize:
@@ -57,7 +94,7 @@ class BatchSize:
             try:
                 return compute()
             except (RuntimeError, MemoryError) as error:
-                if self.size == 1 or not _is_out_of_memory(error):
+                if self.size == 1 or not is_out_of_memory(error):
                     raise
             # Not in the handler: its traceback keeps the tensors of the failed attempt alive.
             self._reduce(self.size)
@@ -71,7 +108,7 @@ class BatchSize:
             try:
                 results.append(compute(slice(start, stop)))
             except (RuntimeError, MemoryError) as error:
-                if stop - start == 1 or not _is_out_of_memory(error):
+                if stop - start == 1 or not is_out_of_memory(error):
                     raise
             else:
                 start = stop
@@ -83,9 +120,7 @@ class BatchSize:
         """Halve the size that failed, and give back the memory that nothing uses."""
         self.size = (failed + 1) // 2
         self.reduced = True
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_unused()
         warnings.warn(
             f"Memory ran out. Trying again with {self.size} samples in a batch. Set "
             f"batch_size={self.size} to save the attempt.",
@@ -94,5 +129,8 @@ class BatchSize:
         )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or any(text in str(error) for text in _MESSAGES)
+def _free_unused() -> None:
+    """Give back the memory that nothing uses."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -16,6 +16,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from sklearn_gradfeat.data._batch_size import is_out_of_memory
+
 Preprocess: TypeAlias = Callable[[Tensor], Tensor]
 
 # CPU matrix products round a row differently in a batch with fewer rows than this.
@@ -44,6 +46,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
             raise RuntimeError("the tensors of this device have no values")
         return found
     except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"device={device!r} cannot be used here: {error}. "
             "Pass device='auto' to select the best available device."
@@ -213,9 +217,9 @@ class Samples:
             return self.preprocess(raw)
         try:
             return self.preprocess(to_device(raw, self.device))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever the transform may raise
+            if is_out_of_memory(error):
+                raise
             try:
                 prepared = self.preprocess(raw)
             except Exception:  # no better in host memory

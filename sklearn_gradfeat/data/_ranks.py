@@ -32,6 +32,8 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from sklearn_gradfeat.data._batch_size import is_out_of_memory
+
 Value = TypeVar("Value")
 Summed = TypeVar("Summed", Tensor, npt.NDArray[Any])
 
@@ -249,6 +251,8 @@ class _Group:
                     raise RuntimeError("A rank is lost.")
             work.wait()
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise RuntimeError(self._diagnosis(error)) from error
 
     def _diagnosis(self, error: RuntimeError) -> str:

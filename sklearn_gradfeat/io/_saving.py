@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from sklearn_gradfeat.backbones import default_name, stored_weights
 from sklearn_gradfeat.cache import Extractor
-from sklearn_gradfeat.data import BatchSize
+from sklearn_gradfeat.data import BatchSize, is_out_of_memory
 from sklearn_gradfeat.io._archive import Arrays, NotStorableError, digest, pack, write_archive
 from sklearn_gradfeat.linearized import LinearModel, predict_logits
 
@@ -105,7 +105,9 @@ def probe(estimator: Any) -> npt.NDArray[Any]:
     for samples in _made_up(example):
         try:
             return predict_logits(extractor, model, samples.numpy(), BatchSize(len(samples)))
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             continue  # outside the domain of the network, such as an empty mask
     return np.full((len(example), len(model.intercept)), np.nan)
 

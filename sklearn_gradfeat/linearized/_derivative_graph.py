@@ -32,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sklearn_gradfeat.backbones import differentiable_attention
+from sklearn_gradfeat.data import is_out_of_memory
 from sklearn_gradfeat.linearized._jacobian import Tensors
 
 _ATEN = torch.ops.aten
@@ -76,6 +77,8 @@ def linearized_graph(
             program = program.run_decompositions(_simpler_operators())
             return _trace(program, (*parameters, *boundary), tangents)
     except Exception as error:  # whatever torch.export or a derivative may raise
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UntraceableError(reason) from error
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.cache import CachedSamples
+from sklearn_gradfeat.data import is_out_of_memory
 from sklearn_gradfeat.linearized import LinearizedHead, Tensors
 
 _N_SAMPLES = 8
@@ -59,9 +60,9 @@ def check_adjointness(network: Network, samples: CachedSamples) -> None:
                 f"{', '.join(map(repr, names))}, so there is no gradient term to fit. An operator "
                 f"has a derivative of its own. {_ADVICE}"
             )
-    except torch.OutOfMemoryError:  # training can do with fewer samples at once
-        return
-    except RuntimeError as error:  # NotImplementedError is one
+    except (RuntimeError, MemoryError) as error:  # NotImplementedError is one of the former
+        if is_out_of_memory(error):  # training can do with fewer samples at once
+            return
         names = _disagreeing(network, boundary, v, 0.0) or head.names
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -99,8 +100,9 @@ def _disagreeing(network: Network, boundary: Tensors, v: Tensor, noise: float) -
             own = LinearizedHead(one, {name: values[i]}, "standard")
             if _derivatives_agree(own, boundary, v, noise):
                 continue
-        except RuntimeError:
-            pass
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):  # which says nothing of the derivatives
+                continue
         found.append(name)
     return found
 

@@ -53,6 +53,39 @@ def test_a_device_keeps_the_boundary_where_it_has_room(kind, options, where, mon
     assert counts[2] < counts[0] <= counts[1]
 
 
+@pytest.mark.parametrize("where", [Boundary, FileBoundary])
+@pytest.mark.filterwarnings("ignore:The output of the frozen layers takes:UserWarning")
+def test_a_device_keeps_nothing_where_memory_runs_out(where, monkeypatch):
+    """A smaller batch would not help: the model is that of a fit with the same batches."""
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((60, 3, 4)).astype(np.float32), rng.integers(3, size=60)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 6))
+    options = {"feature_store": None, "batch_size": 16, "gradient_layers": ["1"]}
+    model = GradientFeatureClassifier(network, alpha=0.1, **options)
+    expected = model.fit(X, y).decision_function(X)
+    attempts = []
+
+    def full(_samples):
+        attempts.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(CachedSamples, "_all_moved", full)
+    monkeypatch.setattr("sklearn_gradfeat.cache._runner.free_bytes", lambda _: 2**30)
+    with config_context(memory_bytes=0 if where is FileBoundary else "auto"):
+        model.fit(X, y)
+    assert len(attempts) == 1
+    assert np.array_equal(model.decision_function(X), expected)
+
+
+def test_a_full_device_has_no_room(monkeypatch):
+    """Not that of the host either."""
+    activation = torch.zeros(20, 3, device="meta")
+    samples = CachedSamples(activation, Boundary([]), BatchSize(4), np.arange(20, dtype=np.uint64))
+    monkeypatch.setattr("sklearn_gradfeat.cache._runner.free_bytes", lambda _: 0)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
+    assert samples.room == samples.room_for_rows == 0
+
+
 def test_rows_of_a_fold_have_less_room():
     X = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
     activation = torch.from_numpy(X)

@@ -9,6 +9,7 @@ from torch import nn
 
 from sklearn_gradfeat.curvature import Inverses, _explicit_rows, with_rows_if_cheap
 from sklearn_gradfeat.curvature._explicit_rows import SampledRows
+from sklearn_gradfeat.data import BatchSize
 from sklearn_gradfeat.linearized import Bernoulli, ExplicitTerm, Squared
 from tests.curvature.problems import (
     classes,
@@ -55,6 +56,20 @@ def test_rows_are_gradients_of_single_samples(kind):
         sample = tuple(z[i : i + 1] for z in boundary)
         expected = torch.stack([term.head.vjp(sample, row[None]) for row in term.omega])
         torch.testing.assert_close(term.rows[i], expected)
+
+
+@pytest.mark.usefixtures("free")
+def test_none_where_memory_runs_out(monkeypatch):
+    """Half a batch has rows as large, so the size of a batch stays."""
+    term = replace(image_term("plain", N)[0], batch_size=BatchSize(16))
+    assert isinstance(with_rows_if_cheap(term, N, 2**30), ExplicitTerm)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(_explicit_rows, "_fill", full)
+    assert with_rows_if_cheap(term, N, 2**30) is term
+    assert (term.batch_size.size, term.batch_size.reduced) == (16, False)
 
 
 class Twice(nn.Module):

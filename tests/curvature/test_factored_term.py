@@ -1,5 +1,6 @@
 """The gradient term from rows of layers, against the same term through the network."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from sklearn_gradfeat.curvature import FactoredTerm, _factored_term, _kfac, with_rows_if_cheap
 from sklearn_gradfeat.curvature._factored_term import factored
 from sklearn_gradfeat.curvature._preconditioner import _layer_factors
+from sklearn_gradfeat.data import BatchSize
 from tests.curvature.problems import batches, image_term, module_term, normal, unequal_weights
 from tests.curvature.test_explicit_rows import Twice
 
@@ -230,6 +232,19 @@ def test_samples_for_which_memory_is_too_small_pass_the_network():
     torch.testing.assert_close(both, expected)
     rest = [rows for rows, _ in _factored_term._after(partial(batches, (TOKENS,), 6), 8)]
     assert [(rows.start, rows.stop) for rows in rest] == [(8, 12), (12, 18), (18, N)]
+
+
+def test_none_where_memory_runs_out(monkeypatch):
+    """Half a batch has rows as large, so the size of a batch stays."""
+    term = replace(masked_term(), batch_size=BatchSize(5))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(_factored_term, "_keep", full)
+    assert factored(term, N, 2**30) is None
+    assert with_rows_if_cheap(term, N, 0, 2**30) is term
+    assert (term.batch_size.size, term.batch_size.reduced) == (5, False)
 
 
 def test_none_where_padding_has_a_name():

@@ -57,6 +57,34 @@ def grams(found):
     return torch.cat([matrix.reshape(-1) for matrix in matrices])
 
 
+def samplewise(boundary):
+    """The gradients of every sample, from a function of single samples."""
+
+    def gradient(chosen, sample, column):
+        return (chosen[0] * (sample[0] @ column),)
+
+    return _kfac._each(gradient, (normal(3),), boundary, normal(4, seed=1))
+
+
+def test_heads_that_vmap_refuses_run_in_a_loop(monkeypatch):
+    expected = samplewise((normal(5, 4),))
+
+    def refused(*_, **__):
+        raise RuntimeError("vmap: the operator is not supported")
+
+    monkeypatch.setattr(_kfac, "vmap", refused)
+    torch.testing.assert_close(samplewise((normal(5, 4),)), expected)
+
+
+def test_no_loop_where_memory_runs_out(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(_kfac, "vmap", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA"):
+        samplewise((normal(5, 4),))
+
+
 def test_blocks_of_a_gram_matrix(monkeypatch):
     monkeypatch.setattr(_kfac, "_WIDTH", 3)
     rows, half = normal(2, 5, 8), normal(2, 8, 8)

@@ -11,7 +11,7 @@ from sklearn_gradfeat import (
     GradientFeatureRegressorCV,
 )
 from sklearn_gradfeat.curvature import _preconditioner, _sample_space
-from sklearn_gradfeat.data import BatchSize, free_bytes
+from sklearn_gradfeat.data import BatchSize, free_bytes, is_out_of_memory, unless_out_of_memory
 from sklearn_gradfeat.linearized import LinearizedHead
 
 ROOM = 20
@@ -19,7 +19,14 @@ ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
     MemoryError(),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnSsyevd`"),
 ]
+# The ways in which such errors are recognised: by class, by message.
+KINDS = ERRORS[:3]
 SMALLER = r"Trying again with (30|15) samples in a batch. Set batch_size=(30|15)"
 
 
@@ -75,7 +82,7 @@ def cramped(function, n_samples):
 # --- the batch size --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", ERRORS, ids=str)
 def test_a_computation_is_repeated_with_half_the_size(error):
     batch_size, tried = BatchSize(61), []
 
@@ -92,7 +99,7 @@ def test_a_computation_is_repeated_with_half_the_size(error):
     assert (batch_size.size, batch_size.reduced) == (16, True)
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", ERRORS, ids=str)
 def test_slices_that_failed_are_halved_and_the_others_kept(error):
     batch_size, done = BatchSize(10), []
 
@@ -164,10 +171,47 @@ def test_the_host_has_no_memory_besides():
     assert free_bytes(torch.device("cpu")) == 0
 
 
+@pytest.mark.parametrize(
+    ("free", "allocated", "reserved", "fraction", "expected"),
+    [
+        (600, 100, 100, 1.0, 600),
+        (500, 100, 400, 1.0, 800),  # 300 are reserved and not used
+        (900, 100, 100, 0.5, 400),
+        (300, 100, 200, 0.5, 400),  # others have 500
+        (300, 700, 700, 0.5, 0),
+    ],
+)
+def test_free_bytes_of_a_device(free, allocated, reserved, fraction, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction)
+    assert free_bytes(torch.device("cuda", 0)) == expected
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=str)
+def test_a_result_that_is_not_needed_is_left_out(error):
+    def fail():
+        raise error
+
+    assert unless_out_of_memory(fail) is None
+    assert unless_out_of_memory(lambda: 1) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("something else"), ValueError("out of memory")])
+def test_other_errors_are_none_of_memory(error):
+    def fail():
+        raise error
+
+    assert not is_out_of_memory(error)
+    with pytest.raises(type(error), match=str(error)):
+        unless_out_of_memory(fail)
+
+
 # --- fits and predictions --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", KINDS, ids=lambda error: type(error).__name__)
 def test_frozen_layers(fit, network, error):
     """Later batches stay smaller: there are two failures in a fit, and two in predictions."""
     transform = Cramped(ROOM, error)

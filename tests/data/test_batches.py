@@ -11,7 +11,7 @@ from sklearn.model_selection import GridSearchCV
 from torch import nn
 
 from sklearn_gradfeat import GradientFeatureClassifier
-from sklearn_gradfeat.data import row_blocks, warn_unless_picklable
+from sklearn_gradfeat.data import Samples, resolve_device, row_blocks, warn_unless_picklable
 from sklearn_gradfeat.data._containers import to_numpy_input
 from tests.data.arrays import Items, Lazy, memory_map, with_value
 from tests.tiny import X, Y, estimator
@@ -232,6 +232,49 @@ def test_absent_device():
         estimator(device="meta").fit(X, Y)
     with pytest.raises(ValueError, match=r"device='cuda' cannot be used here.*device='auto'"):
         estimator(device="cuda").fit(X, Y)
+
+
+def test_a_full_device_is_not_an_absent_one(fitted, monkeypatch):
+    """A fitted estimator does not turn to another device either."""
+
+    def full(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    for device in ("auto", "cuda"):
+        with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
+            resolve_device(device)
+    with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
+        fitted.predict_proba(X)
+
+
+def test_transform_that_fails_on_the_device_runs_in_host_memory():
+    """The device meta takes the place of a device without such operators."""
+
+    def prepared(transform):
+        samples = Samples(X, transform, torch.float32, torch.device("meta"))
+        return [samples.batch(slice(n)) for n in (3, 4)], samples.subset(np.arange(2))
+
+    seen = []
+
+    def by_numpy(x):
+        seen.append(x.device.type)
+        return torch.from_numpy(np.asarray(x.numpy()) / 2)
+
+    batches, subset = prepared(by_numpy)
+    assert [(z.device.type, len(z)) for z in batches] == [("meta", 3), ("meta", 4)]
+    assert len(subset.batch(slice(None))) == 2
+    assert seen == ["meta", "cpu", "cpu", "cpu"]  # tried once
+
+    seen.clear()
+    prepared(lambda x: seen.append(x.device.type) or x / 2)
+    assert seen == ["meta", "meta"]
+
+    def fails(x):
+        raise KeyError(x.device.type)
+
+    with pytest.raises(KeyError, match="meta"):
+        prepared(fails)
 
 
 def test_lazy_is_read_in_batches(fitted):

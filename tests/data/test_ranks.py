@@ -1,6 +1,7 @@
 """What a rank says of others with which it cannot communicate. Real groups: training/test_ranks."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from sklearn_gradfeat.data import _ranks
@@ -74,3 +75,11 @@ def test_no_wait_for_a_rank_that_is_silent(group, monkeypatch):
     monkeypatch.setattr(group._beats, "sign", Alive([0, 0, 0], lost=[1]))
     with pytest.raises(RuntimeError, match="Rank 1 gives no sign of life"):
         group._wait(Work)
+
+
+def test_a_collective_without_memory_names_no_rank(group):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA"):
+        group._wait(full)

@@ -392,3 +392,20 @@ def test_files_that_a_kill_left_are_removed_a_day_later(saved, fitted):
         os.utime(file, (0, 0))
     fitted.save(saved)
     assert set(saved.parent.iterdir()) == {saved, new, other}
+
+
+def test_no_file_where_memory_runs_out(path, monkeypatch):
+    """The probe of a network without memory would be that of one without valid samples."""
+
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    model = estimator().fit(X, Y)
+    model.save(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("sklearn_gradfeat.io._saving.predict_logits", full)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            model.save(path)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            load(path, NET)
+    assert np.array_equal(load(path, NET).predict_proba(X), model.predict_proba(X))

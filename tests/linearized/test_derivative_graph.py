@@ -6,7 +6,12 @@ import torch
 from torch import fx, nn
 
 from sklearn_gradfeat.backbones import freeze
-from sklearn_gradfeat.linearized import LinearizedHead, UntraceableError, linearized_graph
+from sklearn_gradfeat.linearized import (
+    LinearizedHead,
+    UntraceableError,
+    _derivative_graph,
+    linearized_graph,
+)
 from tests.networks import NETWORKS, build
 
 
@@ -30,6 +35,16 @@ def check_graph(module, x, names, sizes=(1, 2, 5), **tolerance):
         for found, wanted in zip(graph(*z), expected, strict=True):
             torch.testing.assert_close(found, wanted, **tolerance)
     return graph
+
+
+def test_memory_that_runs_out_is_no_operator_without_a_graph(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    module, names = build("plain")
+    monkeypatch.setattr(_derivative_graph, "_trace", full)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA"):
+        check_graph(module, torch.zeros(5, 2, 5, 5, dtype=torch.float64), names)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sklearn_gradfeat import GradientFeatureClassifier
+from sklearn_gradfeat.training import _adjointness
 from tests.backbones.test_sources import same
 from tests.tiny import X, Y, estimator
 
@@ -181,3 +182,38 @@ def test_straight_through_estimators_by_detach_keep_their_derivative():
     network = WithFunction(lambda x: x + (x.round() - x).detach(), graph=True)
     model = estimator(network, gradient_layers="all").fit(X, Y)
     assert model.gradient_coef_["a.weight"].any()
+
+
+# --- where memory runs out ---------------------------------------------------------------------
+
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_fit_does_without_the_check_where_memory_runs_out(error, monkeypatch):
+    attempts = []
+
+    def full(*_):
+        attempts.append(1)
+        raise error
+
+    expected = estimator().fit(X, Y)
+    monkeypatch.setattr(_adjointness, "_derivatives_agree", full)
+    assert same(estimator().fit(X, Y), expected)
+    assert len(attempts) == 1
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_parameter_without_memory_is_not_named(error, monkeypatch):
+    outcomes = [RuntimeError("no derivative"), error, RuntimeError("no derivative")]
+
+    def fail(*_):
+        raise outcomes.pop(0)
+
+    monkeypatch.setattr(_adjointness, "_derivatives_agree", fail)
+    match = r"An operator that reads '2\.bias' has no derivative .*: no derivative"
+    with pytest.raises(ValueError, match=match):
+        estimator().fit(X, Y)
