@@ -61,7 +61,7 @@ def test_matrix_and_last_column_are_solved_in_place_and_in_blocks(monkeypatch, k
     dense += ALPHA * torch.eye(54, dtype=torch.float64)
     expected = torch.linalg.solve(dense, matrix.reshape(2, -1)).view_as(matrix)
     torch.testing.assert_close(inverse(matrix), expected)
-    monkeypatch.setattr(_spectrum, "_BLOCK", 30)
+    monkeypatch.setattr(_spectrum, "block_size", lambda device: 30)
     first, last = matrix[..., :-1].clone(), matrix[..., -1:].clone()
     inverse.solve_(first, last)
     torch.testing.assert_close(torch.cat([first, last], 2), expected)
