@@ -58,7 +58,7 @@ def test_vectors_of_a_fit(monkeypatch):
     """
     monkeypatch.setattr(_lbfgs, "_ELEMENTS", 0)
     monkeypatch.setattr(_steps, "_BLOCK", 2**10)
-    monkeypatch.setattr(_spectrum, "_BLOCK", 2**10)
+    monkeypatch.setattr(_spectrum, "block_size", lambda device: 2**10)
     monkeypatch.setattr(_two_stage_fit, "with_rows_if_cheap", lambda tangent, *_: tangent)
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((60, 1, 1, WIDTH), dtype="float32"), rng.integers(0, 4, 60)
