@@ -45,6 +45,9 @@ class Exported(NamedTuple):
 
 # The outputs of one function in two forms differ by no more than this many units of rounding.
 _ROUNDINGS = 100
+# Kernels of CUDA are chosen by whether a batch is larger than 65,535 samples or so. A graph holds for
+# one choice, and batches are smaller.
+_LARGEST_BATCH = 2**15
 _KEPT = 16
 _exported: OrderedDict[str, Exported] = OrderedDict()
 _LOCK = threading.Lock()
@@ -98,7 +101,7 @@ def capture(
 
 def _export(module: ActivationModule, example: Tensor) -> Exported:
     """Return the graph of a module."""
-    batch = torch.export.Dim("batch", min=2)
+    batch = torch.export.Dim("batch", min=2, max=_LARGEST_BATCH)
     try:
         with torch.no_grad(), plain_attention(), _quiet():
             program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sklearn_gradfeat.backbones import _capture
 from sklearn_gradfeat.backbones._capture import capture
 from sklearn_gradfeat.backbones._graph import ActivationModule
-from sklearn_gradfeat.backbones._split import extract
+from sklearn_gradfeat.backbones._split import batch_axis, extract
 from tests.tiny import X, Y, estimator
 
 EXAMPLE = torch.zeros(2, 1, 8, 8)
@@ -115,3 +116,15 @@ def test_few_graphs_are_kept(exports, monkeypatch):
     for stride in (1, 2, 3, 3, 2, 1):
         assert_captured(network(stride))
     assert len(exports) == 4
+
+
+def test_graph_for_cuda_has_a_free_batch_size(exports):
+    """Fake tensors take the place of a device, whose kernels are chosen by the batch size."""
+    with FakeTensorMode(), torch.device("cuda"):
+        attention = nn.TransformerEncoderLayer(36, 2, 8, batch_first=True)
+        module = nn.Sequential(*network()[:5], nn.Flatten(2), attention, nn.Flatten())
+        whole = ActivationModule(module.eval(), None).requires_grad_(False)
+        example = torch.zeros(2, 1, 8, 8)
+    captured = capture(whole, example)
+    assert len(exports) == 1
+    assert batch_axis(captured.output, captured) == 0
