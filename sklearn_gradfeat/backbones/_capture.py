@@ -45,8 +45,8 @@ class Exported(NamedTuple):
 
 # The outputs of one function in two forms differ by no more than this many units of rounding.
 _ROUNDINGS = 100
-# Kernels of CUDA are chosen by whether a batch is larger than 65,535 samples or so. A graph holds for
-# one choice, and batches are smaller.
+# Kernels of CUDA are chosen by whether a batch has more than 65,535 samples or so. A graph holds
+# for one choice, and batches are smaller.
 _LARGEST_BATCH = 2**15
 _KEPT = 16
 _exported: OrderedDict[str, Exported] = OrderedDict()
