@@ -34,6 +34,7 @@ def _load_forward_mode() -> None:
     """Load torch's forward derivatives, without the deprecation warnings of torch itself."""
     with _FORWARD_MODE, warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
