@@ -146,18 +146,21 @@ def speed(model, X, y, repeats):
 
 @neutral_state()
 def one_pass(model, X, y):
-    """Return the objective of the second stage, a direction and the logits at the start."""
+    """Return the objective of the second stage, a direction, the logits at the start.
+
+    The last item is whether the network was captured as a graph.
+    """
     stages = two_stages(model, X, y)
     first = stages.fit_activation(model.alpha)
     objective = stages.second_objective(first, model.gradient_alpha)
     x = torch.cat([first.solution.x, stages.like.new_zeros(objective.sizes[2])])
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(len(x), generator=generator).to(x) / len(x) ** 0.5
-    return objective, direction, objective.forward(x)
+    return objective, direction, objective.forward(x), stages._prepared.network.graph is not None
 
 
 @neutral_state()
-def profiled(objective, direction, logits, device):
+def profiled(objective, direction, logits, captured, device):
     """Return the kernels, waits and copies of a pass, by torch's profiler."""
     objective.forward_adjoint(direction, logits)
     activities = [ProfilerActivity.CPU]
@@ -177,6 +180,7 @@ def profiled(objective, direction, logits, device):
         by_time[event.name] = by_time.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e6
     slowest = sorted(by_time.items(), key=lambda item: -item[1])[:8]
     return {
+        "captured": captured,
         "seconds": wall,
         "kernels": len(kernels),
         "seconds with a kernel": busy / 1e6,

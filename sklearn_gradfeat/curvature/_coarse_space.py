@@ -57,6 +57,7 @@ from sklearn_gradfeat.curvature._layer_rows import (
 )
 from sklearn_gradfeat.curvature._preconditioner import Curvature, Layer
 from sklearn_gradfeat.data import (
+    free_bytes,
     gather_over_ranks,
     on_all_ranks,
     row_blocks,
@@ -77,6 +78,8 @@ from sklearn_gradfeat.linearized import (
 _BETWEEN_STEPS, _ALONE = 1 / 128, 1 / 8
 # Largest size of the rows of all samples, in bytes.
 _MAX_BYTES = 2**31
+# On a device, they leave the rest of its free memory to the passes.
+_SHARE_OF_DEVICE = 4
 # Projecting the rows takes a backward pass for every output: at most as many as take the time of
 # this many passes through the head.
 _MAX_OUTPUTS = 32
@@ -414,7 +417,8 @@ def leading_subspace(
     many = n_outputs * share > _MAX_OUTPUTS
     if many:
         layers = [layer for layer in layers if found[layer.weight].channelwise]
-    room = _MAX_BYTES / objective.like.element_size() / max(gather_over_ranks(objective.n_samples))
+    n_bytes = min(gather_over_ranks(_room(objective.like.device)))
+    room = n_bytes / objective.like.element_size() / max(gather_over_ranks(objective.n_samples))
     chosen = _largest(
         [(layer, found[layer.weight]) for layer in layers],
         n_outputs,
@@ -436,6 +440,13 @@ def leading_subspace(
         return None
     assert subspace is not None
     return _checked(objective, subspace)
+
+
+def _room(device: torch.device) -> int:
+    """Return how many bytes the rows of a subspace may have."""
+    if device.type == "cuda":
+        return min(_MAX_BYTES, free_bytes(device) // _SHARE_OF_DEVICE)
+    return _MAX_BYTES
 
 
 def _largest(

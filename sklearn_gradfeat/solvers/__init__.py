@@ -1,7 +1,7 @@
 """Solvers that minimise a smooth convex loss of a linear map; they know nothing of networks."""
 
+from sklearn_gradfeat.solvers._curvature_pairs import CurvaturePairs
 from sklearn_gradfeat.solvers._lbfgs import (
-    CurvaturePairs,
     Solution,
     State,
     Status,

@@ -11,48 +11,34 @@ References
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sklearn_gradfeat.data import number_of_first_rank, of_first_rank, sum_over_ranks
 from sklearn_gradfeat.linearized import Loss
+from sklearn_gradfeat.solvers._curvature_pairs import CurvaturePairs, Inverse, InverseHessian
 from sklearn_gradfeat.solvers._steps import (
     NOT_FINITE,
     CoarseSolver,
     LinearObjective,
     Point,
-    add_penalised,
     coarse_step,
     line_and_coarse_step,
     line_step,
     start,
 )
 
-# The smallest and the largest number of curvature pairs that are kept. In between, all pairs
-# together have no more elements than this.
-_FEWEST, _MOST = 3, 30
-_ELEMENTS = 2**26
 # A change of the total curvature of the loss by this factor rebuilds the preconditioner. The
 # older curvature pairs are dropped with it: their rounding errors would remain.
 _CHANGE = 2.0
 # Coarse-space solves pay off when the gradient norm must decrease by more than this factor.
 _FAR = 8.0
 
-# Applies a preconditioner; it may overwrite its argument.
-Inverse: TypeAlias = Callable[[Tensor], Tensor]
 Status = Literal["converged", "max_iter", "stalled", "interrupted"]
-
-
-class CurvaturePairs(NamedTuple):
-    """Steps and the changes of the gradient over them, and the penalties of that objective."""
-
-    pairs: list[tuple[Tensor, Tensor]]
-    penalties: tuple[Tensor, ...]
 
 
 class State(NamedTuple):
@@ -120,8 +106,8 @@ class Solution:
     curvature_pairs: CurvaturePairs
 
 
-class _Memory:
-    """A preconditioner and the curvature pairs collected since it was built."""
+class _Memory(InverseHessian):
+    """The approximate inverse Hessian, and where its preconditioner was built."""
 
     def __init__(
         self,
@@ -131,23 +117,9 @@ class _Memory:
         logits: Tensor,
         is_kept: bool,
     ) -> None:
+        super().__init__(precondition(logits), x)
         self.built_at = x if is_kept else None
-        self.inverse = precondition(logits)
         self.curvature = _curvature(loss, logits)
-        self.scale = 1.0
-        self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_n_pairs(len(x)))
-
-    def add(self, step: Tensor, change: Tensor, preconditioned: Tensor) -> None:
-        """Store a step ``s``, the change ``y`` of the gradient, and ``1 / sᵀy``; ``Py`` is given.
-
-        A pair without positive curvature beyond rounding is left out.
-        """
-        curvature = float(step @ change)
-        floor = torch.finfo(step.dtype).eps * float(step.norm()) * float(change.norm())
-        metric = float(change @ preconditioned)
-        if curvature > floor and metric > 0:
-            self.pairs.append((step, change, 1.0 / curvature))
-            self.scale = curvature / metric
 
     def learn(self, step: Tensor, change: Tensor, gradient: Tensor, former: Tensor) -> Tensor:
         """Store the step to a point with a given gradient, and return ``Pg`` there.
@@ -158,49 +130,20 @@ class _Memory:
         self.add(step, change, former.neg_().add_(preconditioned))
         return preconditioned
 
-    def clear(self) -> None:
+    def direction(self, gradient: Tensor, preconditioned: Tensor) -> Tensor:
+        """Return the direction, of the same bits on all ranks."""
+        return of_first_rank(super().direction(gradient, preconditioned))
+
+    def forget(self) -> None:
         """Free the matrices and the pairs, before those of another memory exist."""
         del self.inverse
-        self.pairs.clear()
-
-    @property
-    def steps(self) -> list[tuple[Tensor, Tensor]]:
-        """The pairs of step and change."""
-        return [(step, change) for step, change, _ in self.pairs]
-
-    def recall(self, curvature_pairs: CurvaturePairs | None, penalties: tuple[Tensor, ...]) -> None:
-        """Store the pairs of another fit, corrected for the difference of the penalties."""
-        if curvature_pairs is None:
-            return
-        for step, former in curvature_pairs.pairs:
-            change = add_penalised(former.clone(), penalties, step)
-            change = add_penalised(change, curvature_pairs.penalties, step, -1)
-            self.add(step, change, self.inverse(change.clone()))
+        self.clear()
 
     def restore(self, state: State) -> None:
         """Take the place of the memory at the end of an iteration."""
+        for step, change in state.pairs:
+            self.add(step, change)
         self.scale = state.scale
-        self.pairs.extend((step, y, 1.0 / float(step @ y)) for step, y in state.pairs)
-
-    def direction(self, gradient: Tensor, preconditioned: Tensor) -> Tensor:
-        """Return the L-BFGS direction, by the two-loop recursion; ``Pg`` is given.
-
-        It leaves room for the next pair: the following passes need the memory.
-        """
-        if not self.pairs:
-            return of_first_rank(-self.scale * preconditioned)
-        q = gradient.neg()
-        weights = []
-        for step, change, reciprocal in reversed(self.pairs):
-            weight = reciprocal * float(step @ q)
-            weights.append(weight)
-            q.sub_(change, alpha=weight)
-        q = self.inverse(q).mul_(self.scale)
-        for (step, change, reciprocal), weight in zip(self.pairs, reversed(weights), strict=True):
-            q.add_(step, alpha=weight - reciprocal * float(change @ q))
-        if len(self.pairs) == self.pairs.maxlen:
-            self.pairs.popleft()
-        return of_first_rank(q)
 
 
 def minimize(
@@ -225,7 +168,7 @@ def minimize(
     1. *Stopping rule.* Stop when the Newton decrement ``½ gᵀPg`` is at most ``tolerance(F)``.
        It predicts the decrease of ``F`` over a Newton step, and does not depend on the units
        of the unknowns.
-    2. *Direction.* The two-loop recursion returns ``d = -H g``. ``H`` starts from ``γ P`` and
+    2. *Direction.* It is ``d = -H g``. ``H`` starts from ``γ P`` and
        satisfies the secant equations of the last curvature pairs: steps ``s`` and changes ``y``
        of the gradient, at most 30 of them, and fewer of more than a million unknowns. The last
        pair gives ``γ = sᵀy / yᵀPy``.
@@ -243,8 +186,8 @@ def minimize(
        two since ``P`` was built, ``P`` is built anew and the pairs are dropped. One pass
        computes ``Z`` anew from ``x``, so a later call can build the same ``P`` from ``x``.
 
-    When no step along ``d`` decreases ``F``, the pairs are dropped; without pairs, rounding
-    errors prevent further progress.
+    When no step along ``d`` decreases ``F`` or moves ``x``, the pairs are dropped; without pairs,
+    rounding errors prevent further progress.
 
     Parameters
     ----------
@@ -310,11 +253,11 @@ def minimize(
             solve = solve or coarse(memory.inverse)
         moved, cost = _step(objective, point, memory, preconditioned, norm, solve, begins)
         passes += cost
-        if moved is None:
-            if not memory.pairs:
+        if moved is None or (moved.value == point.value and torch.equal(moved.x, point.x)):
+            if not len(memory):
                 status = "stalled"
                 break
-            memory.pairs.clear()
+            memory.clear()
             continue
         step, change = moved.x - point.x, moved.gradient - point.gradient
         point, n_iter = moved, n_iter + 1
@@ -334,7 +277,7 @@ def minimize(
         if keep is not None:
             keep(_state(point, memory, path, passes, solve))
     return Solution(
-        point.x, path, n_iter, passes, status, norm, CurvaturePairs(memory.steps, penalties)
+        point.x, path, n_iter, passes, status, norm, CurvaturePairs(memory.pairs, penalties)
     )
 
 
@@ -346,7 +289,7 @@ def _rebuilt(
 ) -> tuple[Point, _Memory]:
     """Return the point with logits computed anew, and a memory without pairs there."""
     is_kept = former.built_at is not None
-    former.clear()
+    former.forget()
     point = point._replace(logits=objective.forward(point.x))
     return point, _Memory(precondition, objective.loss, point.x, point.logits, is_kept)
 
@@ -394,13 +337,8 @@ def _state(
     coarse_pairs = None if solve is None else solve.pairs
     return State(
         point.x, point.gradient, point.logits, memory.built_at, memory.scale, list(path), passes,
-        memory.steps, coarse_pairs,
+        memory.pairs, coarse_pairs,
     )  # fmt: skip
-
-
-def _n_pairs(size: int) -> int:
-    """Return how many curvature pairs are kept for ``size`` unknowns."""
-    return max(_FEWEST, min(_MOST, _ELEMENTS // (2 * size)))
 
 
 def same_curvature(former: float, loss: Loss, logits: Tensor) -> bool:

@@ -77,13 +77,21 @@ def start(objective: LinearObjective, x: Tensor) -> Point:
 
 def penalised(objective: LinearObjective, x: Tensor, y: Tensor) -> float:
     """Return ``Σ penalty x y`` in float64; with millions of terms float32 is off by 1e-5."""
-    wide, total = objective.loss.weights, objective.loss.weights.new_zeros(())
+    return _penalised(objective, x, y)[0]
+
+
+def _penalised(objective: LinearObjective, x: Tensor, *others: Tensor) -> list[float]:
+    """Return the same for ``x`` with each of several vectors."""
+    wide = objective.loss.weights
+    totals = [wide.new_zeros(()) for _ in others]
     size = block_size(x.device, _BLOCK)
-    for block in _blocks(objective.penalties, x, y):
+    for block in _blocks(objective.penalties, x, *others):
         for parts in zip(*(t.split(size) for t in block), strict=True):
-            penalty, of_x, of_y = (part.to(wide) for part in parts)
-            total += (penalty * of_x) @ of_y
-    return number_of_first_rank(float(total))
+            penalty, of_x, *of_others = (part.to(wide) for part in parts)
+            weighted = penalty * of_x
+            for total, part in zip(totals, of_others, strict=True):
+                total.add_(weighted @ part)
+    return [number_of_first_rank(total) for total in torch.stack(totals).tolist()]
 
 
 def add_penalised(
@@ -151,7 +159,7 @@ def _search(
     objective: LinearObjective, point: Point, direction: Tensor, change: Tensor
 ) -> tuple[float, float]:
     """Search along a direction; ``change`` is the change of the logits over a unit step."""
-    linear, quadratic = (penalised(objective, direction, x) for x in (point.x, direction))
+    linear, quadratic = _penalised(objective, direction, point.x, direction)
     return search(Line(objective.loss, point.logits, change, linear, quadratic), point.value)
 
 

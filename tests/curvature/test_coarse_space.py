@@ -269,6 +269,8 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(coarse_space, "_MAX_BYTES", size // 2)
     fewer = subspace_of(problem)
     assert 0 < n_bytes(fewer) <= size // 2
+    monkeypatch.setattr(coarse_space, "free_bytes", lambda device: 1000)
+    assert [coarse_space._room(torch.device(kind)) for kind in ("cpu", "cuda")] == [size // 2, 250]
 
 
 def n_bytes(subspace):

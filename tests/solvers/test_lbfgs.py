@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sklearn_gradfeat.solvers import _lbfgs, minimize, preconditioned_norm
+from sklearn_gradfeat.solvers import _curvature_pairs, minimize, preconditioned_norm
 from tests.solvers.dense import LOSSES, Dense, normal, problem
 
 
@@ -145,9 +145,9 @@ def coarse_of(objective, size):
 def test_few_curvature_pairs_for_many_unknowns(monkeypatch):
     objective = problem("multinomial")
     full = solve(objective)
-    monkeypatch.setattr(_lbfgs, "_ELEMENTS", 2 * len(objective.penalty) * 4)
+    monkeypatch.setattr(_curvature_pairs, "_ELEMENTS", 2 * len(objective.penalty) * 4)
     some = solve(objective)
-    monkeypatch.setattr(_lbfgs, "_ELEMENTS", 1)
+    monkeypatch.setattr(_curvature_pairs, "_ELEMENTS", 1)
     fewest = solve(objective)
     assert [len(s.curvature_pairs.pairs) for s in (some, fewest)] == [4, 3]
     assert len(full.curvature_pairs.pairs) > 4

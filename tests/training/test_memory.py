@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sklearn_gradfeat import GradientFeatureClassifier
 from sklearn_gradfeat.curvature import _spectrum
-from sklearn_gradfeat.solvers import _lbfgs, _steps
+from sklearn_gradfeat.solvers import _curvature_pairs, _steps
 from sklearn_gradfeat.training import _two_stage_fit
 
 WIDTH = 256
@@ -56,7 +56,7 @@ def test_vectors_of_a_fit(monkeypatch):
 
     The spectra of the preconditioner, the network and its frozen copy are four others.
     """
-    monkeypatch.setattr(_lbfgs, "_ELEMENTS", 0)
+    monkeypatch.setattr(_curvature_pairs, "_ELEMENTS", 0)
     monkeypatch.setattr(_steps, "_BLOCK", 2**10)
     monkeypatch.setattr(_spectrum, "block_size", lambda device: 2**10)
     monkeypatch.setattr(_two_stage_fit, "with_rows_if_cheap", lambda tangent, *_: tangent)
