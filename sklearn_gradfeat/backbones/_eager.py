@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
-from sklearn_gradfeat.backbones._attention import plain_attention
+from sklearn_gradfeat.backbones._attention import plain_attention, without_cudnn
 from sklearn_gradfeat.backbones._graph import MODULE_LOCK, ActivationModule
 from sklearn_gradfeat.data import is_out_of_memory
 
@@ -77,7 +77,7 @@ def parameter_names(module: ActivationModule, example: Tensor) -> list[str]:
         for name, value in inner.named_parameters()
         if value.is_floating_point() and name.rpartition(".")[0] not in norms
     }
-    with torch.enable_grad():
+    with torch.enable_grad(), without_cudnn():
         try:
             (output,) = EagerHead(module, list(candidates))(*candidates.values(), example)
         except RuntimeError as error:

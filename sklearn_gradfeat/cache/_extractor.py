@@ -143,7 +143,7 @@ class Extractor:
     def batches(
         self, X: Any, network: Network, batch_size: BatchSize, verbose: bool, store: Store | None
     ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-        """Iterate over (rows, boundary tensors) of ``X``."""
+        """Iterate over (rows, boundary tensors) of ``X``, some of them in host memory."""
         trunk = self._trunk(X, network, batch_size, store)
         for batch in trunk.batches(verbose=verbose, keep=False):
             yield batch.rows, unrounded(batch.boundary, self.dtype)

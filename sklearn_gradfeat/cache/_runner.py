@@ -45,6 +45,7 @@ from sklearn_gradfeat.data import (
     Samples,
     free_bytes,
     is_lazy,
+    rows_on_device,
     slices,
     to_device,
     unless_out_of_memory,
@@ -327,8 +328,7 @@ class Trunk:
             return boundary, [Place(kept, i) for i in range(len(raw))], len(raw)
         made = {name: i for i, name in enumerate(new)}
         places = [p or Place(kept, made[name]) for p, name in zip(found, names, strict=True)]
-        taken = Boundary(places).take(slice(None))
-        return tuple(to_device(z, self.samples.device) for z in taken), places, len(new)
+        return Boundary(places).take(slice(None)), places, len(new)
 
     def _as_kept(self, boundary: Tensors) -> Tensors:
         """Return boundary tensors in the dtypes in which they are kept."""
@@ -345,7 +345,8 @@ class Trunk:
     def _compare(self, raw: Tensor, boundary: Tensors) -> None:
         """Raise an error if the boundary of samples depends on their batch."""
         if self.check is not None:
-            rows = influenced(boundary, lambda rows: self._pass(raw[rows]))
+            device = boundary[0].device
+            rows = influenced(boundary, lambda rows: [z.to(device) for z in self._pass(raw[rows])])
             if rows:
                 self.check(raw, rows)
 
@@ -357,9 +358,19 @@ class Trunk:
         )
 
     def _compute(self, raw: Tensor) -> Tensors:
-        """Return the boundary of samples as they were read, in parts where memory runs out."""
+        """Return the boundary of samples as they were read.
+
+        Where memory runs out, it is computed in parts, and returned in host memory.
+        """
+
+        def compute(rows: slice) -> Tensors:
+            boundary = self._pass(raw[rows])
+            if rows.stop - rows.start == len(raw):
+                return boundary
+            return tuple(z.cpu() for z in boundary)  # the device has no memory for all of them
+
         with threads_for(math.inf):
-            parts = self.batch_size.run(lambda rows: self._pass(raw[rows]), len(raw))
+            parts = self.batch_size.run(compute, len(raw))
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def _pass(self, raw: Tensor) -> Tensors:
@@ -415,7 +426,7 @@ def cache_samples(
     for batch in trunk.batches(verbose=verbose, keep=keep):
 
         def part(rows: slice | list[int], boundary: Tensors = batch.boundary) -> Tensor:
-            return activation(tuple(z[rows] for z in boundary))
+            return activation(rows_on_device(boundary, rows, trunk.samples.device))
 
         found = torch.cat(trunk.batch_size.run(part, batch.rows.stop - batch.rows.start))
         if batch.rows.start == 0 and trunk.check is not None:

@@ -7,7 +7,7 @@ import io
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -267,6 +267,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def rows_on_device(
+    tensors: Sequence[Tensor], rows: slice | list[int], device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return some rows of tensors, moved to a device."""
+    return tuple(to_device(tensor[rows], device) for tensor in tensors)
 
 
 def block_size(device: torch.device, on_cpu: int = _BLOCK) -> int:

@@ -20,7 +20,7 @@ from sklearn_gradfeat.backbones import (
     without_cudnn,
 )
 from sklearn_gradfeat.cache import Extractor
-from sklearn_gradfeat.data import BatchSize, Samples
+from sklearn_gradfeat.data import BatchSize, Samples, rows_on_device
 from sklearn_gradfeat.linearized import LinearizedHead, LinearModel, Tensors, to_numpy
 
 Groups = Mapping[str, Sequence[str]]
@@ -61,11 +61,11 @@ def logit_parts(
     shape, dtype = (X.shape[0], len(model.intercept)), to_numpy(model.intercept).dtype
     activation = np.empty(shape, dtype)
     parts = {name: np.empty(shape, dtype) for name in groups}
-    size = BatchSize(batch_size)
+    size, device = BatchSize(batch_size), extractor.backbone.example.device
 
     def in_parts(term: LinearModel, rows: slice, boundary: Tensors) -> npt.NDArray[Any]:
         logits = size.run(
-            lambda part: term.logits(head, tuple(z[part] for z in boundary)),
+            lambda part: term.logits(head, rows_on_device(boundary, part, device)),
             rows.stop - rows.start,
         )
         return np.concatenate([to_numpy(part) for part in logits])

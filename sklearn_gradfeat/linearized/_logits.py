@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sklearn_gradfeat.backbones import Network
 from sklearn_gradfeat.cache import NOT_FINITE, Extractor, Store
-from sklearn_gradfeat.data import MIN_ROWS, BatchSize
+from sklearn_gradfeat.data import MIN_ROWS, BatchSize, rows_on_device
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead, Tensors
 
 
@@ -253,12 +253,12 @@ def _predict(
     if tabular and n_samples < MIN_ROWS:
         X = X[np.arange(MIN_ROWS) % n_samples]
     network = model.network(extractor)
-    head = LinearizedHead.from_network(network)
+    head, device = LinearizedHead.from_network(network), extractor.backbone.example.device
     results = np.empty((X.shape[0], n_columns), dtype=to_numpy(model.intercept).dtype)
     for rows, boundary in extractor.batches(X, network, batch_size, verbose, store):
 
         def part(some: slice, boundary: Tensors = boundary) -> Tensor:
-            return function(head, tuple(z[some] for z in boundary))
+            return function(head, rows_on_device(boundary, some, device))
 
         results[rows] = to_numpy(torch.cat(batch_size.run(part, rows.stop - rows.start)))
     if not np.isfinite(results).all():

@@ -176,8 +176,13 @@ def test_file_of_trunk_outputs(tmp_path):
     np.testing.assert_allclose(*(m.decision_function(X) for m in models), atol=1e-4)
 
 
-def test_little_memory():
-    net = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), *NET[4:])
+@pytest.mark.parametrize(
+    "above",
+    [nn.Sequential(*NET[4:]), nn.Sequential(nn.Conv2d(64, 4, 3, 4), nn.ReLU(), nn.Flatten())],
+    ids=["images are the inputs of the layer", "inputs of the layer take twice the memory"],
+)
+def test_little_memory(above):
+    net = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), above)
     images = np.random.default_rng(0).normal(size=(2048, 1, 32, 32)).astype(np.float32)
     labels = np.arange(2048) % 2
     options = {"alpha": 0.1, "gradient_alpha": 0.1, "max_iter": 2, "tol": 1e-2, "device": DEVICE}
