@@ -185,21 +185,24 @@ def test_every_kind_of_spectra_against_dense_solve(monkeypatch, wide, table, nar
 
 
 @pytest.mark.parametrize("rest", [0.0, 1e-4, 1e-7])
+@pytest.mark.parametrize("of_outputs", [False, True])
 @pytest.mark.parametrize("alpha", [1e-3, 1e-6, 1e-8])
-def test_accuracy_in_float32(alpha, rest):
+def test_accuracy_in_float32(alpha, rest, of_outputs):
     """In the norm of the curvature, which the errors of a wide range of eigenvalues dominate."""
     m, n, k = 40, 120, 60
     left, right = random_basis(m, m), random_basis(n, n)
     a = torch.logspace(-4, 0, m, dtype=torch.float64)
     b = torch.logspace(-3, 0, k, dtype=torch.float64)
     inputs = Spectrum(b.float(), right[:, :k].float(), torch.tensor(rest))
-    inverse = KroneckerInverse(Spectrum(a.float(), left.float()), inputs, alpha)
+    spectra = Spectrum(a.float(), left.float()), inputs
+    inverse = KroneckerInverse(*(reversed(spectra) if of_outputs else spectra), alpha)
     curvature = a[:, None] * torch.cat([b, b.new_full((n - k,), rest)]) + inverse.damping
     solution = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     matrix = (left @ (solution * curvature) @ right.T).float()
     exact = (left.T @ matrix.double() @ right) / curvature
-    error = (left.T @ inverse(matrix).double() @ right - exact) * curvature.sqrt()
-    assert error.norm() < 1e-4 * (exact * curvature.sqrt()).norm()
+    solved = (inverse(matrix.mT).mT if of_outputs else inverse(matrix)).double()
+    error = (left.T @ solved @ right - exact) * curvature.sqrt()
+    assert error.norm() < 3e-4 * (exact * curvature.sqrt()).norm()
 
 
 class Operators(TorchDispatchMode):
@@ -214,7 +217,8 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("kind", "bias", "n"), [("exact", False, 5), ("few", False, 5), ("few", True, 7)]
+    ("kind", "bias", "n"),
+    [("exact", False, 5), ("few", False, 5), ("few", True, 7), ("partial", False, 7)],
 )
 def test_operators_on_small_matrices(kind, bias, n):
     """Every one of them is a kernel on a GPU."""
