@@ -27,6 +27,11 @@ _RANK = 1024
 _ITERATIONS = 3
 # Largest ratio of two eigenvalues whose inverses may cancel each other in float32.
 _RANGE = 1e5
+# Largest ratio of the eigenvalues of a product that is computed in advance: its rounding errors
+# are of the size of the largest one in all directions.
+_NARROW = 100
+# Arrays that only save operations are kept if they have at most so many numbers.
+_TABLE = 2**18
 # A decomposition has many steps, after which threads wait for each other. To be large, it must
 # have this many times the multiplications of a product.
 STEPS = 8
@@ -130,16 +135,38 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class KroneckerInverse:
-    """The inverse of ``output ⊗ inputs + alpha``, on tensors (..., n_outputs, n_inputs)."""
+    """The inverse of ``output ⊗ inputs + alpha``, on tensors (..., n_outputs, n_inputs).
+
+    If ``r`` is the rest of the inputs, the inverse for ``r`` is corrected in the eigenbasis::
+
+        X = U [f(r) (Uᵀ B)] + U [(f(a) - f(r)) (Uᵀ B V)] Vᵀ,    f(a) = 1 / (g aᵀ + alpha)
+
+    The first term is ``B / alpha`` if ``g r`` is negligible.
+    """
 
     def __init__(self, output: Spectrum, inputs: Spectrum, alpha: float) -> None:
         self.output, self.inputs = output, inputs
         curvature = output.values[..., :, None] * inputs.values[..., None, :]
         self.damping = damping(alpha, curvature)
-        self.wide_range = False
-        if inputs.rest is not None and curvature.numel():
-            smallest = float((output.values[..., 0] * inputs.rest).min()) + self.damping
-            self.wide_range = float(curvature.max()) > _RANGE * smallest
+        self.wide_range, self._keep = False, 0.0
+        self._beyond: _Reciprocals | None = None
+        if inputs.rest is not None and output.values.numel():
+            self._prepare_rest(inputs.rest, float(curvature.max()) if curvature.numel() else 0.0)
+        less = None if inputs.rest is None or self.wide_range else inputs.rest[..., None]
+        self._within = _Reciprocals(output, inputs.values, self.damping, less)
+
+    def _prepare_rest(self, rest: Tensor, largest: float) -> None:
+        """Prepare the inverse for the rest, where the largest curvature is given."""
+        lowest = self.output.values.amin(-1) if self.output.rest is None else self.output.rest
+        low = float((lowest * rest).min())
+        high = float((self.output.values.amax(-1) * rest).max())
+        self.wide_range = largest > _RANGE * (low + self.damping)
+        if high <= torch.finfo(rest.dtype).eps * self.damping:
+            self._keep = 1 / self.damping
+            return
+        narrow = high + self.damping <= _NARROW * (low + self.damping)
+        self._keep = 1.0
+        self._beyond = _Reciprocals(self.output, rest[..., None], self.damping, in_one=narrow)
 
     def __call__(self, matrix: Tensor) -> Tensor:
         """Return the solution for a matrix."""
@@ -158,68 +185,115 @@ class KroneckerInverse:
             The last column, if it is elsewhere.
         """
         parts = [matrix] if bias is None else [matrix, bias]
-        sizes = [part.shape[-1] for part in parts]
+        vectors = self.inputs.vectors
         with threads_for(matrix.numel() * self.inputs.values.shape[-1]):
-            if self.inputs.vectors is None:
-                values = self.inputs.values.split(sizes, -1)
-                for part, eigenvalues in zip(parts, values, strict=True):
-                    self._divide_(part, eigenvalues)
+            if vectors is None:
+                self._within.multiply_(matrix)
+                if bias is not None:
+                    self._within.multiply_(bias, first=matrix.shape[-1])
             else:
-                self._solve_(parts, self.inputs.vectors.split(sizes, -2))
+                self._solve_(parts, vectors.split([part.shape[-1] for part in parts], -2))
 
     def _solve_(self, parts: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         """Do the same in the eigenbasis of the inputs, whose rows are those of the columns."""
-        inside = _inside(parts, vectors)
-        rest = None if self.inputs.rest is None else self.inputs.rest[..., None]
-        if rest is None:
-            self._divide_(inside, self.inputs.values)
-            _add(inside, parts, vectors, keep=0)
-            return
+        inside, again = _inside(parts, vectors), None
         if self.wide_range:
             # Subtract twice to remove rounding errors, which are divided by a tiny number then.
             _add(inside, parts, vectors, sign=-1)
-            _add(_inside(parts, vectors), parts, vectors, sign=-1)
-            self._divide_(inside, self.inputs.values)
-        else:
-            # The inverse on the rest of the space, corrected within the eigenbasis.
-            other = inside.clone()
-            self._divide_(other, rest)
-            self._divide_(inside, self.inputs.values)
-            inside -= other
-            del other
-        for part in parts:
-            self._divide_(part, rest)
-        _add(inside, parts, vectors)
+            again = _inside(parts, vectors)
+        self._within.multiply_(inside)
+        if self._beyond is not None:
+            for part in parts if again is None else [*parts, again]:
+                self._beyond.multiply_(part)
+        if again is not None:
+            inside.sub_(again, alpha=self._keep)
+        _add(inside, parts, vectors, keep=self._keep)
 
-    def _divide_(self, matrix: Tensor, eigenvalues: Tensor) -> None:
-        """Apply the inverse to columns in the eigenbasis of the inputs, some at a time."""
+
+class _Reciprocals:
+    """The matrix ``U f(g) Uᵀ`` of the outputs for every column in the eigenbasis of the inputs.
+
+    Parameters
+    ----------
+    output : Spectrum
+        The eigenvalues ``g`` and vectors ``U`` of the outputs.
+    values : tensor of shape (..., n_columns) or (..., 1)
+        The eigenvalues ``a`` of all columns, or the same for all.
+    alpha : float
+        The penalty in ``f(g) = 1 / (g a + alpha)``.
+    less : tensor of shape (..., 1) or None
+        Eigenvalues ``r``, for the difference ``1 / (g a + alpha) - 1 / (g r + alpha)``.
+    in_one : bool
+        Whether to multiply the three matrices in advance, if the product is not large. ``values``
+        must be the same for all columns.
+    """
+
+    def __init__(
+        self,
+        output: Spectrum,
+        values: Tensor,
+        alpha: float,
+        less: Tensor | None = None,
+        *,
+        in_one: bool = False,
+    ) -> None:
+        self.output, self.values, self.alpha, self.less = output, values, alpha, less
+        self.table: Tensor | None = None
+        self.product: Tensor | None = None
+        vectors = output.vectors if in_one and output.rest is None else None
+        if vectors is not None and vectors.numel() <= _TABLE:
+            self.product = (vectors * self._scale(output.values, slice(None)).mT) @ vectors.mT
+        elif output.values.numel() * values.shape[-1] <= _TABLE:
+            self.table = self._scale(output.values, slice(None))
+
+    def multiply_(self, matrix: Tensor, first: int = 0) -> None:
+        """Multiply columns, of which the first one has a given number, some at a time."""
         n_columns = max(1, block_size(matrix.device) // max(1, matrix.shape[:-1].numel()))
         for start in range(0, matrix.shape[-1], n_columns):
-            some = slice(start, start + n_columns)
-            shared = eigenvalues.shape[-1] == 1
-            own = eigenvalues if shared else eigenvalues[..., some]
-            self._divide_all(matrix[..., some], own[..., None, :])
+            part = matrix[..., start : start + n_columns]
+            self._multiply_(part, slice(first + start, first + start + part.shape[-1]))
 
-    def _divide_all(self, matrix: Tensor, eigenvalues: Tensor) -> None:
-        output, curvature = self.output, self.output.values[..., None] * eigenvalues + self.damping
-        if output.vectors is None:
-            matrix.div_(curvature)
+    def _multiply_(self, matrix: Tensor, columns: slice) -> None:
+        if self.product is not None:
+            matrix.copy_(self.product @ matrix)
             return
-        inside = output.vectors.mT @ matrix
-        if output.rest is None:
-            matrix.copy_(output.vectors @ inside.div_(curvature))
+        if self.values.shape[-1] == 1:
+            columns = slice(None)
+        vectors, rest = self.output.vectors, self.output.rest
+        if self.table is None:
+            scale = self._scale(self.output.values, columns)
+        else:
+            scale = self.table[..., columns]
+        if vectors is None:
+            matrix.mul_(scale)
             return
-        for _ in range(2):
-            matrix.sub_(output.vectors @ (output.vectors.mT @ matrix))
-        matrix.div_(output.rest[..., None, None] * eigenvalues + self.damping)
-        matrix.add_(output.vectors @ inside.div_(curvature))
+        inside = vectors.mT @ matrix
+        if rest is None:
+            _multiply_add_(matrix, vectors, inside.mul_(scale), keep=0)
+            return
+        # Subtract twice as in the eigenbasis of the inputs.
+        _multiply_add_(matrix, vectors, inside, sign=-1)
+        again, scale_of_rest = vectors.mT @ matrix, self._scale(rest[..., None], columns)
+        inside.mul_(scale).sub_(again.mul_(scale_of_rest))
+        _multiply_add_(matrix.mul_(scale_of_rest), vectors, inside)
+
+    def _scale(self, output: Tensor, columns: slice) -> Tensor:
+        """Return ``f`` of eigenvalues of the outputs, for some columns."""
+        scale = (output[..., :, None] * self.values[..., None, columns]).add_(self.alpha)
+        scale.reciprocal_()
+        if self.less is not None:
+            scale -= (output * self.less + self.alpha).reciprocal_()[..., :, None]
+        return scale
 
 
 def _inside(parts: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
     """Return the product of a matrix, in parts of its columns, with the rows of vectors."""
     total = parts[0] @ vectors[0]
     for part, rows in zip(parts[1:], vectors[1:], strict=True):
-        total += part * rows if part.shape[-1] == 1 else part @ rows
+        if part.shape[-1] == 1:
+            total.addcmul_(part, rows)
+        else:
+            _multiply_add_(total, part, rows)
     return total
 
 
@@ -232,8 +306,15 @@ def _add(
 ) -> None:
     """Replace a matrix by ``keep`` times it plus ``sign`` times the columns from the eigenbasis."""
     for part, rows in zip(parts, vectors, strict=True):
-        add = part.addmm_ if part.ndim == 2 else part.baddbmm_
-        add(inside, rows.mT, beta=keep, alpha=sign)
+        _multiply_add_(part, inside, rows.mT, keep, sign)
+
+
+def _multiply_add_(
+    total: Tensor, left: Tensor, right: Tensor, keep: float = 1, sign: float = 1
+) -> None:
+    """Replace ``total`` by ``keep`` times it plus ``sign`` times a product of matrices."""
+    add = total.addmm_ if total.ndim == 2 else total.baddbmm_
+    add(left, right, beta=keep, alpha=sign)
 
 
 def damping(alpha: float, curvature: Tensor) -> float:

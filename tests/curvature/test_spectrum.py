@@ -1,7 +1,10 @@
 """Kronecker-factored inverses against dense ones."""
 
+import itertools
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sklearn_gradfeat.curvature import _spectrum
 from sklearn_gradfeat.curvature._spectrum import KroneckerInverse, Spectrum
@@ -117,3 +120,113 @@ def test_decomposition_that_fails_is_done_in_another_way(shape, monkeypatch):
     found = Spectrum.from_matrix(matrix)
     torch.testing.assert_close(found.values, expected.values)
     torch.testing.assert_close(found.vectors @ (found.values[..., None] * found.vectors.mT), matrix)
+
+
+def random_basis(*shape):
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(*shape, dtype=torch.float64, generator=generator)).Q
+
+
+def spectrum_and_matrix(lead, n, kind):
+    """A spectrum, and the matrices that it stands for."""
+    n_values = {"partial": n // 2, "small rest": n // 2, "few": n // 2, "nothing": 0}.get(kind, n)
+    steps = torch.logspace(-2, 0, n_values, dtype=torch.float64)
+    values = steps * torch.linspace(1, 2, max(1, lead)).double()[:, None]
+    rest = {"partial": 0.003, "small rest": 1e-18, "few": 0.0, "nothing": 0.0}.get(kind)
+    vectors = random_basis(max(1, lead), n, n)
+    if kind == "diagonal":
+        vectors = torch.eye(n, dtype=torch.float64).expand_as(vectors)
+    all_values = torch.cat([values, values.new_full((len(values), n - n_values), rest or 0.0)], 1)
+    dense = vectors @ torch.diag_embed(all_values) @ vectors.mT
+    rests = None if rest is None else values.new_full((len(values),), rest)
+    parts = values, None if kind == "diagonal" else vectors[..., :n_values], rests
+    if not lead:
+        parts = [None if part is None else part[0] for part in parts]
+    return Spectrum(*parts), dense
+
+
+CASES = list(
+    itertools.product(
+        ["exact", "partial", "diagonal"],
+        ["exact", "partial", "small rest", "few", "nothing", "diagonal"],
+        [0, 1, 3],
+    )
+)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("table", [2**18, 0])
+@pytest.mark.parametrize("narrow", [0, 1e9])
+@pytest.mark.parametrize("block", [2**20, 20])
+def test_every_kind_of_spectra_against_dense_solve(monkeypatch, wide, table, narrow, block):
+    """With and without a column elsewhere, kept tables, and blocks of columns."""
+    monkeypatch.setattr(_spectrum, "_RANGE", 0 if wide else 1e9)
+    monkeypatch.setattr(_spectrum, "_TABLE", table)
+    monkeypatch.setattr(_spectrum, "_NARROW", narrow)
+    monkeypatch.setattr(_spectrum, "block_size", lambda device: block)
+    m, n = 6, 9
+    for of_outputs, of_inputs, lead in CASES:
+        output, left = spectrum_and_matrix(lead, m, of_outputs)
+        inputs, right = spectrum_and_matrix(lead, n, of_inputs)
+        shape = (lead, m, n) if lead else (m, n)
+        matrix = torch.randn(shape, dtype=torch.float64)
+        inverse = KroneckerInverse(output, inputs, ALPHA)
+        rows = matrix.view(-1, m, n)
+        dense = torch.stack([torch.kron(*pair) for pair in zip(left, right, strict=True)])
+        dense += ALPHA * torch.eye(m * n, dtype=torch.float64)
+        expected = torch.linalg.solve(dense, rows.reshape(len(rows), -1)).view(shape)
+        case = f"{of_outputs} {of_inputs} {lead}"
+        before = matrix.clone()
+        torch.testing.assert_close(inverse(matrix), expected, msg=case)
+        assert torch.equal(matrix, before)
+        first, last = matrix[..., :-1].clone(), matrix[..., -1:].clone()
+        inverse.solve_(first, last)
+        torch.testing.assert_close(torch.cat([first, last], -1), expected, msg=case)
+
+
+@pytest.mark.parametrize("rest", [0.0, 1e-4, 1e-7])
+@pytest.mark.parametrize("of_outputs", [False, True])
+@pytest.mark.parametrize("alpha", [1e-3, 1e-6, 1e-8])
+def test_accuracy_in_float32(alpha, rest, of_outputs):
+    """In the norm of the curvature, which the errors of a wide range of eigenvalues dominate."""
+    m, n, k = 40, 120, 60
+    left, right = random_basis(m, m), random_basis(n, n)
+    a = torch.logspace(-4, 0, m, dtype=torch.float64)
+    b = torch.logspace(-3, 0, k, dtype=torch.float64)
+    inputs = Spectrum(b.float(), right[:, :k].float(), torch.tensor(rest))
+    spectra = Spectrum(a.float(), left.float()), inputs
+    inverse = KroneckerInverse(*(reversed(spectra) if of_outputs else spectra), alpha)
+    curvature = a[:, None] * torch.cat([b, b.new_full((n - k,), rest)]) + inverse.damping
+    solution = torch.randn(m, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    matrix = (left @ (solution * curvature) @ right.T).float()
+    exact = (left.T @ matrix.double() @ right) / curvature
+    solved = (inverse(matrix.mT).mT if of_outputs else inverse(matrix)).double()
+    error = (left.T @ solved @ right - exact) * curvature.sqrt()
+    assert error.norm() < 3e-4 * (exact * curvature.sqrt()).norm()
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = {"alias", "expand", "select", "slice", "split_with_sizes", "t", "transpose", "view"}
+        self.n += func.overloadpacket.__name__ not in views | {"_unsafe_view", "unsqueeze"}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias", "n"),
+    [("exact", False, 5), ("few", False, 5), ("few", True, 7), ("partial", False, 7)],
+)
+def test_operators_on_small_matrices(kind, bias, n):
+    """Every one of them is a kernel on a GPU."""
+    inverse = KroneckerInverse(
+        *(spectrum_and_matrix(0, *s)[0] for s in ((6, "exact"), (9, kind))), 1
+    )
+    matrix = torch.randn(6, 9, dtype=torch.float64)
+    parts = (matrix[:, :-1].clone(), matrix[:, -1:].clone()) if bias else (matrix,)
+    with Operators() as operators:
+        inverse.solve_(*parts)
+    assert operators.n <= n
