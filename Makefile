@@ -11,12 +11,13 @@ OLDEST := $(VENV)-oldest
 PYTEST := OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow coverage oldest docs lint ruff format-check types imports format clean
+.PHONY: help demo test slow cuda coverage oldest docs lint ruff format-check types imports format clean
 
 help:
 	@echo 'make demo     install into $(VENV) and run the quick start; on images of yours: DATA=cifar10.zip'
 	@echo 'make test     lint and the fast tests'
 	@echo 'make slow     the slow tests'
+	@echo 'make cuda     the tests that need a CUDA device'
 	@echo 'make coverage the fast tests, with the lines and branches that none of them reaches'
 	@echo 'make oldest   the fast tests with the oldest versions that pyproject.toml promises'
 	@echo 'make docs     build the documentation into docs/_build/html'
@@ -37,6 +38,9 @@ test: lint
 
 slow: $(INSTALLED)
 	$(PYTEST) -m slow
+
+cuda: $(INSTALLED)
+	$(BIN)/python -m pytest -m cuda
 
 coverage: $(INSTALLED)
 	$(PYTEST) --cov --cov-report=term-missing

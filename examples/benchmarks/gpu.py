@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -74,11 +75,27 @@ def problem(name, arguments):
         layers = LAYERS[name]
         setattr(network, HEADS.get(name, "fc"), torch.nn.Identity())
         preprocess = scaled_images(arguments.size)
+        set_batch_norms(network, preprocess(torch.from_numpy(X[:FEW])))
     model = GradientFeatureClassifier(
         network, preprocess=preprocess, gradient_layers=layers, alpha=0.1, gradient_alpha=1e-3,
         device=arguments.device, batch_size=arguments.batch_size, activation_layer=None,
     )  # fmt: skip
     return model, X, y
+
+
+@torch.no_grad()
+def set_batch_norms(network, x):
+    """Let batch norms divide by the deviations of a batch, as those of a trained network do."""
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    network.train()(x)
+    network.eval()
+
+
+def few(X):
+    """Return a slice of few samples, which are of all classes."""
+    return slice(None, None, max(1, len(X) // FEW))
 
 
 def synchronize(device):
@@ -106,19 +123,19 @@ def forward(model, X):
 
 def agreement(model, X, y):
     """Return the relative difference of the objectives on both devices, for few images."""
-    few = slice(None, None, max(1, len(X) // FEW))
+    some = few(X)
     options = {"tol": 1e-6, "max_iter": 200}
     reached = {}
     for device in {"cpu", model.device}:
         fitted = model.__class__(**{**model.get_params(), "device": device, **options})
-        reached[device] = fitted.fit(X[few], y[few]).objective_path_[-1]
+        reached[device] = fitted.fit(X[some], y[some]).objective_path_[-1]
     return abs(reached[model.device] / reached["cpu"] - 1)
 
 
 def speed(model, X, y, repeats):
     """Return seconds of fits and predictions, alone and in units of a forward pass."""
     device, rows = model.device, []
-    seconds(device, model.fit, X[:FEW], y[:FEW])  # captures the graph, loads kernels
+    seconds(device, model.fit, X[few(X)], y[few(X)])  # captures the graph, loads kernels
     searching = model.__class__(**{**model.get_params(), "alpha": "auto", "gradient_alpha": "auto"})
     for _ in range(repeats):
         row = {"forward": seconds(device, neutral_state()(forward), model, X)[0]}
@@ -194,9 +211,8 @@ def profiled(objective, direction, logits, captured, device):
 
 def errors(model, X, y):
     """Return the relative errors of a gradient in TF32 and bfloat16, on few images."""
-    few = slice(None, None, max(1, len(X) // FEW))
     with neutral_state():
-        stages = two_stages(model, X[few], y[few])
+        stages = two_stages(model, X[few(X)], y[few(X)])
     network = stages._prepared.network
     rows, boundary = next(iter(stages.samples.batches()))
     generator = torch.Generator().manual_seed(0)
@@ -276,6 +292,7 @@ def main():
                 rows[-1][part] = measure()
             except Exception as error:  # the other parts are worth their time on the device
                 rows[-1][part] = f"{type(error).__name__}: {error}"
+                traceback.print_exc()
             print(name, part, rows[-1][part], f"({time.perf_counter() - start:.0f} s)", flush=True)
             save(rows, arguments, **known)
 
