@@ -367,11 +367,18 @@ def run_once(module: Callable[[Tensor], Tensor], example: Tensor) -> Tensor:
     except (RuntimeError, IndexError, AssertionError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
+        elsewhere = ""
+        if example.device.type != "cpu":
+            elsewhere = (
+                f" On {example.device}, the tensors of the network must be parameters, buffers, or "
+                "made on the device of its input; for other networks, set device='cpu'."
+            )
         raise ValueError(
             f"backbone failed on a batch of shape {tuple(example.shape)} and dtype "
             f"{example.dtype}: {error}\n{layout_advice(module, example)}Pass X, or set "
             "preprocess, so that the batch has the shape, dtype and range of values that the "
             "network expects. If the network itself casts to float32, set precision='float32'."
+            f"{elsewhere}"
         ) from error
 
 

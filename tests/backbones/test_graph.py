@@ -11,6 +11,7 @@ from torchvision.models import resnet
 
 from sklearn_gradfeat import GradientFeatureClassifier
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone
+from sklearn_gradfeat.backbones._graph import run_once
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead
 from tests.tiny import NET, X, Y, estimator, tiny_net
 
@@ -217,3 +218,11 @@ def test_embedding_bags_have_both_derivatives(arguments):
     v = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(head.jvp(boundary, u), J @ u)
     torch.testing.assert_close(head.vjp(boundary, v), torch.einsum("no,nop->p", v, J))
+
+
+# --- the device ------------------------------------------------------------------------------
+def test_tensors_on_another_device_than_the_batch_are_explained():
+    with pytest.raises(ValueError, match=r"On meta, the tensors of the network must be param"):
+        run_once(lambda x: torch.cat([x, torch.ones(2, 4)]), torch.empty(2, 4, device="meta"))
+    with pytest.raises(ValueError, match=r"precision='float32'\.$"):
+        run_once(lambda x: x[:, 9], torch.empty(2, 4))

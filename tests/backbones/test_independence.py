@@ -48,7 +48,7 @@ class Counter(nn.Module):
 
 RANDOM = {
     "torch.nn.functional.dropout": Function(F.dropout),
-    "torch.rand": Function(lambda x: x * (torch.rand(len(x), 1, 6, 6) > 0.3)),
+    "torch.rand": Function(lambda x: x * (torch.rand(len(x), 1, 6, 6, device=x.device) > 0.3)),
     "torch.nn.functional.rrelu": Function(lambda x: F.rrelu(x, training=True)),
     "torch.Tensor.mul": Counter(),
     "torch.Tensor.multiply": Function(lambda x: x.multiply(np.random.default_rng().normal())),
@@ -224,15 +224,15 @@ class Centred(nn.Module):
 def test_state_that_the_first_batch_sets(kind):
     network = Applied(Centred(kind))
     with pytest.raises(ValueError, match=r"backbone keeps state of the first batch.*Call it on"):
-        estimator(network).fit(X, Y)
+        estimator(network, device="cpu").fit(X, Y)
     assert network.function.mean is None
     network(torch.from_numpy(X)).sum().backward()
-    estimator(network).fit(X, Y)
+    estimator(network, device="cpu").fit(X, Y)
 
 
 def test_layers_that_are_built_late(tmp_path):
     network = nn.Sequential(nn.Conv2d(1, 2, 3), BuiltLate())
-    model = estimator(network).fit(X, Y)
+    model = estimator(network, device="cpu").fit(X, Y)
     model.save(tmp_path / "model")
     before = torch.get_rng_state()
     loaded = load(tmp_path / "model", network)

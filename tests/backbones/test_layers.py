@@ -277,7 +277,7 @@ class Logarithms(nn.Module):
         self.layer = nn.Linear(4, 4)
 
     def forward(self, x):
-        return torch.where(torch.arange(4) > 1, x + self.layer(x), -torch.inf)
+        return torch.where(torch.arange(4, device=x.device) > 1, x + self.layer(x), -torch.inf)
 
 
 class Compiled(nn.Module):
@@ -317,7 +317,8 @@ def test_default_without_a_derivative():
             return torch.from_numpy(np.tanh(super().forward(x).detach().numpy()))
 
     x = np.random.default_rng(0).normal(size=(12, 5))
-    model = estimator(OfNumpy(Linears(5, 4, 4)), features="activation").fit(x, np.arange(12) % 2)
+    options = {"features": "activation", "device": "cpu"}
+    model = estimator(OfNumpy(Linears(5, 4, 4)), **options).fit(x, np.arange(12) % 2)
     assert model.coef_.shape == (1, 4)
 
 

@@ -64,7 +64,7 @@ def test_integer_weights_are_repetitions():
 
 
 def test_products_are_those_of_the_dense_jacobian():
-    extractor = fit()._extractor
+    extractor = fit(device="cpu")._extractor
     network = extractor.network(["2.weight"])
     x = torch.from_numpy(ROWS[:5])
     boundary = network.boundary(x)

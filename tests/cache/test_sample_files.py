@@ -144,7 +144,8 @@ def test_files_have_no_name_and_end_with_their_objects(tmp_path):
 def fitted_bits(kind, targets, parameters):
     images, labels = data(90)
     y = labels if targets == "classes" else images[:, 0, :2, 0] + labels[:, None]
-    estimator = kind(NET, batch_size=32, max_iter=40, tol=1e-4, **parameters)
+    options = {"batch_size": 32, "max_iter": 40, "tol": 1e-4, "device": "cpu"}
+    estimator = kind(NET, **options, **parameters)
     weights = np.random.default_rng(1).random(90)
     estimator.fit(images, y, sample_weight=weights)
     arrays = (estimator.coef_, estimator.intercept_, *estimator.gradient_coef_.values())
@@ -258,7 +259,8 @@ def test_full_disk_raises_and_leaves_nothing(streamed, n_files, monkeypatch):
         patched.setattr(os, "posix_fallocate", limited)
         message = "temporary file of .* GB, which cannot be created: No space left on device"
         with pytest.raises(OSError, match=message) as caught:
-            model(None, feature_store=store, alpha="auto", gradient_alpha="auto").fit(*data(60))
+            options = {"alpha": "auto", "gradient_alpha": "auto", "device": "cpu"}
+            model(None, feature_store=store, **options).fit(*data(60))
     assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(store))
     assert {file.suffix for file in store.iterdir()} == STORE_FILES
     model(None, feature_store=store).fit(X, Y)

@@ -339,7 +339,7 @@ def test_no_thread_outlives_a_failing_network(folder):
     def preprocess(batch):
         nonlocal n_batches
         n_batches += 1
-        if n_batches == 3:
+        if n_batches >= 3:
             raise RuntimeError("on purpose")
         return batch
 

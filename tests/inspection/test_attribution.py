@@ -12,7 +12,7 @@ def test_terms_have_the_scales_of_activation_layers():
     term = InputTerm(*model._extractor_and_model(), "full")
     x = term.inputs(X[:3])
     expected = model.decision_function(X[:3]) - model.intercept_
-    np.testing.assert_allclose(term.values(x), expected, atol=1e-12)
+    np.testing.assert_allclose(term.values(x).cpu(), expected, atol=1e-12)
     move = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     change = (term.values(x + 1e-6 * move) - term.values(x - 1e-6 * move))[:, 1] / 2e-6
     gradient = term.gradient(x, [1, 1, 1])

@@ -67,7 +67,7 @@ def test_vectors_of_a_fit(monkeypatch):
         network = Wide()
     model = GradientFeatureClassifier(
         network, preprocess=torch.nn.Identity(), gradient_layers=["wide"], alpha=0.1,
-        gradient_alpha=1e-4, batch_size=8, feature_store=None, tol=1e-9, max_iter=12,
+        gradient_alpha=1e-4, batch_size=8, feature_store=None, tol=1e-9, max_iter=12, device="cpu",
     )  # fmt: skip
     model.fit(X, y)  # captures the graph of the network
     vector = 4 * WIDTH**2

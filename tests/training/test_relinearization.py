@@ -338,7 +338,7 @@ def test_copies_share_the_rows_of_a_point(monkeypatch):
 def test_linear_model_with_a_proximal_term(monkeypatch):
     """It is the minimum of the dense problem, which is also what a move promises."""
     monkeypatch.setattr(_relinearization, "_TOL", 0)
-    fits = stages(classifier(tol=1e-14))
+    fits = stages(classifier(tol=1e-14, device="cpu"))
     alpha, gradient_alpha, proximal = 1e-2, 1e-3, 0.3
     run = Relinearization(fits, fits.fit_activation(alpha))
     run.linear(gradient_alpha)

@@ -184,7 +184,7 @@ def test_stages_for_several_penalties_share_the_samples():
     for alpha in (0.1, 1.0):
         result = stages.fit(alpha, 0.5)
         expected = estimator(precision="float64", alpha=alpha, gradient_alpha=0.5).fit(X, Y)
-        np.testing.assert_allclose(result.model.weights, expected.coef_, rtol=0.02, atol=1e-4)
+        np.testing.assert_allclose(result.model.weights.cpu(), expected.coef_, rtol=0.02, atol=1e-4)
     assert prepared.settings == FitSettings("full", "ntk", True, 1e-4, 40)
 
 
