@@ -31,7 +31,7 @@ from sklearn_gradfeat.solvers._steps import add_penalised
 
 # The smallest and the largest number of curvature pairs that are kept. In between, all pairs
 # together have no more elements than this.
-_FEWEST, _MOST = 3, 30
+_FEWEST, _MOST = 2, 30
 _ELEMENTS = 2**26
 
 Array: TypeAlias = npt.NDArray[np.float64]

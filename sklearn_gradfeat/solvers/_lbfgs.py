@@ -259,9 +259,12 @@ def minimize(
                 break
             memory.clear()
             continue
-        step, change = moved.x - point.x, moved.gradient - point.gradient
+        step = moved.x - point.x
+        former = point.gradient if keep is None else point.gradient.clone()
+        change = former.neg_().add_(moved.gradient)
         point, n_iter = moved, n_iter + 1
         preconditioned = memory.learn(step, change, point.gradient, preconditioned)
+        del step, change, former, moved  # memory for the next preconditioner
         path.append(point.value)
         norm = _norm(point.gradient, preconditioned)
         decrement, wanted = norm**2 / 2, tolerance(point.value)
@@ -270,6 +273,7 @@ def minimize(
             break
         if not same_curvature(memory.curvature, loss, point.logits):
             has_space, solve, passes = solve is not None, None, passes + 1
+            del preconditioned
             point, memory = _rebuilt(objective, precondition, point, memory)
             preconditioned = memory.inverse(point.gradient.clone())
             norm = _norm(point.gradient, preconditioned)
