@@ -237,8 +237,7 @@ def minimize(
         point, memory = _restored(objective, precondition, state)
         path, passes, coarse_pairs = list(state.objective_path), state.n_passes, state.coarse_pairs
     del x  # its memory, unless the caller has it
-    preconditioned = memory.inverse(point.gradient.clone())
-    norm = _norm(point.gradient, preconditioned)
+    preconditioned, norm = _measured(point, memory)
     n_iter = len(path) - 1
     solve = None if coarse is None or coarse_pairs is None else coarse(memory.inverse)
     if solve and coarse_pairs:
@@ -259,12 +258,10 @@ def minimize(
                 break
             memory.clear()
             continue
-        step = moved.x - point.x
-        former = point.gradient if keep is None else point.gradient.clone()
-        change = former.neg_().add_(moved.gradient)
+        step, change = _differences(point, moved, keep is not None)
         point, n_iter = moved, n_iter + 1
         preconditioned = memory.learn(step, change, point.gradient, preconditioned)
-        del step, change, former, moved  # memory for the next preconditioner
+        del step, change, moved  # memory for the next preconditioner
         path.append(point.value)
         norm = _norm(point.gradient, preconditioned)
         decrement, wanted = norm**2 / 2, tolerance(point.value)
@@ -275,14 +272,28 @@ def minimize(
             has_space, solve, passes = solve is not None, None, passes + 1
             del preconditioned
             point, memory = _rebuilt(objective, precondition, point, memory)
-            preconditioned = memory.inverse(point.gradient.clone())
-            norm = _norm(point.gradient, preconditioned)
+            preconditioned, norm = _measured(point, memory)
             solve = coarse(memory.inverse) if coarse and has_space else None
         if keep is not None:
             keep(_state(point, memory, path, passes, solve))
     return Solution(
         point.x, path, n_iter, passes, status, norm, CurvaturePairs(memory.pairs, penalties)
     )
+
+
+def _differences(point: Point, moved: Point, is_kept: bool) -> tuple[Tensor, Tensor]:
+    """Return the step to another point, and the change of the gradient.
+
+    The former gradient is overwritten unless it is kept.
+    """
+    gradient = point.gradient.clone() if is_kept else point.gradient
+    return moved.x - point.x, gradient.neg_().add_(moved.gradient)
+
+
+def _measured(point: Point, memory: _Memory) -> tuple[Tensor, float]:
+    """Return ``Pg`` at a point, and ``sqrt(gᵀPg)``."""
+    preconditioned = memory.inverse(point.gradient.clone())
+    return preconditioned, _norm(point.gradient, preconditioned)
 
 
 def _rebuilt(
