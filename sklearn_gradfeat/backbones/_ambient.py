@@ -16,9 +16,12 @@ Value = TypeVar("Value")
 
 _AUTOCAST = ("cpu", "cuda", "mps")
 # What may trade the accuracy of float32 for speed; convolutions on CUDA do so by default.
-_ROUNDING: tuple[Any, ...] = operator.attrgetter(
-    "cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn.conv", "mkldnn.rnn", "mkldnn.matmul"
-)(torch.backends)
+_ON_CPU: tuple[Any, ...] = operator.attrgetter("mkldnn.conv", "mkldnn.rnn", "mkldnn.matmul")(
+    torch.backends
+)
+_ON_CUDA: tuple[Any, ...] = operator.attrgetter("cudnn.conv", "cudnn.rnn", "cuda.matmul")(
+    torch.backends
+)
 
 
 @contextmanager
@@ -35,16 +38,22 @@ def _single_precision() -> Iterator[None]:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Let products of float32 numbers have all digits, without TF32 or bfloat16."""
+    """Let products of float32 numbers have all digits, without TF32 or bfloat16.
+
+    The switches for CUDA stay as they are without a device: once restored, those of cuDNN no longer
+    follow ``torch.backends.fp32_precision``, as after torch's own ``torch.backends.cudnn.flags``.
+    """
+    cuda = torch.cuda.is_available()
+    kinds = (*_ON_CPU, *_ON_CUDA) if cuda else _ON_CPU
+    before = [kind.fp32_precision for kind in kinds]
     # torch refuses to read the older switches where the newer ones contradict them.
-    convolutions = _readable(lambda: torch.backends.cudnn.allow_tf32)
+    convolutions = cuda and _readable(lambda: torch.backends.cudnn.allow_tf32)
     matrices = _readable(torch.get_float32_matmul_precision)
-    before = [kind.fp32_precision for kind in _ROUNDING]
     if convolutions:
         torch.backends.cudnn.allow_tf32 = False
     if matrices in ("high", "medium"):
         torch.set_float32_matmul_precision("highest")
-    for kind in _ROUNDING:
+    for kind in kinds:
         if kind.fp32_precision not in ("none", "ieee"):
             kind.fp32_precision = "ieee"
     try:
@@ -54,7 +63,7 @@ def _exact_products() -> Iterator[None]:
             torch.backends.cudnn.allow_tf32 = True
         if matrices in ("high", "medium"):
             torch.set_float32_matmul_precision(matrices)
-        for kind, value in zip(_ROUNDING, before, strict=True):
+        for kind, value in zip(kinds, before, strict=True):
             if kind.fp32_precision != value:
                 kind.fp32_precision = value
 

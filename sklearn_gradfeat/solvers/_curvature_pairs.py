@@ -17,8 +17,7 @@ References
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -33,6 +32,8 @@ from sklearn_gradfeat.solvers._steps import add_penalised
 # together have no more elements than this.
 _FEWEST, _MOST = 2, 30
 _ELEMENTS = 2**26
+# Largest matrix of vectors, in numbers: moving its rows costs memory traffic.
+_MATRIX = 2**22
 
 Array: TypeAlias = npt.NDArray[np.float64]
 # Applies a preconditioner; it may overwrite its argument.
@@ -55,28 +56,34 @@ class InverseHessian:
         Applies ``P``.
     like : tensor of shape (n,)
         A vector of unknowns.
+
+    Attributes
+    ----------
+    scale : float
+        The factor ``γ``.
+    products : ndarray of shape (n_pairs, n_pairs)
+        The upper triangle is that of ``SᵀY``.
     """
 
     def __init__(self, inverse: Inverse, like: Tensor) -> None:
         self.inverse, self.scale = inverse, 1.0
-        n_pairs = max(_FEWEST, min(_MOST, _ELEMENTS // (2 * len(like))))
-        self._steps, self._changes = (_Vectors(n_pairs, like, n_pairs == _MOST) for _ in range(2))
-        self._products = np.zeros((n_pairs, n_pairs))  # SᵀY
-        self._order: deque[int] = deque()
+        self._most = max(_FEWEST, min(_MOST, _ELEMENTS // (2 * len(like))))
+        self._steps, self._changes = (_Vectors(self._most, len(like)) for _ in range(2))
+        self.products = np.empty((0, 0))
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self.products)
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The pairs, the oldest first."""
-        order = list(self._order)
-        return list(zip(self._steps.copies(order), self._changes.copies(order), strict=True))
+        return list(zip(self._steps.copies(), self._changes.copies(), strict=True))
 
     def clear(self) -> None:
-        """Drop all pairs."""
-        while self._order:
-            self._drop()
+        """Free all pairs."""
+        self._steps.clear()
+        self._changes.clear()
+        self.products = np.empty((0, 0))
 
     def add(self, step: Tensor, change: Tensor, preconditioned: Tensor | None = None) -> None:
         """Store a pair; ``Py``, where it is given, yields the scale.
@@ -87,20 +94,21 @@ class InverseHessian:
         if preconditioned is not None:
             numbers.append(change @ preconditioned)
         curvature, *lengths = torch.stack(numbers).tolist()
-        if curvature <= torch.finfo(step.dtype).eps * lengths[0] * lengths[1]:
+        if not curvature > torch.finfo(step.dtype).eps * lengths[0] * lengths[1]:
             return
         if preconditioned is not None:
-            if lengths[2] <= 0:
+            if not lengths[2] > 0:
                 return
             self.scale = curvature / lengths[2]
-        if len(self) == len(self._products):
+        if len(self) == self._most:
             self._drop()
-        slot = next(slot for slot in range(len(self._products)) if slot not in self._order)
-        found = self._steps.products(change)
-        self._products[: len(found), slot] = found
-        self._products[slot, slot] = curvature
-        self._steps[slot], self._changes[slot] = step, change
-        self._order.append(slot)
+        n = len(self)
+        products = np.zeros((n + 1, n + 1))
+        products[:n, :n], products[:n, n] = self.products, self._steps.products(change)
+        products[n, n] = curvature
+        self.products = products
+        self._steps.append(step)
+        self._changes.append(change)
 
     def recall(self, former: CurvaturePairs | None, penalties: tuple[Tensor, ...]) -> None:
         """Store the pairs of another fit, corrected for the difference of the penalties."""
@@ -116,70 +124,77 @@ class InverseHessian:
 
         It leaves room for the next pair: the following passes need the memory.
         """
-        if not self._order:
+        if not len(self):
             return -self.scale * preconditioned
-        order = list(self._order)
-        products = self._products[np.ix_(order, order)]
-        weights = _solved(products, self._steps.products(gradient)[order])
-        q = self.inverse(self._changes.add_to(gradient.clone(), order, -weights))
-        rest = products.diagonal() * weights - self.scale * self._changes.products(q)[order]
-        q = self._steps.add_to(q.mul_(-self.scale), order, -_solved(products, rest, trans=1))
-        if len(self) == len(self._products):
+        weights = _solved(self.products, self._steps.products(gradient))
+        q = self.inverse(self._changes.add_to(gradient.clone(), -weights))
+        rest = self.products.diagonal() * weights - self.scale * self._changes.products(q)
+        q = self._steps.add_to(q.mul_(-self.scale), -_solved(self.products, rest, trans=1))
+        if len(self) == self._most:
             self._drop()
         return q
 
     def _drop(self) -> None:
         """Drop the oldest pair."""
-        slot = self._order.popleft()
-        self._steps.free(slot)
-        self._changes.free(slot)
+        self._steps.drop()
+        self._changes.drop()
+        self.products = self.products[1:, 1:]
 
 
 class _Vectors:
-    """Vectors in slots; short ones are rows of a matrix, for products with all of them."""
+    """Vectors in a queue; short ones are rows of a matrix, for products with all of them.
 
-    def __init__(self, n_slots: int, like: Tensor, as_matrix: bool) -> None:
-        self._matrix = like.new_empty(n_slots, len(like)) if as_matrix else None
-        self._single: list[Tensor | None] = [None] * n_slots
-        self._n_used = 0
+    The vectors are always in the first rows: a product with other rows has other last digits.
+    """
 
-    def __setitem__(self, slot: int, vector: Tensor) -> None:
-        self._n_used = max(self._n_used, slot + 1)
+    def __init__(self, most: int, size: int) -> None:
+        self._shape = (most, size) if most * size <= _MATRIX else None
+        self._matrix: Tensor | None = None
+        self._vectors: list[Tensor] = []  # views of the rows, if there is a matrix
+
+    def append(self, vector: Tensor) -> None:
+        """Add a vector."""
+        if self._shape is not None:
+            if self._matrix is None:
+                self._matrix = vector.new_empty(self._shape)
+            vector = self._matrix[len(self._vectors)].copy_(vector)
+        self._vectors.append(vector)
+
+    def drop(self) -> None:
+        """Drop the first vector."""
         if self._matrix is None:
-            self._single[slot] = vector
-        else:
-            self._matrix[slot] = vector
+            del self._vectors[0]
+            return
+        n = len(self._vectors) - 1
+        self._matrix = self._matrix.roll(-1, 0)
+        self._vectors = list(self._matrix[:n])
 
-    def free(self, slot: int) -> None:
-        """Free the memory of a single vector."""
-        self._single[slot] = None
+    def clear(self) -> None:
+        """Free all vectors."""
+        self._matrix, self._vectors = None, []
 
-    def copies(self, slots: Sequence[int]) -> list[Tensor]:
-        """Return the vectors in these slots, which do not change any more."""
-        if self._matrix is not None:
-            return list(self._matrix[list(slots)])
-        return [vector for slot in slots if (vector := self._single[slot]) is not None]
+    def copies(self) -> list[Tensor]:
+        """Return the vectors, which do not change any more."""
+        if self._matrix is None:
+            return list(self._vectors)
+        return list(self._matrix[: len(self._vectors)].clone())
 
     def products(self, x: Tensor) -> Array:
-        """Return the inner products of a vector with those in the first slots."""
-        if self._matrix is not None:
-            found = self._matrix[: self._n_used] @ x
+        """Return the inner products with a vector."""
+        if not self._vectors:
+            return np.empty(0)
+        if self._matrix is None:
+            found = torch.stack([vector @ x for vector in self._vectors])
         else:
-            zero = x.new_zeros(())
-            vectors = self._single[: self._n_used]
-            found = torch.stack([zero, *(zero if v is None else v @ x for v in vectors)])[1:]
+            found = self._matrix[: len(self._vectors)] @ x
         return np.array(found.tolist())
 
-    def add_to(self, total: Tensor, slots: Sequence[int], weights: Array) -> Tensor:
+    def add_to(self, total: Tensor, weights: Array) -> Tensor:
         """Add a linear combination to ``total``, and return it."""
         if self._matrix is not None:
-            every = np.zeros(self._n_used)
-            every[slots] = weights
-            rows = self._matrix[: self._n_used]
-            return total.addmv_(rows.T, torch.from_numpy(every).to(total))
-        for slot, weight in zip(slots, weights.tolist(), strict=True):
-            vector = self._single[slot]
-            assert vector is not None
+            rows = self._matrix[: len(self._vectors)]
+            return total.addmv_(rows.T, torch.from_numpy(weights).to(total))
+        for vector, weight in zip(self._vectors, weights.tolist(), strict=True):
             total.add_(vector, alpha=weight)
         return total
 

@@ -59,6 +59,8 @@ class State(NamedTuple):
         As in :class:`Solution`.
     pairs : list of (tensor, tensor)
         The curvature pairs.
+    products : tensor of shape (n_pairs, n_pairs) or None
+        Their inner products. None computes them, with other last digits.
     coarse_pairs : list of (tensor, tensor) or None
         Those of the last coarse-space solve; None without coarse-space solves.
     """
@@ -71,6 +73,7 @@ class State(NamedTuple):
     objective_path: list[float]
     n_passes: int
     pairs: list[tuple[Tensor, Tensor]]
+    products: Tensor | None
     coarse_pairs: list[tuple[Tensor, Tensor]] | None
 
 
@@ -143,6 +146,8 @@ class _Memory(InverseHessian):
         """Take the place of the memory at the end of an iteration."""
         for step, change in state.pairs:
             self.add(step, change)
+        if state.products is not None:
+            self.products = state.products.numpy()
         self.scale = state.scale
 
 
@@ -252,7 +257,7 @@ def minimize(
             solve = solve or coarse(memory.inverse)
         moved, cost = _step(objective, point, memory, preconditioned, norm, solve, begins)
         passes += cost
-        if moved is None or (moved.value == point.value and torch.equal(moved.x, point.x)):
+        if moved is None or (not begins and _stays(point, moved)):
             if not len(memory):
                 status = "stalled"
                 break
@@ -279,6 +284,11 @@ def minimize(
     return Solution(
         point.x, path, n_iter, passes, status, norm, CurvaturePairs(memory.pairs, penalties)
     )
+
+
+def _stays(point: Point, moved: Point) -> bool:
+    """Whether a step has not moved the unknowns, so that the next one would be the same."""
+    return moved.value == point.value and torch.equal(moved.x, point.x)
 
 
 def _differences(point: Point, moved: Point, is_kept: bool) -> tuple[Tensor, Tensor]:
@@ -352,7 +362,7 @@ def _state(
     coarse_pairs = None if solve is None else solve.pairs
     return State(
         point.x, point.gradient, point.logits, memory.built_at, memory.scale, list(path), passes,
-        memory.pairs, coarse_pairs,
+        memory.pairs, torch.from_numpy(memory.products.copy()), coarse_pairs,
     )  # fmt: skip
 
 

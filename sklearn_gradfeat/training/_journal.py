@@ -129,7 +129,11 @@ class Journal:
         pairs = _pairs(vectors.get("pairs", ()))
         (x,), (gradient,), (built_at,) = (vectors[of] for of in ("x", "gradient", "built_at"))
         (logits,) = vectors.get("logits") or (None,)
-        return State(x, gradient, logits, built_at, scale, path, int(n_passes), pairs, coarse_pairs)
+        (products,) = vectors.get("products") or (None,)
+        products = None if products is None else products.cpu()
+        return State(
+            x, gradient, logits, built_at, scale, path, int(n_passes), pairs, products, coarse_pairs
+        )
 
     def keep(self, name: str, inverses: Inverses, state: State) -> None:
         """Take note of the state of the run."""
@@ -145,6 +149,7 @@ class Journal:
             "logits": [] if n_ranks() > 1 or state.logits is None else [state.logits],
             "built_at": [state.built_at],
             "pairs": _flat(state.pairs),
+            "products": [state.products] if state.pairs and state.products is not None else [],
             "coarse_pairs": _flat(coarse or ()),
         }
         numbers = [state.n_passes, state.scale, coarse is not None, *state.objective_path]

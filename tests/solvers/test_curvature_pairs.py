@@ -1,5 +1,7 @@
 """The direction of L-BFGS, against the two-loop recursion."""
 
+import math
+
 import pytest
 import torch
 
@@ -40,9 +42,15 @@ def two_loops(pairs, scale, gradient):
     return r
 
 
+@pytest.fixture(params=["matrix", "vectors"])
+def kind(request, monkeypatch):
+    if request.param == "vectors":
+        monkeypatch.setattr(_curvature_pairs, "_MATRIX", 0)
+
+
 @pytest.mark.parametrize("n_kept", [30, 2])
 @pytest.mark.parametrize("n_pairs", [0, 1, 2, 3, 7, 35])
-def test_direction(hessian, n_pairs, n_kept, monkeypatch):
+def test_direction(hessian, n_pairs, n_kept, kind, monkeypatch):
     if n_kept == 2:
         monkeypatch.setattr(_curvature_pairs, "_ELEMENTS", 0)
     memory, pairs = InverseHessian(inverse, hessian[0]), []
@@ -81,10 +89,12 @@ def test_pairs_without_curvature_are_left_out(hessian):
     memory.add(step, torch.zeros(N, dtype=torch.float64), step)
     memory.add(torch.zeros(N, dtype=torch.float64), step, step)
     memory.add(step, hessian @ step, -step)
+    memory.add(step, hessian @ step, math.nan * step)
+    memory.add(step, math.nan * step)
     assert len(memory) == 0 and memory.scale == 1
 
 
-def test_pairs_that_were_returned_do_not_change(hessian):
+def test_pairs_that_were_returned_do_not_change(hessian, kind):
     memory = InverseHessian(inverse, hessian[0])
     for step in vectors(30):
         memory.add(step, hessian @ step)
@@ -108,14 +118,12 @@ def test_pairs_of_other_penalties(hessian):
     assert len(memory) == 4
     memory.clear()
     assert len(memory) == 0 and memory.pairs == []
+    assert memory._steps._matrix is None  # freed
 
 
-@pytest.mark.parametrize("n_kept", [30, 2])
-def test_few_scalars_are_read(hessian, n_kept, monkeypatch):
-    if n_kept == 2:
-        monkeypatch.setattr(_curvature_pairs, "_ELEMENTS", 0)
+def test_few_scalars_are_read(hessian, kind):
     memory = InverseHessian(inverse, hessian[0])
-    for step in vectors(n_kept):
+    for step in vectors(30):
         memory.add(step, hessian @ step, step)
     gradient = vectors(1)[0]
     with ReadValues() as seen:

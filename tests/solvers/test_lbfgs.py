@@ -192,3 +192,27 @@ def test_a_run_goes_on_from_the_state_of_another(kind):
         assert (rest.n_iter, rest.n_passes) == (whole.n_iter, whole.n_passes)
         np.testing.assert_allclose(rest.objective_path, whole.objective_path, rtol=1e-12)
         torch.testing.assert_close(rest.x, whole.x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("n_unknowns", [101, 64])
+@pytest.mark.parametrize("matrix", [2**22, 0])
+def test_a_run_goes_on_with_the_same_bits(matrix, n_unknowns, monkeypatch):
+    """Also with as many pairs as there may be, some of them dropped before."""
+    monkeypatch.setattr(_curvature_pairs, "_MATRIX", matrix)
+    objective, states = problem("squared", size=n_unknowns), []
+    objective.matrix *= torch.logspace(0, 3, n_unknowns, dtype=torch.float64)
+    options = {"tolerance": 1e-6, "max_iter": 120}
+    whole = solve(objective, identity, keep=states.append, **options)
+    assert len(states) > 60
+    for state in [*states[10:70:7], states[-2]]:
+        rest = solve(objective, identity, state=state, **options)
+        assert rest.objective_path == whole.objective_path
+        assert torch.equal(rest.x, whole.x)
+
+
+def test_a_coarse_space_that_moves_nothing_is_no_end():
+    objective = problem("squared", size=20)
+    still = [lambda x, logits, norm: (x, logits, 0.0)]
+    solution = solve(objective, coarse=lambda inverse: still[0])
+    assert solution.status == "converged"
+    torch.testing.assert_close(solution.x, objective.optimum(), rtol=1e-5, atol=1e-6)

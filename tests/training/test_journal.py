@@ -68,10 +68,10 @@ def test_the_state_of_a_run_is_returned_once(written):
     journal, inverses = Journal(write=writer(written)), Inverses()
     journal.number("number", lambda: 2.0)
     pairs = [(vector(3), vector(4))]
-    logits = torch.eye(2, dtype=torch.float64)
+    logits, products = torch.eye(2, dtype=torch.float64), torch.full((1, 1), 7.0)
     for coarse in (None, [], [(torch.zeros(2), torch.ones(2))]):
         state = State(
-            vector(1), vector(5), logits, vector(2), 0.5, [5.0, 4.0], 6, pairs, coarse
+            vector(1), vector(5), logits, vector(2), 0.5, [5.0, 4.0], 6, pairs, products, coarse
         )  # fmt: skip
         journal.keep("full", inverses, state)
         later = Journal(written[-1])
@@ -82,6 +82,7 @@ def test_the_state_of_a_run_is_returned_once(written):
         vectors = state.x, state.gradient, state.built_at
         assert [x.tolist() for x in vectors] == [[1] * 3, [5] * 3, [2] * 3]
         assert torch.equal(state.logits, logits)
+        assert torch.equal(state.products, products)
         assert torch.equal(state.pairs[0][1], vector(4))
         assert (state.coarse_pairs is None) == (coarse is None)
         assert len(state.coarse_pairs or ()) == len(coarse or ())
@@ -167,7 +168,7 @@ def test_choices_do_not_depend_on_forgotten_unknowns(precision, written):
 def test_nothing_is_kept_after_an_interruption(written):
     """Another thread may end a run, whose result is not that of the fit."""
     journal, inverses = Journal(write=writer(written)), Inverses()
-    journal.keep("full", inverses, State(*[vector(1)] * 4, 0.5, [5.0], 6, [], None))
+    journal.keep("full", inverses, State(*[vector(1)] * 4, 0.5, [5.0], 6, [], None, None))
     journal.finish("full", replace(solution(1), status="interrupted"), inverses)
     assert journal.number("number", lambda: 2.0) == 2.0
     assert [[entry.name for entry in entries] for entries in written] == [["full state"]]

@@ -57,6 +57,7 @@ def test_vectors_of_a_fit(monkeypatch):
     The spectra of the preconditioner, the network and its frozen copy are four others.
     """
     monkeypatch.setattr(_curvature_pairs, "_ELEMENTS", 0)
+    monkeypatch.setattr(_curvature_pairs, "_MATRIX", 0)
     monkeypatch.setattr(_steps, "_BLOCK", 2**10)
     monkeypatch.setattr(_spectrum, "block_size", lambda device: 2**10)
     monkeypatch.setattr(_two_stage_fit, "with_rows_if_cheap", lambda tangent, *_: tangent)
