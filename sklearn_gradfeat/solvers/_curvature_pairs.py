@@ -112,12 +112,15 @@ class InverseHessian:
 
     def recall(self, former: CurvaturePairs | None, penalties: tuple[Tensor, ...]) -> None:
         """Store the pairs of another fit, corrected for the difference of the penalties."""
-        pairs = [] if former is None else former.pairs
-        for i, (step, change) in enumerate(pairs, start=1):
-            assert former is not None
+        if former is None:
+            return
+        for step, change in former.pairs:
             now = add_penalised(change.clone(), penalties, step)
-            now = add_penalised(now, former.penalties, step, -1)
-            self.add(step, now, self.inverse(now.clone()) if i == len(pairs) else None)
+            self.add(step, add_penalised(now, former.penalties, step, -1))
+        if len(self):
+            last = self._changes.last
+            metric = float(last @ self.inverse(last.clone()))
+            self.scale = float(self.products[-1, -1]) / metric if metric > 0 else 1.0
 
     def direction(self, gradient: Tensor, preconditioned: Tensor) -> Tensor:
         """Return ``-H g``; ``Pg`` is given.
@@ -151,6 +154,11 @@ class _Vectors:
         self._shape = (most, size) if most * size <= _MATRIX else None
         self._matrix: Tensor | None = None
         self._vectors: list[Tensor] = []  # views of the rows, if there is a matrix
+
+    @property
+    def last(self) -> Tensor:
+        """The vector that was added last."""
+        return self._vectors[-1]
 
     def append(self, vector: Tensor) -> None:
         """Add a vector."""
