@@ -47,6 +47,8 @@ FAST = [
 # The linear models of several linearisations are solved loosely. The choice of penalties is that
 # of models of held-out samples, which are solved to a tolerance of 1e-3.
 OBJECTIVE = {"two linearizations": 1e-5}
+# Two penalties are as good as each other on the held-out samples, so that rounding decides.
+TIES = {"all auto, coarse space"}
 
 
 def error_of(function):
@@ -313,7 +315,10 @@ def check_against_one_process(name, of_ranks):
         assert found["bits"] == of_ranks[0]["bits"]
     found = of_ranks[0]
     assert found["n_linearizations"] == one["n_linearizations"]
-    np.testing.assert_allclose(found["penalties"], one["penalties"], rtol=0.15)
+    if name in TIES:
+        assert found["losses"].min() == pytest.approx(one["losses"].min(), rel=0.02)
+    else:
+        np.testing.assert_allclose(found["penalties"], one["penalties"], rtol=0.15)
     if one["losses"].size:
         np.testing.assert_allclose(found["losses"][:4], one["losses"][:4], rtol=1e-2)
     if not one["penalties"] or np.allclose(found["penalties"], one["penalties"], rtol=1e-6):
