@@ -59,10 +59,11 @@ activation_layer : "auto", str, int, list of str or None, default="auto"
     output of zeros stays.
 preprocess : "auto", callable or None, default="auto"
     A transform of each batch before the network. It takes and returns a tensor with one
-    row per sample. ``"auto"`` is the transform of a named network, which takes uint8 images
-    or floats in [0, 1] of any size, grey or RGB, channels first or last. For any other
-    backbone, ``"auto"`` is no transform. ``feature_store`` has an effect only if the
-    transform consists of code from installed packages.
+    row per sample, on ``device``, or in host memory if the transform fails on the device.
+    ``"auto"`` is the transform of a named network, which takes uint8 images or floats in
+    [0, 1] of any size, grey or RGB, channels first or last. For any other backbone,
+    ``"auto"`` is no transform. ``feature_store`` has an effect only if the transform
+    consists of code from installed packages.
 negative_slope : float, default=None
     The slope below zero of the ReLUs above the gradient layers, at least 0 and below 1, in
     activation and derivative alike. A plain ReLU has no derivative where its input is
