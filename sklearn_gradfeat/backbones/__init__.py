@@ -2,14 +2,11 @@
 
 from sklearn_gradfeat.backbones._advice import warn_of_class_scores, warn_of_unscaled_images
 from sklearn_gradfeat.backbones._ambient import neutral_state
-from sklearn_gradfeat.backbones._attention import (
-    differentiable_attention,
-    is_recurrent,
-    without_cudnn,
-)
+from sklearn_gradfeat.backbones._attention import differentiable_attention, without_cudnn
 from sklearn_gradfeat.backbones._copies import on_host, stored_weights, unwrapped, with_weights
 from sklearn_gradfeat.backbones._fingerprint import UndigestibleError, digest, tensor_bytes
 from sklearn_gradfeat.backbones._frozen import FrozenBackbone, Network, freeze
+from sklearn_gradfeat.backbones._graph import is_recurrent
 from sklearn_gradfeat.backbones._independence import check_batch, check_transform, influenced
 from sklearn_gradfeat.backbones._layers import ActivationLayer
 from sklearn_gradfeat.backbones._pickling import Pickled

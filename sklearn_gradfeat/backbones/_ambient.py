@@ -15,7 +15,8 @@ from sklearn_gradfeat.backbones._threads import one_thread
 Value = TypeVar("Value")
 
 _AUTOCAST = ("cpu", "cuda", "mps")
-# What may trade the accuracy of float32 for speed; convolutions on CUDA do so by default.
+# Settings that may trade the accuracy of float32 for speed; those of convolutions on CUDA do so by
+# default.
 _ON_CPU: tuple[Any, ...] = operator.attrgetter("mkldnn.conv", "mkldnn.rnn", "mkldnn.matmul")(
     torch.backends
 )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _LOCK = threading.Lock()
@@ -77,15 +76,3 @@ def _disabled_cudnn() -> Iterator[None]:
 
 without_cudnn = shared_setting(_disabled_cudnn)
 """Avoid the kernels of cuDNN: those of recurrent layers have no derivative in evaluation mode."""
-
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-
-
-def is_recurrent(module: object) -> bool:
-    """Whether a network, or a graph of one, has recurrent layers."""
-    if isinstance(module, fx.GraphModule):
-        operators = (node.target for node in module.graph.nodes if node.op == "call_function")
-        return any(getattr(op, "__name__", "").partition(".")[0] in _RECURRENT for op in operators)
-    return isinstance(module, nn.Module) and any(
-        isinstance(layer, nn.RNNBase) for layer in module.modules()
-    )

@@ -18,11 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sklearn_gradfeat.backbones._advice import classifier
-from sklearn_gradfeat.backbones._attention import (
-    differentiable_attention,
-    is_recurrent,
-    without_cudnn,
-)
+from sklearn_gradfeat.backbones._attention import differentiable_attention, without_cudnn
 from sklearn_gradfeat.backbones._blocks import (
     after_attention,
     blocks,
@@ -59,6 +55,7 @@ from sklearn_gradfeat.backbones._graph import (
     Captured,
     CaptureError,
     Layer,
+    is_recurrent,
     out_channels,
     run_once,
     tied_names,

@@ -19,9 +19,10 @@ from sklearn_gradfeat.backbones._attention import plain_attention
 from sklearn_gradfeat.data import is_out_of_memory
 
 MATRIX = {"linear", "addmm", "matmul", "mm", "bmm"}
-WEIGHTED = MATRIX | {
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+WEIGHTED = MATRIX | RECURRENT | {
     "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
-    "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "conv_transpose3d",
 }  # fmt: skip
 
 
@@ -425,3 +426,11 @@ def in_network(node: fx.Node) -> bool:
 def operator_name(node: fx.Node) -> str:
     """Return the name of an ATen operator without its overload."""
     return str(node.target).removeprefix("aten.").split(".")[0]
+
+
+def is_recurrent(module: object) -> bool:
+    """Whether a network, or a graph of one, has recurrent layers."""
+    if isinstance(module, fx.GraphModule):
+        return any(operator_name(node) in RECURRENT for node in module.graph.nodes)
+    layers = module.modules() if isinstance(module, nn.Module) else ()
+    return any(isinstance(layer, nn.RNNBase) for layer in layers)

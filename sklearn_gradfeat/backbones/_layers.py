@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sklearn_gradfeat.backbones._graph import (
+    RECURRENT,
     Layer,
     averaged,
     main_output,
@@ -45,9 +46,8 @@ _CHANNELS_SECOND = {
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "batch_norm", "group_norm", "instance_norm",
 }  # fmt: skip
-_CHANNELS_LAST = {
+_CHANNELS_LAST = RECURRENT | {
     "linear", "addmm", "layer_norm", "rms_norm", "multi_head_attention_forward", "embedding",
-    "lstm", "gru", "rnn_tanh", "rnn_relu",
 }  # fmt: skip
 # Averages agree if they differ by no more than this share.
 _ROUNDING = 1e-4

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sklearn_gradfeat
+from sklearn_gradfeat.backbones import is_recurrent
 from tests.backbones.test_sources import same
 from tests.tiny import X, Y, estimator, tiny_net
 
@@ -139,20 +140,20 @@ def test_float32_products_are_not_rounded():
 class Gate(nn.Module):
     """A recurrent network that notes whether cuDNN was enabled in its forward passes."""
 
-    def __init__(self, captured):
+    def __init__(self):
         super().__init__()
-        self.lstm, self.captured, self.enabled = nn.LSTM(4, 3, batch_first=True), captured, []
+        self.lstm, self.enabled = nn.LSTM(4, 3, batch_first=True), []
 
     def forward(self, x):
         self.enabled.append(torch.backends.cudnn.enabled)
-        if not self.captured and float(x.sum()) == 0.5:  # torch.export refuses it
+        if float(x.sum()) == 0.5:  # torch.export refuses it
             return x[:, 0, 0, :3]
         return self.lstm(x[:, 0, :, :4])[0][:, -1]
 
 
 def test_recurrent_layers_are_differentiated_without_cudnn():
     before = torch.backends.cudnn.enabled
-    network = Gate(captured=False)
+    network = Gate()
     with pytest.warns(UserWarning, match="torch.export"):
         model = estimator(network, gradient_layers="all", activation_layer=None).fit(X, Y)
     frozen = model._extractor.backbone.module.module
@@ -160,3 +161,20 @@ def test_recurrent_layers_are_differentiated_without_cudnn():
     model.score(X, Y)
     assert frozen.enabled and not any(frozen.enabled)
     assert torch.backends.cudnn.enabled == before
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x[:, 0])[0][:, -1]
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_found_in_a_graph(layer):
+    network = Recurrent(layer(8, 3, batch_first=True))
+    model = estimator(network, gradient_layers="all", activation_layer=None).fit(X, Y)
+    assert is_recurrent(model._extractor.network(list(dict(network.named_parameters()))).graph)
+    assert not is_recurrent(estimator().fit(X, Y)._extractor.network(["2.weight"]).graph)
