@@ -181,6 +181,7 @@ def test_file_of_trunk_outputs(tmp_path):
     [nn.Sequential(*NET[4:]), nn.Sequential(nn.Conv2d(64, 4, 3, 4), nn.ReLU(), nn.Flatten())],
     ids=["images are the inputs of the layer", "inputs of the layer take twice the memory"],
 )
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_little_memory(above):
     net = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), above)
     images = np.random.default_rng(0).normal(size=(2048, 1, 32, 32)).astype(np.float32)
