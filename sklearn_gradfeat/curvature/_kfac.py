@@ -67,6 +67,8 @@ _MIN_ROWS = 4
 _N_KINDS, _N_COMPARED = 64, 32
 # Largest number of rows v; each takes a backward pass through the head.
 _MAX_COLUMNS = 16
+# Up to this width a full decomposition is worth its time.
+_MAX_EXACT = 1024
 # Of a wider factor only the diagonal is kept: the matrix would take gigabytes.
 MAX_WIDTH = 8192
 # Rows are kept instead of their Gram matrix while there are this many times more columns.
@@ -139,7 +141,7 @@ def _trace(gram: Tensor) -> Tensor:
 
 
 def _spectrum(gram: Tensor) -> Spectrum:
-    return Spectrum.from_matrix(gram) if gram.ndim == 3 else Spectrum(gram, None)
+    return Spectrum.from_matrix(gram, _MAX_EXACT) if gram.ndim == 3 else Spectrum(gram, None)
 
 
 def _empty_gram(like: Tensor, groups: int, width: int) -> Tensor:

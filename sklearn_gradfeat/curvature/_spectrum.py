@@ -23,7 +23,8 @@ from sklearn_gradfeat.data import block_size, of_first_rank
 
 # Up to this width the full decomposition takes a few seconds; wider matrices get a partial one.
 MAX_EXACT = 2048
-_RANK = 1024
+# A partial one has a third of the eigenvalues, and so many at most.
+_MAX_RANK = 1024
 _ITERATIONS = 3
 # Largest ratio of two eigenvalues whose inverses may cancel each other in float32.
 _RANGE = 1e5
@@ -63,11 +64,11 @@ class Spectrum:
     rest: Tensor | None = None
 
     @classmethod
-    def from_matrix(cls, matrix: Tensor) -> Spectrum:
-        """Decompose matrices of shape (..., n, n)."""
+    def from_matrix(cls, matrix: Tensor, largest: int = MAX_EXACT) -> Spectrum:
+        """Decompose matrices of shape (..., n, n), in part where n is above the largest width."""
         home = "cpu" if matrix.device.type == "mps" else matrix.device
         n = matrix.shape[-1]
-        if n <= MAX_EXACT:
+        if n <= largest:
             # In float32 the decomposition of a nearly singular matrix may fail, without an error.
             values, vectors = eigh(matrix.to(home, torch.float64))
             return cls._agreed(values.clamp(min=0).to(matrix), vectors.to(matrix))
@@ -125,13 +126,18 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues with their eigenvectors, by subspace iteration."""
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[-1], _RANK, generator=generator, dtype=matrix.dtype)
-    basis = start.to(matrix.device).expand(*matrix.shape[:-1], _RANK)
+    generator, rank = torch.Generator().manual_seed(0), _rank(matrix.shape[-1])
+    start = torch.randn(matrix.shape[-1], rank, generator=generator, dtype=matrix.dtype)
+    basis = start.to(matrix.device).expand(*matrix.shape[:-1], rank)
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(matrix @ basis).Q
     values, vectors = eigh((basis.mT @ matrix @ basis).double())
     return values.clamp(min=0), basis @ vectors.to(basis)
+
+
+def _rank(n: int) -> int:
+    """Return the number of eigenvalues of a partial decomposition."""
+    return min(_MAX_RANK, n // 3)
 
 
 class KroneckerInverse:

@@ -28,14 +28,12 @@ def flattened(matrix, rank):
 
 @pytest.mark.parametrize(("largest", "rank"), [(100, None), (25, 12), (10, 12)])
 def test_inverse_against_dense_solve(monkeypatch, largest, rank):
-    monkeypatch.setattr(_spectrum, "MAX_EXACT", largest)
-    monkeypatch.setattr(_spectrum, "_RANK", rank)
+    monkeypatch.setattr(_spectrum, "_rank", lambda n: rank)
     monkeypatch.setattr(_spectrum, "_ITERATIONS", 60)
     output, inputs = decaying(20, 0), decaying(30, 1)
     matrix = torch.randn(20, 30, dtype=torch.float64)
-    solved = KroneckerInverse(Spectrum.from_matrix(output), Spectrum.from_matrix(inputs), ALPHA)(
-        matrix
-    )
+    spectra = [Spectrum.from_matrix(m, largest) for m in (output, inputs)]
+    solved = KroneckerInverse(*spectra, ALPHA)(matrix)
     kept = [m if len(m) <= largest else flattened(m, rank) for m in (output, inputs)]
     dense = torch.kron(*kept) + ALPHA * torch.eye(600, dtype=torch.float64)
     expected = torch.linalg.solve(dense, matrix.reshape(-1)).view(20, 30)
@@ -47,10 +45,10 @@ def test_matrix_and_last_column_are_solved_in_place_and_in_blocks(monkeypatch, k
     """The same as the matrix with the column, where nothing is split."""
     output, inputs = (torch.stack([decaying(n, i) for i in range(2)]) for n in (6, 9))
     matrix = torch.randn(2, 6, 9, dtype=torch.float64)
-    monkeypatch.setattr(_spectrum, "_RANK", 4)
+    monkeypatch.setattr(_spectrum, "_rank", lambda n: 4)
     monkeypatch.setattr(_spectrum, "_RANGE", 1e-9 if kind == "wide" else 1e9)
-    monkeypatch.setattr(_spectrum, "MAX_EXACT", {"exact": 9, "partial outputs": 5}.get(kind, 8))
-    spectra = [Spectrum.from_matrix(output), Spectrum.from_matrix(inputs)]
+    largest = {"exact": 9, "partial outputs": 5}.get(kind, 8)
+    spectra = [Spectrum.from_matrix(m, largest) for m in (output, inputs)]
     if kind == "diagonal":
         spectra[1] = Spectrum(inputs.diagonal(dim1=1, dim2=2), None)
     inverse = KroneckerInverse(*spectra, ALPHA)
@@ -84,9 +82,8 @@ def test_batches_of_matrices():
         torch.testing.assert_close(together[i], alone)
 
 
-def test_leading_part_in_float32(monkeypatch):
-    monkeypatch.setattr(_spectrum, "_RANK", 40)
-    wide = decaying(300, 4)
+def test_leading_part_in_float32():
+    wide = decaying(120, 4)
     found, basis = _spectrum._leading(wide.float())
     values = torch.linalg.eigvalsh(wide)[-20:]
     torch.testing.assert_close(found[-20:].double(), values, rtol=1e-2, atol=0)
