@@ -23,6 +23,7 @@ in it. Their accuracy is the mean over the labels, and their loss is summed over
 
     python examples/benchmarks/linearizations.py --data cifar10.zip --problems efficientnet-3
     python examples/benchmarks/linearizations.py --table linearizations.json
+    python examples/benchmarks/linearizations.py --summary linearizations-*.json
 """
 
 from __future__ import annotations
@@ -316,6 +317,53 @@ def table(rows):
     return "\n".join(lines)
 
 
+def summary(rows):
+    """Return a Markdown table with one line for each problem and number of samples.
+
+    Cells are accuracy and log loss, means of the splits. Fine-tuning is the most accurate kind that
+    has all splits of the linearisations; the gain over it has a standard error of pairs. The last
+    column is the processor time of the linearisations, divided by that of AdamW with both numbers
+    of epochs.
+    """
+    lines = ["| problem | samples | splits | activation | default layers | linearizations |"]
+    lines[0] += " fine-tuning | kind | gain | time |"
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---|---:|---:|")
+    found = {(r["problem"], r["n_train"], r["model"], r["seed"]): r for r in rows}
+    for problem, n in sorted(dict.fromkeys(key[:2] for key in found)):
+        models = {}
+        for (*which, model, seed), row in sorted(found.items(), key=lambda item: item[0][3]):
+            if tuple(which) == (problem, n):
+                models.setdefault(model, {})[seed] = row
+        ours = models.get("linearizations of several layers", {})
+        others = {name: models[name] for name in models if name.split(",")[0] in TUNINGS}
+        others = {name: of for name, of in others.items() if ours and not ours.keys() - of.keys()}
+        if not others:
+            continue
+
+        def mean(of, key, seeds=tuple(ours)):
+            return statistics.fmean(of[seed][key] for seed in seeds)
+
+        best = max(others, key=lambda name: mean(others[name], "accuracy"))
+        correct = [
+            np.mean([correct_of(of[s]) for s in ours], axis=0) for of in (others[best], ours)
+        ]
+        gain = gain_on(*correct)
+        shown = [
+            f"{mean(of, 'accuracy'):.1f}, {mean(of, 'loss'):.3f}"
+            for of in (
+                models["activation"], models["activation of several layers"], ours, others[best]
+            )
+        ]  # fmt: skip
+        tuned = [others[name] for name in others if name.startswith("AdamW, ") and "epochs" in name]
+        time_of_all = sum(mean(of, "cpu_seconds") for of in tuned)
+        lines.append(
+            f"| {problem} | {n} | {len(ours)} | {' | '.join(shown)} | {best} | "
+            f"{gain['gain']:+.1f} ± {gain['gain_error']:.1f} | "
+            f"{mean(ours, 'cpu_seconds') / time_of_all:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments=None):
     """Run the benchmark, write JSON after every row, and print a Markdown table."""
     models = ["LogisticRegressionCV", *TUNINGS, *estimators(PROBLEMS["rotation-1"], {})]
@@ -328,7 +376,11 @@ def main(arguments=None):
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--output", type=Path, default=Path("linearizations.json"))
     add("--table", type=Path, help="print the table of this file, and fit nothing")
+    add("--summary", type=Path, nargs="+", help="print one line for each problem of these files")
     arguments = parser.parse_args(arguments)
+    if arguments.summary is not None:
+        files = [json.loads(file.read_text())["rows"] for file in arguments.summary]
+        return print(summary([row for rows in files for row in rows]))
     if arguments.table is not None:
         return print(table(json.loads(arguments.table.read_text())["rows"]))
     arguments.models = list(dict.fromkeys(["activation", *arguments.models]))

@@ -403,19 +403,28 @@ def test_linearizations(scripts, tmp_path, monkeypatch, capsys):
     }
     monkeypatch.setattr(benchmark, "TUNINGS", tunings)
     data, output = folder_of_classes(tmp_path / "images"), tmp_path / "o.json"
-    models = ["LogisticRegressionCV", "linearizations", *tunings]
+    several = ["activation of several layers", "linearizations of several layers"]
+    models = ["LogisticRegressionCV", *several, *tunings]
     options = ["--n-train", "16", "--seeds", "0", "--output", str(output), "--models", *models]
     benchmark.main(["--problems", "rotation-1", "--data", str(data), *options])
     printed = capsys.readouterr().out
     rows = {row["model"]: row for row in json.loads(output.read_text())["rows"]}
     tuned = {"AdamW, 1 epochs", "SGD, 1 epochs", "AdamW, whole network"}
-    assert set(rows) == {"activation", *models[:2], *tuned}
+    assert set(rows) == {"activation", *models[:3], *tuned}
     for row in rows.values():
         assert row["accuracy"] == 100 * benchmark.correct_of(row)[:24].mean()
         assert {"loss blurred", "loss noisy", "loss low contrast"} < set(row)
     assert {rows[model]["rate"] for model in tuned} <= {1e-4, 1e-3}
     benchmark.main(["--table", str(output)])
     assert capsys.readouterr().out in printed
+    benchmark.main(["--summary", str(output), str(output)])
+    (line,) = capsys.readouterr().out.splitlines()[2:]
+    best = max(sorted(tuned), key=lambda name: rows[name]["accuracy"])
+    gain = rows[several[1]]["accuracy"] - rows[best]["accuracy"]
+    seconds = [rows[name]["cpu_seconds"] for name in (several[1], "AdamW, 1 epochs")]
+    assert line.startswith("| rotation-1 | 16 | 1 | ")
+    assert f"| {gain:+.1f} ± " in line
+    assert line.endswith(f" | {seconds[0] / seconds[1]:.2f} |")
     benchmark.main(["--problems", "vae-1", *options])
     assert "vae-1: skipped, --data" in capsys.readouterr().out
 
