@@ -185,16 +185,17 @@ class _TextEncoder(nn.Module):
         """Return the vectors of texts, from ids and mask of shape (n_samples, 2, length)."""
         ids, mask = tokens.unbind(1)
         vectors: Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        weights = mask
-        if self.pooling == "cls":  # the first token that is no padding
-            weights = mask * (1 - nn.functional.pad(mask[:, :-1], (1, 0)))
-        elif self.pooling == "lasttoken":
-            weights = mask * (1 - nn.functional.pad(mask[:, 1:], (0, 1)))
-        elif self.pooling == "weightedmean":
-            weights = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        weights = weights[:, :, None].to(vectors.dtype)
-        pooled = (vectors * weights).sum(1) / weights.sum(1)
+        pooled = vectors[:, 0] if self.pooling == "cls" else self._mean(vectors, mask)
         return nn.functional.normalize(pooled) if self.normalized else pooled
+
+    def _mean(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """Return the mean of the tokens with the weights of the pooling, from their mask."""
+        if self.pooling == "lasttoken":
+            weights = weights * (1 - nn.functional.pad(weights[:, 1:], (0, 1)))
+        elif self.pooling == "weightedmean":
+            weights = weights * torch.arange(1, weights.shape[1] + 1, device=weights.device)
+        weights = weights[:, :, None].to(vectors.dtype)
+        return (vectors * weights).sum(1) / weights.sum(1)
 
 
 def _text_encoder(name: str, source: str, model: Any) -> Encoder:

@@ -21,6 +21,7 @@ from sklearn_gradfeat.backbones._capture import capture
 from sklearn_gradfeat.backbones._fingerprint import fingerprint
 from sklearn_gradfeat.backbones._folding import fold_batch_norms
 from sklearn_gradfeat.backbones._graph import ActivationModule
+from sklearn_gradfeat.backbones._huggingface import _TextEncoder
 from sklearn_gradfeat.backbones._split import extract
 from sklearn_gradfeat.backbones._unread_tokens import without_unread_tokens
 from sklearn_gradfeat.linearized._jacobian import LinearizedHead
@@ -233,7 +234,13 @@ def hf(kind, pooled=False, **options):
     return First(getattr(transformers, f"{kind}Model")(config), pooled)
 
 
+def text_encoder():
+    """The first token of a text with a mask, as a named sentence transformer with that pooling."""
+    return _TextEncoder(hf("Bert").model, "cls", normalized=True)
+
+
 IMAGES, TEXTS = normal(3, 3, 16, 16), torch.arange(18).view(3, 6) % 20
+MASKED = torch.stack([TEXTS, (torch.arange(6) < torch.tensor([[6], [4], [2]])).long()], 1)
 ARCHITECTURES = {
     "torchvision": (torchvision_vit, IMAGES, 1),
     "timm": (lambda: timm_vit(init_values=0.5, qk_norm=True), IMAGES, 1),
@@ -243,6 +250,7 @@ ARCHITECTURES = {
     "eva, fused": (lambda: eva(fused=True), IMAGES, 1),
     "BERT": (lambda: hf("Bert"), TEXTS, 1),
     "BERT, explicit": (lambda: hf("Bert", attn_implementation="eager"), TEXTS, 1),
+    "BERT with a mask": (text_encoder, MASKED, 1),
     "DistilBERT": (lambda: hf("DistilBert"), TEXTS, 1),
     "ViT": (lambda: hf("ViT"), IMAGES, 1),
     "DINOv2": (lambda: hf("Dinov2"), IMAGES, 1),
