@@ -41,7 +41,7 @@ Summed = TypeVar("Summed", Tensor, npt.NDArray[Any])
 # collective has failed, and while one waits.
 _BEAT, _SOON, _LATE = 1.0, 5.0, 60.0
 # Longest pause between two looks at a collective that waits, in seconds.
-_PAUSE = 0.02
+_PAUSE = 0.002
 _LEFT = "left"
 
 
