@@ -182,10 +182,13 @@ class _Vectors:
         self._matrix, self._vectors = None, []
 
     def copies(self) -> list[Tensor]:
-        """Return the vectors, which do not change any more."""
+        """Return the vectors, which do not change any more.
+
+        Each has memory of its own: the last digits of a product depend on the alignment.
+        """
         if self._matrix is None:
             return list(self._vectors)
-        return list(self._matrix[: len(self._vectors)].clone())
+        return [vector.clone() for vector in self._vectors]
 
     def products(self, x: Tensor) -> Array:
         """Return the inner products with a vector."""

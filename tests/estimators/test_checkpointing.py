@@ -97,6 +97,7 @@ CASES = {
     "squared": (estimator(loss="squared", precision="float64"), (X, Y), 2),
     "layers": (estimator(activation_layer=["1", "5"], **IMAGES), (X, Y), 4),
     "auto": (estimator(gradient_alpha="auto", precision="float64"), data(30), 60),
+    "float32": (estimator(alpha="auto", gradient_alpha="auto"), data(150), 40),
     "linearizations": (estimator(n_linearizations=3, precision="float64"), (X, Y), 13),
     "huber": (GradientFeatureRegressor(loss="huber", random_state=0), table(), 30),
     "labels": (GradientFeatureClassifier(alpha=0.01, random_state=0), None, 25),

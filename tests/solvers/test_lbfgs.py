@@ -1,7 +1,7 @@
 """The solver on dense problems with known optima."""
 
 import math
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -208,6 +208,16 @@ def test_a_run_goes_on_with_the_same_bits(matrix, n_unknowns, monkeypatch):
         rest = solve(objective, identity, state=state, **options)
         assert rest.objective_path == whole.objective_path
         assert torch.equal(rest.x, whole.x)
+
+
+@pytest.mark.parametrize("matrix", [2**22, 0])
+def test_pairs_have_memory_of_their_own(matrix, monkeypatch):
+    """So a fit that starts from them has the bits of one with pairs from a file."""
+    monkeypatch.setattr(_curvature_pairs, "_MATRIX", matrix)
+    pairs = solve(problem("squared", size=101)).curvature_pairs.pairs
+    assert len(pairs) > 2
+    for vector in chain(*pairs):
+        assert vector.untyped_storage().nbytes() == vector.nbytes
 
 
 def test_a_coarse_space_that_moves_nothing_is_no_end():
