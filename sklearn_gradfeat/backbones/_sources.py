@@ -253,7 +253,10 @@ def resolve_backbone(backbone: BackboneLike, sample_shape: tuple[int, ...], seed
                 )
             return resolved
         if isinstance(backbone, str):
-            check_images(sample_shape)
+            try:
+                check_images(sample_shape)
+            except ValueError as error:
+                raise ValueError(f"backbone={backbone!r}: {error}") from None
             return Resolved(*load_named(backbone))
         if isinstance(backbone, nn.Module):
             return Resolved(backbone)

@@ -199,7 +199,17 @@ class Samples:
         """Move samples that were read to the device, and apply ``preprocess`` to them."""
         if self.device.type == "mps" and raw.dtype == torch.float64:
             raw = raw.float()  # the device has no float64
-        prepared = self._preprocessed(raw)
+        try:
+            prepared = self._preprocessed(raw)
+        except (RuntimeError, IndexError, AssertionError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"preprocess failed on a batch of shape {tuple(raw.shape)} and dtype {raw.dtype}: "
+                f"{error}\nPass X in the shape and dtype that preprocess takes. Transforms of "
+                "torchvision take images with their channels first: (n_samples, channels, height, "
+                "width)."
+            ) from error
         if not isinstance(prepared, Tensor) or prepared.shape[:1] != raw.shape[:1]:
             is_tensor = isinstance(prepared, Tensor)
             got = tuple(prepared.shape) if is_tensor else type(prepared).__name__

@@ -72,6 +72,10 @@ def write_archive(path: str | os.PathLike[str], document: dict[str, Any], arrays
         raise OSError(
             errno.EINVAL, "The model cannot replace this: it is not a regular file", str(target)
         )
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, "The folder of this file does not exist; create it first", str(target)
+        )
     _remove_abandoned(target.parent)
     unfinished = target.with_name(f".{uuid.uuid4().hex}.unfinished")
     try:

@@ -47,6 +47,11 @@ def test_unknown_name(name, match):
         estimator(name).fit(IMAGES, Y)
 
 
+def test_a_name_for_samples_that_are_no_images():
+    with pytest.raises(ValueError, match=r"backbone='resnet81': A named backbone takes images"):
+        estimator("resnet81").fit(IMAGES.reshape(len(IMAGES), -1), Y)
+
+
 @pytest.mark.parametrize(
     ("name", "path"), [("model", "./model"), ("./model", "./model"), ("models/own", "./models/own")]
 )

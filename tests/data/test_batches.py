@@ -1,6 +1,7 @@
 """Arrays, tensors, data frames, datasets and lazy arrays give the same fit, in every dtype."""
 
 import pickle
+import re
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from torch import nn
+from torchvision.transforms import Normalize
 
 from sklearn_gradfeat import GradientFeatureClassifier
 from sklearn_gradfeat.data import Samples, resolve_device, row_blocks, warn_unless_picklable
@@ -169,6 +171,16 @@ def test_input_is_not_changed():
     assert np.array_equal(images, X)
     assert np.array_equal(y, Y)
     assert np.array_equal(weights, np.arange(1.0, 25))
+
+
+def test_preprocess_that_fails():
+    """Such as a transform of torchvision for images with their channels last."""
+    match = (
+        r"preprocess failed on a batch of shape \(\d+, 8, 8, 1\).*size of tensor.*channels first"
+    )
+    with pytest.raises(ValueError, match=re.compile(match, re.DOTALL)) as error:
+        estimator(preprocess=Normalize([0.5] * 3, [0.5] * 3)).fit(X.transpose(0, 2, 3, 1), Y)
+    assert isinstance(error.value.__cause__, RuntimeError)
 
 
 @pytest.mark.filterwarnings("ignore:preprocess cannot be pickled:UserWarning")

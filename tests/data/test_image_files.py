@@ -343,7 +343,7 @@ def test_no_thread_outlives_a_failing_network(folder):
             raise RuntimeError("on purpose")
         return batch
 
-    with pytest.raises(RuntimeError, match="on purpose"):
+    with pytest.raises(ValueError, match="on purpose"):
         estimator(batch_size=2, preprocess=preprocess).fit(X, y)
     assert not reading_threads()
 

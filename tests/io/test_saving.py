@@ -371,6 +371,11 @@ def test_failure_leaves_the_former_file(saved, fitted, monkeypatch):
     assert list(saved.parent.iterdir()) == [saved]
 
 
+def test_folder_that_does_not_exist(fitted, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"create it first.*nowhere.model.safetensors"):
+        fitted.save(tmp_path / "nowhere" / "model.safetensors")
+
+
 def test_file_is_replaced(saved):
     other = estimator(alpha=1.0).fit(X, Y)
     other.save(str(saved))
