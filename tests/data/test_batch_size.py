@@ -308,5 +308,5 @@ def test_the_example_fits_and_nothing_else(fit):
 
 
 def test_other_errors_of_a_transform(fit):
-    with pytest.raises(ValueError, match="preprocess failed on .*something else"):
+    with pytest.raises(ValueError, match=r"preprocess failed on .*something else"):
         fit(preprocess=Cramped(ROOM, RuntimeError("something else")))
