@@ -1,6 +1,7 @@
 """Searches in worker processes: what travels to them, and what they compute."""
 
 import os
+import pickle
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import nn
 from torch.storage import TypedStorage
 
 from sklearn_gradfeat import GradientFeatureClassifierCV
+from sklearn_gradfeat.backbones import Pickled
 from tests.counting import Counted, Logged
 from tests.tiny import X, Y, estimator, tiny_net
 
@@ -71,14 +73,20 @@ def engine(request):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """Return the sizes of the tensors that this process pickles."""
-    sizes, reduce = [], TypedStorage.__reduce__
+    """Return the sizes of the tensors and of the modules of estimators that this process pickles."""
+    sizes, of_storage, of_module = [], TypedStorage.__reduce__, Pickled.__reduce__
 
     def counted(storage):
         sizes.append(storage._untyped_storage.nbytes())
-        return reduce(storage)
+        return of_storage(storage)
+
+    def counted_module(pickled):
+        unpickled, (structure, kinds, numbers) = of_module(pickled)
+        sizes.append(numbers.nbytes)
+        return unpickled, (structure, kinds, numbers)
 
     monkeypatch.setattr(TypedStorage, "__reduce__", counted)
+    monkeypatch.setattr(Pickled, "__reduce__", counted_module)
     return sizes
 
 
@@ -92,6 +100,15 @@ def logged(tmp_path):
 def calls(network):
     """Return how often each process called the network."""
     return Counter(Path(network.file).read_text().split())
+
+
+def test_a_pickled_module_is_counted(sent):
+    network = tiny_net()
+    size = sum(p.nbytes for p in network.parameters())
+    for model in (network, estimator(network), estimator(network).fit(X, Y)):
+        sent.clear()
+        pickle.dumps(model)
+        assert sum(sent) >= size
 
 
 def test_a_network_in_a_file_does_not_travel(engine, sent, logged, tmp_path):
