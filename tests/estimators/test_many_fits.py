@@ -73,7 +73,7 @@ def engine(request):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """Return the sizes of the tensors and of the modules of estimators that this process pickles."""
+    """Return the sizes of the tensors, and of the modules of estimators, that are pickled here."""
     sizes, of_storage, of_module = [], TypedStorage.__reduce__, Pickled.__reduce__
 
     def counted(storage):
