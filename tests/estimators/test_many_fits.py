@@ -138,7 +138,7 @@ def test_ray_gives_each_worker_a_device_of_its_own(engine):
     assert set(devices) == {"0", "1"}
 
 
-def test_an_initializer_of_loky_gives_each_worker_a_device_of_its_own():
+def test_an_initializer_of_loky_gives_each_worker_a_device_of_its_own(tmp_path):
     """As in docs/howto.md: the names of the workers end in consecutive numbers."""
     if parse_version(joblib.__version__).release < (1, 5):
         pytest.skip("joblib has no initializers")
@@ -149,12 +149,15 @@ def test_an_initializer_of_loky_gives_each_worker_a_device_of_its_own():
         number = int(multiprocessing.current_process().name.rpartition("-")[2])
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number % 2)
 
-    def device():
-        time.sleep(0.1)
+    def device():  # in two workers: the first waits for the second
+        (tmp_path / str(os.getpid())).touch()
+        start = time.monotonic()
+        while len(os.listdir(tmp_path)) < 2 and time.monotonic() < start + 60:
+            time.sleep(0.01)
         return os.getenv("CUDA_VISIBLE_DEVICES")
 
     with joblib.parallel_config("loky", n_jobs=2, initializer=one_device):
-        devices = joblib.Parallel()(joblib.delayed(device)() for _ in range(4))
+        devices = joblib.Parallel()(joblib.delayed(device)() for _ in range(2))
     assert set(devices) == {"0", "1"}
 
 
