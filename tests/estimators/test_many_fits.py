@@ -1,6 +1,7 @@
 """Searches in worker processes: what travels to them, and what they compute."""
 
 import os
+import pickle
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import nn
 from torch.storage import TypedStorage
 
 from sklearn_gradfeat import GradientFeatureClassifierCV
+from sklearn_gradfeat.backbones import Pickled
 from tests.counting import Counted, Logged
 from tests.tiny import X, Y, estimator, tiny_net
 
@@ -71,14 +73,20 @@ def engine(request):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """Return the sizes of the tensors that this process pickles."""
-    sizes, reduce = [], TypedStorage.__reduce__
+    """Return the sizes of the tensors, and of the modules of estimators, that are pickled here."""
+    sizes, of_storage, of_module = [], TypedStorage.__reduce__, Pickled.__reduce__
 
     def counted(storage):
         sizes.append(storage._untyped_storage.nbytes())
-        return reduce(storage)
+        return of_storage(storage)
+
+    def counted_module(pickled):
+        unpickled, (structure, kinds, numbers) = of_module(pickled)
+        sizes.append(numbers.nbytes)
+        return unpickled, (structure, kinds, numbers)
 
     monkeypatch.setattr(TypedStorage, "__reduce__", counted)
+    monkeypatch.setattr(Pickled, "__reduce__", counted_module)
     return sizes
 
 
@@ -92,6 +100,15 @@ def logged(tmp_path):
 def calls(network):
     """Return how often each process called the network."""
     return Counter(Path(network.file).read_text().split())
+
+
+def test_a_pickled_module_is_counted(sent):
+    network = tiny_net()
+    size = sum(p.nbytes for p in network.parameters())
+    for model in (network, estimator(network), estimator(network).fit(X, Y)):
+        sent.clear()
+        pickle.dumps(model)
+        assert sum(sent) >= size
 
 
 def test_a_network_in_a_file_does_not_travel(engine, sent, logged, tmp_path):
@@ -121,7 +138,7 @@ def test_ray_gives_each_worker_a_device_of_its_own(engine):
     assert set(devices) == {"0", "1"}
 
 
-def test_an_initializer_of_loky_gives_each_worker_a_device_of_its_own():
+def test_an_initializer_of_loky_gives_each_worker_a_device_of_its_own(tmp_path):
     """As in docs/howto.md: the names of the workers end in consecutive numbers."""
     if parse_version(joblib.__version__).release < (1, 5):
         pytest.skip("joblib has no initializers")
@@ -132,12 +149,15 @@ def test_an_initializer_of_loky_gives_each_worker_a_device_of_its_own():
         number = int(multiprocessing.current_process().name.rpartition("-")[2])
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number % 2)
 
-    def device():
-        time.sleep(0.1)
+    def device():  # in two workers: the first waits for the second
+        (tmp_path / str(os.getpid())).touch()
+        start = time.monotonic()
+        while len(os.listdir(tmp_path)) < 2 and time.monotonic() < start + 60:
+            time.sleep(0.01)
         return os.getenv("CUDA_VISIBLE_DEVICES")
 
     with joblib.parallel_config("loky", n_jobs=2, initializer=one_device):
-        devices = joblib.Parallel()(joblib.delayed(device)() for _ in range(4))
+        devices = joblib.Parallel()(joblib.delayed(device)() for _ in range(2))
     assert set(devices) == {"0", "1"}
 
 

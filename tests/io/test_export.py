@@ -33,12 +33,16 @@ def exported(module, samples):
     )
 
 
-def in_onnx_runtime(module, samples, path):
-    onnxruntime = pytest.importorskip("onnxruntime")
+def in_onnx(module, samples):
+    pytest.importorskip("onnxscript")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
-        program = torch.onnx.export(exported(module, samples), dynamo=True, verbose=False)
-    program.save(path)
+        return torch.onnx.export(exported(module, samples), dynamo=True, verbose=False)
+
+
+def in_onnx_runtime(module, samples, path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    in_onnx(module, samples).save(path)
     session = onnxruntime.InferenceSession(path)
     (entry,) = session.get_inputs()
     return lambda batch: session.run(None, {entry.name: batch})[0]
@@ -199,6 +203,15 @@ def test_onnx(kind, tmp_path):
     run = in_onnx_runtime(model.to_torch(), samples, tmp_path / "model.onnx")
     for n in (1, 5, 12):
         assert np.allclose(run(samples[:n]), model.predict_proba(samples[:n]), atol=1e-5)
+
+
+def test_onnx_of_a_merged_model_is_a_plain_network():
+    """It has no derivative. The linear layer may be a product and a sum instead of one operator."""
+    model = estimator(gradient_layers="all").fit(X, Y).merge(X, Y)
+    plain = nn.Sequential(*NET, nn.Linear(6, 3), nn.Softmax(1)).eval()
+    programs = [in_onnx(module, X) for module in (model.to_torch(), plain)]
+    found, expected = (len(program.model_proto.graph.node) for program in programs)
+    assert found <= expected + 1
 
 
 @pytest.mark.slow
