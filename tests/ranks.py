@@ -18,7 +18,7 @@ from torch import nn
 from sklearn_gradfeat import GradientFeatureClassifier, GradientFeatureRegressor
 from sklearn_gradfeat.curvature import _coarse_space
 from sklearn_gradfeat.training import TwoStageFit
-from tests.tiny import estimator
+from tests.tiny import estimator, tiny_net
 
 _TIMEOUT = 600
 
@@ -72,6 +72,17 @@ def _with_copies(X, y, *more):
     return X[rows], y[rows], *more
 
 
+def _moved(n, n_classes=4):
+    """Return images whose classes are how the activations change as the network moves."""
+    X, _ = _images(n, 1)
+    net, moved = tiny_net().double(), tiny_net().double()
+    with torch.no_grad():
+        for weight in moved.parameters():
+            weight.add_(0.3 * weight.abs().mean() * torch.randn_like(weight))
+        change = (moved(torch.tensor(X).double()) - net(torch.tensor(X).double())).sum(1)
+    return X, change.argsort().argsort().numpy() * n_classes // n
+
+
 def _regressor(**parameters):
     given = {"alpha": 0.01, "gradient_alpha": 0.1, **parameters}
     return exact(GradientFeatureRegressor(_two_layers()), **given)
@@ -80,6 +91,10 @@ def _regressor(**parameters):
 def _classifier(**parameters):
     given = {"alpha": 0.01, "gradient_alpha": 0.1, **parameters}
     return exact(GradientFeatureClassifier(_two_layers()), **given)
+
+
+def _chosen(**parameters):
+    return estimator(alpha="auto", gradient_alpha="auto", precision="float64", **parameters)
 
 
 def _labels(n):
@@ -154,6 +169,23 @@ CASES = {
         _regressor(alpha="auto", gradient_alpha="auto", precision="float32"),
         _table(1100),
     ),
+    "auto, gradient term": lambda: (_chosen(), _moved(128)),
+    "auto, gradient term, coarse space": lambda: (_chosen(), _moved(128)),
+    "auto, gradient term, two linearizations": lambda: (
+        _chosen(n_linearizations=2),
+        _moved(128),
+    ),
+    "all auto, gradient term, coarse space": lambda: (
+        _chosen(n_linearizations="auto"),
+        _moved(128),
+    ),
+    "merged": lambda: (exact(estimator(), precision="float64"), _images(40)),
+    "warm start": lambda: (exact(estimator(), precision="float64"), _images(40)),
+}
+# What follows the fit.
+AFTERWARDS = {
+    "merged": lambda model, *data: model.merge(*data),
+    "warm start": lambda model, *data: model.set_params(warm_start=True, alpha=0.03).fit(*data),
 }
 
 
@@ -164,11 +196,15 @@ def shard(size, rank, n):
 
 
 @contextlib.contextmanager
-def _fits_in_coarse_space(name):
-    """Let the tiny networks of some cases have a coarse space, and no other second stage."""
+def _fits_in_coarse_space(name, model):
+    """Let the tiny networks of some cases have a coarse space.
+
+    Several linearisations then have no other second stage.
+    """
     with contextlib.ExitStack() as stack:
         if "coarse space" in name:
             stack.enter_context(mock.patch.object(_coarse_space, "_MIN_COST", 1))
+        if "coarse space" in name and model.n_linearizations != 1:
             stack.enter_context(
                 mock.patch.object(TwoStageFit, "fit_gradient", side_effect=AssertionError)
             )
@@ -179,8 +215,11 @@ def fit_case(name, rank=0, size=1):
     """Return the attributes of a fitted estimator, and its predictions for all samples."""
     model, data = CASES[name]()
     rows = shard(size, rank, len(data[0]))
-    with _fits_in_coarse_space(name):
-        model.fit(*(part[rows] for part in data))
+    own = [part[rows] for part in data]
+    with _fits_in_coarse_space(name, model):
+        model.fit(*own)
+        if name in AFTERWARDS:
+            AFTERWARDS[name](model, *own)
     predict = getattr(model, "decision_function", model.predict)
     penalties = [] if isinstance(model.alpha, float) else [model.alpha_, model.gradient_alpha_]
     return {
@@ -188,9 +227,11 @@ def fit_case(name, rank=0, size=1):
         "n_linearizations": model.n_linearizations_,
         "objective": model.objective_path_[-1],
         "penalties": penalties,
-        "losses": model.validation_scores_["loss"],
+        "n_iter": model.n_iter_,
+        "scores": model.validation_scores_,
         "bits": pickle.dumps([model.coef_, model.intercept_, model.gradient_coef_,
-                              model.objective_path_, model.alpha_, model.gradient_alpha_]),
+                              model.objective_path_, model.alpha_, model.gradient_alpha_,
+                              model.omega_, model.linearization_point_]),
     }  # fmt: skip
 
 
