@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -48,25 +49,35 @@ def _exact_products() -> Iterator[None]:
     kinds = (*_ON_CPU, *_ON_CUDA) if cuda else _ON_CPU
     before = [kind.fp32_precision for kind in kinds]
     # torch refuses to read the older switches where the newer ones contradict them.
-    convolutions = cuda and _readable(lambda: torch.backends.cudnn.allow_tf32)
-    matrices = _readable(torch.get_float32_matmul_precision)
-    if convolutions:
-        torch.backends.cudnn.allow_tf32 = False
-    if matrices in ("high", "medium"):
-        torch.set_float32_matmul_precision("highest")
+    with _older_switches():
+        convolutions = cuda and _readable(lambda: torch.backends.cudnn.allow_tf32)
+        matrices = _readable(torch.get_float32_matmul_precision)
+        if convolutions:
+            torch.backends.cudnn.allow_tf32 = False
+        if matrices in ("high", "medium"):
+            torch.set_float32_matmul_precision("highest")
     for kind in kinds:
         if kind.fp32_precision not in ("none", "ieee"):
             kind.fp32_precision = "ieee"
     try:
         yield
     finally:
-        if convolutions:
-            torch.backends.cudnn.allow_tf32 = True
-        if matrices in ("high", "medium"):
-            torch.set_float32_matmul_precision(matrices)
+        with _older_switches():
+            if convolutions:
+                torch.backends.cudnn.allow_tf32 = True
+            if matrices in ("high", "medium"):
+                torch.set_float32_matmul_precision(matrices)
         for kind, value in zip(kinds, before, strict=True):
             if kind.fp32_precision != value:
                 kind.fp32_precision = value
+
+
+@contextmanager
+def _older_switches() -> Iterator[None]:
+    """Use the older switches without the warnings of torch 2.9: the user may have set them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
+        yield
 
 
 def _readable(switch: Callable[[], Value]) -> Value | None:
