@@ -320,10 +320,10 @@ def table(rows):
 def summary(rows):
     """Return a Markdown table with one line for each problem and number of samples.
 
-    Of several rows of the same split and model, the last one counts. Cells are accuracy and log loss, means of the splits. Fine-tuning is the most accurate kind that
-    has all splits of the linearisations; the gain over it has a standard error of pairs. The last
-    column is the processor time of the linearisations, divided by that of AdamW with both numbers
-    of epochs.
+    Of several rows of the same split and model, the last one counts. Cells are accuracy and log
+    loss, means of the splits. Fine-tuning is the most accurate kind that has all splits of the
+    linearisations; the gain over it has a standard error of pairs. The last column is the processor
+    time of the linearisations, divided by that of AdamW with both numbers of epochs.
     """
     lines = ["| problem | samples | splits | activation | default layers | linearizations |"]
     lines[0] += " fine-tuning | kind | gain | time |"
