@@ -328,12 +328,11 @@ def summary(rows):
     lines = ["| problem | samples | splits | activation | default layers | linearizations |"]
     lines[0] += " fine-tuning | kind | gain | time |"
     lines.append("|---|---:|---:|---:|---:|---:|---:|---|---:|---:|")
-    found = {(r["problem"], r["n_train"], r["model"], r["seed"]): r for r in rows}
-    for problem, n in sorted(dict.fromkeys(key[:2] for key in found)):
-        models = {}
-        for (*which, model, seed), row in sorted(found.items(), key=lambda item: item[0][3]):
-            if tuple(which) == (problem, n):
-                models.setdefault(model, {})[seed] = row
+    found = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        models = found.setdefault((row["problem"], row["n_train"]), {})
+        models.setdefault(row["model"], {})[row["seed"]] = row
+    for (problem, n), models in sorted(found.items()):
         ours = models.get("linearizations of several layers", {})
         others = {name: models[name] for name in models if name.split(",")[0] in TUNINGS}
         others = {name: of for name, of in others.items() if ours and not ours.keys() - of.keys()}
