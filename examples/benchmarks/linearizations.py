@@ -57,6 +57,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH_SIZE = 32
 N_POOL = 12_000
 N_TEST = 2000
+# More training sentences than these need docstrings of classes and methods.
+N_SENTENCES = 1000
 
 
 class Tuning(NamedTuple):
@@ -107,11 +109,12 @@ PROBLEMS = {
 def samples(name, path, multilabel, n_pool):
     """Return the parameters that name a network, training samples, and test samples.
 
-    Targets are class indices, or an indicator matrix. ``n_pool`` is the number of images to draw
-    training images from.
+    Targets are class indices, or an indicator matrix. ``n_pool`` is the least number of samples to
+    draw training samples from.
     """
     if name == "sentences":
-        model, X, y = docstrings(400)
+        many = n_pool > N_SENTENCES
+        model, X, y = docstrings(1000 if many else 400, methods=many)
         codes = np.unique(y, return_inverse=True)[1]
         parts = train_test_split(X, codes, test_size=600, stratify=y, random_state=0)
         network = {"backbone": model.backbone, "activation_layer": None}
@@ -221,7 +224,8 @@ def compare(name, arguments, seed):
     """Iterate over the rows of one split."""
     problem = PROBLEMS[name]
     n_train = arguments.n_train or problem.n_train
-    asked = problem.network, arguments.data, problem.multilabel, max(N_POOL, n_train)
+    n_pool = n_train if problem.network == "sentences" else max(N_POOL, n_train)
+    asked = problem.network, arguments.data, problem.multilabel, n_pool
     network, (X, codes), (X_test, codes_test) = samples(*asked)
     rows = np.random.default_rng(seed).permutation(len(X))[:n_train]
     X, codes = X[rows], codes[rows]
