@@ -100,6 +100,7 @@ PROBLEMS = {
     "rotation-1": Problem("convnet-rotation", 1, 2000),
     "rotation-2": Problem("convnet-rotation", 2, 2000),
     "vae-1": Problem("convnet-vae", 1, 2000),
+    "vae-2": Problem("convnet-vae", 2, 2000),
     "sentences-1": Problem("sentences", 1, 1000),
     "sentences-2": Problem("sentences", 2, 1000),
 }
