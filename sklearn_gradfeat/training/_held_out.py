@@ -674,8 +674,10 @@ class Relinearized:
     def _while_it_falls(self, former: float, models: Iterator[Array]) -> int:
         """Return the number of the best model, until the next ones are no better.
 
-        That is where two in turn are not, or where the gains of the moved networks, if they go on
-        to shrink by the last factor, become too small. ``former`` is the loss before the first.
+        That is at a moved network that is not, and neither is the linear model before it, or where
+        the gains of the moved networks, if they go on to shrink by the last factor, become too
+        small. ``former`` is the loss before the first. A linear model around a moved network may
+        overshoot where its move, which is shortened, does not.
         """
         smallest, number_of_best, gain = math.inf, 0, 0.0
         for number, losses in enumerate(itertools.islice(models, 2 * _MAX_LINEARIZATIONS), 1):
@@ -685,7 +687,7 @@ class Relinearized:
             is_as_good = is_as_good and not self._counts(mean, smallest)
             if not number_of_best or is_as_good or self._counts(smallest, mean):
                 smallest, number_of_best = mean, number
-            elif number - number_of_best == 2:
+            elif number % 2 == 0 and number - number_of_best > 1:
                 break
             if number % 2 == 0:
                 former_gain, gain, former = gain, former - mean, mean

@@ -181,12 +181,12 @@ def test_file_of_trunk_outputs(tmp_path):
     [nn.Sequential(*NET[4:]), nn.Sequential(nn.Conv2d(64, 4, 3, 4), nn.ReLU(), nn.Flatten())],
     ids=["images are the inputs of the layer", "inputs of the layer take twice the memory"],
 )
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_little_memory(above):
     net = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), above)
     images = np.random.default_rng(0).normal(size=(2048, 1, 32, 32)).astype(np.float32)
     labels = np.arange(2048) % 2
-    options = {"alpha": 0.1, "gradient_alpha": 0.1, "max_iter": 2, "tol": 1e-2, "device": DEVICE}
+    # Less memory may mean another preconditioner, so the fits must reach the optimum.
+    options = {"alpha": 0.1, "gradient_alpha": 0.1, "tol": 1e-5, "device": DEVICE}
     expected = GradientFeatureClassifier(net, batch_size=64, **options).fit(images, labels)
     torch.cuda.empty_cache()
     _, total = torch.cuda.mem_get_info()

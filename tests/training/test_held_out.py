@@ -235,8 +235,9 @@ class Position:
 @pytest.mark.parametrize(
     ("losses", "best", "n_computed"),
     [
-        ((1.0, 0.8, 0.7, 0.9, 0.9, 0.1), 3, 6),
-        ((1.0, 2.0, 2.0, 0.1), 1, 4),
+        ((1.0, 0.8, 0.7, 0.9, 0.9, 0.9, 0.1), 3, 6),
+        ((1.0, 2.0, 2.0, 2.0, 0.1), 1, 4),
+        ((1.0, 2.0, 2.0, 0.1), 4, 4),  # the linear model overshoots, its shortened move does not
         ((1.0, 2.0, 0.5, 0.4), 4, 4),
         ((1.0, 0.999, 0.998, 0.997, 0.1), 2, 4),  # gains that are too small
         ((1.0, 1.001, 0.999, 2.0), 2, 4),  # a moved network that is nearly as good
