@@ -297,6 +297,12 @@ def correct_of(row, key="correct"):
     return bits[: len(bits) // n_labels * n_labels].reshape(-1, n_labels).mean(1)
 
 
+def disturbed(rows):
+    """Return the mean accuracy on disturbed images with a decimal; nothing for other samples."""
+    found = [row[key] for row in rows for key in row if key.startswith("accuracy ")]
+    return f"{statistics.fmean(found):.1f}" if found else ""
+
+
 def table(rows):
     """Return a Markdown table; gains are over "activation", with standard errors of pairs."""
     lines = ["| problem | samples | model | accuracy, % | gain | log loss | disturbed, % | CPU s |"]
@@ -312,28 +318,27 @@ def table(rows):
             )
             before = np.mean([base[row["seed"]] for row in of_model], axis=0)
             gain = gain_on(before, np.mean([correct_of(row) for row in of_model], axis=0))
-            others = [row[key] for row in of_model for key in row if key.startswith("accuracy ")]
-            disturbed = f"{statistics.fmean(others):.1f}" if others else ""
             lines.append(
                 f"| {problem} | {n} | {model} | {accuracy:.1f} | "
                 f"{gain['gain']:+.1f} ± {gain['gain_error']:.1f} | {loss:.3f} | "
-                f"{disturbed} | {seconds:.0f} |"
+                f"{disturbed(of_model)} | {seconds:.0f} |"
             )
     return "\n".join(lines)
 
 
 def summary(rows):
-    """Return a Markdown table with one line for each problem and number of samples.
+    """Return a Markdown table, a line for each problem and number of samples, and the means.
 
     Of several rows of the same split and model, the last one counts. Cells are accuracy and log
     loss, means of the splits. Fine-tuning is the most accurate kind that has all splits of the
-    linearisations; the gain over it has a standard error of pairs. The last column is the processor
-    time of the linearisations, divided by that of AdamW with both numbers of epochs.
+    linearisations; the gain over it has a standard error of pairs. "Disturbed" has the accuracies
+    of both on the disturbed images. The last column is the processor time of the linearisations,
+    divided by that of AdamW with both numbers of epochs.
     """
     lines = ["| problem | samples | splits | activation | default layers | linearizations |"]
-    lines[0] += " fine-tuning | kind | gain | time |"
-    lines.append("|---|---:|---:|---:|---:|---:|---:|---|---:|---:|")
-    found = {}
+    lines[0] += " fine-tuning | kind | gain | disturbed | time |"
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|")
+    found, gains, times = {}, [], []
     for row in sorted(rows, key=lambda row: row["seed"]):
         models = found.setdefault((row["problem"], row["n_train"]), {})
         models.setdefault(row["model"], {})[row["seed"]] = row
@@ -352,6 +357,7 @@ def summary(rows):
             np.mean([correct_of(of[s]) for s in ours], axis=0) for of in (others[best], ours)
         ]
         gain = gain_on(*correct)
+        both = ", ".join(disturbed(of[seed] for seed in ours) for of in (ours, others[best]))
         shown = [
             f"{mean(of, 'accuracy'):.1f}, {mean(of, 'loss'):.3f}"
             for of in (
@@ -359,12 +365,16 @@ def summary(rows):
             )
         ]  # fmt: skip
         tuned = [others[name] for name in others if name.startswith("AdamW, ") and "epochs" in name]
-        time_of_all = sum(mean(of, "cpu_seconds") for of in tuned)
+        gains.append(gain["gain"])
+        times.append(mean(ours, "cpu_seconds") / sum(mean(of, "cpu_seconds") for of in tuned))
         lines.append(
             f"| {problem} | {n} | {len(ours)} | {' | '.join(shown)} | {best} | "
-            f"{gain['gain']:+.1f} ± {gain['gain_error']:.1f} | "
-            f"{mean(ours, 'cpu_seconds') / time_of_all:.2f} |"
+            f"{gain['gain']:+.1f} ± {gain['gain_error']:.1f} | {both.strip(', ')} | "
+            f"{times[-1]:.2f} |"
         )
+    lines.append(
+        f"\nMeans: gain {statistics.fmean(gains):+.2f}, time {statistics.fmean(times):.2f}."
+    )
     return "\n".join(lines)
 
 

@@ -418,13 +418,19 @@ def test_linearizations(scripts, tmp_path, monkeypatch, capsys):
     benchmark.main(["--table", str(output)])
     assert capsys.readouterr().out in printed
     benchmark.main(["--summary", str(output), str(output)])
-    (line,) = capsys.readouterr().out.splitlines()[2:]
+    line, _, means = capsys.readouterr().out.splitlines()[2:]
     best = max(sorted(tuned), key=lambda name: rows[name]["accuracy"])
     gain = rows[several[1]]["accuracy"] - rows[best]["accuracy"]
     seconds = [rows[name]["cpu_seconds"] for name in (several[1], "AdamW, 1 epochs")]
     assert line.startswith("| rotation-1 | 16 | 1 | ")
     assert f"| {gain:+.1f} ± " in line
-    assert line.endswith(f" | {seconds[0] / seconds[1]:.2f} |")
+    time = f"{seconds[0] / seconds[1]:.2f}"
+    kinds = ("blurred", "noisy", "low contrast")
+    disturbed = [
+        np.mean([rows[name][f"accuracy {kind}"] for kind in kinds]) for name in (several[1], best)
+    ]
+    assert line.endswith(" | " + ", ".join(f"{value:.1f}" for value in disturbed) + f" | {time} |")
+    assert means == f"Means: gain {gain:+.2f}, time {time}."
     benchmark.main(["--problems", "vae-1", *options])
     assert "vae-1: skipped, --data" in capsys.readouterr().out
 
