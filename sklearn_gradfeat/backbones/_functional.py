@@ -72,8 +72,14 @@ def _embedding_bags(
 
 
 def _copied(target: Tensor, source: Tensor, _non_blocking: bool = False) -> Tensor:
-    """Compute ``torch.ops.aten.copy`` by operators with all derivatives."""
-    return source.to(target.dtype).expand(target.shape).clone()
+    """Compute ``torch.ops.aten.copy`` by operators with all derivatives.
+
+    The result is laid out as the target, since views of the target are taken of it.
+    """
+    order = sorted(range(target.ndim), key=target.stride, reverse=True)
+    values = source.to(target.dtype).expand(target.shape).permute(order)
+    back = [order.index(axis) for axis in range(target.ndim)]
+    return values.clone(memory_format=torch.contiguous_format).permute(back)
 
 
 _MEAN, _MAX = 1, 2  # the modes of embedding bags; the sum is 0
