@@ -72,8 +72,14 @@ def _embedding_bags(
 
 
 def _copied(target: Tensor, source: Tensor, _non_blocking: bool = False) -> Tensor:
-    """Compute ``torch.ops.aten.copy`` by operators with all derivatives."""
-    return source.to(target.dtype).expand(target.shape).clone()
+    """Compute ``torch.ops.aten.copy`` by operators with all derivatives.
+
+    The result is laid out as the target, since views of the target are taken of it.
+    """
+    order = sorted(range(target.ndim), key=target.stride, reverse=True)
+    values = source.to(target.dtype).expand(target.shape).permute(order)
+    back = [order.index(axis) for axis in range(target.ndim)]
+    return values.clone(memory_format=torch.contiguous_format).permute(back)
 
 
 _MEAN, _MAX = 1, 2  # the modes of embedding bags; the sum is 0
@@ -99,14 +105,16 @@ def functional(program: ExportedProgram) -> ExportedProgram:
         The same one, or a new one where torch's own pass is needed.
     """
     nodes: list[fx.Node] = list(program.graph_module.graph.nodes)
-    if not all(map(_is_plain, nodes)) or not _are_replaceable(nodes):
+    plain = [node for node in nodes if _is_plain(node)]
+    for node in plain:
+        if node.target in _IDENTITIES:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+    if plain != nodes or not _are_replaceable(nodes):
         rewritten: ExportedProgram = program.run_decompositions(_DECOMPOSED)
         return rewritten
     place = {node: i for i, node in enumerate(nodes)}
     for node in nodes:
-        if node.target in _IDENTITIES:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-        elif node.target is _aten.batch_norm.default:
+        if node.target is _aten.batch_norm.default:
             _replace_batch_norm(node, place)
         elif _writes(node):
             _replace_write(node, place)
@@ -139,15 +147,16 @@ def _are_replaceable(nodes: list[fx.Node]) -> bool:
     the write, other than the input itself.
     """
     place = {node: i for i, node in enumerate(nodes)}
+    memories = _memories(nodes)
     sharing = defaultdict(list)
     for node in nodes:
-        for memory in _memories(node):
+        for memory in memories[node]:
             sharing[memory].append(node)
     for node in filter(_writes, nodes):
         target: Any = node.args[0] if node.args else None
         if _counterpart(node) is None or not isinstance(target, fx.Node):
             return False
-        for other in (other for memory in _memories(node) for other in sharing[memory]):
+        for other in (other for memory in memories[node] for other in sharing[memory]):
             earlier = place[other] < place[node] and other is not target
             if other.op == "placeholder" or (
                 earlier and any(place[user] > place[node] for user in other.users)
@@ -156,8 +165,18 @@ def _are_replaceable(nodes: list[fx.Node]) -> bool:
     return True
 
 
-def _memories(node: fx.Node) -> Iterator[int]:
-    """Yield what identifies the memory of each tensor of a node's value."""
+def _memories(nodes: list[fx.Node]) -> dict[fx.Node, set[int]]:
+    """Return what identifies the memory of the tensors of each node's value."""
+    found: dict[fx.Node, set[int]] = {}
+    same: dict[int, int] = {}
+    for node in nodes:
+        found[node] = {same.get(memory, memory) for memory in _storages(node)}
+        if node.target in _IDENTITIES:  # torch 2.9 takes their result for a copy
+            same |= zip(_storages(node), found[node.all_input_nodes[0]], strict=True)
+    return found
+
+
+def _storages(node: fx.Node) -> Iterator[int]:
     value = node.meta.get("val")
     for tensor in value if isinstance(value, (tuple, list)) else [value]:
         if isinstance(tensor, Tensor):

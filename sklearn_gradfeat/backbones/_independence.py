@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from sklearn_gradfeat.backbones._copies import converted_copy, deep_copy, has_lazy_parameters
 from sklearn_gradfeat.backbones._graph import check_activation, run_once
+from sklearn_gradfeat.data import rows_at
 
 # Two activations agree if they differ by no more than this power of the machine epsilon.
 _ROUNDING = 0.4
@@ -120,7 +121,9 @@ def check_transform(
             with run:
                 found = transform(samples.clone())
             same = same and _equal(found, prepared)
-    if not (same and all(agree(transform(samples[rows]), prepared[rows]) for rows in alone)):
+    if not (
+        same and all(agree(transform(rows_at(samples, rows)), prepared[rows]) for rows in alone)
+    ):
         raise ValueError(
             "preprocess must map every sample on its own, and always in the same way. It is "
             "random, or depends on the other samples of a batch. Take random augmentation out of "

@@ -39,6 +39,7 @@ from sklearn_gradfeat.data import (
     Samples,
     compute_dtypes,
     resolve_device,
+    rows_at,
     rows_of_all_ranks,
     sum_over_ranks,
 )
@@ -179,7 +180,7 @@ class Extractor:
             chosen = sorted(rows + others[: max(batch_size.size - len(rows), 0)])
             if len(chosen) == len(rows):
                 return
-            some, places = raw[chosen], [chosen.index(i) for i in rows]
+            some, places = rows_at(raw, chosen), [chosen.index(i) for i in rows]
             prepared = samples.prepare(some)
             if samples.preprocess is not None:
                 check_transform(samples.prepare, some, samples.device, [places])

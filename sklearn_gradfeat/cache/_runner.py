@@ -45,6 +45,7 @@ from sklearn_gradfeat.data import (
     Samples,
     free_bytes,
     is_lazy,
+    rows_at,
     rows_on_device,
     slices,
     to_device,
@@ -321,7 +322,7 @@ class Trunk:
                     bar.show()
                     boundary = self._compute_some(raw, list(new.values()))
                     if first:
-                        self._compare(raw[list(new.values())], boundary)
+                        self._compare(rows_at(raw, list(new.values())), boundary)
                     boundary = self._as_kept(boundary)
                     kept = self.store.add(key, list(new), held(boundary), used)
         if len(new) == len(raw):
@@ -340,13 +341,15 @@ class Trunk:
             return self._compute(raw)
         few = raw.ndim == 2 and not self.samples.indices and len(rows) < MIN_ROWS
         repeated = [rows[i % len(rows)] for i in range(MIN_ROWS)] if few else rows
-        return tuple(z[: len(rows)] for z in self._compute(raw[repeated]))
+        return tuple(z[: len(rows)] for z in self._compute(rows_at(raw, repeated)))
 
     def _compare(self, raw: Tensor, boundary: Tensors) -> None:
         """Raise an error if the boundary of samples depends on their batch."""
         if self.check is not None:
             device = boundary[0].device
-            rows = influenced(boundary, lambda rows: [z.to(device) for z in self._pass(raw[rows])])
+            rows = influenced(
+                boundary, lambda rows: [z.to(device) for z in self._pass(rows_at(raw, rows))]
+            )
             if rows:
                 self.check(raw, rows)
 

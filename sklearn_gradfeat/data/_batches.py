@@ -279,6 +279,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def rows_at(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Return some rows; torch 2.9 has no ``tensor[rows]`` for unsigned integers."""
+    return tensor.index_select(0, torch.arange(len(tensor), device=tensor.device)[rows])
+
+
 def rows_on_device(
     tensors: Sequence[Tensor], rows: slice | list[int], device: torch.device
 ) -> tuple[Tensor, ...]:

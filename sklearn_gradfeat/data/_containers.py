@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+import scipy.sparse as sp
 import torch
 from PIL import Image
 from torch import Tensor
@@ -112,7 +113,7 @@ def _check_container(X: Any) -> None:
             f"X is a single {type(X).__name__}. Pass a list; for a folder of images with one "
             "subfolder per class, X, y = ImageFiles.from_folder(folder)."
         )
-    if isinstance(X, Mapping):
+    if isinstance(X, Mapping) and not sp.issparse(X):  # scikit-learn refuses sparse matrices
         raise TypeError(
             f"X is a {type(X).__name__} with the keys {_listed(X)}. Pass one array with one row "
             "per sample. For texts, put a TextTokenizer before the estimator in a pipeline."

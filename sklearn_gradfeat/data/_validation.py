@@ -63,7 +63,7 @@ def validate_samples(estimator: Any, X: Any, y: Any = "no_validation") -> tuple[
         check = {"allow_nd": True, "ensure_min_samples": fewest, "multi_output": True}
         with _columns_named(X):
             X, y = validate_data(estimator, X, y, **check)
-            _check_numeric(X)
+            X = _numeric(X)
     else:
         if y is None:
             raise ValueError(
@@ -93,8 +93,7 @@ def validate_new_samples(estimator: Any, X: Any) -> Any:
         _check_not_empty(X)
         return X
     with _columns_named(X):
-        X = validate_data(estimator, X, allow_nd=True, reset=False)
-        _check_numeric(X)
+        X = _numeric(validate_data(estimator, X, allow_nd=True, reset=False))
     _check_sample_shape(estimator, X)
     return X
 
@@ -117,10 +116,16 @@ def _columns_named(X: Any) -> Iterator[None]:
         ) from error
 
 
-def _check_numeric(X: npt.NDArray[Any]) -> None:
-    """Raise an error for objects and dates, which scikit-learn lets pass in some data frames."""
+def _numeric(X: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return numbers for objects and dates, which scikit-learn lets pass in some data frames.
+
+    Raise an error if that is impossible.
+    """
+    if X.dtype.kind == "O":
+        X = check_array(X, allow_nd=True)
     if X.dtype.kind not in "biuf":
         raise ValueError(f"X must hold numbers, got dtype {X.dtype}. Convert X to a numeric dtype.")
+    return X
 
 
 def _not_numeric(X: Any) -> list[Any]:

@@ -118,6 +118,9 @@ def test_few_graphs_are_kept(exports, monkeypatch):
     assert len(exports) == 4
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.9."), reason="fake tensors of torch 2.9 need a driver of CUDA"
+)
 def test_graph_for_cuda_has_a_free_batch_size(exports):
     """Fake tensors take the place of a device, whose kernels are chosen by the batch size."""
     with FakeTensorMode(), torch.device("cuda"):

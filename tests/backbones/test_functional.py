@@ -140,6 +140,20 @@ def copied_part(net, x):
     return z.flatten(1)
 
 
+def view_of_dropout(net, x):
+    y = net.conv(x)
+    z = nn.functional.dropout(y, 0.5, training=False).relu_()
+    rows = z.flatten(1)
+    y.mul_(-0.5)
+    return rows + 1
+
+
+def dropout_as_output(net, x):
+    y = net.conv(x)
+    y[:, 1:3].mul_(2)
+    return nn.functional.dropout(y.flatten(1), 0.5, training=False)
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -152,6 +166,8 @@ def copied_part(net, x):
         part_after_its_base,
         written_input,
         larger_dtype,
+        view_of_dropout,
+        dropout_as_output,
     ],
     ids=lambda f: f.__name__,
 )

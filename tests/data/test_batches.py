@@ -93,13 +93,15 @@ def test_blocks_of_rows(shape):
     assert largest == 1 or largest * shape[1] <= 2**20
 
 
+@pytest.mark.parametrize("preprocess", ["auto", torch.Tensor.float])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64, np.uint64, bool])
-def test_integers(dtype):
+def test_integers(dtype, preprocess):
     integers = np.clip(X * 2 + 3, 0, 8).astype(dtype)
-    model = estimator(features="activation").fit(integers, Y)
+    model = estimator(features="activation", preprocess=preprocess).fit(integers, Y)
     other = estimator(features="activation").fit(integers.astype(np.float32), Y)
     assert model.coef_.dtype == np.float32
-    assert np.array_equal(model.predict_proba(integers), other.predict_proba(integers))
+    partly_new = np.concatenate([integers[:10], integers[:, :, ::-1]])
+    assert np.array_equal(model.predict_proba(partly_new), other.predict_proba(partly_new))
 
 
 def test_half_precision(fitted):

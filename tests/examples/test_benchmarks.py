@@ -361,6 +361,7 @@ def test_fine_tuning_starts_anew(scripts):
 
 def test_defaults(scripts, tmp_path, monkeypatch, capsys):
     """The differences by hand, the tables from the file, images without --data."""
+    pytest.importorskip("sklearn", "1.8", "use_legacy_attributes, which is new in scikit-learn 1.8")
     defaults = scripts("defaults")
     rng = np.random.default_rng(0)
     X = rng.normal(size=(60, 3))
@@ -396,6 +397,7 @@ def test_defaults(scripts, tmp_path, monkeypatch, capsys):
 
 def test_linearizations(scripts, tmp_path, monkeypatch, capsys):
     """The gains by hand, the table from the file, images without --data."""
+    pytest.importorskip("sklearn", "1.8", "use_legacy_attributes, which is new in scikit-learn 1.8")
     benchmark = scripts("linearizations")
     tunings = {
         name: tuning._replace(rates=(1e-4, 1e-3), epochs=(1,))

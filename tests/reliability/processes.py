@@ -52,7 +52,7 @@ def run(function, *arguments, timeout):
         env=environment, timeout=timeout, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])  # Gloo of torch 2.9 prints before it
 
 
 if __name__ == "__main__":
