@@ -11,7 +11,9 @@ A block is a submodule of the network. The graph shows the blocks as follows:
 3. The block of a layer is the submodule of the smallest region around the layer. For a layer in
    no region it is the outermost submodule around the layer that has the class of such a block,
    as a block without its skip connection has. Otherwise the layer itself is a block.
-4. Blocks are in the order of their last layers.
+4. A block inside of another one is part of it if several blocks have the class of the outer one,
+   as an attention with a skip connection of its own is part of a layer of a transformer.
+5. Blocks are in the order of their last layers.
 
 The parameters of a block are those below its path, and the biases that batch norms outside of
 the block left in its layers.
@@ -20,6 +22,7 @@ the block left in its layers.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -54,7 +57,9 @@ def blocks(captured: Captured) -> dict[str, list[str]]:
         where = path or _of_known_class(name, captured, known) or name.rpartition(".")[0]
         found.pop(where, None)
         found[where] = None
-    return {path: _members(captured, path) for path in found}
+    number = Counter(captured.classes.get(path) for path in found)
+    repeated = tuple(f"{path}." for path in found if number[captured.classes.get(path)] > 1)
+    return {path: _members(captured, path) for path in found if not path.startswith(repeated)}
 
 
 def _layers(captured: Captured) -> list[tuple[fx.Node, str]]:

@@ -152,6 +152,35 @@ def test_sizes_belong_to_no_block():
     assert len(backbone.choose("last")) == 6
 
 
+class Layer(nn.Module):
+    """A layer like those of BERT: the attention has a skip connection of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attending()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.attention(x)
+        return x + self.linear(x).relu()
+
+
+def test_skip_connections_inside_of_repeated_layers():
+    backbone = frozen(nn.Sequential(Layer(), Layer(), Layer()), 5, 4)
+    assert list(blocks(backbone.captured)) == ["0", "1", "2"]
+    for k in (1, 2):
+        assert {name.split(".")[0] for name in backbone.choose(k)} == {"0", "1", "2"} - set(
+            map(str, range(3 - k))
+        )
+
+
+def test_skip_connections_inside_of_a_single_layer():
+    backbone = frozen(Layer(), 5, 4)
+    assert list(blocks(backbone.captured)) == ["attention", "linear"]
+    backbone = frozen(nn.Sequential(Layer()), 5, 4)
+    assert list(blocks(backbone.captured)) == ["0.attention", "0"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
