@@ -166,7 +166,7 @@ def _are_replaceable(nodes: list[fx.Node]) -> bool:
 
 
 def _memories(nodes: list[fx.Node]) -> dict[fx.Node, set[int]]:
-    """Return what identifies the memory of the tensors of each node's value."""
+    """Return the storages that the tensors of each node's value have at run time, as numbers."""
     found: dict[fx.Node, set[int]] = {}
     same: dict[int, int] = {}
     for node in nodes:

@@ -117,9 +117,9 @@ def _columns_named(X: Any) -> Iterator[None]:
 
 
 def _numeric(X: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return numbers for objects and dates, which scikit-learn lets pass in some data frames.
+    """Return X as numbers, or raise an error.
 
-    Raise an error if that is impossible.
+    scikit-learn lets objects and dates of some data frames pass.
     """
     if X.dtype.kind == "O":
         X = check_array(X, allow_nd=True)

@@ -674,10 +674,10 @@ class Relinearized:
     def _while_it_falls(self, former: float, models: Iterator[Array]) -> int:
         """Return the number of the best model, until the next ones are no better.
 
-        That is at a moved network that is not, and neither is the linear model before it, or where
-        the gains of the moved networks, if they go on to shrink by the last factor, become too
-        small. ``former`` is the loss before the first. A linear model around a moved network may
-        overshoot where its move, which is shortened, does not.
+        The search ends at a moved network if neither it nor the linear model before it is better.
+        A linear model alone does not end it: the model may overshoot where its shortened move does
+        not. The search also ends where the gains of the moved networks become too small, if they
+        go on to shrink by the last factor. ``former`` is the loss before the first model.
         """
         smallest, number_of_best, gain = math.inf, 0, 0.0
         for number, losses in enumerate(itertools.islice(models, 2 * _MAX_LINEARIZATIONS), 1):
