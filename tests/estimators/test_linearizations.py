@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 from sklearn.datasets import make_classification, make_multilabel_classification, make_regression
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV
 from torch import nn
 
@@ -21,6 +23,7 @@ from sklearn_gradfeat import (
     load,
 )
 from sklearn_gradfeat.inspection._attribution import logit_parts, relative_displacements
+from sklearn_gradfeat.linearized import LinearizedHead
 from tests.tiny import NET
 from tests.tiny import X as IMAGES
 from tests.tiny import Y as CLASSES
@@ -215,6 +218,75 @@ def test_merge_moves_the_network_and_fits_the_output_weights_again():
     assert model.merge(X, Y).coef_ is before  # it has no gradient term any more
 
 
+def test_merge_of_a_linear_model_around_a_moved_network(monkeypatch):
+    """The network moves to the end of the linear model, not by its last move alone."""
+    model = ended_with_a_linear_model(monkeypatch)
+    total, point = points(model)
+    assert not is_merged(model)
+    assert all(abs(point[name]).max() > 0 for name in total)
+    model.merge(X, Y)
+    assert is_merged(model)
+    for name, value in total.items():
+        assert_array_equal(model.gradient_coef_[name], value)
+    activation = loaded(model, SMOOTH)(torch.from_numpy(X)).detach().numpy()
+    expected = activation @ model.coef_.T + model.intercept_
+    assert_allclose(model.decision_function(X), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_merged_models_take_no_derivative(monkeypatch):
+    model, merged = classifier(n_linearizations=2).fit(X, Y), classifier().fit(X, Y).merge(X, Y)
+    heads = []
+    activation = LinearizedHead.activation
+    for name in ("jvp", "activation_and_jvp"):
+        monkeypatch.setattr(LinearizedHead, name, mock.Mock(side_effect=AssertionError))
+    monkeypatch.setattr(
+        LinearizedHead, "activation", lambda *given: heads.append(1) or activation(*given)
+    )
+    for each in (model, merged):
+        heads.clear()
+        each.predict(X)
+        assert len(heads) == 1
+    with pytest.raises(AssertionError):
+        classifier(n_linearizations=1).fit(X, Y).predict(X)
+
+
+class Joined(nn.Module):
+    """A network that joins the outputs of two layers itself."""
+
+    def __init__(self, scales):
+        super().__init__()
+        self.below, self.above = copy.deepcopy(SMOOTH[:2]), copy.deepcopy(SMOOTH[2:])
+        self.scales = scales
+
+    def forward(self, x):
+        below = self.below(x)
+        return torch.cat([self.scales[0] * below, self.scales[1] * self.above(below)], 1)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("weights", [None, np.arange(len(X)) % 3 + 0.5])
+def test_linearizations_of_several_layers(n, weights):
+    """The scales are those of the pretrained network, wherever it is linearised."""
+    with torch.no_grad():
+        below = SMOOTH[:2](torch.from_numpy(X)).numpy()
+        above = SMOOTH(torch.from_numpy(X)).numpy()
+    sizes = [np.average((f**2).mean(1), weights=weights) ** 0.5 for f in (below, above)]
+    own = Joined([1 / size for size in sizes])
+    expected = classifier(own, activation_layer=None, n_linearizations=n).fit(X, Y, weights)
+    model = classifier(activation_layer=["1", "3"], n_linearizations=n).fit(X, Y, weights)
+    assert_allclose(model.objective_path_, expected.objective_path_, rtol=1e-7)
+    assert_allclose(model.predict_proba(X), expected.predict_proba(X), rtol=1e-5)
+    module = loaded(model, SMOOTH)
+    with torch.no_grad():
+        below = module[:2](torch.from_numpy(X))
+        parts = [
+            part.numpy() / size
+            for part, size in zip((below, module[2:](below)), sizes, strict=True)
+        ]
+    if n > 1:
+        assert_allclose(model.transform(X), np.hstack(parts), rtol=1e-9, atol=1e-12)
+
+
 def test_merge_needs_the_classes_of_the_fit():
     model = classifier().fit(X, Y)
     with pytest.raises(ValueError, match=r"y has the classes \[0 1\], but the estimator"):
@@ -269,8 +341,18 @@ def test_warm_start_goes_on_from_the_moved_network():
 
 
 def test_grid_search_and_cross_validation():
-    search = GridSearchCV(classifier(), {"n_linearizations": [1, 3]}, cv=3).fit(X, Y)
-    assert search.best_params_["n_linearizations"] in (1, 3)
+    folds = [(np.arange(40), np.arange(40, 80))]
+    search = GridSearchCV(
+        classifier(), {"n_linearizations": [1, 3]}, cv=folds, scoring="neg_log_loss"
+    ).fit(X, Y)
+    expected = [
+        -log_loss(Y[40:], classifier(n_linearizations=n).fit(X[:40], Y[:40]).predict_proba(X[40:]))
+        for n in (1, 3)
+    ]
+    assert_allclose(search.cv_results_["mean_test_score"], expected, rtol=1e-6)
+    assert abs(expected[0] - expected[1]) > 1e-3
+    assert search.best_params_["n_linearizations"] == (1, 3)[np.argmax(expected)]
+    assert search.best_estimator_.n_linearizations_ == search.best_params_["n_linearizations"]
     model = GradientFeatureClassifierCV(
         SMOOTH, gradient_layers="all", alphas=[1e-2, 1e-3], gradient_alphas=[1e-2, np.inf], cv=3,
         n_linearizations=2,
