@@ -389,12 +389,24 @@ def test_ends_where_nothing_falls():
     assert max(abs(move).max() for move in model.gradient_coef_.values()) < 1e-6
 
 
-def test_trunk_runs_once():
-    layers = nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)
-    model = classifier(nn.Sequential(*layers).double(), gradient_layers=1, feature_store=None)
-    passed = Trunk._pass
-    with mock.patch.object(Trunk, "_pass", autospec=True, side_effect=passed) as passes:
-        model.set_params(n_linearizations=3).fit(X, Y)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_linearizations": 3},
+        {"n_linearizations": "auto", "gradient_alpha": "auto"},
+        {"n_linearizations": 2, "activation_layer": ["1", "3"]},
+    ],
+)
+def test_trunk_runs_once(options):
+    """Also for folds and for the choice of the number; three rows are a check."""
+    model = classifier(network(seed=2), gradient_layers=1, feature_store=None)
+    passed, moved = Trunk._pass, TwoStageFit.moved
+    with (
+        mock.patch.object(Trunk, "_pass", autospec=True, side_effect=passed) as passes,
+        mock.patch.object(TwoStageFit, "moved", autospec=True, side_effect=moved) as moves,
+    ):
+        model.set_params(**options).fit(X, Y)
+    assert moves.call_count > 1
     assert sum(len(call.args[1]) for call in passes.call_args_list) == len(X) + 3
 
 
