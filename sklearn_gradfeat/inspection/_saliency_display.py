@@ -94,7 +94,8 @@ class SaliencyDisplay:
             None is the one with the largest logit in each. Of two classes the first has
             the negative logit of the second.
         term : {"gradient", "activation", "full"}, default="gradient"
-            The term of the logit: ``Ω J(x) w₂``, ``W f(x)``, or their sum.
+            The term of the logit: ``Ω J(x) w₂``, ``W f(x)``, or their sum. A network that
+            moved, by several linearisations or ``merge``, has ``"activation"`` alone.
         method : {"gradient", "occlusion"}, default="gradient"
             ``"gradient"`` is the norm over the channels of the derivative in a pixel. The
             gradient term of a network with ReLUs has jumps, which a derivative does not show.
@@ -116,9 +117,10 @@ class SaliencyDisplay:
         if patch is not None and not (isinstance(patch, Integral) and patch > 0):
             raise ValueError(f"patch must be None or a positive integer, got {patch!r}.")
         fitted, X = unwrap(estimator, X)
-        _check_term(fitted, term)
+        extractor, model = fitted._extractor_and_model()
+        _check_term(fitted, term, model.moves)
         X = validate_new_samples(fitted, X)
-        model_term = InputTerm(*fitted._extractor_and_model(), term)
+        model_term = InputTerm(extractor, model, term)
         x = model_term.inputs(X)
         axis = _channel_axis(x)
         columns, signs, targets = _outputs(fitted, X, target)
@@ -178,7 +180,7 @@ class SaliencyDisplay:
         return self
 
 
-def _check_term(fitted: BaseGradientFeature, term: str) -> None:
+def _check_term(fitted: BaseGradientFeature, term: str, has_gradient: bool) -> None:
     """Raise an error for a term that is unknown or not in the model."""
     if term not in ("gradient", "activation", "full"):
         raise ValueError(f"term must be 'gradient', 'activation' or 'full', got {term!r}.")
@@ -186,6 +188,11 @@ def _check_term(fitted: BaseGradientFeature, term: str) -> None:
         raise ValueError(
             f"term={term!r} is not in a model that was fitted with features="
             f"{fitted.features!r}. Pass term={fitted.features!r}."
+        )
+    if term == "gradient" and fitted.linearization_point_ and not has_gradient:
+        raise ValueError(
+            "The gradient term is zero: the network moved, by several linearisations or merge(), "
+            "and its logits are the activation term. Pass term='activation'."
         )
 
 

@@ -188,3 +188,15 @@ def test_tabular_data_are_no_images():
     model = tiny.estimator(nn.Linear(64, 3), max_iter=2).fit(X.reshape(24, -1), Y)
     with pytest.raises(ValueError, match=r"draws images.*a sample has shape \(64,\)"):
         SaliencyDisplay.from_estimator(model, X.reshape(24, -1))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_network_that_moved_has_no_gradient_term(n):
+    model = tiny.estimator(gradient_layers="all", n_linearizations=n, **DOUBLE).fit(X, Y)
+    if n == 1:
+        model.merge(X, Y)
+    with pytest.raises(ValueError, match=r"the network moved, .* Pass term='activation'"):
+        SaliencyDisplay.from_estimator(model, X[:2])
+    maps = [SaliencyDisplay.from_estimator(model, X[:2], term=t) for t in ("activation", "full")]
+    assert maps[0].saliency.max() > 0
+    np.testing.assert_array_equal(maps[0].saliency, maps[1].saliency)
