@@ -20,7 +20,8 @@ class ObjectiveDisplay:
     Parameters
     ----------
     objective_paths : dict of str to ndarray of shape (n_iter + 1,)
-        The objective at the start and after every iteration, by the name of the fit.
+        The objective at the start and after every iteration, by the name of the fit; after every
+        move of a fit with several linearisations.
     n_passes : dict of str to int
         Passes over the data that every fit took, shown in the legend. An iteration takes
         one or two; ``objective_paths`` does not tell which.

@@ -77,3 +77,20 @@ def test_displaced_zeros_are_infinitely_far():
 def test_without_gradient_layers_there_is_no_picture(models):
     with pytest.raises(ValueError, match="features='activation', so it has no gradient layers"):
         LayerContributionDisplay.from_estimator(models["activation"], X)
+
+
+def test_a_network_that_moved_has_displacements_and_no_gradient_term():
+    model = tiny.estimator(gradient_layers="all", n_linearizations=2, **DOUBLE).fit(X, Y)
+    display = LayerContributionDisplay.from_estimator(model, X)
+    assert not any(part.any() for part in display.parts.values())
+    total = display.activation + model.intercept_
+    np.testing.assert_allclose(total, model.decision_function(X), atol=1e-10)
+    moved, size = model.fine_tuned_state_dict(), NET.state_dict()
+    for layer, share in display.relative_displacements.items():
+        before, after = (
+            torch.cat([state[f"{layer}.{n}"].double().flatten() for n in ("weight", "bias")])
+            for state in (size, moved)
+        )
+        assert share == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-5)
+        assert share > 0
+    display.figure_.canvas.draw()
