@@ -79,7 +79,8 @@ n_linearizations : int or "auto", default=1
     choose ``gradient_alpha``, and otherwise the moved network. ``"auto"`` goes on until the
     loss of held-out samples does not fall any more; with ``gradient_alpha="auto"``, the first
     linearisations have stronger penalties than the last ones. The CV estimators take numbers
-    alone. One is the model of the paper, the only one that is solved to a ``tol`` below 0.2.
+    alone. One is the model of the paper; each of several is solved less exactly than a small
+    ``tol`` says.
 parametrization : {"ntk", "standard"}, default="ntk"
     The scale of the displacements ``w₂`` under the penalty. The NTK parametrization divides
     weights by the square root of their number of output channels, and biases by √10.
