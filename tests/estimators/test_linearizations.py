@@ -24,6 +24,7 @@ from sklearn_gradfeat import (
 )
 from sklearn_gradfeat.inspection._attribution import logit_parts, relative_displacements
 from sklearn_gradfeat.linearized import LinearizedHead
+from tests.networks import build
 from tests.tiny import NET
 from tests.tiny import X as IMAGES
 from tests.tiny import Y as CLASSES
@@ -167,6 +168,43 @@ def test_moved_weights_load_into_a_module_with_batch_norms(kind, dead):
         activation = loaded(model, module)(torch.from_numpy(images)).flatten(2).mean(2).numpy()
     expected = activation @ model.coef_.T + model.intercept_
     assert_allclose(model.decision_function(images), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [("auto", ["stem", "block.0", ""]), (["block.1.conv1", ""], ["block.1.conv1", ""])],
+)
+def test_moved_weights_with_several_layers_and_batch_norms(chosen, names):
+    """A batch norm is not folded into a layer whose output is read."""
+    module, _ = build("residual")
+    images = np.random.default_rng(0).normal(size=(30, 2, 5, 5))
+    y = np.arange(30) % 3
+    options = {"gradient_layers": "last", "n_linearizations": 2, "precision": "float64"}
+    model = classifier(module, activation_layer=chosen, **options).fit(images, y)
+    assert is_merged(model)
+
+    def outputs(network):
+        found = []
+        hooks = [
+            network.get_submodule(name).register_forward_hook(
+                lambda _module, _inputs, output: found.append(output.flatten(2).mean(2).numpy())
+            )
+            for name in names[:-1]
+        ]
+        with torch.no_grad():
+            top = network(torch.from_numpy(images))
+        for hook in hooks:
+            hook.remove()
+        return [*found, top.numpy()]
+
+    sizes = [np.sqrt((f**2).mean()) for f in outputs(module)]
+    moved = outputs(loaded(model, module))
+    expected = np.hstack([f / size for f, size in zip(moved, sizes, strict=True)])
+    assert_allclose(model.transform(images), expected, rtol=1e-9, atol=1e-12)
+    unmoved = np.hstack([f / size for f, size in zip(outputs(module), sizes, strict=True)])
+    assert abs(expected - unmoved).max() > 1e-3
+    logits = expected @ model.coef_.T + model.intercept_
+    assert_allclose(model.decision_function(images), logits, rtol=1e-9, atol=1e-9)
 
 
 def test_tied_weights_stay_tied():

@@ -21,8 +21,9 @@ from sklearn_gradfeat import (
     GradientFeatureClassifier,
     GradientFeatureRegressor,
 )
-from sklearn_gradfeat.cache._runner import Trunk
+from sklearn_gradfeat.cache._runner import CachedSamples, Trunk
 from sklearn_gradfeat.curvature import _coarse_space as coarse_space
+from sklearn_gradfeat.curvature._inverses import Inverses
 from sklearn_gradfeat.training import Journal, TwoStageFit, _relinearization, _two_stage_fit
 from sklearn_gradfeat.training._held_out import Relinearized, Runs
 from sklearn_gradfeat.training._relinearization import (
@@ -528,6 +529,29 @@ def test_linear_models_in_the_coarse_space(monkeypatch):
     assert (np.diff(model.objective_path_) < 0).all()
     value, _ = objective(model, tiny.X.astype(float), tiny.Y)
     assert model.objective_path_[-1] == pytest.approx(value, rel=1e-6)
+
+
+def test_a_later_round_in_the_coarse_space_takes_two_passes(monkeypatch):
+    """One for the linear model and one for the move; the factors are those of the first."""
+    monkeypatch.setattr(coarse_space, "_MIN_COST", 1)
+    fits = stages(classifier(tiny.tiny_net().double(), precision="float64"), tiny.X, tiny.Y)
+    batches, factors = CachedSamples.batches, Inverses._factors
+    with (
+        mock.patch.object(CachedSamples, "batches", autospec=True, side_effect=batches) as n_passes,
+        mock.patch.object(Inverses, "_factors", autospec=True, side_effect=factors) as n_factors,
+    ):
+        run = Relinearization(fits, fits.fit_activation(1e-2))
+        run.linear(1e-3)
+        run.moved()
+        assert n_factors.call_count == 1
+        for _ in range(3):
+            counts = []
+            for step in (lambda: run.linear(1e-3), run.moved):
+                n_passes.reset_mock()
+                assert step() is not None
+                counts.append(n_passes.call_count)
+            assert counts == [1, 1]
+        assert n_factors.call_count == 1
 
 
 def test_no_coarse_space_of_few_of_the_parameters(monkeypatch):
