@@ -19,10 +19,10 @@ first linear model has no such term, and is the one of the paper. The models in 
 linear model around the pretrained parameters; the network after the first move; the linear model
 around this point; and so on.
 
-Where the first linear model has a coarse space, all linear models are minima over its leading
-directions of the curvature, with the rows of the samples at the point. So a linear model takes one
-pass, and none but the first needs factors of the curvature. The point at the end is then stationary
-along these directions.
+Where the first linear model has a coarse space and passes need the network, all linear models are
+minima over its leading directions of the curvature, with the rows of the samples at the point. So a
+linear model takes one pass, and none but the first needs factors of the curvature. The point at the
+end is then stationary along these directions.
 
 References
 ----------
