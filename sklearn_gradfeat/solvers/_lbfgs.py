@@ -271,7 +271,7 @@ def minimize(
         norm = _norm(point.gradient, preconditioned)
         decrement, wanted = norm**2 / 2, tolerance(point.value)
         if callback is not None and callback(n_iter, point.value, point.x, decrement, wanted):
-            status = "converged" if decrement <= wanted else "interrupted"
+            status = "interrupted"
             break
         if not same_curvature(memory.curvature, loss, point.logits):
             has_space, solve, passes = solve is not None, None, passes + 1

@@ -695,7 +695,8 @@ class TwoStageFit:
         # the objective is left to gain where the solver stalled.
         decrement, value = solution.norm**2 / 2, solution.objective_path[-1]
         exhausted = solution.status == "stalled" and decrement <= eps * abs(value)
-        if exhausted or decrement <= tolerance(max(tol, self.settings.tol), value):
+        reached = exhausted or decrement <= tolerance(max(tol, self.settings.tol), value)
+        if reached and solution.status != "interrupted":  # that ends further linearisations
             solution = replace(solution, status="converged")
         self.journal.finish(stage, solution, inverses)
         return solution
