@@ -2,8 +2,8 @@
 
 An output is averaged over all axes but those of samples and channels. The channels are on the
 second axis after a convolution, and on the last one after a linear layer. A run on an example
-shows which: the layer computes its output from that of the last convolution, matrix product or
-normalisation before it, which has as many channels.
+shows which: the layer computes its output from that of the last convolution, product with a matrix
+or normalisation before it, whose axes it may permute.
 
 Padding is left out of an average, so that the activation of a text does not depend on the lengths
 of other texts. The positions of padding come from the argument ``attention_mask`` of a submodule,
@@ -48,6 +48,9 @@ _CHANNELS_SECOND = {
 }  # fmt: skip
 _CHANNELS_LAST = RECURRENT | {
     "linear", "addmm", "layer_norm", "rms_norm", "multi_head_attention_forward", "embedding",
+}  # fmt: skip
+_PERMUTATIONS = {
+    "permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint", "mT", "mH",
 }  # fmt: skip
 # Averages agree if they differ by no more than this share.
 _ROUNDING = 1e-4
@@ -309,10 +312,14 @@ def _described(
 
 
 def _channel_axis(output: Tensor, axis: int, n_channels: int) -> int:
-    """Return the axis of the channels; the operation before had ``n_channels`` on ``axis``."""
+    """Return the axis of the channels; the operation before had ``n_channels`` on ``axis``.
+
+    Other numbers of channels, as of a gated linear unit, are on the same axis.
+    """
     if output.ndim == 2:
         return 1
-    return next((i for i in (axis, -axis) if output.shape[i] == n_channels), 1)
+    likely = [i for i in (axis, 1, -1) if i in (1, -1)]
+    return next((i for i in likely if output.shape[i] == n_channels), likely[0])
 
 
 class _Recorder(TorchFunctionMode):
@@ -331,12 +338,27 @@ class _Recorder(TorchFunctionMode):
         """Call a function and note the channels of its result."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name in _CHANNELS_SECOND or name in _CHANNELS_LAST:
+        if name == "__get__":  # of a property
+            name = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name in _PERMUTATIONS and args:
+            self._permuted(args[0], result)
+        # A matrix is the same for all samples. Products of samples are those of attention.
+        by_matrix = name == "matmul" and len(args) == 2 and args[1].ndim == 2
+        if name in _CHANNELS_SECOND or name in _CHANNELS_LAST or by_matrix:
             output = tree_leaves(result)[0]
             axis = 1 if name in _CHANNELS_SECOND else -1
             if output.ndim > 2 or (output.ndim == 2 and len(output) != self.n_samples):
                 self.latest = axis, output.shape[axis]
         return result
+
+    def _permuted(self, x: Tensor, result: Tensor) -> None:
+        """Follow the channels of a tensor whose axes are permuted, if it has as many."""
+        axis, n_channels = self.latest
+        dense = x.layout is torch.strided and not x.is_nested
+        if dense and x.ndim > max(axis, 2) and x.shape[axis] == n_channels:
+            places = list(zip(result.shape, result.stride(), strict=True))
+            place = places.index((n_channels, x.stride(axis)))
+            self.latest = -1 if place == x.ndim - 1 else place, n_channels
 
 
 def _around(path: str, seen: Mapping[str, _Seen]) -> str:

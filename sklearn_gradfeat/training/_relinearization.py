@@ -60,6 +60,8 @@ _SUFFICIENT = 0.1
 # A linear model whose move falls short of this share is fitted again, so often at most, with a
 # proximal term that is larger by this factor at least.
 _ATTEMPTS, _GROWTH = 12, 4
+# Where the proximal term shortens the move, so much less may be promised before the method ends.
+_SHORTENED = 0.01
 # The proximal term that a move was found to need, times this, is that of the next linear model.
 _RELAXED = 0.5
 # Least tolerance of a linear model. The next linearisation corrects the rest, and exact optima were
@@ -89,8 +91,9 @@ def fit_in_turn(
     n_models : int
         One is the linear model around the pretrained parameters. An even number ends with a moved
         network, an odd one with a linear model. The method ends earlier where a linear model
-        promises to decrease ``F`` by less than ``tol`` times its fall so far, where no move
-        decreases it, or where a callback stops the fit.
+        promises to decrease ``F`` by less than ``tol`` times its fall so far (a hundredth of that
+        where the proximal term shortens the move), where no move decreases it, or where a callback
+        stops the fit.
     warm : LinearModel or None
         Where to start, unless the pretrained parameters are better; None starts at these.
     progress : Progress or None
@@ -254,7 +257,10 @@ class Relinearization:
         for _ in range(_ATTEMPTS):
             if self.is_interrupted:
                 return None
-            if step.promised <= max(tol * (self._unmoved - objective + step.promised), rounding):
+            least = tol * (self._unmoved - objective + step.promised)
+            if self._proximal * step.squares > step.promised / 2:
+                least *= _SHORTENED  # the linear model promises little because the move is short
+            if step.promised <= max(least, rounding):
                 return None
             trial = self.stages.moved(step.model.total)
             scale = 2 * step.promised / step.squares if step.squares else 0.0

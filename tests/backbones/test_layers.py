@@ -3,6 +3,7 @@
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -501,12 +502,63 @@ class Permuted(nn.Module):
         return self.gated(self.back(h)).mean((2, 3))
 
 
+class AsManyAsColumns(nn.Module):
+    """Keeps the channels of an image last for a while, with as many as it has columns."""
+
+    def __init__(self, back):
+        super().__init__()
+        self.embed = nn.Conv2d(2, 5, 1)
+        self.front = Call(lambda h: h.movedim(1, -1))
+        self.mix = nn.Linear(5, 5)
+        self.back = Call(back)
+        self.block = Call(lambda h: h)
+
+    def forward(self, x):
+        h = self.embed(x)
+        return self.block(h + self.back(self.mix(self.front(h)))).mean((2, 3))
+
+
+class OtherWidths(nn.Module):
+    """Layers for tokens with other numbers of channels than the operation before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(2, 5, 1)
+        self.tokens = Call(lambda h: h.flatten(2)[..., :5].mT)
+        self.wide = nn.Linear(5, 12)
+        self.gated = Call(nn.functional.glu)
+        self.kernel = nn.Parameter(torch.randn(6, 9))
+        self.product = Call(lambda h: torch.tanh(h @ self.kernel))
+        self.queries = nn.Linear(9, 27)
+        self.attention = Call(self.attend)
+
+    def attend(self, h):
+        q, k, v = self.queries(h).unflatten(-1, (3, 3, 3)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x):
+        tokens = self.tokens(self.embed(x))
+        return self.attention(self.product(self.gated(self.wide(tokens)))).mean(1)
+
+
 @pytest.mark.parametrize(
     ("network", "axes"),
     [
         (Residual, {"stem": 1, "block.0.bn1": 1, "block.0": 1, "block.1": 1}),
         (Tokens, {"embed": -1, "encoder.layers.0.self_attn": -1, "encoder.layers.1": -1}),
         (Permuted, {"conv": 1, "norm": -1, "mix": -1, "back": 1, "gate": 1, "gated": 1}),
+        (
+            partial(AsManyAsColumns, lambda h: h.permute(0, 3, 1, 2)),
+            {"embed": 1, "front": -1, "mix": -1, "back": 1, "block": 1},
+        ),
+        (
+            partial(AsManyAsColumns, lambda h: h.swapaxes(1, 2).transpose(-1, 1)),
+            {"embed": 1, "front": -1, "mix": -1, "back": 1, "block": 1},
+        ),
+        (
+            OtherWidths,
+            {"embed": 1, "tokens": -1, "wide": -1, "gated": -1, "product": -1, "attention": -1},
+        ),
     ],
 )
 def test_outputs_are_averaged_over_positions(network, axes):

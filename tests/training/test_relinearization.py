@@ -384,6 +384,16 @@ def test_few_iterations_of_fits_with_a_proximal_term(seed):
     assert (np.diff(model.objective_path_) < 0).all()
 
 
+@pytest.mark.parametrize("seed", [2, 3])
+def test_a_short_move_that_promises_little_is_not_the_end(seed):
+    """After moves that overshoot, the linear model with a proximal term promises little."""
+    rng = np.random.default_rng(seed)
+    samples, y = rng.normal(size=(30, 6)), rng.integers(0, 3, 30)
+    model = classifier(network(seed), gradient_alpha=1e-8, n_linearizations=15).fit(samples, y)
+    assert model.n_linearizations_ == 15
+    assert model.objective_path_[-1] < 0.8 * model.objective_path_[0]
+
+
 def test_ends_where_nothing_falls():
     model = classifier(gradient_alpha=1e9, n_linearizations=5).fit(X, Y)
     assert model.n_linearizations_ < 5
