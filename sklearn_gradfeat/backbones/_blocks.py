@@ -287,10 +287,11 @@ def _match(
             f"{lost[0]!r} {gone[lost[0]]}."
         )
     candidates = dict.fromkeys(part for name in names for part in _ancestors(name))
+    candidates |= dict.fromkeys(("last", "after_attention", "all"))
     nearest = difflib.get_close_matches(pattern, candidates, n=5, cutoff=0.0)
     raise ValueError(
-        f"gradient_layers={pattern!r} matches no submodule and no parameter of the backbone. "
-        f"The nearest names are {', '.join(map(repr, nearest))}."
+        f"gradient_layers={pattern!r} matches no parameter of the backbone and no submodule "
+        f"that has any. The nearest names are {', '.join(map(repr, nearest))}."
     )
 
 

@@ -89,7 +89,7 @@ def check_layer(module: nn.Module, layer: str) -> None:
     """Raise an error unless a module has a submodule of that name."""
     names = _names(module)
     if layer not in names:
-        raise _unknown(layer, names)
+        raise _unknown(layer, [*names, AUTO])
 
 
 def choose_layers(module: nn.Module, patterns: Sequence[str], example: Tensor) -> tuple[Layer, ...]:

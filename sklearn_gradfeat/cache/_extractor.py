@@ -85,6 +85,13 @@ class Extractor:
     scales: tuple[float, ...] | None = None
     rounds: bool = False
 
+    @property
+    def activation_layers(self) -> dict[str, float]:
+        """The layers of the activation, and the number that multiplies the output of each."""
+        layers = self.backbone.layers
+        names = [layer.path for layer in layers] if layers else [self.backbone.module.layer or ""]
+        return dict(zip(names, self.scales or (1.0,) * len(names), strict=True))
+
     def on(self, device: torch.device) -> Extractor:
         """Return the extractor on a device; in float32 on mps, which has no float64."""
         if device.type != "mps":

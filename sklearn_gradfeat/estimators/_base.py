@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, Self
@@ -279,6 +280,13 @@ class BaseGradientFeature(
         return predict_activations(extractor, model, X, batch_size, verbose, self._store(X))
 
     @property
+    def activation_layers_(self) -> dict[str, float]:
+        """The layers of the activation from bottom to top, and their scales."""
+        if not hasattr(self, "_extractor"):
+            raise AttributeError(f"This {type(self).__name__} is not fitted yet.")
+        return self._extractor.activation_layers
+
+    @property
     def _n_features_out(self) -> int:
         """The number of columns of :meth:`transform`, which :meth:`get_feature_names_out` names."""
         n_features: int = self.coef_.shape[1]
@@ -372,7 +380,8 @@ class BaseGradientFeature(
         are taken out of the layers that they were folded into. So the weights load into the
         module that was passed as ``backbone``, before :func:`torch.compile`. In evaluation mode,
         the activations of this module are then those of a merged estimator, see :meth:`transform`
-        and :meth:`merge`.
+        and :meth:`merge`. A model with a gradient term has other predictions: there is a warning.
+        The names of a named network of Hugging Face begin with ``model.``.
 
         Returns
         -------
@@ -402,6 +411,12 @@ class BaseGradientFeature(
                     f"The weights do not fit the backbone, which computes {name!r} from others or "
                     "other tensors from it. Remove the parametrizations, or use to_torch()."
                 )
+        if model.moves:
+            warnings.warn(
+                "The model has a gradient term, so the moved weights have other predictions. Call "
+                "merge(X, y) before fine_tuned_state_dict() for a model that has none.",
+                stacklevel=2,
+            )
         return state
 
     @neutral_state()

@@ -77,10 +77,11 @@ n_linearizations : int or "auto", default=1
     the network plus the penalties falls. Of the last linear model and the network that moved
     once more, the fit returns the one with the smaller loss of held-out samples, if those
     choose ``gradient_alpha``, and otherwise the moved network. ``"auto"`` goes on until the
-    loss of held-out samples does not fall any more; with ``gradient_alpha="auto"``, the first
-    linearisations have stronger penalties than the last ones. The CV estimators take numbers
-    alone. One is the model of the paper; each of several is solved less exactly than a small
-    ``tol`` says.
+    loss of held-out samples does not fall any more. With ``gradient_alpha="auto"``, a number is
+    the largest one that held-out samples choose, and the first linearisations have stronger
+    penalties than the last ones. The CV estimators take numbers alone, and
+    ``features="gradient"`` takes 1 alone. One is the model of the paper, the only one that is
+    solved to ``tol``; the others are solved more loosely.
 parametrization : {"ntk", "standard"}, default="ntk"
     The scale of the displacements ``w₂`` under the penalty. The NTK parametrization divides
     weights by the square root of their number of output channels, and biases by √10.
@@ -97,8 +98,9 @@ tol : float, default=1e-4
 
 WARM_START = """
 warm_start : bool, default=False
-    Whether to start from the previous solution if its shape fits. The optimum is the same.
-    A penalty on ``"auto"`` is chosen anew.
+    Whether to start from the previous solution if its shape fits. The optimum is the same, but
+    several linearisations go on from the network that moved. A penalty on ``"auto"`` is chosen
+    anew.
 """
 
 CHECKPOINT = """
@@ -190,7 +192,8 @@ VALIDATION_SCORES = """
 validation_scores_ : dict of str to ndarray of shape (n_tried,)
     The penalties that ``"auto"`` tried: the columns ``"alpha"`` and ``"gradient_alpha"``, the
     mean ``"loss"`` of held-out samples, and the ``"standard_error"`` of its difference to the
-    smallest one. The arrays are empty if both penalties are numbers.
+    smallest one with the same kind of penalty: ``alpha`` without a gradient term, or
+    ``gradient_alpha`` with one ``alpha``. The arrays are empty if both penalties are numbers.
     :class:`PenaltyDisplay` draws them.
 """
 
@@ -213,7 +216,10 @@ linearization_point_ : dict of str to ndarray
     The displacements at which the network is linearised; empty for the pretrained parameters.
     It is equal to ``gradient_coef_`` for a network that moved without a linear term.
 n_linearizations_ : int
-    The number of linear models that were fitted in turn; zero for ``features="activation"``.
+    The number of linear models that were fitted in turn; zero without a gradient term.
+activation_layers_ : dict of str to float
+    The layers whose averaged outputs are the activation, from bottom to top, and the number
+    that multiplies each. The empty name is the output of the backbone.
 gradient_layers_ : list of str
     The names of the parameters θ₂. A batch norm is folded into the layer before it: the
     bias of that layer stands for both, and the scale is part of its weight.

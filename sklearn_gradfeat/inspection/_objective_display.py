@@ -90,7 +90,12 @@ class ObjectiveDisplay:
             key = fitted.features if label is None else label
             paths[key], passes[key] = fitted.objective_path_, fitted.n_passes_
         display = cls(objective_paths=paths, n_passes=passes)
-        return display.plot(ax, quantity=quantity, **line_kw)
+        display.plot(ax, quantity=quantity, **line_kw)
+        several = [unwrap(each)[0].n_linearizations != 1 for each in named.values()]
+        if any(several):
+            name = "Linearization" if all(several) else "Iteration, or linearization"
+            display.ax_.set_xlabel(name)
+        return display
 
     def plot(self, ax: Any = None, *, quantity: str = "gap", **line_kw: Any) -> ObjectiveDisplay:
         """Draw the curves.

@@ -25,14 +25,15 @@ class PenaltyDisplay:
     paths : dict of str to dict of str to ndarray of shape (n_tried,)
         The columns ``"penalty"``, ``"loss"`` and ``"standard_error"``, by the name of the
         penalty. The standard error is that of the difference to the smallest loss. An infinite
-        penalty stands for the model without a gradient term.
+        penalty stands for the model without a gradient term. With a column ``"alpha"``, there is
+        one curve for each of its values.
     chosen : dict of str to float
         The chosen values, by the name of the penalty.
 
     Attributes
     ----------
     errorbars_ : list of matplotlib ErrorbarContainer
-        The losses with their standard errors, in the order of ``paths``.
+        The curves of losses with their standard errors, in the order of ``paths``.
     axes_ : ndarray of matplotlib Axes
         The axes, in the same order.
     figure_ : matplotlib Figure
@@ -102,6 +103,8 @@ class PenaltyDisplay:
             for name, part in rows.items()
             if len(scores["loss"][part])
         }
+        if "gradient_alpha" in paths:
+            paths["gradient_alpha"]["alpha"] = scores["alpha"][rows["gradient_alpha"]]
         display = cls(paths=paths, chosen={name: getattr(fitted, f"{name}_") for name in paths})
         return display.plot(ax, **line_kw)
 
@@ -132,16 +135,20 @@ class PenaltyDisplay:
                 np.where(np.isfinite(path["loss"]), path[key], np.nan)
                 for key in ("penalty", *_COLUMNS)
             )
-            order = np.argsort(penalty)
-            order = order[np.isfinite(penalty[order])]
-            style = {"fmt": ".-", "capsize": 3, **line_kw}
-            self.errorbars_.append(
-                axes.errorbar(penalty[order], loss[order], error[order], **style)
-            )
+            alphas = np.where(np.isfinite(penalty), path.get("alpha", 0.0), np.nan)
+            every = np.unique(alphas[~np.isnan(alphas)])[::-1]
+            for alpha in every:
+                order = np.argsort(penalty)
+                order = order[alphas[order] == alpha]
+                label = {"label": f"alpha {alpha:.2g}"} if len(every) > 1 else {}
+                style = {"fmt": ".-", "capsize": 3, **label, **line_kw}
+                self.errorbars_.append(
+                    axes.errorbar(penalty[order], loss[order], error[order], **style)
+                )
             for mean, width in zip(loss[np.isinf(penalty)], error[np.isinf(penalty)], strict=True):
                 label = "no gradient term" + ", chosen" * bool(np.isinf(chosen))
-                axes.axhline(mean, color="C1", label=label)
-                axes.axhspan(mean - width, mean + width, color="C1", alpha=0.2)
+                axes.axhline(mean, color="C3", label=label)
+                axes.axhspan(mean - width, mean + width, color="C3", alpha=0.2)
             if np.isfinite(chosen):
                 axes.axvline(chosen, color="0.4", linestyle="--", label=f"chosen: {chosen:.2g}")
             axes.set_xscale("log")

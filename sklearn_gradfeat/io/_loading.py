@@ -128,6 +128,11 @@ class _Saved:
             ) from error
         return parameters, attributes
 
+    @property
+    def _versions(self) -> str:
+        """The versions that wrote the file, as text."""
+        return ", ".join(" ".join(each) for each in self.document["versions"].items())
+
     def check_probe(self, n_outputs: int) -> None:
         """Raise an error unless the results to compare with have their shapes."""
         shape = self.document["backbone"]["example"]["shape"][0], n_outputs
@@ -191,7 +196,7 @@ class _Saved:
         if by_name and digest(stored_weights(frozen.module.module)) != stored["digest"]:
             raise ValueError(
                 f"The backbone does not fit {self.path}: its weights differ from those that the "
-                f"model was fitted on, with {self.document['versions']}."
+                f"model was fitted on, with {self._versions}."
             )
         return frozen, module
 
@@ -252,5 +257,5 @@ class _Saved:
             raise ValueError(
                 f"The backbone does not fit {self.path}: it has the same weights as in the fit, "
                 "but other results. Its code has changed since the file was written, with "
-                f"{self.document['versions']}."
+                f"{self._versions}."
             )

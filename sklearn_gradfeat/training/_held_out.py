@@ -543,9 +543,8 @@ class _Turn:
 class Relinearized:
     """The losses of samples that are left out of several linearisations.
 
-    Where their number is chosen, too, penalties from strong to weak share a point, with the rows of
-    the samples there, for as long as the losses of the linear models and of the moved networks
-    fall. Then the next one goes on from the last of these networks, if that is better than the one
+    Penalties from strong to weak share a point, with the rows of the samples there, for as long as
+    the losses of the linear models and of the moved networks fall. Then the next one goes on from the last of these networks, if that is better than the one
     at the point. So the last penalties are judged after several linearisations.
 
     Parameters
@@ -553,7 +552,7 @@ class Relinearized:
     folds : Folds
         The folds.
     n_linearizations : int or None
-        Their number. None goes on until the loss does not fall any more.
+        Their largest number. None goes on until the loss does not fall any more.
     negligible : float
         The largest fall of the loss that counts as none, however small the loss.
     alpha : float
@@ -572,7 +571,7 @@ class Relinearized:
     def __init__(
         self, folds: Folds, n_linearizations: int | None, negligible: float, alpha: float
     ) -> None:
-        self._folds, self._n_linearizations = folds, n_linearizations
+        self._folds, self._most = folds, n_linearizations or math.inf
         self._negligible, self._alpha = negligible, alpha
         self._turns: dict[float, _Turn] = {}
         self._judged: dict[tuple[float, float], _Judged] = {}
@@ -605,7 +604,7 @@ class Relinearized:
         if pair not in self._judged:
             turn = self._turns.get(alpha)
             goes_on = turn is not None and gradient_alpha < turn.gradient_alpha
-            if turn is None or not goes_on or self._n_linearizations is not None:
+            if turn is None or not goes_on:
                 unmoved = self._mean(self._folds.losses(alpha, math.inf))
                 turn = self._turns[alpha] = _Turn(self._folds.start(alpha), unmoved)
                 self.gave_up = False
@@ -618,7 +617,7 @@ class Relinearized:
         found, best = self._moved_from(turn.point, alpha, gradient_alpha), turn.best
         if best is not None and not self._falls(best, found):
             self.gave_up = best.refitted < turn.loss
-            if self.gave_up:
+            if self.gave_up or len(best.runs.gradient_alphas) >= self._most:
                 return found
             turn.point, turn.best = best.runs, None
             found = self._moved_from(turn.point, alpha, gradient_alpha)
@@ -653,7 +652,7 @@ class Relinearized:
 
     def stronger(self, alpha: float, gradient_alpha: float) -> tuple[float, ...]:
         """Return the penalties of the linearisations before those with this one."""
-        if math.isinf(gradient_alpha) or self._n_linearizations is not None:
+        if math.isinf(gradient_alpha):
             return ()
         return self._judge(alpha, gradient_alpha).runs.gradient_alphas[:-1]
 
@@ -665,9 +664,9 @@ class Relinearized:
         linear, moved, runs, _ = self._judge(alpha, gradient_alpha)
         judged = (linear,) if runs.has_ended else (linear, moved)
         n_former, former = 2 * len(runs.gradient_alphas) - 2, runs.former
+        n_left = int(min(2 * _MAX_LINEARIZATIONS, 2 * self._most - n_former))
         models = itertools.chain(judged, runs.copy().models(gradient_alpha))
-        if self._n_linearizations is not None:
-            return self._last(models, 2 * self._n_linearizations)
+        models = itertools.islice(models, n_left)
         former = self._folds.losses(alpha, math.inf) if former is None else former
         return n_former + self._while_it_falls(self._mean(former), models)
 
@@ -680,7 +679,7 @@ class Relinearized:
         go on to shrink by the last factor. ``former`` is the loss before the first model.
         """
         smallest, number_of_best, gain = math.inf, 0, 0.0
-        for number, losses in enumerate(itertools.islice(models, 2 * _MAX_LINEARIZATIONS), 1):
+        for number, losses in enumerate(models, 1):
             mean = self._mean(losses)
             # A moved network predicts faster than the linear model before it.
             is_as_good = number % 2 == 0 and number_of_best == number - 1
@@ -698,13 +697,6 @@ class Relinearized:
     def _counts(self, former: float, following: float) -> bool:
         """Whether the fall of the loss is worth a linearisation."""
         return following < (1 - _GAIN) * former and former - following > self._negligible
-
-    def _last(self, models: Iterator[Array], last: int) -> int:
-        """Return the number of the last linear model or of the last moved network."""
-        found = list(enumerate(itertools.islice(models, last), 1))[-2:]
-        number, _ = min(found, key=lambda pair: self._mean(pair[1]))
-        # A fit to other samples may go on where this one ended early.
-        return last if number % 2 == 0 or len(found) == 1 else last - 1
 
     def _mean(self, losses: Array) -> float:
         return number_of_first_rank(float(np.average(losses, weights=self.weights)))

@@ -134,11 +134,11 @@ def choose_penalties(
         held_out, others = search.of_gradients(without, alpha)
         if gradient_alpha is None:
             alpha, gradient_alpha = search.pair(held_out, others, without, alpha)
-        if n_linearizations is None and held_out is not None and math.isfinite(gradient_alpha):
+        if isinstance(held_out, Relinearized) and math.isfinite(gradient_alpha):
             n_models = 2
-        if isinstance(held_out, Relinearized) and not search.stopped:
-            n_models = held_out.n_models(alpha, gradient_alpha)
-            stronger = held_out.stronger(alpha, gradient_alpha)
+            if not search.stopped:
+                n_models = held_out.n_models(alpha, gradient_alpha)
+                stronger = held_out.stronger(alpha, gradient_alpha)
     return Choice(alpha, gradient_alpha, n_models, stronger, _columns(search.rows))
 
 
@@ -156,7 +156,7 @@ class _Search:
     prepared, stages, progress
         As in :func:`choose_penalties`.
     n_linearizations : int or None
-        Their number. None is chosen as well.
+        Their largest number; None for any.
 
     Attributes
     ----------

@@ -180,7 +180,7 @@ class FitResult(NamedTuple):
             **self.model.attributes(),
             "alpha_": self.alpha,
             "gradient_alpha_": self.gradient_alpha,
-            "n_linearizations_": len(counted) if self.model.displacements else 0,
+            "n_linearizations_": len(counted) if math.isfinite(self.gradient_alpha) else 0,
             "n_iter_": sum(solution.n_iter for solution in counted),
             "n_passes_": sum(solution.n_passes for solution in counted),
             "objective_path_": np.array(self.network_path or last.objective_path),

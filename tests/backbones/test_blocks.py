@@ -206,7 +206,8 @@ def test_names_and_patterns(pattern, expected):
 @pytest.mark.parametrize(
     ("pattern", "match"),
     [
-        ("c", r"gradient_layers='c' matches no submodule.* nearest names are '"),
+        ("c", r"gradient_layers='c' matches no parameter.* nearest names are '"),
+        ("Last", r"nearest names are 'last'"),
         ([], r"gradient_layers=\[\] must list one or more strings"),
         ([1], r"gradient_layers=\[1\] must list one or more strings"),
         (3, r"gradient_layers=3 asks for more blocks.* has: 2\. Pass a smaller number"),

@@ -448,6 +448,7 @@ def test_last_call_and_first_item_of_a_tuple():
         (("sizes",), r"='sizes' chooses the submodule 'sizes', which returns dict. Choose sub"),
         (("c*",), r"='c\*' chooses the submodule 'counts', which returns torch.int64"),
         (("turned",), r"which returns shape \(7, 2, 5\) for 2 samples"),
+        ("Auto", r"nearest names are 'auto'"),
         (("lay*", "lzyer"), r"activation_layer='lzyer' is not a sub.*nearest names are 'layer'"),
         (("x*",), r"activation_layer='x\*' is not a submodule"),
         (9, r"activation_layer=9 asks for more blocks than the backbone has: \d\. Pass a smaller"),

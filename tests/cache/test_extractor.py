@@ -47,7 +47,8 @@ def test_every_layer_has_unit_mean_square(features, weights):
     fitted = fit(weights, features=features)
     expected, rms = scaled(ROWS, weights)
     np.testing.assert_allclose(fitted.transform(ROWS), expected, rtol=1e-12)
-    np.testing.assert_allclose(fitted._extractor.scales, 1 / np.array(rms), rtol=1e-12)
+    assert list(fitted.activation_layers_) == LAYERS
+    np.testing.assert_allclose(list(fitted.activation_layers_.values()), 1 / np.array(rms))
     if features == "activation":
         logits = expected @ fitted.coef_.T + fitted.intercept_
         np.testing.assert_allclose(fitted.decision_function(ROWS), logits, rtol=1e-10)
@@ -89,14 +90,14 @@ def test_layer_of_zeros_keeps_its_scale():
     nn.init.zeros_(network[2].weight)
     nn.init.constant_(network[2].bias, -1.0)
     fitted = fit(backbone=network, features="activation")
-    assert fitted._extractor.scales[1] == 1
+    assert list(fitted.activation_layers_.values())[1] == 1
     assert not fitted.transform(ROWS)[:, 4:].any()
 
 
 @pytest.mark.parametrize("activation_layer", [None, "3"])
 def test_one_layer_has_no_scale(activation_layer):
     fitted = fit(activation_layer=activation_layer)
-    assert fitted._extractor.scales is None
+    assert fitted.activation_layers_ == {activation_layer or "": 1}
     with torch.no_grad():
         expected = parts(torch.from_numpy(ROWS))[1]
     np.testing.assert_allclose(fitted.transform(ROWS), expected, rtol=1e-12)

@@ -232,6 +232,14 @@ def test_weights_of_parametrized_modules_are_refused():
         model.fine_tuned_state_dict()
 
 
+def test_weights_of_a_model_with_a_gradient_term_come_with_a_warning():
+    model = classifier().fit(X, Y)
+    with pytest.warns(UserWarning, match=r"Call merge\(X, y\) before fine_tuned_state_dict"):
+        before = model.fine_tuned_state_dict()
+    after = model.merge(X, Y).fine_tuned_state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in after)
+
+
 def test_weights_with_a_negative_slope_are_refused():
     model = classifier(NET, negative_slope=0.1).fit(IMAGES, CLASSES)
     with pytest.raises(ValueError, match=r"negative_slope=0.1 is part of the fitted network"):
@@ -314,6 +322,8 @@ def test_linearizations_of_several_layers(n, weights):
     model = classifier(activation_layer=["1", "3"], n_linearizations=n).fit(X, Y, weights)
     assert_allclose(model.objective_path_, expected.objective_path_, rtol=1e-7)
     assert_allclose(model.predict_proba(X), expected.predict_proba(X), rtol=1e-5)
+    if n == 1:
+        return
     module = loaded(model, SMOOTH)
     with torch.no_grad():
         below = module[:2](torch.from_numpy(X))
@@ -321,8 +331,7 @@ def test_linearizations_of_several_layers(n, weights):
             part.numpy() / size
             for part, size in zip((below, module[2:](below)), sizes, strict=True)
         ]
-    if n > 1:
-        assert_allclose(model.transform(X), np.hstack(parts), rtol=1e-9, atol=1e-12)
+    assert_allclose(model.transform(X), np.hstack(parts), rtol=1e-9, atol=1e-12)
 
 
 def test_merge_needs_the_classes_of_the_fit():
@@ -405,6 +414,19 @@ def test_leave_one_out_is_for_one_linearization():
     model = GradientFeatureRegressorCV(SMOOTH, cv="loo", n_linearizations=2)
     with pytest.raises(ValueError, match="closed form for one linearisation alone"):
         model.fit(X, Y)
+
+
+def test_a_number_is_the_largest_one_if_held_out_samples_choose_the_penalty():
+    rows, y = make_classification(
+        80, 6, n_informative=3, n_redundant=0, n_classes=3, random_state=4
+    )
+    free = classifier(alpha="auto", gradient_alpha="auto", n_linearizations="auto").fit(rows, y)
+    assert free.n_linearizations_ > 2
+    enough = clone(free).set_params(n_linearizations=free.n_linearizations_ + 9).fit(rows, y)
+    assert enough.n_linearizations_ == free.n_linearizations_
+    assert_array_equal(enough.predict_proba(rows), free.predict_proba(rows))
+    two = clone(free).set_params(n_linearizations=2).fit(rows, y)
+    assert two.n_linearizations_ == 2
 
 
 @pytest.mark.parametrize("n", [2, "auto"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sklearn_gradfeat import ObjectiveDisplay
+from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -38,3 +39,14 @@ def test_a_fit_without_iterations_has_an_empty_curve():
     display = ObjectiveDisplay(objective_paths={"a": np.array([0.5])}, n_passes={"a": 1}).plot()
     assert len(display.lines_[0].get_ydata()) == 0
     display.figure_.canvas.draw()
+
+
+def test_the_axis_names_what_it_counts():
+    one = tiny.estimator().fit(tiny.X, tiny.Y)
+    three = tiny.estimator(n_linearizations=3).fit(tiny.X, tiny.Y)
+    for models, name in (
+        ({"one": one}, "Iteration"),
+        ({"three": three}, "Linearization"),
+        ({"one": one, "three": three}, "Iteration, or linearization"),
+    ):
+        assert ObjectiveDisplay.from_estimator(models).ax_.get_xlabel() == name

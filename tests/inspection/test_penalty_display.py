@@ -96,3 +96,17 @@ def test_estimators_without_scores_are_refused():
     search = GradientFeatureClassifierCV(NET, alphas=[0.1], gradient_alphas=[0.1], cv=2).fit(X, Y)
     with pytest.raises(TypeError, match="which GradientFeatureClassifierCV does not have"):
         PenaltyDisplay.from_estimator(search)
+
+
+def test_every_alpha_has_a_curve_of_its_own():
+    path = {
+        "penalty": np.array([np.inf, 1.0, 0.1, 1.0, 0.01]),
+        "loss": np.array([0.5, 0.6, 0.4, 0.3, 0.2]),
+        "standard_error": np.full(5, 0.1),
+        "alpha": np.array([0.1, 1.0, 1.0, 0.1, 0.1]),
+    }
+    display = PenaltyDisplay(paths={"gradient_alpha": path}, chosen={"gradient_alpha": 0.01})
+    display.plot()
+    curves = [(list(found[0]), list(found[1])) for found in map(drawn, display.errorbars_)]
+    assert curves == [([0.1, 1.0], [0.4, 0.6]), ([0.01, 1.0], [0.2, 0.3])]
+    assert [bars.get_label() for bars in display.errorbars_] == ["alpha 1", "alpha 0.1"]
