@@ -465,4 +465,4 @@ def _listed(verb: str, items: list[str]) -> Iterable[str]:
     """Yield a phrase about the first items, if there are any."""
     if items:
         more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-        yield f"{verb} {', '.join(items[:_SHOWN])}{more}"
+        yield f"{verb} {', '.join(items[:_SHOWN])}{more}".lstrip()

@@ -424,8 +424,8 @@ class FrozenBackbone:
         gone = {
             name: "is not a floating point tensor"
             if not value.is_floating_point()
-            else "lies above the activation, see activation_layer, does not change it, or is below a "
-            "detach"
+            else "lies above the activation (see activation_layer), does not change it, or is "
+            "below a detach"
             for name, value in every.items()
         }
         gone |= dict.fromkeys(

@@ -88,8 +88,8 @@ class Extractor:
     @property
     def activation_layers(self) -> dict[str, float]:
         """The layers of the activation, and the number that multiplies the output of each."""
-        layers = self.backbone.layers
-        names = [layer.path for layer in layers] if layers else [self.backbone.module.layer or ""]
+        layer = self.backbone.module.layer
+        names = [part.path for part in layer] if isinstance(layer, tuple) else [layer or ""]
         return dict(zip(names, self.scales or (1.0,) * len(names), strict=True))
 
     def on(self, device: torch.device) -> Extractor:

@@ -140,8 +140,8 @@ class PenaltyDisplay:
             for alpha in every:
                 order = np.argsort(penalty)
                 order = order[alphas[order] == alpha]
-                label = {"label": f"alpha {alpha:.2g}"} if len(every) > 1 else {}
-                style = {"fmt": ".-", "capsize": 3, **label, **line_kw}
+                label = f"alpha {alpha:.2g}" if len(every) > 1 else None
+                style = {"fmt": ".-", "capsize": 3, "label": label, **line_kw}
                 self.errorbars_.append(
                     axes.errorbar(penalty[order], loss[order], error[order], **style)
                 )

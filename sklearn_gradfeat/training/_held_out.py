@@ -544,8 +544,9 @@ class Relinearized:
     """The losses of samples that are left out of several linearisations.
 
     Penalties from strong to weak share a point, with the rows of the samples there, for as long as
-    the losses of the linear models and of the moved networks fall. Then the next one goes on from the last of these networks, if that is better than the one
-    at the point. So the last penalties are judged after several linearisations.
+    the losses of the linear models and of the moved networks fall. Then the next one goes on from
+    the last of these networks, if that is better than the one at the point. So the last penalties
+    are judged after several linearisations.
 
     Parameters
     ----------
@@ -665,8 +666,8 @@ class Relinearized:
         judged = (linear,) if runs.has_ended else (linear, moved)
         n_former, former = 2 * len(runs.gradient_alphas) - 2, runs.former
         n_left = int(min(2 * _MAX_LINEARIZATIONS, 2 * self._most - n_former))
-        models = itertools.chain(judged, runs.copy().models(gradient_alpha))
-        models = itertools.islice(models, n_left)
+        every = itertools.chain(judged, runs.copy().models(gradient_alpha))
+        models = itertools.islice(every, n_left)
         former = self._folds.losses(alpha, math.inf) if former is None else former
         return n_former + self._while_it_falls(self._mean(former), models)
 
