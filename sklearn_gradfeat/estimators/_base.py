@@ -259,7 +259,7 @@ class BaseGradientFeature(
 
     @neutral_state()
     def transform(self, X: Any) -> npt.NDArray[Any]:
-        """Return the activations ``f(x)`` of the frozen network.
+        """Return the activations ``f(x)`` of the frozen network, which may have moved.
 
         These are the features of the first term of the model, ``W f``, so a model of other
         features, or another estimator, can be compared and combined with it.

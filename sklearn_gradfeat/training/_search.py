@@ -30,8 +30,8 @@ given one, the first linear model competes. The best pair alone has further line
 give their number.
 
 Without samples to hold out, as with one sample of each class, a rule by scale takes their place:
-``alpha`` is the mean variance of the activations, divided by the number of samples, as in a
-regression with ``C = 1`` on standardised activations; and there is no gradient term.
+``alpha`` is the mean variance of the activations, divided by the number of distinct samples, as in
+a regression with ``C = 1`` on standardised activations; and there is no gradient term.
 """
 
 from __future__ import annotations
@@ -44,7 +44,13 @@ import numpy as np
 import torch
 
 from sklearn_gradfeat.curvature import largest_curvature
-from sklearn_gradfeat.data import number_of_first_rank, row_blocks, sum_over_ranks
+from sklearn_gradfeat.data import (
+    number_of_first_rank,
+    row_blocks,
+    rows_of_all_ranks,
+    sum_over_ranks,
+)
+from sklearn_gradfeat.linearized import to_numpy
 from sklearn_gradfeat.training._held_out import (
     ENOUGH,
     ENOUGH_WITH_GRADIENTS,
@@ -451,7 +457,7 @@ class _Path:
 
 
 def _alpha_by_scale(stages: TwoStageFit) -> float:
-    """Return the mean variance of the activations, divided by the number of samples."""
+    """Return the mean variance of the activations, divided by the number of distinct samples."""
     weights = stages.loss.weights
     activation = stages.samples.activation
     mean = weights.new_zeros(activation.shape[1])
@@ -465,5 +471,6 @@ def _alpha_by_scale(stages: TwoStageFit) -> float:
         deviation[deviation.abs() <= rounding] = 0
         variances += weights[rows] @ deviation.square()
     variance = float(sum_over_ranks(variances).mean())
-    n_used = int(sum_over_ranks((weights > 0).sum()))
+    names = stages.samples.names[to_numpy(weights) > 0]
+    n_used = len(np.unique(rows_of_all_ranks(names)[0]))
     return variance / n_used if variance > 0 else 1.0

@@ -260,6 +260,9 @@ def test_one_sample_of_each_class():
     assert model.gradient_alpha_ == math.inf
     assert (model.predict(rows) == ["a", "b", "c"]).all()
     assert not len(model.validation_scores_["loss"])
+    weighted = clone(model).fit(rows, ["a", "b", "c"], sample_weight=[2, 1, 1])
+    repeated = clone(model).fit(rows[[0, 0, 1, 2]], ["a", "a", "b", "c"])
+    assert repeated.alpha_ == pytest.approx(weighted.alpha_)
     model.set_params(features="gradient").fit(rows, ["a", "b", "c"])
     assert 0 < model.gradient_alpha_ < math.inf
 
