@@ -268,17 +268,11 @@ def test_a_fold_that_does_not_move_is_fitted_once_for_each_penalty():
     assert stuck.go_on.call_count == 2
 
 
-@pytest.mark.parametrize(
-    ("losses", "n", "n_models"),
-    [
-        ((0.1, 0.1, 0.9, 0.8, 0.0), 2, 4),
-        ((0.1, 0.1, 0.7, 0.8, 0.0), 2, 3),
-        ((0.3, 0.2, 0.9), 5, 10),  # no move decreases the objective any further
-        ((0.3,), 5, 10),
-    ],
-)
-def test_of_a_given_number_the_last_two_models_compete(losses, n, n_models):
-    assert Relinearized(Losses(*losses), n, 0.0, 1.0).n_models(1.0, 1.0) == n_models
+@pytest.mark.parametrize(("n", "best"), [(1, 2), (2, 3), (3, 6), (9, 6)])
+def test_a_number_is_the_largest_one(n, best):
+    folds = Losses(1.0, 0.8, 0.7, 0.9, 0.5, 0.4)
+    assert Relinearized(folds, n, 0.0, 1.0).n_models(1.0, 1.0) == best
+    assert folds.n_computed == min(2 * n, 6)
 
 
 @pytest.mark.parametrize(("losses", "judged"), [((1.0, 0.8, 0.1), 0.8), ((1.0,), 1.0)])
@@ -352,6 +346,16 @@ def test_penalties_share_a_point_while_the_loss_falls():
     assert held.losses(5.0, 0.01) == 0.85
     assert held.losses(10.0, 10.0) == 0.95
     assert held.stronger(5.0, 0.01) == held.stronger(10.0, 10.0) == ()
+
+
+def test_penalties_share_a_point_once_the_number_is_reached():
+    folds = Sequences({**PATH, (0.1, 1e-4): 0.65})
+    held = Relinearized(folds, 2, 0.0, 1.0)
+    found = [held.losses(10.0, g).item() for g in (1.0, 0.1, 0.01, 1e-3, 1e-4)]
+    assert found == [0.9, 0.8, 0.7, 0.7, 0.65]
+    assert max(map(len, folds.tried)) == 2
+    assert held.stronger(10.0, 1e-4) == (0.1,)
+    assert held.n_models(10.0, 1e-4) == 4
 
 
 @pytest.mark.parametrize("losses", [(1.41, 0.8), (1.3, 0.898)])
