@@ -282,8 +282,7 @@ class BaseGradientFeature(
     @property
     def activation_layers_(self) -> dict[str, float]:
         """The layers of the activation from bottom to top, and their scales."""
-        if not hasattr(self, "_extractor"):
-            raise AttributeError(f"This {type(self).__name__} is not fitted yet.")
+        check_is_fitted(self)
         return self._extractor.activation_layers
 
     @property

@@ -83,18 +83,18 @@ class ObjectiveDisplay:
         ObjectiveDisplay
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
-        paths, passes = {}, {}
+        paths, passes, several = {}, {}, []
         named = estimator if isinstance(estimator, Mapping) else {name: estimator}
         for label, each in named.items():
             fitted = unwrap(each)[0]
             key = fitted.features if label is None else label
             paths[key], passes[key] = fitted.objective_path_, fitted.n_passes_
+            several.append(fitted.n_linearizations != 1)
         display = cls(objective_paths=paths, n_passes=passes)
         display.plot(ax, quantity=quantity, **line_kw)
-        several = [unwrap(each)[0].n_linearizations != 1 for each in named.values()]
         if any(several):
-            name = "Linearization" if all(several) else "Iteration, or linearization"
-            display.ax_.set_xlabel(name)
+            both = "Iteration, or linearization"
+            display.ax_.set_xlabel("Linearization" if all(several) else both)
         return display
 
     def plot(self, ax: Any = None, *, quantity: str = "gap", **line_kw: Any) -> ObjectiveDisplay:

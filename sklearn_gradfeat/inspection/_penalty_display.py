@@ -137,9 +137,9 @@ class PenaltyDisplay:
             )
             alphas = np.where(np.isfinite(penalty), path.get("alpha", 0.0), np.nan)
             every = np.unique(alphas[~np.isnan(alphas)])[::-1]
+            by_penalty = np.argsort(penalty)
             for alpha in every:
-                order = np.argsort(penalty)
-                order = order[alphas[order] == alpha]
+                order = by_penalty[alphas[by_penalty] == alpha]
                 label = f"alpha {alpha:.2g}" if len(every) > 1 else None
                 style = {"fmt": ".-", "capsize": 3, "label": label, **line_kw}
                 self.errorbars_.append(

@@ -553,7 +553,7 @@ class Relinearized:
     folds : Folds
         The folds.
     n_linearizations : int or None
-        Their largest number. None goes on until the loss does not fall any more.
+        The largest number of linearisations; None is no limit.
     negligible : float
         The largest fall of the loss that counts as none, however small the loss.
     alpha : float

@@ -140,7 +140,7 @@ def choose_penalties(
         held_out, others = search.of_gradients(without, alpha)
         if gradient_alpha is None:
             alpha, gradient_alpha = search.pair(held_out, others, without, alpha)
-        if isinstance(held_out, Relinearized) and math.isfinite(gradient_alpha):
+        if isinstance(held_out, Relinearized):
             n_models = 2
             if not search.stopped:
                 n_models = held_out.n_models(alpha, gradient_alpha)
@@ -162,7 +162,7 @@ class _Search:
     prepared, stages, progress
         As in :func:`choose_penalties`.
     n_linearizations : int or None
-        Their largest number; None for any.
+        The largest number of linearisations; None is no limit.
 
     Attributes
     ----------
