@@ -77,11 +77,11 @@ n_linearizations : int or "auto", default=1
     the network plus the penalties falls. Of the last linear model and the network that moved
     once more, the fit returns the one with the smaller loss of held-out samples, if those
     choose ``gradient_alpha``, and otherwise the moved network. ``"auto"`` goes on until the
-    loss of held-out samples does not fall any more. With ``gradient_alpha="auto"``, these samples
-    choose the number, too, up to a given one, and the first linearisations have stronger
-    penalties than the last ones. The CV estimators take numbers alone, and
-    ``features="gradient"`` takes 1 alone. One is the model of the paper, the only one that is
-    solved to ``tol``; the others are solved more loosely.
+    loss of held-out samples does not fall any more. With ``gradient_alpha="auto"``, these
+    samples choose the number, too, up to a given one, and the first linearisations have
+    stronger penalties than the last ones. The CV estimators take numbers alone, and
+    ``features="gradient"`` takes 1 alone. One is the model of the paper, the only one that
+    is solved to ``tol``; the others are solved more loosely.
 parametrization : {"ntk", "standard"}, default="ntk"
     The scale of the displacements ``w₂`` under the penalty. The NTK parametrization divides
     weights by the square root of their number of output channels, and biases by √10.
